@@ -1,0 +1,181 @@
+"""A base model as far as a conversion needs it: its configuration, and models built from that.
+
+Nothing here loads weights unless asked to, and remote code is never trusted on the user's behalf.
+"""
+
+from __future__ import annotations
+
+import copy
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from softbridge.errors import BaseModelError
+from softbridge.geometry import Geometry, read_geometry
+from softbridge.prompt import BaseId
+
+if TYPE_CHECKING:
+    from softbridge.positions import PositionScheme
+
+Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification"]
+
+#: What the shrunk model keeps of its vocabulary and its feed-forward width. Attention is not touched.
+SMALL_VOCABULARY = 512
+SMALL_FEED_FORWARD = 64
+
+
+class BaseModel:
+    """A base model: a configuration, a name where there is one, and perhaps a model with weights.
+
+    Attributes:
+        config: a transformers configuration. Not to be changed.
+        name: what to call it (a path or a hub id), or None.
+    """
+
+    def __init__(self, config: Any, name: str | None = None, model: Any = None) -> None:
+        self.config = config
+        self.name = name
+        self._model = model
+
+    @classmethod
+    def resolve(cls, base: Any, *, trust_remote_code: bool = False) -> BaseModel:
+        """From a `BaseModel`, a transformers model or configuration, a directory, a config.json or a hub id.
+
+        Raises:
+            BaseModelError: none of these, or transformers cannot read it.
+        """
+        if isinstance(base, BaseModel):
+            return base
+        if isinstance(base, (str, Path)):
+            return cls(_load_config(str(base), trust_remote_code), str(base))
+        name = getattr(base, "name_or_path", None) or getattr(base, "_name_or_path", None) or None
+        if hasattr(base, "config") and hasattr(base, "forward"):
+            return cls(base.config, name, base)
+        if hasattr(base, "model_type") and hasattr(base, "to_dict"):
+            return cls(base, name)
+        raise BaseModelError(
+            f"a base model was given as {type(base).__name__}",
+            "a transformers model or configuration, a directory, a config.json, or a hub id",
+            "pass one of these",
+        )
+
+    @cached_property
+    def geometry(self) -> Geometry:
+        return read_geometry(self.config)
+
+    @property
+    def id(self) -> BaseId:
+        return BaseId(self.name, self.geometry)
+
+    @cached_property
+    def positions(self) -> PositionScheme:
+        """How the model knows where its tokens stand, measured on a small model of the same structure."""
+        from softbridge.positions import probe
+
+        return probe(self.config)
+
+    @property
+    def task(self) -> Task:
+        """The head that verification puts on the model."""
+        if self.geometry.is_encoder_decoder:
+            return "seq2seq-lm"
+        return "causal-lm" if self.geometry.decoder is not None else "sequence-classification"
+
+    def structure(self, dtype: Any, seed: int = 0) -> Any:
+        """A model with random weights and the same attention geometry, vocabulary and feed-forward width shrunk.
+
+        Equality of two ways to run a prompt is a property of the architecture, so random weights can show it.
+
+        Args:
+            dtype: a torch dtype.
+            seed: of the weights.
+        """
+        config = copy.deepcopy(self.config)
+        shrink(config, vocab_size=SMALL_VOCABULARY)
+        shrink(config, intermediate_size=SMALL_FEED_FORWARD, n_inner=SMALL_FEED_FORWARD, d_ff=SMALL_FEED_FORWARD)
+        shrink(config, encoder_ffn_dim=SMALL_FEED_FORWARD, decoder_ffn_dim=SMALL_FEED_FORWARD)
+        return build(config, self.task, dtype, seed)
+
+    def weights(self, dtype: Any) -> Any:
+        """The model itself, with its weights, in `dtype`.
+
+        Raises:
+            BaseModelError: there are none at hand.
+        """
+        if self._model is not None:
+            return copy.deepcopy(self._model).to(dtype).eval()
+        if self.name is None:
+            raise BaseModelError(
+                "the base model was given as a configuration only", "a model with weights", "pass a directory or a model"
+            )
+        try:
+            model = auto_class(self.task).from_pretrained(self.name, dtype=dtype)
+        except (OSError, ValueError) as error:
+            raise BaseModelError(
+                f"no weights can be loaded from '{self.name}': {error}",
+                "a directory or a hub id with the weights of the base model",
+                "leave real weights out: the structure of the model is enough to show that two prompts are the same",
+            ) from error
+        return model.eval()
+
+
+def auto_class(task: Task) -> Any:
+    """The transformers class that builds a model for a task."""
+    import transformers
+
+    names = {
+        "causal-lm": "AutoModelForCausalLM",
+        "seq2seq-lm": "AutoModelForSeq2SeqLM",
+        "sequence-classification": "AutoModelForSequenceClassification",
+    }
+    return getattr(transformers, names[task])
+
+
+def shrink(config: Any, **sizes: int) -> None:
+    """Lower every named size that the configuration has and that is larger, in place."""
+    for name, size in sizes.items():
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > size:
+            setattr(config, name, size)
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
+        token = getattr(config, name, None)
+        if isinstance(token, int) and not 0 <= token < config.vocab_size:
+            setattr(config, name, 0)
+
+
+def build(config: Any, task: Task, dtype: Any, seed: int) -> Any:
+    """A model from a configuration alone, with weights large enough for attention to be far from uniform.
+
+    Matrices are drawn with standard deviation 1.5 / sqrt(fan in) (0.3-0.4 at the sizes of the tests), embeddings with
+    0.5; scales of norms around 1, everything else around 0. All seeded and independent of the model's own
+    initialisation, in inference mode, with eager attention.
+    """
+    import torch
+
+    config = copy.deepcopy(config)
+    config._attn_implementation = "eager"
+    model = auto_class(task).from_config(config)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float32)
+            if parameter.ndim >= 2:
+                embedding = isinstance(model.get_submodule(name.rpartition(".")[0]), torch.nn.Embedding)
+                noise *= 0.5 if embedding else 1.5 / parameter.shape[-1] ** 0.5
+            else:
+                noise = noise * 0.1 + (1.0 if name.endswith("weight") else 0.0)
+            parameter.copy_(noise)
+    return model.to(dtype).eval()
+
+
+def _load_config(base: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BaseModelError(
+            f"'{base}' cannot be read as a base model: {str(error).splitlines()[0] if str(error) else repr(error)}",
+            "a directory with config.json, a config.json, or a hub id that this machine can reach",
+            "check the spelling; download the model's config.json and pass its path",
+        ) from error

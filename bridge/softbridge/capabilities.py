@@ -1,0 +1,54 @@
+"""What a format or an engine can express, declared as data, so that lowering can plan instead of trying."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from softbridge.geometry import Site, Stack
+from softbridge.prompt import Entry, Placement, RelativeBias, Window
+
+Start = Literal["counted", "zero"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What can be expressed. `None` where the choice is free; an empty set where nothing of the kind can.
+
+    Attributes:
+        inputs: (stack, entry, placement) of the input prompts that can be expressed.
+        prefix_sites: sites of the key/value prefixes that can be expressed.
+        prefix_start: where the first real token stands when the toolkit runs a prefix: at P (``counted``), at 0
+            (``zero``), or wherever the prompt says (None).
+        positions_told: whether the toolkit lets its caller move the tokens (``position_ids``), so that another start
+            is a condition on the caller and not an impossibility.
+        relative_bias: how a T5-like bias sees the prefix, or None for any.
+        window: whether a sliding window drops virtual tokens, or None for any.
+        training: kinds of parameterisation that are kept, or None for any.
+        head: whether tensors that ride along are kept.
+        model_types: families that the toolkit can run at all, or None if it names none.
+    """
+
+    inputs: frozenset[tuple[Stack, Entry, Placement]] = frozenset()
+    prefix_sites: frozenset[Site] = frozenset()
+    prefix_start: Start | None = None
+    positions_told: bool = True
+    relative_bias: RelativeBias | None = None
+    window: Window | None = None
+    training: frozenset[str] | None = frozenset()
+    head: bool = False
+    model_types: frozenset[str] | None = None
+
+
+#: Everything that the canonical form can say.
+EVERYTHING = Capabilities(
+    inputs=frozenset(
+        (stack, entry, placement)
+        for stack in ("encoder", "decoder")
+        for entry in ("before", "after")
+        for placement in ("before-sequence", "after-first-token")
+    ),
+    prefix_sites=frozenset(("encoder", "self", "cross")),
+    training=None,
+    head=True,
+)

@@ -1,0 +1,95 @@
+"""The family of errors that softbridge raises on purpose.
+
+Every message answers three questions: what was found, what was expected, what to do. The constructor asks for all
+three, so that none can be forgotten. Nothing below the command line prints or exits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class SoftbridgeError(Exception):
+    """Base of all errors that softbridge raises on purpose.
+
+    Args:
+        found: what was met, in one phrase.
+        expected: what would have been right.
+        remedy: what the user can do.
+    """
+
+    def __init__(self, found: str, expected: str, remedy: str) -> None:
+        super().__init__(found, expected, remedy)
+        self.found = found
+        self.expected = expected
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.found}\n  expected: {self.expected}\n  to do:    {self.remedy}"
+
+
+class CheckpointError(SoftbridgeError):
+    """A file is malformed, incomplete, hostile, or not what it says it is."""
+
+
+class UnknownFormatError(CheckpointError):
+    """No installed format recognises the file, or none has the name that was asked for."""
+
+
+class BaseModelError(SoftbridgeError):
+    """The base model is missing, cannot be read, or does not fit the prompt."""
+
+
+class EngineError(SoftbridgeError):
+    """An engine is not installed, or cannot run this prompt on this model."""
+
+
+class PluginError(SoftbridgeError):
+    """A plugin is broken, or two plugins claim one name."""
+
+
+class OutputError(SoftbridgeError):
+    """The output cannot be written, or would overwrite something."""
+
+
+@dataclass(frozen=True)
+class Obstacle:
+    """One reason why a prompt cannot be expressed exactly by a target.
+
+    Attributes:
+        name: a short stable identifier, such as ``positions`` or ``relative-bias``.
+        reason: a sentence for a person.
+        acceptable: whether a caller may accept the consequences by name; such an obstacle is a *condition*.
+        remedy: the way out.
+    """
+
+    name: str
+    reason: str
+    remedy: str
+    acceptable: bool = False
+
+
+class LoweringError(SoftbridgeError):
+    """A prompt cannot be expressed exactly by the target. Carries *every* obstacle, not the first one met.
+
+    Attributes:
+        obstacles: all obstacles, in the order in which the parts of the prompt were looked at.
+    """
+
+    def __init__(self, target: str, obstacles: Sequence[Obstacle]) -> None:
+        self.target = target
+        self.obstacles = tuple(obstacles)
+        conditions = [obstacle.name for obstacle in obstacles if obstacle.acceptable]
+        remedy = "; ".join(dict.fromkeys(obstacle.remedy for obstacle in obstacles))
+        if conditions and len(conditions) == len(self.obstacles):
+            remedy += " (" + " ".join(f"--accept {name}" for name in dict.fromkeys(conditions)) + ")"
+        super().__init__(
+            found=f"this prompt cannot be written for '{target}' as the same function: "
+            + "; ".join(f"[{obstacle.name}] {obstacle.reason}" for obstacle in obstacles),
+            expected="a target that computes the same function",
+            remedy=remedy,
+        )
+
+    def __reduce__(self) -> tuple[type[LoweringError], tuple[str, tuple[Obstacle, ...]]]:
+        return type(self), (self.target, self.obstacles)

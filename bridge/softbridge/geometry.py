@@ -1,0 +1,149 @@
+"""What must be known of a base model before a single weight is read: the shapes of its attention.
+
+The geometry is read from the model's configuration, under the names that transformers' own attribute maps give every
+family. It is what a prompt's shapes are checked against, and what a base model of the same structure is built from.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from softbridge.errors import BaseModelError
+
+Stack = Literal["encoder", "decoder"]
+Site = Literal["encoder", "self", "cross"]
+
+
+def stack_of(site: Site) -> Stack:
+    """The stack whose queries attend at this site."""
+    return "encoder" if site == "encoder" else "decoder"
+
+
+@dataclass(frozen=True)
+class StackGeometry:
+    """Attention of one stack.
+
+    Attributes:
+        layers: L.
+        heads: query heads.
+        kv_heads: K, key/value heads (fewer than `heads` under grouped-query attention).
+        head_dim: D, which need not be H / heads.
+        window: length of the shortest sliding window, in tokens, or None.
+    """
+
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    window: int | None = None
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """The shapes of a base model.
+
+    Attributes:
+        model_type: transformers' name of the family.
+        hidden: H, the width of a vector in the input sequence.
+        vocabulary: rows of the word embedding.
+        encoder: the encoder's attention, or None in a decoder-only model.
+        decoder: the decoder's attention, or None in an encoder-only model.
+    """
+
+    model_type: str
+    hidden: int
+    vocabulary: int
+    encoder: StackGeometry | None = None
+    decoder: StackGeometry | None = None
+
+    def stack(self, stack: Stack) -> StackGeometry | None:
+        return self.encoder if stack == "encoder" else self.decoder
+
+    def site(self, site: Site) -> StackGeometry | None:
+        """The attention that a prefix at this site joins, or None if the model has no such site."""
+        if site == "cross" and self.encoder is None:
+            return None
+        return self.stack(stack_of(site))
+
+    @property
+    def is_encoder_decoder(self) -> bool:
+        return self.encoder is not None and self.decoder is not None
+
+
+def read_geometry(config: Any) -> Geometry:
+    """The geometry of a transformers configuration (a composite one is read through its text part).
+
+    Raises:
+        BaseModelError: a number that the geometry needs is missing or is not a positive integer.
+    """
+    get_text_config = getattr(config, "get_text_config", None)
+    text = config if getattr(config, "is_encoder_decoder", False) or get_text_config is None else get_text_config()
+    hidden = _count(text, "hidden_size", "d_model")
+    vocabulary = _count(text, "vocab_size")
+    if getattr(text, "is_encoder_decoder", False):
+        encoder = _stack(text, hidden, prefix="encoder_")
+        decoder = _stack(text, hidden, prefix="decoder_")
+    elif _is_encoder(text):
+        encoder, decoder = _stack(text, hidden), None
+    else:
+        encoder, decoder = None, _stack(text, hidden)
+    return Geometry(text.model_type, hidden, vocabulary, encoder, decoder)
+
+
+def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
+    layers_names = (f"{prefix}layers", f"num_{prefix}layers", "num_hidden_layers", "num_layers")
+    heads_names = (f"{prefix}attention_heads", "num_attention_heads", "num_heads")
+    layers = _count(config, *layers_names)
+    heads = _count(config, *heads_names)
+    kv_heads = _optional_count(config, "num_key_value_heads") or heads
+    if getattr(config, "multi_query", False):
+        kv_heads = 1
+    head_dim = _optional_count(config, "head_dim", "d_kv")
+    if head_dim is None:
+        if hidden % heads:
+            raise BaseModelError(
+                f"{config.model_type}: hidden size {hidden} is no multiple of {heads} heads, and no head size is given",
+                "a configuration with 'head_dim', or a hidden size that the heads divide",
+                "check the base model's config.json",
+            )
+        head_dim = hidden // heads
+    window = _optional_count(config, "sliding_window")
+    if getattr(config, "use_sliding_window", True) is False:
+        window = None
+    return StackGeometry(layers, heads, kv_heads, head_dim, window)
+
+
+def _is_encoder(config: Any) -> bool:
+    """Whether attention looks both ways. A causal model's class is known to transformers' causal table only.
+
+    Families that stand in both tables (BERT) run as decoders only when their configuration says so.
+    """
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+    )
+
+    if getattr(config, "is_decoder", False):
+        return False
+    kind = config.model_type
+    return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _optional_count(config: Any, *names: str) -> int | None:
+    for name in names:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and not isinstance(value, bool) and value > 0:
+            return value
+    return None
+
+
+def _count(config: Any, *names: str) -> int:
+    value = _optional_count(config, *names)
+    if value is None:
+        raise BaseModelError(
+            f"the configuration of {getattr(config, 'model_type', type(config).__name__)} has none of {', '.join(names)}",
+            "a positive whole number under one of these names",
+            "give --base a transformers configuration (config.json) of a text model",
+        )
+    return value

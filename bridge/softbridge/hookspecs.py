@@ -1,0 +1,111 @@
+"""The whole plugin interface: two hooks, and the two kinds of value that they return.
+
+A plugin is a module named in the entry-point group ``softbridge``. Its top module must import no toolkit: an
+`ImportError` there would take the whole program down, and listing what is installed would load everything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import pluggy
+
+from softbridge.capabilities import Capabilities
+from softbridge.errors import Obstacle
+from softbridge.geometry import Geometry
+from softbridge.prompt import SoftPrompt
+from softbridge.untrusted import Files
+
+PROJECT = "softbridge"
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+class Format(Protocol):
+    """A codec between files and the canonical form. It needs no toolkit installed."""
+
+    name: str
+    summary: str
+    #: The engine that is this format's own toolkit; verification runs the files there if it is installed.
+    engine: str
+    capabilities: Capabilities
+
+    def sniff(self, files: Files) -> bool:
+        """Whether the files are of this format, judged by their content. Must not read tensors' data."""
+        ...
+
+    def read(self, files: Files, geometry: Geometry | None) -> SoftPrompt:
+        """Read the files. `positions` are what the toolkit itself does when it runs them.
+
+        Raises:
+            CheckpointError: the files are malformed or incomplete.
+            BaseModelError: the files do not say enough and no geometry was given, or they do not fit it.
+        """
+        ...
+
+    def obstacles(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[Obstacle]:
+        """What stands against writing a prompt that the capabilities allow. Empty if nothing does."""
+        ...
+
+    def write(self, prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, bytes]:
+        """File name -> content. The prompt has been lowered to the capabilities, and `obstacles` found none."""
+        ...
+
+
+class Engine(Protocol):
+    """Runs a soft prompt on a transformers model."""
+
+    name: str
+    summary: str
+    capabilities: Capabilities
+
+    def unavailable(self) -> str | None:
+        """Why this engine cannot be used in this environment, or None. Must not import the toolkit."""
+        ...
+
+    def obstacles(self, prompt: SoftPrompt, model: Any) -> Sequence[Obstacle]:
+        """What stands against running this prompt on this model here. Empty if nothing does."""
+        ...
+
+    def attach(self, model: Any, prompt: SoftPrompt) -> Any:
+        """Make the model run with the prompt, and return the model to call (the same one, where possible).
+
+        Raises:
+            EngineError: the engine is unavailable, or `obstacles` are not empty.
+        """
+        ...
+
+    def extract(self, model: Any) -> SoftPrompt:
+        """The prompt of an attached model, as it is now."""
+        ...
+
+    def detach(self, model: Any) -> Any:
+        """Undo `attach`, and return the model that was given to it."""
+        ...
+
+    def train_example(self, model: Any, method: str, directory: Path, *, length: int, steps: int, seed: int) -> None:
+        """Train a prompt for a few steps with the toolkit's own interface, and save it with the toolkit's own saver.
+
+        Args:
+            model: a transformers model; it is used up.
+            method: ``prompt-tuning`` or ``prefix-tuning``.
+            directory: where the toolkit's files go.
+            length: P.
+
+        Raises:
+            EngineError: the toolkit does not offer the method for this model.
+        """
+        ...
+
+
+@hookspec
+def softbridge_formats() -> Sequence[Format]:  # type: ignore[empty-body]
+    """Return the formats that this plugin brings."""
+
+
+@hookspec
+def softbridge_engines() -> Sequence[Engine]:  # type: ignore[empty-body]
+    """Return the engines that this plugin brings."""

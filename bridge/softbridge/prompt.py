@@ -1,0 +1,374 @@
+"""What a soft prompt is, independent of every toolkit.
+
+Notation, here and in every docstring of the project: B batch, T real tokens, P prompt length (virtual tokens),
+H hidden size, L layers, K key/value heads, D head size. Shapes come first.
+
+A model ever sees only two kinds of part: vectors in its input sequence (`InputPrompt`) and keys and values in its
+attention (`KeyValuePrefix`). How training produced them (an MLP, an LSTM, a low-rank product) is kept beside them in
+`SoftPrompt.training`, if it is known, and no engine needs it to run the prompt.
+
+Arrays are read-only NumPy arrays (bfloat16 through ml_dtypes), so that listing, inspecting and converting need no
+deep-learning framework. All classes are immutable and compared by value.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, TypeAlias, TypeVar, get_args
+
+import numpy as np
+import numpy.typing as npt
+
+from softbridge.geometry import Geometry, Site, Stack, stack_of
+
+Array: TypeAlias = npt.NDArray[Any]
+Json: TypeAlias = Any
+
+Name = TypeVar("Name")
+Value = TypeVar("Value")
+
+Entry = Literal["before", "after"]
+Placement = Literal["before-sequence", "after-first-token"]
+RelativeBias = Literal["plain", "skewed"]
+Window = Literal["slides", "pinned"]
+
+
+class FrozenMap(Mapping[Name, Value]):
+    """A read-only mapping that pickles and deep-copies (a mapping proxy does neither)."""
+
+    __slots__ = ("_items",)
+
+    def __init__(self, items: Mapping[Name, Value]) -> None:
+        self._items = dict(items)
+
+    def __getitem__(self, name: Name) -> Value:
+        return self._items[name]
+
+    def __iter__(self) -> Iterator[Name]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __repr__(self) -> str:
+        return repr(self._items)
+
+
+def frozen(array: npt.ArrayLike) -> Array:
+    """A read-only view of `array` (which itself is not touched)."""
+    view = np.asarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
+def same_array(a: Array, b: Array) -> bool:
+    """Equality of dtype, shape and every bit (so NaN equals NaN, and 0.0 differs from -0.0)."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _same_arrays(a: Mapping[Any, Array], b: Mapping[Any, Array]) -> bool:
+    return a.keys() == b.keys() and all(same_array(a[name], b[name]) for name in a)
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
+
+
+@dataclass(frozen=True, eq=False)
+class InputPrompt:
+    """Vectors that stand in the input sequence of one stack.
+
+    Attributes:
+        vectors: [P, H], in the space that the entry names.
+        stack: ``encoder`` or ``decoder`` (a decoder-only model has a decoder).
+        entry: ``before`` the embedding block's own position, token-type and LayerNorm step (what
+            ``inputs_embeds`` means in transformers), or ``after`` it.
+        placement: ``before-sequence``, or ``after-first-token`` (after a [CLS] or <s>).
+    """
+
+    vectors: Array
+    stack: Stack
+    entry: Entry = "before"
+    placement: Placement = "before-sequence"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vectors", frozen(self.vectors))
+        _require(self.vectors.ndim == 2 and min(self.vectors.shape) > 0, f"vectors: [P, H], not {self.vectors.shape}")
+        _require(self.stack in get_args(Stack), f"stack: {self.stack!r}")
+        _require(self.entry in get_args(Entry), f"entry: {self.entry!r}")
+        _require(self.placement in get_args(Placement), f"placement: {self.placement!r}")
+
+    @property
+    def length(self) -> int:
+        """P, the number of virtual tokens."""
+        return int(self.vectors.shape[0])
+
+    def arrays(self) -> Iterator[tuple[str, Array]]:
+        """All arrays with a name that is unique within the part."""
+        yield "vectors", self.vectors
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, InputPrompt):
+            return NotImplemented
+        return (self.stack, self.entry, self.placement) == (other.stack, other.entry, other.placement) and same_array(
+            self.vectors, other.vectors
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.stack, self.entry, self.placement, self.vectors.shape))
+
+
+@dataclass(frozen=True, eq=False)
+class KeyValue:
+    """The prefix of one attention layer: keys [K, P, D] and values [K, P, D], as they enter the dot product."""
+
+    keys: Array
+    values: Array
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "keys", frozen(self.keys))
+        object.__setattr__(self, "values", frozen(self.values))
+        shape = self.keys.shape
+        _require(self.keys.ndim == 3 and min(shape) > 0, f"keys: [K, P, D], not {shape}")
+        _require(self.values.shape == shape, f"values: {shape} like the keys, not {self.values.shape}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KeyValue):
+            return NotImplemented
+        return same_array(self.keys, other.keys) and same_array(self.values, other.values)
+
+    def __hash__(self) -> int:
+        return hash((self.keys.shape, self.keys.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class KeyValuePrefix:
+    """Keys and values that stand before the real ones in the attention of named layers.
+
+    Attributes:
+        site: ``self`` (self-attention of the decoder, or of a decoder-only model), ``encoder`` (self-attention of the
+            encoder, or of an encoder-only model) or ``cross`` (the decoder's attention to the encoder).
+        layers: layer number (from 0, within its stack) -> `KeyValue`. Layers may be left out, and may differ in K
+            and D; P is the same in all.
+    """
+
+    site: Site
+    layers: Mapping[int, KeyValue]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", FrozenMap(dict(sorted(self.layers.items()))))
+        _require(self.site in get_args(Site), f"site: {self.site!r}")
+        _require(len(self.layers) > 0, "layers: at least one")
+        _require(all(layer >= 0 for layer in self.layers), f"layers: numbered from 0, not {sorted(self.layers)}")
+        lengths = {pair.keys.shape[1] for pair in self.layers.values()}
+        _require(len(lengths) == 1, f"layers: one prefix length for all, not {sorted(lengths)}")
+
+    @property
+    def length(self) -> int:
+        """P, the number of virtual tokens."""
+        return int(next(iter(self.layers.values())).keys.shape[1])
+
+    def arrays(self) -> Iterator[tuple[str, Array]]:
+        """All arrays with a name that is unique within the part."""
+        for layer, pair in self.layers.items():
+            yield f"layers.{layer}.keys", pair.keys
+            yield f"layers.{layer}.values", pair.values
+
+    @classmethod
+    def from_flat(cls, site: Site, flat: Array, layers: tuple[int, ...], kv_heads: int, head_dim: int) -> KeyValuePrefix:
+        """Read the layout that nearly every toolkit shares.
+
+        Args:
+            flat: [P, 2·L·K·D] or anything that reshapes to it; the innermost order is layer, key before value, head,
+                channel (Li & Liang 2021, and after them PEFT, AdapterHub, P-tuning v2, ChatGLM).
+            layers: the L layer numbers, in the file's order.
+        """
+        pairs = np.asarray(flat).reshape(-1, len(layers), 2, kv_heads, head_dim).transpose(1, 2, 3, 0, 4)
+        return cls(site, {layer: KeyValue(pairs[i, 0], pairs[i, 1]) for i, layer in enumerate(layers)})
+
+    def flat(self) -> Array:
+        """[P, 2·L·K·D], the inverse of `from_flat` for the layers that are there, in rising order."""
+        pairs = np.stack([np.stack([pair.keys, pair.values]) for pair in self.layers.values()])
+        return np.ascontiguousarray(pairs.transpose(3, 0, 1, 2, 4)).reshape(self.length, -1)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, KeyValuePrefix):
+            return NotImplemented
+        return self.site == other.site and self.layers == other.layers
+
+    def __hash__(self) -> int:
+        return hash((self.site, tuple(self.layers)))
+
+
+Part: TypeAlias = InputPrompt | KeyValuePrefix
+
+
+@dataclass(frozen=True)
+class Positions:
+    """What toolkits leave unsaid, and what makes copied numbers compute another function.
+
+    Attributes:
+        start: stack -> where its first real token stands. A toolkit that seeds the cache, or puts vectors into the
+            sequence, *counts* the virtual tokens: the first real token stands at P. One that concatenates inside
+            attention does not: 0. Prefix keys carry no position of their own; with rotary positions the start is
+            therefore also the frame in which the keys are stored. A stack that is absent has no real tokens'
+            positions to speak of (only cross-attention is prefixed).
+        relative_bias: how a T5-like bias sees the prefix: ``plain`` (a real token i stands at start + i, virtual token
+            j at j) or ``skewed`` (AdapterHub's T5: queries count from 0, keys count the prefix, so that the bias
+            between real tokens, too, is shifted by P).
+        window: whether a sliding window drops virtual tokens that fell out of it (``slides``, as cache content does)
+            or they stay visible (``pinned``, as concatenation inside attention does).
+    """
+
+    start: Mapping[Stack, int] = field(default_factory=dict)
+    relative_bias: RelativeBias = "plain"
+    window: Window = "slides"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "start", FrozenMap(dict(sorted(self.start.items()))))
+        _require(all(stack in get_args(Stack) for stack in self.start), f"start: {dict(self.start)}")
+        _require(self.relative_bias in get_args(RelativeBias), f"relative_bias: {self.relative_bias!r}")
+        _require(self.window in get_args(Window), f"window: {self.window!r}")
+
+    def __hash__(self) -> int:
+        return hash((tuple(self.start.items()), self.relative_bias, self.window))
+
+
+@dataclass(frozen=True)
+class BaseId:
+    """For which base model a prompt was trained: its name as the file gives it, and its geometry, where known."""
+
+    name: str | None = None
+    geometry: Geometry | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Training:
+    """The parameterisation's own tensors, so that training can go on. Running a prompt needs none of it.
+
+    Attributes:
+        kind: a name from `softbridge.methods`.
+        settings: JSON values (activation, dropout, ...).
+        tensors: name -> array, as the kind documents it.
+    """
+
+    kind: str
+    settings: Mapping[str, Json]
+    tensors: Mapping[str, Array]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "settings", FrozenMap(dict(sorted(self.settings.items()))))
+        object.__setattr__(
+            self, "tensors", FrozenMap({name: frozen(self.tensors[name]) for name in sorted(self.tensors)})
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Training):
+            return NotImplemented
+        same_settings = self.kind == other.kind and self.settings == other.settings
+        return same_settings and _same_arrays(self.tensors, other.tensors)
+
+    def __hash__(self) -> int:
+        return hash((self.kind, tuple(self.tensors)))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Provenance: which toolkit wrote the file that a prompt was read from, and the digests of its files.
+
+    Attributes:
+        format: the name of the format.
+        details: what the file says of itself and softbridge has no other place for (toolkit version, unknown keys);
+            a writer of the same format gives it back.
+        digests: file name -> sha256, hexadecimal.
+    """
+
+    format: str
+    details: Mapping[str, Json] = field(default_factory=dict)
+    digests: Mapping[str, str] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "details", FrozenMap(self.details))
+        object.__setattr__(self, "digests", FrozenMap(self.digests))
+
+
+@dataclass(frozen=True, eq=False)
+class SoftPrompt:
+    """A trained soft prompt: everything that a model ever sees of it, and what is known beside.
+
+    Attributes:
+        parts: at least one.
+        positions: where real tokens stand; see `Positions`.
+        base: the base model that it was trained for.
+        head: tensors which ride along (a classifier), by name.
+        training: the parameterisation, when known.
+        origin: provenance. Not part of equality.
+    """
+
+    parts: tuple[Part, ...]
+    positions: Positions
+    base: BaseId = field(default_factory=BaseId)
+    head: Mapping[str, Array] = field(default_factory=dict)
+    training: Training | None = None
+    origin: Origin | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parts", tuple(self.parts))
+        object.__setattr__(self, "head", FrozenMap({name: frozen(a) for name, a in sorted(self.head.items())}))
+        _require(len(self.parts) > 0, "parts: at least one")
+        _require(len(self.prefixes) == len({p.site for p in self.prefixes}), "parts: one prefix per site")
+        _require(len(self.inputs) == len({p.stack for p in self.inputs}), "parts: one input prompt per stack")
+
+    @property
+    def prefixes(self) -> tuple[KeyValuePrefix, ...]:
+        return tuple(part for part in self.parts if isinstance(part, KeyValuePrefix))
+
+    @property
+    def inputs(self) -> tuple[InputPrompt, ...]:
+        return tuple(part for part in self.parts if isinstance(part, InputPrompt))
+
+    def prefix(self, site: Site) -> KeyValuePrefix | None:
+        return next((part for part in self.prefixes if part.site == site), None)
+
+    def counted(self) -> dict[Stack, int]:
+        """Where each stack's first real token stands if the virtual tokens are counted: stack -> P."""
+        lengths: dict[Stack, int] = {part.stack: part.length for part in self.inputs}
+        for part in self.prefixes:
+            if part.site != "cross":
+                stack = stack_of(part.site)
+                lengths[stack] = lengths.get(stack, 0) + part.length
+        return lengths
+
+    def arrays(self) -> Iterator[tuple[str, Array]]:
+        """Every array of parts, head and training, under a name that is unique and stable."""
+        for number, part in enumerate(self.parts):
+            for name, array in part.arrays():
+                yield f"parts.{number}.{name}", array
+        for name, array in self.head.items():
+            yield f"head.{name}", array
+        if self.training is not None:
+            for name, array in self.training.tensors.items():
+                yield f"training.{name}", array
+
+    def digest(self) -> str:
+        """sha256 over the canonical on-disk form without its provenance: equal prompts have equal digests."""
+        from softbridge.container import pack
+
+        return hashlib.sha256(pack(replace(self, origin=None))).hexdigest()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, SoftPrompt):
+            return NotImplemented
+        return (
+            self.parts == other.parts
+            and self.positions == other.positions
+            and self.base == other.base
+            and _same_arrays(self.head, other.head)
+            and self.training == other.training
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.parts, self.positions, self.base))

@@ -1,0 +1,35 @@
+"""Between NumPy and torch, bit for bit, bfloat16 included. The only place where the two meet."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def to_torch(array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor on the CPU with the array's values, in its own memory; converted to `dtype` if one is given."""
+    import torch
+
+    if array.dtype == BFLOAT16:
+        tensor = torch.from_numpy(np.array(array.view(np.uint16))).view(torch.bfloat16)
+    else:
+        tensor = torch.from_numpy(np.array(array))
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def from_torch(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """An array with the tensor's values, in its own memory."""
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return np.array(tensor.view(torch.uint16).numpy()).view(BFLOAT16)
+    return np.array(tensor.numpy())

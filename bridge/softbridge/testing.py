@@ -1,0 +1,89 @@
+"""Small models and prompts for tests, of this project and of third parties' plugins.
+
+Models are built in process from a configuration and a seed: no hub is ever asked. Weights and prompts are large, so
+that attention is far from uniform and a prompt that is dropped or shifted shows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from softbridge.base import BaseModel, build
+from softbridge.geometry import Geometry, Site, Stack, stack_of
+from softbridge.prompt import BaseId, InputPrompt, KeyValue, KeyValuePrefix, Part, Positions, SoftPrompt
+
+_DECODER = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+}
+
+#: Family -> settings of its smallest useful configuration. Sizes are all different, so that swapped axes show.
+TINY: dict[str, dict[str, Any]] = {
+    "gpt2": {"vocab_size": 96, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 128},
+    "llama": {**_DECODER, "num_key_value_heads": 2},
+    "qwen3": {**_DECODER, "num_key_value_heads": 2, "head_dim": 12},
+    "gpt_neox": {**_DECODER, "rotary_pct": 0.5},
+    "bert": {**_DECODER, "num_labels": 5},
+    "t5": {"vocab_size": 96, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 4, "num_decoder_layers": 4, "num_heads": 4},
+}
+
+
+def tiny_config(family: str, **changes: Any) -> Any:
+    """The configuration of the smallest useful model of a family (see `TINY`), with changes."""
+    from transformers import AutoConfig
+
+    settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **TINY[family], **changes}
+    if family == "t5":
+        settings.setdefault("decoder_start_token_id", 0)
+        settings.setdefault("tie_word_embeddings", False)
+    return AutoConfig.for_model(family, **settings)
+
+
+def tiny_model(family: str, dtype: Any = None, seed: int = 0, **changes: Any) -> Any:
+    """A model of that configuration with large random weights, eager attention, in `dtype` (float64 if None)."""
+    import torch
+
+    config = tiny_config(family, **changes)
+    return build(config, BaseModel(config).task, dtype or torch.float64, seed)
+
+
+def random_input_prompt(
+    geometry: Geometry, length: int = 5, *, stack: Stack | None = None, seed: int = 0, std: float = 0.8
+) -> SoftPrompt:
+    """An input prompt with random vectors [P, H] of float32, counted."""
+    stack = stack or ("decoder" if geometry.encoder is None else "encoder")
+    vectors = np.random.default_rng(seed).normal(0, std, (length, geometry.hidden)).astype(np.float32)
+    return SoftPrompt((InputPrompt(vectors, stack),), Positions({stack: length}), BaseId(None, geometry))
+
+
+def random_prefix(
+    geometry: Geometry,
+    length: int = 5,
+    *,
+    sites: tuple[Site, ...] | None = None,
+    positions: Positions | None = None,
+    seed: int = 0,
+    std: float = 0.8,
+) -> SoftPrompt:
+    """A prefix with random keys and values of float32 in all layers of some sites, counted unless told."""
+    generator = np.random.default_rng(seed)
+    sites = sites or (("encoder",) if geometry.decoder is None else ("self",))
+    parts: list[Part] = []
+    for site in sites:
+        shape = geometry.site(site)
+        if shape is None:
+            raise ValueError(f"{geometry.model_type} has no site {site!r}")
+        size = (shape.kv_heads, length, shape.head_dim)
+        layers = {
+            layer: KeyValue(*(generator.normal(0, std, size).astype(np.float32) for _ in range(2)))
+            for layer in range(shape.layers)
+        }
+        parts.append(KeyValuePrefix(site, layers))
+    start = {stack_of(site): length for site in sites if site != "cross"}
+    return SoftPrompt(tuple(parts), positions or Positions(start), BaseId(None, geometry))

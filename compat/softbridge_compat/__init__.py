@@ -1,0 +1,1 @@
+"""The only code that mentions versions of torch, transformers or the toolkits."""
