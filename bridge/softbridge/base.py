@@ -106,7 +106,9 @@ class BaseModel:
             return copy.deepcopy(self._model).to(dtype).eval()
         if self.name is None:
             raise BaseModelError(
-                "the base model was given as a configuration only", "a model with weights", "pass a directory or a model"
+                "the base model was given as a configuration only",
+                "a model with weights",
+                "pass a directory or a model",
             )
         try:
             model = auto_class(self.task).from_pretrained(self.name, dtype=dtype)
@@ -154,7 +156,10 @@ def build(config: Any, task: Task, dtype: Any, seed: int) -> Any:
 
     config = copy.deepcopy(config)
     config._attn_implementation = "eager"
-    model = auto_class(task).from_config(config)
+    if hasattr(config, "_experts_implementation"):
+        config._experts_implementation = "eager"  # grouped matrix products know no float64
+    with torch.random.fork_rng(devices=[]):  # the model's own initialisation, which is thrown away
+        model = auto_class(task).from_config(config)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):

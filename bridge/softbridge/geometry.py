@@ -141,8 +141,9 @@ def _optional_count(config: Any, *names: str) -> int | None:
 def _count(config: Any, *names: str) -> int:
     value = _optional_count(config, *names)
     if value is None:
+        family = getattr(config, "model_type", type(config).__name__)
         raise BaseModelError(
-            f"the configuration of {getattr(config, 'model_type', type(config).__name__)} has none of {', '.join(names)}",
+            f"the configuration of {family} has none of {', '.join(names)}",
             "a positive whole number under one of these names",
             "give --base a transformers configuration (config.json) of a text model",
         )

@@ -178,7 +178,9 @@ class KeyValuePrefix:
             yield f"layers.{layer}.values", pair.values
 
     @classmethod
-    def from_flat(cls, site: Site, flat: Array, layers: tuple[int, ...], kv_heads: int, head_dim: int) -> KeyValuePrefix:
+    def from_flat(
+        cls, site: Site, flat: Array, layers: tuple[int, ...], kv_heads: int, head_dim: int
+    ) -> KeyValuePrefix:
         """Read the layout that nearly every toolkit shares.
 
         Args:

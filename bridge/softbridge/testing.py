@@ -30,7 +30,15 @@ TINY: dict[str, dict[str, Any]] = {
     "qwen3": {**_DECODER, "num_key_value_heads": 2, "head_dim": 12},
     "gpt_neox": {**_DECODER, "rotary_pct": 0.5},
     "bert": {**_DECODER, "num_labels": 5},
-    "t5": {"vocab_size": 96, "d_model": 24, "d_kv": 8, "d_ff": 40, "num_layers": 4, "num_decoder_layers": 4, "num_heads": 4},
+    "t5": {
+        "vocab_size": 96,
+        "d_model": 24,
+        "d_kv": 8,
+        "d_ff": 40,
+        "num_layers": 4,
+        "num_decoder_layers": 4,
+        "num_heads": 4,
+    },
 }
 
 

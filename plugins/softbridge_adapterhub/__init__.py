@@ -1,1 +1,23 @@
-"""softbridge plugin."""
+"""AdapterHub (https://adapterhub.ml, package `adapters`): its files, and an engine that drives the toolkit itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from softbridge.hookspecs import Engine, Format, hookimpl
+
+
+@hookimpl
+def softbridge_formats() -> Sequence[Format]:
+    """One format: a directory as `save_adapter` writes it."""
+    from softbridge_adapterhub.format import FORMAT
+
+    return [FORMAT]
+
+
+@hookimpl
+def softbridge_engines() -> Sequence[Engine]:
+    """One engine: the toolkit, unmodified."""
+    from softbridge_adapterhub.engine import ENGINE
+
+    return [ENGINE]

@@ -1,1 +1,15 @@
-"""softbridge plugin."""
+"""Files of toolkits that are no longer developed: read, and written where that makes sense. One module each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from softbridge.hookspecs import Format, hookimpl
+
+
+@hookimpl
+def softbridge_formats() -> Sequence[Format]:
+    """The formats of this plugin."""
+    from softbridge_archive.google import FORMAT
+
+    return [FORMAT]

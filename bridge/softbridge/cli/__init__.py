@@ -1,1 +1,199 @@
-"""cli"""
+"""The command line. Prints and exits; nothing below it does.
+
+Exit status: 0 done, or the same; 1 different; 2 refused, or could not be judged (the message says what was found, what
+was expected and what to do).
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from softbridge.cli.tables import (
+    certificate_table,
+    engines_table,
+    formats_table,
+    inspection,
+    plugins_table,
+    prompt_table,
+    steps_table,
+)
+from softbridge.errors import SoftbridgeError
+
+if TYPE_CHECKING:
+    from softbridge.verification import Certificate
+
+app = typer.Typer(
+    help="Translate soft prompts between toolkits, and prove that the outputs are the same.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+REFUSED = 2
+
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="The base model: a directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of a table.")]
+
+
+def _out() -> Console:
+    return Console(width=None if Console().is_terminal else 120)
+
+
+def _refuse(error: SoftbridgeError) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(f"[bold red]refused:[/] {escape(str(error))}", highlight=False)
+    raise typer.Exit(REFUSED)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, sort_keys=True))
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A file or a directory.")],
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """What is this file, for which base model, and is it healthy?"""
+    try:
+        found = inspection(path, base)
+    except SoftbridgeError as error:
+        _refuse(error)
+    if as_json:
+        _print_json(found)
+    else:
+        _out().print(prompt_table(found))
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The checkpoint to read.")],
+    target: Annotated[Path, typer.Argument(help="The directory (or file, for formats of one file) to write.")],
+    to: Annotated[str, typer.Option("--to", help="The format to write.", metavar="FORMAT")],
+    base: Base = None,
+    source_format: Annotated[
+        str | None, typer.Option("--from", help="The format to read, if it is not recognised.", metavar="FORMAT")
+    ] = None,
+    accept: Annotated[
+        list[str] | None, typer.Option("--accept", help="Accept a condition by name; may be repeated.", metavar="NAME")
+    ] = None,
+    verify: Annotated[bool, typer.Option("--verify", help="Prove that source and target are the same.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a checkpoint to another toolkit's format. Refuses whatever would compute another function."""
+    from softbridge.conversion import convert as run
+
+    try:
+        report = run(
+            source,
+            target,
+            to,
+            base,
+            format=source_format,
+            accept=accept or (),
+            verify=verify,
+            overwrite=overwrite,
+        )
+    except SoftbridgeError as error:
+        _refuse(error)
+    if as_json:
+        _print_json(
+            {
+                "source": {"path": str(report.source.path), "format": report.source.format.name},
+                "target": {"path": str(report.path), "format": report.target},
+                "steps": [vars(step) for step in report.steps],
+                "certificate": None if report.certificate is None else report.certificate.to_json(),
+            }
+        )
+        return
+    console = _out()
+    console.print(
+        f"{report.source.format.name} {report.source.path} -> {report.target} [bold]{report.path}[/]", highlight=False
+    )
+    console.print(steps_table(report.steps))
+    if report.certificate is not None:
+        console.print(certificate_table(report.certificate))
+
+
+@app.command()
+def verify(
+    a: Annotated[Path, typer.Argument(help="The reference.")],
+    b: Annotated[Path, typer.Argument(help="What is compared with it.")],
+    base: Annotated[
+        str, typer.Option("--base", help="A directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG")
+    ],
+    weights: Annotated[
+        bool, typer.Option("--weights", help="Use the base model's own weights, not random ones of its structure.")
+    ] = False,
+    dtype: Annotated[str, typer.Option("--dtype", help="The working precision, beside float64.")] = "float32",
+    seed: Annotated[int, typer.Option("--seed", help="Of texts and random weights.")] = 0,
+    as_json: AsJson = False,
+) -> None:
+    """Do two checkpoints compute the same function? Exit status 0 same, 1 different, 2 could not be judged."""
+    from softbridge.verification import verify as run
+
+    try:
+        certificate: Certificate = run(a, b, base, weights=weights, dtype=dtype, seed=seed)
+    except SoftbridgeError as error:
+        _refuse(error)
+    if as_json:
+        _print_json(certificate.to_json())
+    else:
+        _out().print(certificate_table(certificate))
+    raise typer.Exit(certificate.exit_status)
+
+
+@app.command()
+def formats(as_json: AsJson = False) -> None:
+    """List the formats that are installed."""
+    _list(formats_table, as_json)
+
+
+@app.command()
+def engines(as_json: AsJson = False) -> None:
+    """List the engines, and why one cannot be used here."""
+    _list(engines_table, as_json)
+
+
+@app.command()
+def plugins(as_json: AsJson = False) -> None:
+    """List what each plugin brings."""
+    _list(plugins_table, as_json)
+
+
+def _list(make: Any, as_json: bool) -> None:
+    try:
+        table, rows = make()
+    except SoftbridgeError as error:
+        _refuse(error)
+    if as_json:
+        _print_json(rows)
+    else:
+        _out().print(table)
+
+
+@app.command()
+def demo(
+    source: Annotated[str, typer.Option("--from", help="The engine that trains.", metavar="ENGINE")] = "native",
+    target: Annotated[str, typer.Option("--to", help="The format to convert to.", metavar="FORMAT")] = "softbridge",
+    directory: Annotated[
+        Path | None, typer.Option("--directory", help="Where to keep the files; a temporary folder if left out.")
+    ] = None,
+) -> None:
+    """The whole job on a tiny Llama built in process: train a prefix, convert it, run both, and compare."""
+    from softbridge.cli.demo import run
+
+    try:
+        raise typer.Exit(run(source, target, directory, _out()))
+    except SoftbridgeError as error:
+        _refuse(error)

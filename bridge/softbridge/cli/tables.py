@@ -1,0 +1,182 @@
+"""What the command line shows, as rich tables and as plain rows for ``--json``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Group
+from rich.markup import escape
+from rich.table import Table
+from rich.text import Text
+
+from softbridge.errors import BaseModelError
+from softbridge.prompt import InputPrompt, SoftPrompt
+from softbridge.registry import engines, formats, owners
+from softbridge.untrusted import Files
+
+if TYPE_CHECKING:
+    from softbridge.lower import Step
+    from softbridge.verification import Certificate
+
+Rows = list[dict[str, Any]]
+
+
+def _table(*headings: str) -> Table:
+    table = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in headings:
+        table.add_column(heading, overflow="fold")
+    return table
+
+
+def formats_table() -> tuple[Table, Rows]:
+    """What `softbridge formats` shows."""
+    table, rows = _table("format", "what", "input prompts", "prefixes", "real tokens stand at"), []
+    for name, form in formats().items():
+        able = form.capabilities
+        inputs = sorted({f"{stack} {entry}" for stack, entry, _ in able.inputs})
+        start = {"counted": "P", "zero": "0", None: "any"}[able.prefix_start]
+        table.add_row(name, form.summary, ", ".join(inputs) or "-", ", ".join(sorted(able.prefix_sites)) or "-", start)
+        rows.append({"name": name, "summary": form.summary, "inputs": inputs, "prefixes": sorted(able.prefix_sites)})
+    return table, rows
+
+
+def engines_table() -> tuple[Table, Rows]:
+    """What `softbridge engines` shows."""
+    table, rows = _table("engine", "what", "here"), []
+    for name, engine in engines().items():
+        reason = engine.unavailable()
+        table.add_row(name, engine.summary, "yes" if reason is None else f"no: {reason}")
+        rows.append({"name": name, "summary": engine.summary, "unavailable": reason})
+    return table, rows
+
+
+def plugins_table() -> tuple[Table, Rows]:
+    """What `softbridge plugins` shows."""
+    table, rows = _table("plugin", "hook", "brings"), []
+    for hook, brought in owners().items():
+        for owner in sorted(set(brought.values())):
+            names = [name for name, by in brought.items() if by == owner]
+            table.add_row(owner, hook, ", ".join(names))
+            rows.append({"plugin": owner, "hook": hook, "brings": names})
+    return table, rows
+
+
+def inspection(path: Path, base: str | None) -> dict[str, Any]:
+    """What can be said of a file; without its base model, if it can only be understood with it."""
+    from softbridge.conversion import read, recognise
+
+    files = Files(path)
+    form = recognise(files)
+    found: dict[str, Any] = {"path": str(path), "format": form.name, "files": {}, "needs_base": None}
+    for name in files.names:
+        found["files"][name] = {"sha256": files.digest(name)}
+    try:
+        prompt = read(path, base).prompt
+    except BaseModelError as error:
+        if base is not None:
+            raise
+        found["needs_base"] = error.found
+        return found
+    return {**found, **_describe(prompt)}
+
+
+def _describe(prompt: SoftPrompt) -> dict[str, Any]:
+    parts = []
+    for part in prompt.parts:
+        arrays = [array for _, array in part.arrays()]
+        numbers = {
+            "length": part.length,
+            "shape": list(arrays[0].shape),
+            "dtype": str(arrays[0].dtype),
+            "std": float(sum(float(a.astype("float64").var()) for a in arrays) / len(arrays)) ** 0.5,
+            "largest": max(float(abs(a.astype("float64")).max()) for a in arrays),
+        }
+        where: dict[str, Any]
+        if isinstance(part, InputPrompt):
+            where = {"kind": "input", "stack": part.stack, "entry": part.entry, "placement": part.placement}
+        else:
+            where = {"kind": "prefix", "site": part.site, "layers": list(part.layers)}
+        parts.append({**where, **numbers})
+    return {
+        "base": prompt.base.name,
+        "parts": parts,
+        "positions": {
+            "start": dict(prompt.positions.start),
+            "relative_bias": prompt.positions.relative_bias,
+            "window": prompt.positions.window,
+        },
+        "head": sorted(prompt.head),
+        "training": None if prompt.training is None else prompt.training.kind,
+        "digest": prompt.digest(),
+    }
+
+
+def prompt_table(found: dict[str, Any]) -> Group:
+    """What `softbridge inspect` shows of an `inspection`."""
+    head = _table("format", "base model", "files")
+    head.add_row(found["format"], found.get("base") or "not recorded", ", ".join(found["files"]))
+    if found["needs_base"]:
+        return Group(head, Text(f"give --base to see more: {found['needs_base']}"))
+    parts = _table("part", "where", "virtual tokens", "shape", "dtype", "std", "largest")
+    for part in found["parts"]:
+        if part["kind"] == "input":
+            what, where = "input prompt", f"{part['stack']}, {part['entry']} the embedding block, {part['placement']}"
+        else:
+            layers = part["layers"]
+            whole = layers == list(range(len(layers)))
+            where = f"{part['site']}, {len(layers)} layers" if whole else f"{part['site']}, layers {layers}"
+            what = "key/value prefix"
+        shape = "x".join(map(str, part["shape"]))
+        parts.add_row(
+            what, where, str(part["length"]), shape, part["dtype"], f"{part['std']:.3g}", f"{part['largest']:.3g}"
+        )
+    start = ", ".join(f"{stack} {position}" for stack, position in found["positions"]["start"].items())
+    facts = [f"the first real token stands at: {start or 'no stack is moved'}"]
+    if found["training"]:
+        facts.append(f"training can go on: {found['training']} reparameterisation")
+    if found["head"]:
+        facts.append(f"head: {', '.join(found['head'])}")
+    return Group(head, parts, *(Text(fact) for fact in facts))
+
+
+def steps_table(steps: Sequence[Step]) -> Table | Text:
+    """What lowering did."""
+    if not steps:
+        return Text("nothing had to be changed: the target expresses the same numbers")
+    table = _table("step", "exactness", "what it means")
+    for step in steps:
+        table.add_row(step.name, step.exactness, step.note)
+    return table
+
+
+def certificate_table(certificate: Certificate) -> Group:
+    """A certificate for a person."""
+    bound = f"bound {certificate.bound:.0e}"
+    if certificate.islands:
+        bound += f": the model computes in float32 inside {', '.join(certificate.islands)}"
+    sides = _table("", "files", "run by")
+    for label, side in (("source", certificate.source), ("target", certificate.target)):
+        sides.add_row(label, escape(side.path), side.engine + (f" ({side.instead_of})" if side.instead_of else ""))
+    effects = _table("relative to the largest logit", "float64", certificate.dtype, "")
+    for fault in certificate.faults:
+        name = "the prompt's effect (dropped)" if fault.name == "dropped" else f"fault: {fault.name}"
+        effects.add_row(name, f"{fault.moved:.1e}", "", "noticed" if fault.noticed else "not noticed")
+    if certificate.naive is not None:
+        effects.add_row("copied as it is", f"{certificate.naive:.1e}", "", "another function")
+    for figure in certificate.figures:
+        if figure.probe == "greedy":
+            shown = ["the same tokens" if value == 0 else "other tokens" for value in (figure.float64, figure.working)]
+        else:
+            shown = [f"{figure.float64:.1e}", f"{figure.working:.1e}"]
+        effects.add_row(f"difference: {figure.probe}", *shown, figure.note if not figure.judged else "")
+    verdict = {
+        "bitwise": "the same, bit for bit",
+        "exact": "the same function",
+        "different": "DIFFERENT",
+        "insensitive": "could not be judged: the outputs do not depend on the prompt",
+    }[certificate.verdict]
+    base = Text(f"base: {certificate.base or certificate.geometry.model_type}; weights: {certificate.weights}; {bound}")
+    return Group(sides, effects, base, Text(f"verdict: {verdict}", style="bold"))

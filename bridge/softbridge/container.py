@@ -1,0 +1,328 @@
+"""softbridge's own file form: a soft prompt in one safetensors file.
+
+**The file.** A safetensors file whose metadata has one entry, ``softbridge``, a JSON object; every array of the prompt
+is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The same prompt is always the same bytes.
+
+**The description**, all keys required:
+
+- ``version``: 1.
+- ``parts``: a list. The part at place n is one of
+  ``{"kind": "input", "stack": "encoder" | "decoder", "entry": "before" | "after",
+  "placement": "before-sequence" | "after-first-token"}``, with the tensor ``parts.n.vectors`` [P, H], or
+  ``{"kind": "prefix", "site": "self" | "encoder" | "cross", "layers": [numbers, rising]}``, with the tensors
+  ``parts.n.layers.l.keys`` and ``parts.n.layers.l.values`` [K, P, D] for every layer l.
+- ``positions``: ``{"start": {stack: number}, "relative_bias": "plain" | "skewed", "window": "slides" | "pinned"}``.
+- ``base``: ``{"name": text | null, "geometry": null | {"model_type", "hidden", "vocabulary", "encoder", "decoder"}}``,
+  where a stack is null or ``{"layers", "heads", "kv_heads", "head_dim", "window": number | null}``.
+- ``head``: names, sorted; ``head.NAME`` is the tensor.
+- ``training``: null or ``{"kind": text, "settings": {...}, "tensors": names, sorted}``; the tensors are
+  ``training.NAME``.
+- ``origin``: null or ``{"format": text, "details": {...}, "digests": {file: sha256}}``.
+- ``digest``: sha256, hexadecimal, over the JSON of ``[description without digest, [[name, dtype, shape], ...]]`` (the
+  tensors sorted by name, dtypes in safetensors' words), followed by the bytes of the tensors in that order. Numbers
+  with one bit turned are another function, and nothing else would show it.
+
+**The tensors** are the ones named above and no others, little-endian, in row order, finite, of any dtype of
+F64 F32 F16 BF16 I64 I32 I16 I8 U64 U32 U16 U8 BOOL.
+
+Why a form of its own: no toolkit's files say where the real tokens' positions start, or keep the training's own tensors
+beside what they make. A reader needs a safetensors library and this page.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any, TypeVar, cast
+
+from softbridge.errors import CheckpointError, OutputError
+from softbridge.geometry import Geometry, StackGeometry
+from softbridge.prompt import (
+    Array,
+    BaseId,
+    InputPrompt,
+    KeyValue,
+    KeyValuePrefix,
+    Origin,
+    Part,
+    Positions,
+    SoftPrompt,
+    Training,
+)
+from softbridge.untrusted import DTYPE_CODES, Files, little_endian, parse_json, safetensors_bytes
+
+Made = TypeVar("Made")
+
+KEY = "softbridge"
+VERSION = 1
+
+_FIELDS = {"version", "parts", "positions", "base", "head", "training", "origin", "digest"}
+
+
+def pack(prompt: SoftPrompt) -> bytes:
+    """The file of a prompt: the same bytes for the same prompt, in every process and on every machine.
+
+    Raises:
+        OutputError: a setting or a detail is no JSON value, or an array is of a dtype that no format holds.
+    """
+    arrays = {name: little_endian(name, array) for name, array in prompt.arrays()}
+    description = _describe(prompt)
+    try:
+        description["digest"] = _digest(description, arrays)
+    except (TypeError, ValueError) as error:
+        raise OutputError(
+            f"the prompt's training settings or details of origin cannot be written as JSON: {error}",
+            "texts, finite numbers, truth values, lists and dictionaries",
+            "convert the values before saving",
+        ) from error
+    return safetensors_bytes(arrays, {KEY: _canonical(description)})
+
+
+def unpack(files: Files, name: str) -> SoftPrompt:
+    """The prompt in a file.
+
+    Raises:
+        CheckpointError: the file is no such file, or is damaged. All that is wrong is in the one error.
+    """
+    metadata = files.metadata(name)
+    if metadata.keys() != {KEY}:
+        raise _damaged(files, name, [f"metadata with the keys {sorted(metadata)!r:.200}, not only '{KEY}'"])
+    description = parse_json(metadata[KEY].encode("utf-8"), f"{name}, metadata")
+    version = description.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise CheckpointError(
+            f"{name}: a softbridge file of version {version!r:.40}",
+            f"version {VERSION}",
+            "read it with the softbridge that wrote it, or update this one",
+        )
+    arrays = files.tensors(name)
+    reader = _Reader(description, arrays)
+    prompt = reader.prompt()
+    if description.get("digest") != _digest(description, arrays):
+        reader.problems.append("digest: not that of this description and these tensors")
+    if prompt is None or reader.problems:
+        raise _damaged(files, name, reader.problems)
+    return prompt
+
+
+def _damaged(files: Files, name: str, problems: list[str]) -> CheckpointError:
+    return CheckpointError(
+        f"{files.path}, {name}: no sound softbridge file: " + "; ".join(sorted(set(problems))),
+        f"a softbridge file of version {VERSION}, as softbridge wrote it",
+        "get the file again from where it came from, or convert the prompt again",
+    )
+
+
+def _canonical(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+
+
+def _digest(description: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
+    plain = {name: value for name, value in description.items() if name != "digest"}
+    names = sorted(arrays)
+    tensors = [[name, DTYPE_CODES[arrays[name].dtype], arrays[name].shape] for name in names]
+    state = hashlib.sha256(_canonical([plain, tensors]).encode("ascii"))
+    for name in names:
+        state.update(arrays[name].tobytes())
+    return state.hexdigest()
+
+
+def _describe(prompt: SoftPrompt) -> dict[str, Any]:
+    training, origin = prompt.training, prompt.origin
+    return {
+        "version": VERSION,
+        "parts": [_describe_part(part) for part in prompt.parts],
+        "positions": {
+            "start": dict(prompt.positions.start),
+            "relative_bias": prompt.positions.relative_bias,
+            "window": prompt.positions.window,
+        },
+        "base": {
+            "name": prompt.base.name,
+            "geometry": None if prompt.base.geometry is None else asdict(prompt.base.geometry),
+        },
+        "head": list(prompt.head),
+        "training": None
+        if training is None
+        else {"kind": training.kind, "settings": dict(training.settings), "tensors": list(training.tensors)},
+        "origin": None
+        if origin is None
+        else {"format": origin.format, "details": dict(origin.details), "digests": dict(origin.digests)},
+    }
+
+
+def _describe_part(part: Part) -> dict[str, Any]:
+    if isinstance(part, InputPrompt):
+        return {"kind": "input", "stack": part.stack, "entry": part.entry, "placement": part.placement}
+    return {"kind": "prefix", "site": part.site, "layers": list(part.layers)}
+
+
+class _Reader:
+    """Builds a prompt from a description and tensors, and collects all that is wrong instead of stopping at the first.
+
+    Whether words and shapes are right is asked of the prompt's own classes: there is one place that knows.
+    """
+
+    def __init__(self, description: Mapping[str, Any], arrays: Mapping[str, Array]) -> None:
+        self.description = description
+        self.left = dict(arrays)
+        self.problems: list[str] = []
+
+    def prompt(self) -> SoftPrompt | None:
+        where = self.fields(self.description, "description", _FIELDS)
+        parts = [self.part(number, part) for number, part in enumerate(self.items(where["parts"], "parts"))]
+        positions = self.build("positions", Positions, self.positions(where["positions"]))
+        base = self.base(where["base"])
+        head = {name: self.take(f"head.{name}") for name in self.names(where["head"], "head")}
+        training = None if where["training"] is None else self.training(where["training"])
+        origin = None if where["origin"] is None else self.origin(where["origin"])
+        self.problems += [f"unexpected tensor '{name}'" for name in self.left]
+        if self.problems:
+            return None
+        return self.build(
+            "description",
+            SoftPrompt,
+            {
+                "parts": tuple(parts),
+                "positions": positions,
+                "base": base,
+                "head": head,
+                "training": training,
+                "origin": origin,
+            },
+        )
+
+    def part(self, number: int, value: Any) -> Part | None:
+        here = f"parts.{number}"
+        kind = value.get("kind") if isinstance(value, dict) else None
+        if kind == "input":
+            fields = self.fields(value, here, {"kind", "stack", "entry", "placement"})
+            vectors = self.take(f"{here}.vectors")
+            del fields["kind"]
+            return None if vectors is None else self.build(here, InputPrompt, {**fields, "vectors": vectors})
+        if kind == "prefix":
+            fields = self.fields(value, here, {"kind", "site", "layers"})
+            numbers = self.items(fields["layers"], f"{here}.layers")
+            if not all(map(_is_count, numbers)) or numbers != sorted(set(numbers)):
+                self.problems.append(f"{here}.layers: {numbers!r:.80}, not rising numbers from 0")
+                return None
+            layers = {layer: self.layer(f"{here}.layers.{layer}") for layer in numbers}
+            if None in layers.values():
+                return None
+            return self.build(here, KeyValuePrefix, {"site": fields["site"], "layers": layers})
+        self.problems.append(f"{here}: neither an input prompt nor a prefix: {value!r:.80}")
+        return None
+
+    def layer(self, here: str) -> KeyValue | None:
+        keys, values = self.take(f"{here}.keys"), self.take(f"{here}.values")
+        if keys is None or values is None:
+            return None
+        return self.build(here, KeyValue, {"keys": keys, "values": values})
+
+    def positions(self, value: Any) -> dict[str, Any]:
+        fields = self.fields(value, "positions", {"start", "relative_bias", "window"})
+        start = self.fields(fields["start"], "positions.start", None)
+        self.problems += [
+            f"positions.start.{stack:.40}: {place!r:.40}, not a number from 0"
+            for stack, place in start.items()
+            if not _is_count(place)
+        ]
+        return {**fields, "start": start}
+
+    def base(self, value: Any) -> BaseId:
+        fields = self.fields(value, "base", {"name", "geometry"})
+        if fields["geometry"] is None:
+            return BaseId(self.text(fields["name"], "base.name", optional=True))
+        here = "base.geometry"
+        shape = self.fields(fields["geometry"], here, {"model_type", "hidden", "vocabulary", "encoder", "decoder"})
+        stacks = {name: self.stack(shape[name], f"{here}.{name}") for name in ("encoder", "decoder")}
+        geometry = Geometry(
+            cast("str", self.text(shape["model_type"], f"{here}.model_type")),
+            self.count(shape["hidden"], f"{here}.hidden"),
+            self.count(shape["vocabulary"], f"{here}.vocabulary"),
+            **stacks,
+        )
+        return BaseId(self.text(fields["name"], "base.name", optional=True), geometry)
+
+    def stack(self, value: Any, here: str) -> StackGeometry | None:
+        if value is None:
+            return None
+        counts = ("layers", "heads", "kv_heads", "head_dim")
+        fields = self.fields(value, here, {*counts, "window"})
+        window = fields["window"]
+        return StackGeometry(
+            **{name: self.count(fields[name], f"{here}.{name}") for name in counts},
+            window=None if window is None else self.count(window, f"{here}.window"),
+        )
+
+    def training(self, value: Any) -> Training | None:
+        fields = self.fields(value, "training", {"kind", "settings", "tensors"})
+        kind = self.text(fields["kind"], "training.kind")
+        settings = self.fields(fields["settings"], "training.settings", None)
+        tensors = {n: self.take(f"training.{n}") for n in self.names(fields["tensors"], "training.tensors")}
+        if kind is None or any(tensor is None for tensor in tensors.values()):
+            return None
+        return self.build("training", Training, {"kind": kind, "settings": settings, "tensors": tensors})
+
+    def origin(self, value: Any) -> Origin | None:
+        fields = self.fields(value, "origin", {"format", "details", "digests"})
+        form = self.text(fields["format"], "origin.format")
+        details = self.fields(fields["details"], "origin.details", None)
+        digests = self.fields(fields["digests"], "origin.digests", None)
+        for file, digest in digests.items():
+            self.text(digest, f"origin.digests.{file:.40}")
+        return None if form is None else Origin(form, details, digests)
+
+    def take(self, name: str) -> Array | None:
+        array = self.left.pop(name, None)
+        if array is None:
+            self.problems.append(f"missing tensor '{name:.200}'")
+        return array
+
+    def build(self, here: str, make: Callable[..., Made], fields: Mapping[str, Any]) -> Made | None:
+        try:
+            return make(**fields)
+        except (TypeError, ValueError) as error:  # TypeError: an unhashable value where a word is asked for
+            self.problems.append(f"{here}: {error!s:.200}")
+            return None
+
+    def fields(self, value: Any, here: str, names: set[str] | None) -> dict[str, Any]:
+        """The object's fields: exactly `names`, or any if None. What is missing is None, and a problem."""
+        if not isinstance(value, dict):
+            self.problems.append(f"{here}: {type(value).__name__}, not an object")
+            value = {}
+        elif names is not None:
+            self.problems += [f"{here}: no '{name}'" for name in names - value.keys()]
+            self.problems += [f"{here}: unexpected '{name:.40}'" for name in value.keys() - names]
+        return dict.fromkeys(names or ()) | {n: v for n, v in value.items() if names is None or n in names}
+
+    def items(self, value: Any, here: str) -> list[Any]:
+        if isinstance(value, list):
+            return value
+        self.problems.append(f"{here}: {type(value).__name__}, not a list")
+        return []
+
+    def names(self, value: Any, here: str) -> list[str]:
+        names = self.items(value, here)
+        if all(isinstance(name, str) for name in names) and names == sorted(set(names)):
+            return names
+        self.problems.append(f"{here}: {names!r:.80}, not names, sorted, each once")
+        return []
+
+    def text(self, value: Any, here: str, *, optional: bool = False) -> str | None:
+        if not isinstance(value, str) and not (optional and value is None):
+            self.problems.append(f"{here}: {type(value).__name__}, not a text")
+            return None
+        return value
+
+    def count(self, value: Any, here: str) -> int:
+        if not _is_count(value) or value == 0:
+            self.problems.append(f"{here}: {value!r:.40}, not a positive number")
+            return 0
+        return cast("int", value)
+
+
+def _is_count(value: object) -> bool:
+    return type(value) is int and value >= 0

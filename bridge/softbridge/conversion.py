@@ -1,0 +1,325 @@
+"""Read, lower, write: the main job, and the manifest that travels beside written files.
+
+What a file form has no place for (where real tokens stand, which conditions were accepted) goes into the manifest
+``softbridge.json`` beside the files. Toolkits ignore it; softbridge reads it back and its engines act on it. It holds a
+digest of every file, so that a manifest left beside other files is noticed and not believed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from softbridge import untrusted
+from softbridge.base import BaseModel
+from softbridge.errors import BaseModelError, CheckpointError, OutputError, UnknownFormatError
+from softbridge.geometry import Geometry
+from softbridge.hookspecs import Format
+from softbridge.lower import Lowering, Step, Target, check_fits, lower, native_positions
+from softbridge.prompt import BaseId, Origin, Positions, SoftPrompt, same_array
+from softbridge.registry import format_named, formats
+
+if TYPE_CHECKING:
+    from softbridge.verification import Certificate
+
+MANIFEST = "softbridge.json"
+MANIFEST_VERSION = 1
+CERTIFICATE = "certificate.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A prompt with the format and the files that it was read from."""
+
+    prompt: SoftPrompt
+    format: Format
+    path: Path
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did.
+
+    Attributes:
+        source: what was read.
+        target: name of the format that was written.
+        path: the directory or file that was written.
+        lowering: the prompt as it was written, and the steps that led to it.
+        certificate: what verification found, if it was asked for.
+    """
+
+    source: Loaded
+    target: str
+    path: Path
+    lowering: Lowering
+    certificate: Certificate | None = None
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        return self.lowering.steps
+
+
+def recognise(files: untrusted.Files) -> Format:
+    """The one format that the files are of, judged by their content.
+
+    Raises:
+        UnknownFormatError: none recognises them, or more than one does.
+    """
+    matches = [form for form in formats().values() if form.sniff(files)]
+    if len(matches) == 1:
+        return matches[0]
+    listing = ", ".join(files.names[:8]) + (", ..." if len(files.names) > 8 else "")
+    if matches:
+        raise UnknownFormatError(
+            f"{files.path} ({listing}) is recognised by several formats: {', '.join(form.name for form in matches)}",
+            "files of one format",
+            "name the format: --from FORMAT (format=... in Python)",
+        )
+    raise UnknownFormatError(
+        f"{files.path} ({listing or 'empty'}) is in no known format",
+        f"files of one of these formats: {', '.join(formats())}",
+        "check the path; 'softbridge formats' lists what is installed",
+    )
+
+
+def read(path: str | Path, base: Any = None, format: str | None = None) -> Loaded:
+    """Read a soft prompt of any known format, recognised by content unless named.
+
+    Args:
+        path: a file or a directory.
+        base: whatever `BaseModel.resolve` takes. Needed where the files alone do not say for which stack or which
+            attention their numbers are; if given, the prompt is checked against it.
+        format: the name of the format.
+
+    Raises:
+        CheckpointError: the files are malformed, incomplete or hostile.
+        UnknownFormatError: no format recognises them.
+        BaseModelError: the base model is needed and missing, or the prompt does not fit it.
+    """
+    files = untrusted.Files(path)
+    form = format_named(format) if format is not None else recognise(files)
+    return _read(files, form, None if base is None else BaseModel.resolve(base).geometry)
+
+
+def _read(files: untrusted.Files, form: Format, geometry: Geometry | None) -> Loaded:
+    prompt = form.read(files, geometry)
+    if geometry is not None:
+        recorded = prompt.base.geometry
+        if recorded is not None and not _same_attention(recorded, geometry):
+            raise BaseModelError(
+                f"the file records another base model: {recorded}",
+                f"the base model that was given: {geometry}",
+                "check --base",
+            )
+        check_fits(prompt, geometry)
+        prompt = replace(prompt, base=replace(prompt.base, geometry=geometry))
+    if MANIFEST in files:
+        prompt = replace(prompt, positions=_positions_of(files, form))
+    digests = {name: files.digest(name) for name in files.names}
+    origin = prompt.origin if prompt.origin is not None else Origin(form.name)
+    return Loaded(replace(prompt, origin=replace(origin, digests=digests)), form, files.path)
+
+
+def load(path: str | Path, base: Any = None, format: str | None = None) -> SoftPrompt:
+    """The soft prompt in a file or directory; see `read` for arguments and errors."""
+    return read(path, base, format).prompt
+
+
+def save(
+    prompt: SoftPrompt,
+    path: str | Path,
+    format: str,
+    base: Any = None,
+    *,
+    accept: Collection[str] = (),
+    overwrite: bool = False,
+) -> Lowering:
+    """Lower a prompt to a format and write it: a directory, or one file if the path has that file's suffix.
+
+    The output appears whole or not at all; it is read back and compared before it does.
+
+    Args:
+        accept: names of the conditions that the caller accepts (see `LoweringError`).
+
+    Raises:
+        LoweringError: the format cannot express the prompt as the same function; nothing is written.
+        OutputError: the path is taken, or cannot be written.
+    """
+    resolved = None if base is None else BaseModel.resolve(base)
+    form = format_named(format)
+    lowering, content = _prepare(prompt, form, resolved, accept)
+    _write(Path(path), content, lowering, form, overwrite)
+    return lowering
+
+
+def convert(
+    source: str | Path,
+    target: str | Path,
+    to: str,
+    base: Any = None,
+    *,
+    format: str | None = None,
+    accept: Collection[str] = (),
+    verify: bool = False,
+    overwrite: bool = False,
+) -> Report:
+    """Convert a checkpoint to another format, and prove on request that it computes the same function.
+
+    Args:
+        source: what to read.
+        target: where to write: a directory, or a file for formats of one file.
+        to: name of the format to write.
+        base: the base model; see `read`. Needed for `verify`.
+        format: name of the source's format, recognised by content if None.
+        accept: names of accepted conditions.
+        verify: run both through their own toolkits where installed, write the certificate beside the files, and write
+            nothing if they differ.
+        overwrite: replace an existing target.
+
+    Raises:
+        SoftbridgeError: see `read`, `save` and `softbridge.verify`. Nothing is written.
+    """
+    from softbridge.verification import verify_prompts
+
+    resolved = None if base is None else BaseModel.resolve(base)
+    loaded = read(source, resolved, format)
+    form = format_named(to)
+    lowering, content = _prepare(loaded.prompt, form, resolved, accept)
+    certificate = None
+    if verify:
+        if resolved is None:
+            raise BaseModelError(
+                "verification was asked for without a base model",
+                "the base model's configuration, directory or hub id",
+                "give it with --base (base=... in Python)",
+            )
+        naive = replace(loaded.prompt, positions=native_positions(loaded.prompt, form.capabilities))
+        written = {name: _sha256(data) for name, data in content.items()}
+        certificate = verify_prompts(
+            (str(loaded.path), loaded.prompt, loaded.format.engine),
+            (str(target), replace(lowering.prompt, origin=Origin(form.name, digests=written)), form.engine),
+            resolved,
+            naive=naive if naive.positions != lowering.prompt.positions or _turned(lowering) else None,
+        )
+        if not certificate.same:
+            raise OutputError(
+                f"verification found the converted prompt {certificate.verdict}: {certificate.summary()}",
+                "the same outputs from source and target",
+                "report this as a defect of softbridge, with the two files; nothing was written",
+            )
+        if not _is_file(Path(target), content):
+            content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
+    _write(Path(target), content, lowering, form, overwrite, loaded)
+    return Report(loaded, to, Path(target), lowering, certificate)
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _turned(lowering: Lowering) -> bool:
+    return any(step.name == "rotate" for step in lowering.steps)
+
+
+def _same_attention(a: Geometry, b: Geometry) -> bool:
+    """Whether a prompt for one fits the other; a vocabulary may have been resized."""
+    return replace(a, vocabulary=0) == replace(b, vocabulary=0)
+
+
+def _prepare(
+    prompt: SoftPrompt, form: Format, base: BaseModel | None, accept: Collection[str]
+) -> tuple[Lowering, Mapping[str, bytes]]:
+    lowering = lower(prompt, Target(form.name, form.capabilities, base), accept, form.obstacles)
+    if base is not None:
+        lowering = replace(lowering, prompt=replace(lowering.prompt, base=_known(lowering.prompt.base, base)))
+    return lowering, form.write(lowering.prompt, lowering.prompt.base.geometry)
+
+
+def _known(recorded: BaseId, base: BaseModel) -> BaseId:
+    """What the file says of its base model, completed by what the caller gave."""
+    return BaseId(recorded.name or base.name, base.geometry)
+
+
+def _is_file(target: Path, content: Mapping[str, bytes]) -> bool:
+    """Whether the target names the format's one file rather than a directory."""
+    return len(content) == 1 and target.suffix != "" and target.suffix == Path(next(iter(content))).suffix
+
+
+def _write(
+    target: Path,
+    content: Mapping[str, bytes],
+    lowering: Lowering,
+    form: Format,
+    overwrite: bool,
+    source: Loaded | None = None,
+) -> None:
+    def check(written: Path) -> None:
+        again = _read(untrusted.Files(written), form, lowering.prompt.base.geometry).prompt
+        ours = list(lowering.prompt.arrays())
+        theirs = dict(again.arrays())
+        wrong = [name for name, array in ours if name not in theirs or not same_array(array, theirs[name])]
+        if wrong or again.positions != lowering.prompt.positions:
+            raise OutputError(
+                f"what was written for '{form.name}' reads back differently: {', '.join(wrong) or 'positions'}",
+                "the tensors that were written",
+                "report this as a defect of softbridge; nothing was written",
+            )
+
+    conditions = [step.name for step in lowering.steps if step.exactness == "conditional"]
+    if _is_file(target, content):
+        if conditions:
+            raise OutputError(
+                f"{target} is one file, and the conditions ({', '.join(conditions)}) must travel beside it",
+                "a directory as the target",
+                f"write to {target.with_suffix('')}",
+            )
+        untrusted.write_file(target, next(iter(content.values())), overwrite=overwrite, check=check)
+        return
+    manifest: dict[str, Any] = {
+        "softbridge": MANIFEST_VERSION,
+        "format": form.name,
+        "positions": _positions_json(lowering.prompt.positions),
+        "conditions": conditions,
+        "steps": [asdict(step) for step in lowering.steps],
+        "files": {name: _sha256(data) for name, data in content.items()},
+    }
+    if source is not None and source.prompt.origin is not None:
+        manifest["source"] = {"format": source.format.name, "digests": dict(source.prompt.origin.digests)}
+    untrusted.write(target, {**content, MANIFEST: untrusted.json_bytes(manifest)}, overwrite=overwrite, check=check)
+
+
+def _positions_json(positions: Positions) -> dict[str, Any]:
+    return {**asdict(positions), "start": dict(positions.start)}
+
+
+def _positions_of(files: untrusted.Files, form: Format) -> Positions:
+    """The positions that a manifest tells, after checking that it belongs to these files."""
+    manifest = files.json(MANIFEST)
+    remedy = f"remove {MANIFEST} if it does not belong here, or convert again"
+    if manifest.get("softbridge") != MANIFEST_VERSION or manifest.get("format") != form.name:
+        raise CheckpointError(
+            f"{MANIFEST} is of version {manifest.get('softbridge')!r} and for format {manifest.get('format')!r}",
+            f"version {MANIFEST_VERSION} and format '{form.name}'",
+            remedy,
+        )
+    recorded = manifest.get("files")
+    stale = [
+        name
+        for name, digest in (recorded.items() if isinstance(recorded, dict) else ())
+        if name != CERTIFICATE and (name not in files or files.digest(name) != digest)
+    ]
+    if not isinstance(recorded, dict) or stale:
+        raise CheckpointError(
+            f"{MANIFEST} describes other files than those beside it: {', '.join(stale) or 'none are named'}",
+            "files with the digests that it records",
+            remedy,
+        )
+    try:
+        return Positions(**manifest["positions"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise CheckpointError(
+            f"{MANIFEST} has no valid 'positions': {error!r}", "start, relative_bias and window", remedy
+        ) from error

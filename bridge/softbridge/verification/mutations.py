@@ -1,0 +1,59 @@
+"""Faults that a sensitive comparison must notice: each turns a prompt into a similar, wrong one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+
+import numpy as np
+
+from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
+
+
+def mutations(prompt: SoftPrompt, *, tellable: bool) -> Iterator[tuple[str, SoftPrompt | None]]:
+    """Name -> the faulty prompt (None: no prompt at all).
+
+    Args:
+        prompt: the right one.
+        tellable: whether the model's caller can say where tokens stand. If so, the shift moves the real tokens of a
+            prefix by one position; if not, and for input prompts, the virtual tokens change places by one.
+    """
+    yield "dropped", None
+    if prompt.prefixes:
+        yield "keys and values swapped", _each(prompt, _swap_keys_and_values)
+        if any(len(part.layers) > 1 for part in prompt.prefixes):
+            yield "two layers swapped", _each(prompt, _swap_layers)
+    if tellable and prompt.prefixes and prompt.positions.start:
+        start = {stack: position + 1 for stack, position in prompt.positions.start.items()}
+        yield "shifted by one position", replace(prompt, positions=replace(prompt.positions, start=start))
+    elif prompt.parts[0].length > 1:
+        yield "shifted by one position", _each(prompt, _roll)
+
+
+def _each(prompt: SoftPrompt, change: Callable[[Part], Part]) -> SoftPrompt:
+    return replace(prompt, parts=tuple(change(part) for part in prompt.parts), training=None)
+
+
+def _swap_keys_and_values(part: Part) -> Part:
+    if isinstance(part, InputPrompt):
+        return part
+    return KeyValuePrefix(part.site, {layer: KeyValue(pair.values, pair.keys) for layer, pair in part.layers.items()})
+
+
+def _swap_layers(part: Part) -> Part:
+    if isinstance(part, InputPrompt) or len(part.layers) < 2:
+        return part
+    layers = dict(part.layers)
+    first, last = min(layers), max(layers)
+    layers[first], layers[last] = layers[last], layers[first]
+    return KeyValuePrefix(part.site, layers)
+
+
+def _roll(part: Part) -> Part:
+    if isinstance(part, InputPrompt):
+        return replace(part, vectors=np.roll(part.vectors, 1, axis=0))
+    layers = {
+        layer: KeyValue(np.roll(pair.keys, 1, axis=1), np.roll(pair.values, 1, axis=1))
+        for layer, pair in part.layers.items()
+    }
+    return KeyValuePrefix(part.site, layers)

@@ -1,0 +1,75 @@
+"""The inputs on which two ways to run a prompt are compared: seeded, the same for both sides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from softbridge.geometry import Geometry
+from softbridge.prompt import Array
+
+#: Lengths of the texts. They differ, so that a batch of them needs padding.
+LENGTHS = (11, 7, 4)
+DECODER_LENGTH = 5
+GREEDY_TOKENS = 8
+
+
+@dataclass(frozen=True)
+class Probe:
+    """One call of the model.
+
+    Attributes:
+        name: ``alone-0`` ..., ``right-padded``, ``left-padded`` or ``greedy``.
+        inputs: argument name -> integer array [B, T].
+        real: [B, T] booleans: which of the outputs' positions belong to real tokens.
+        greedy: whether tokens are generated rather than logits computed.
+    """
+
+    name: str
+    inputs: Mapping[str, Array]
+    real: Array
+    greedy: bool = False
+
+
+def make_probes(geometry: Geometry, config: Any, seed: int) -> tuple[Probe, ...]:
+    """Every text alone, all together padded right and (decoders) left, and greedy decoding of one.
+
+    Args:
+        geometry: of the base model.
+        config: of the model that is run (its vocabulary may be shrunk); padding uses its `pad_token_id`.
+        seed: of the texts.
+    """
+    generator = np.random.default_rng(seed)
+    special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    ordinary = np.array([token for token in range(config.vocab_size) if token not in special])
+    texts = [generator.choice(ordinary, length) for length in LENGTHS]
+    answers = generator.choice(ordinary, (len(texts), DECODER_LENGTH)) if geometry.is_encoder_decoder else None
+    pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
+
+    def probe(name: str, rows: list[int], side: str) -> Probe:
+        width = max(len(texts[row]) for row in rows)
+        ids = np.full((len(rows), width), pad)
+        mask = np.zeros((len(rows), width), dtype=np.int64)
+        for i, row in enumerate(rows):
+            where = slice(width - len(texts[row]), width) if side == "left" else slice(0, len(texts[row]))
+            ids[i, where] = texts[row]
+            mask[i, where] = 1
+        inputs: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
+        if answers is None:
+            return Probe(name, inputs, mask.astype(bool))
+        inputs["decoder_input_ids"] = answers[rows]
+        return Probe(name, inputs, np.ones((len(rows), DECODER_LENGTH), dtype=bool))
+
+    everyone = list(range(len(texts)))
+    probes = [probe(f"alone-{row}", [row], "right") for row in everyone]
+    probes.append(probe("right-padded", everyone, "right"))
+    if geometry.decoder is not None and geometry.encoder is None:
+        probes.append(probe("left-padded", everyone, "left"))
+    if geometry.decoder is not None:
+        first = probes[0]
+        inputs = {name: array for name, array in first.inputs.items() if name != "decoder_input_ids"}
+        probes.append(Probe("greedy", inputs, first.real, greedy=True))
+    return tuple(probes)

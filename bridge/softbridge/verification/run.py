@@ -1,0 +1,140 @@
+"""Run a prompt through an engine on the probes, and look at what a model computes in less than its own precision."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+
+from softbridge.errors import EngineError
+from softbridge.hookspecs import Engine
+from softbridge.prompt import Array, SoftPrompt
+from softbridge.registry import engines
+from softbridge.verification.probes import GREEDY_TOKENS, Probe
+
+
+def choose_engine(prompt: SoftPrompt, preferred: str, model: Any) -> tuple[Engine, str]:
+    """The engine to run a prompt with, and why not the preferred one, if it is another.
+
+    The preferred engine is the prompt's own toolkit. Where that is not installed or cannot run the prompt, the native
+    engine is next, then any other that can.
+
+    Raises:
+        EngineError: no installed engine can run the prompt on this model; it says why for each.
+    """
+    known = engines()
+    reasons: list[str] = []
+    for name in dict.fromkeys((preferred, "native", *known)):
+        if name not in known:
+            reasons.append(f"{name}: no such engine")
+            continue
+        reason = known[name].unavailable()
+        if reason is None:
+            obstacles = known[name].obstacles(prompt, model)
+            if not obstacles:
+                return known[name], "; ".join(reasons)
+            reason = "; ".join(obstacle.reason for obstacle in obstacles)
+        reasons.append(f"{name}: {reason}")
+    raise EngineError(
+        "no installed engine can run this prompt on this model: " + " | ".join(reasons),
+        "one engine that can",
+        "run it in an environment where the prompt's own toolkit is installed",
+    )
+
+
+@contextmanager
+def attached(engine: Engine, model: Any, prompt: SoftPrompt | None) -> Iterator[Any]:
+    """The model with the prompt attached (or as it is, for None), for the length of a block."""
+    if prompt is None:
+        yield model
+        return
+    running = engine.attach(model, prompt)
+    try:
+        yield running
+    finally:
+        engine.detach(running)
+
+
+def run(engine: Engine, model: Any, prompt: SoftPrompt | None, probes: Sequence[Probe]) -> dict[str, Array]:
+    """Probe name -> logits at the real tokens, [N, V] (or [B, classes]), or generated token ids [B, tokens].
+
+    Logits of virtual positions, where an engine returns them, stand before the real ones and are left out.
+    """
+    with attached(engine, model, prompt) as running:
+        running.eval()
+        return {probe.name: _greedy(running, probe) if probe.greedy else _logits(running, probe) for probe in probes}
+
+
+def _logits(model: Any, probe: Probe) -> Array:
+    import torch
+
+    with torch.no_grad():
+        logits = model(**_tensors(model, probe.inputs)).logits
+    if logits.ndim == 2:
+        return np.asarray(logits.double().cpu().numpy())
+    real = torch.from_numpy(probe.real).to(logits.device)
+    return np.asarray(logits[:, -probe.real.shape[1] :][real].double().cpu().numpy())
+
+
+def _greedy(model: Any, probe: Probe) -> Array:
+    import torch
+
+    with torch.no_grad():
+        tokens = model.generate(
+            **_tensors(model, probe.inputs),
+            do_sample=False,
+            num_beams=1,
+            min_new_tokens=GREEDY_TOKENS,
+            max_new_tokens=GREEDY_TOKENS,
+        )
+    return np.asarray(tokens[:, -GREEDY_TOKENS:].cpu().numpy())
+
+
+def _tensors(model: Any, inputs: Mapping[str, Array]) -> dict[str, Any]:
+    import torch
+
+    return {name: torch.from_numpy(np.ascontiguousarray(array)).to(model.device) for name, array in inputs.items()}
+
+
+def find_islands(model: Any, probe: Probe) -> tuple[str, ...]:
+    """Where a float64 model computes in less than float64, as "Module: operator", sorted.
+
+    Such an island bounds how closely two ways of running a prompt can agree: a rotary table or a softmax in float32
+    rounds to 1e-7. It is found by watching every operator for narrower floating-point inputs that come out as float64.
+    """
+    import torch
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils._pytree import tree_leaves
+
+    narrow = (torch.float32, torch.float16, torch.bfloat16)
+    found: set[str] = set()
+    inside: list[str] = []
+
+    class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            out = func(*args, **(kwargs or {}))
+            given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, torch.Tensor)]
+            made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor)]
+            # A zero-dimensional tensor is a constant, not something that was computed.
+            if any(t.dtype in narrow and t.ndim for t in given) and any(t.dtype == torch.float64 for t in made):
+                found.add(inside[-1] if inside else type(model).__name__)
+            return out
+
+    def enter(module: Any, args: Any) -> None:
+        inside.append(type(module).__name__)
+
+    def leave(module: Any, args: Any, out: Any) -> None:
+        inside.pop()
+
+    handles = []
+    for module in model.modules():
+        handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
+    try:
+        with Watch():  # type: ignore[no-untyped-call]
+            _logits(model, probe)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return tuple(sorted(found))

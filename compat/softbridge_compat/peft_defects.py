@@ -1,0 +1,93 @@
+"""Defects of PEFT that our code steps around or that verification meets.
+
+Measured with PEFT 0.21.2 on transformers 4.57.6 and 5.23.0; tests/compat/test_peft_defects.py shows each one.
+"""
+
+from __future__ import annotations
+
+from packaging.version import Version
+
+from softbridge_compat.defects import Defect, installed
+
+
+def _peft() -> bool:
+    return installed("peft") is not None
+
+
+def _transformers_4() -> bool:
+    found = installed("transformers")
+    return _peft() and found is not None and found < Version("5")
+
+
+def _transformers_5() -> bool:
+    return _peft() and not _transformers_4()
+
+
+LEFT_PADDED_PROMPT = Defect(
+    "peft-left-padded-prompt",
+    "peft",
+    "prompt tuning puts the virtual tokens before the pads of a left-padded row, and counts the pads as positions: "
+    "such a row generates other tokens than without its pads",
+    _peft,
+)
+LEFT_PADDED_PREFIX_FORWARD = Defect(
+    "peft-left-padded-prefix-forward",
+    "peft",
+    "the forward of a prefix counts the pads of a left-padded row as positions, unlike generate",
+    _peft,
+)
+ONE_SUBMODULE = Defect(
+    "peft-one-submodule",
+    "peft",
+    "an encoder-decoder prefix with num_transformer_submodules=1 is put into a cache without a cross-attention half: "
+    "transformers 4.57 fails, and in 5.23 cross-attention, without a word, sees the prefix and the decoder's tokens",
+    _peft,
+)
+CACHED_T5_PREFIX = Defect(
+    "peft-t5-cached-prefix",
+    "peft",
+    "on transformers 4, cached generation of T5 with a prefix differs from the uncached forward",
+    _transformers_4,
+)
+ADAPTER_NAMES = Defect(
+    "peft-adapter-names",
+    "peft",
+    "adapter_names, one soft prompt for each row of a batch, is ignored without a word",
+    _peft,
+)
+MISSING_HEAD = Defect(
+    "peft-missing-head",
+    "peft",
+    "a classification checkpoint without a classifier, as PEFT 0.15 and 0.16 wrote them, ends in a KeyError",
+    _peft,
+)
+GROWING_CONFIG = Defect(
+    "peft-growing-config",
+    "peft",
+    "every load and save of a classification checkpoint doubles entries of modules_to_save",
+    _peft,
+)
+UNASKED_WARNING = Defect(
+    "peft-position-warning",
+    "peft",
+    "generate with prompt tuning warns that position ids are ignored, although the caller gave none",
+    _peft,
+)
+DEPRECATED = Defect(
+    "peft-deprecated",
+    "peft",
+    "wrapping a model asks transformers 5 for is_gradient_checkpointing, which warns that it is deprecated",
+    _transformers_5,
+)
+
+DEFECTS: tuple[Defect, ...] = (
+    LEFT_PADDED_PROMPT,
+    LEFT_PADDED_PREFIX_FORWARD,
+    ONE_SUBMODULE,
+    CACHED_T5_PREFIX,
+    ADAPTER_NAMES,
+    MISSING_HEAD,
+    GROWING_CONFIG,
+    UNASKED_WARNING,
+    DEPRECATED,
+)

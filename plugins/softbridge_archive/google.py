@@ -1,0 +1,70 @@
+"""google-research/prompt-tuning (Lester et al. 2021): one NumPy array [P, H], and nothing else.
+
+The vectors are concatenated in front of the embedded encoder input of a T5 (`prompt_tuning/train/prompts.py`,
+`prefix_prompt`), unscaled; real tokens stand at P, P + 1, ... The file names neither the model nor the placement; the
+pretrained prompts of that repository all stand before the sequence. Its own checkpoints carry no suffix
+(``encoder.prompt.prompt.prompt``), its published prompts end in ``.npy``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from softbridge import untrusted
+from softbridge.capabilities import Capabilities
+from softbridge.errors import CheckpointError, Obstacle
+from softbridge.geometry import Geometry
+from softbridge.prompt import BaseId, InputPrompt, Origin, Positions, SoftPrompt
+
+FILE = "prompt.npy"
+
+
+class GoogleFormat:
+    """See the module."""
+
+    name = "google"
+    summary = "google-research/prompt-tuning: one .npy array [P, H] for a T5 encoder"
+    engine = "native"  # the toolkit itself runs on T5X, which no engine drives
+    capabilities = Capabilities(
+        inputs=frozenset({("encoder", "before", "before-sequence")}),
+        model_types=frozenset({"t5", "mt5", "umt5"}),
+    )
+
+    def sniff(self, files: untrusted.Files) -> bool:
+        return _array_of(files) is not None
+
+    def read(self, files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
+        name = _array_of(files)
+        if name is None:
+            raise CheckpointError(
+                f"{files.path} holds {', '.join(files.names) or 'nothing'}",
+                "one NumPy file (.npy, or no suffix)",
+                "give the path of the array itself",
+            )
+        vectors = files.array(name)
+        if vectors.ndim != 2 or (vectors.dtype.kind != "f" and vectors.dtype.name != "bfloat16") or 0 in vectors.shape:
+            raise CheckpointError(
+                f"{name} holds an array {list(vectors.shape)} of {vectors.dtype}",
+                "a floating-point array [P, H]",
+                "check that this is a prompt, not another parameter of the checkpoint",
+            )
+        part = InputPrompt(vectors, "encoder")
+        return SoftPrompt(
+            (part,), Positions({"encoder": part.length}), BaseId(None, geometry), origin=Origin(self.name)
+        )
+
+    def obstacles(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[Obstacle]:
+        if len(prompt.parts) == 1:
+            return ()
+        return [Obstacle("parts", f"the file holds one array, the prompt has {len(prompt.parts)} parts", "split it")]
+
+    def write(self, prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, bytes]:
+        return {FILE: untrusted.npy_bytes(prompt.inputs[0].vectors)}
+
+
+def _array_of(files: untrusted.Files) -> str | None:
+    arrays = [name for name in files.names if files.kind(name) == "npy"]
+    return arrays[0] if len(arrays) == 1 else None
+
+
+FORMAT = GoogleFormat()

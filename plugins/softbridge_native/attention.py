@@ -1,0 +1,198 @@
+"""Key/value prefixes inside attention, through transformers' own attention interface.
+
+A model whose attention dispatches through the interface calls the function that its configuration names. We register
+one such function for each underlying implementation. It appends the layer's prefix in front of the keys and values
+*after* the cache was updated, and calls the underlying function. So the cache never holds the prefix, lengths are what
+`generate` expects, and no modelling code is copied.
+
+Everything here is a function of the tensors that arrive (positions are read off the mask), never of an earlier call:
+gradient checkpointing runs the layers again, when the forward pass is long over.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from softbridge.errors import EngineError
+
+#: Underlying implementations. Others skip the mask, or take it in a form of their own.
+UNDERLYING = ("eager", "sdpa")
+_BINDING = "_softbridge"
+
+
+class LayerPrefix(nn.Module):
+    """The prefix of one layer: keys [K, P, D] and values [K, P, D]."""
+
+    def __init__(self, keys: Tensor, values: Tensor) -> None:
+        super().__init__()
+        self.keys = nn.Parameter(keys)
+        self.values = nn.Parameter(values)
+
+
+@dataclass(frozen=True)
+class Binding:
+    """What an attention module must know of its prefix.
+
+    Attributes:
+        prefix: the layer's keys and values.
+        causal: whether the module's queries see the past only.
+        origin: where the first token of its sequence stands, counted from the first virtual token.
+        skewed: AdapterHub's T5 bias: between real tokens, too, keys count the prefix and queries do not.
+        slides: whether a sliding window drops virtual tokens.
+        bias: the module that holds the table of a T5-like relative bias, or None.
+    """
+
+    prefix: LayerPrefix
+    causal: bool
+    origin: int
+    skewed: bool
+    slides: bool
+    bias: Any
+
+
+def registered(implementation: str) -> str:
+    """The name under which our function over an underlying implementation is registered."""
+    return f"softbridge_{implementation}"
+
+
+def register() -> None:
+    """Register our functions with transformers. Twice is as good as once."""
+    masks = AttentionMaskInterface()
+    for implementation in UNDERLYING:
+        AttentionInterface.register(registered(implementation), partial(_attend, implementation))
+        AttentionMaskInterface.register(registered(implementation), partial(_mask, masks[implementation]))
+
+
+def dispatches(module: nn.Module) -> bool:
+    """Whether a module is an attention module that looks its function up in transformers' interface."""
+    code = getattr(inspect.unwrap(type(module).forward), "__code__", None)
+    own = sys.modules.get(type(module).__module__)
+    return code is not None and "ALL_ATTENTION_FUNCTIONS" in code.co_names and hasattr(own, "eager_attention_forward")
+
+
+def bind(module: nn.Module, binding: Binding) -> None:
+    """Give an attention module its prefix. Past `nn.Module`, so that the state dict names each parameter once."""
+    module.__dict__[_BINDING] = binding
+
+
+def unbind(module: nn.Module) -> None:
+    """Undo `bind`."""
+    module.__dict__.pop(_BINDING, None)
+
+
+def _mask(underlying: Callable[..., Any], **settings: Any) -> Any:
+    """The underlying mask, never skipped: SDPA's own causal mask is aligned to the first key, which is virtual here."""
+    return underlying(**{**settings, "allow_is_causal_skip": False})
+
+
+def _attend(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **settings: Any,
+) -> Any:
+    """Attention with the layer's prefix.
+
+    Args:
+        implementation: a name from `UNDERLYING`.
+        module: the attention module.
+        query: [B, heads, Q, D].
+        key: [B, K, N, D], N real tokens, those in the cache included.
+        value: [B, K, N, D].
+        attention_mask: [B or 1, 1, Q or 1, >= N], bool or additive, or None.
+        settings: as the underlying function takes them.
+    """
+    own = sys.modules[type(module).__module__]
+    function = own.eager_attention_forward if implementation == "eager" else AttentionInterface()[implementation]
+    binding: Binding | None = module.__dict__.get(_BINDING)
+    if binding is None:
+        return function(module, query, key, value, attention_mask, **settings)
+
+    length, real = query.shape[2], key.shape[2]
+    window = settings.get("sliding_window") if binding.slides else None
+    if attention_mask is None and (window is not None or (binding.causal and length > 1)):
+        hidden = torch.ones(length, real, dtype=torch.bool, device=key.device).triu(real - length + 1)
+        attention_mask = query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]
+    if attention_mask is not None:
+        attention_mask = attention_mask[..., :real]
+    if settings.get("position_bias") is not None:
+        settings["position_bias"] = _bias(binding, length, real, attention_mask, settings["position_bias"])
+    if attention_mask is not None:
+        virtual = _columns(binding, attention_mask, window, settings.get("position_ids"))
+        attention_mask = torch.cat([virtual, attention_mask.expand(*virtual.shape[:-1], -1)], dim=-1)
+    batch = key.shape[0]
+    key = torch.cat([binding.prefix.keys.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
+    value = torch.cat([binding.prefix.values.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
+    return function(module, query, key, value, attention_mask, **{**settings, "is_causal": False})
+
+
+def _columns(binding: Binding, mask: Tensor, window: int | None, positions: Tensor | None) -> Tensor:
+    """The mask's columns for the virtual tokens, [B or 1, 1, Q or 1, P]: visible, unless a window slid past them."""
+    length = binding.prefix.keys.shape[1]
+    columns = mask.new_full((*mask.shape[:-1], length), mask.dtype == torch.bool)
+    if window is None:
+        return columns
+    if positions is None:
+        raise EngineError(
+            "this model's attention layers do not learn where their queries stand, so a prefix cannot slide",
+            "'position_ids' among the arguments of the attention function",
+            "use a prompt whose window is 'pinned'",
+        )
+    distance = positions[:, None, :, None] - torch.arange(length, device=mask.device)
+    gone = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    return torch.where(distance < window, columns, gone)
+
+
+def _bias(binding: Binding, length: int, real: int, mask: Tensor | None, bias: Tensor) -> Tensor:
+    """A T5-like bias [1, heads, Q, N] with columns for the virtual tokens in front: [B or 1, heads, Q, P + N].
+
+    The model goes on sharing the bias without them among its layers.
+    """
+    prefix = binding.prefix.keys.shape[1]
+    table = binding.bias
+    if table is None:  # cross-attention has none
+        return torch.cat([bias.new_zeros(*bias.shape[:-1], prefix), bias], dim=-1)
+    slots, positions = _queries(binding.causal, length, real, mask, bias.device)
+    virtual = torch.arange(prefix, device=bias.device) - (binding.origin + positions)[..., None]
+    if binding.skewed:
+        bias = _relative(table, prefix + torch.arange(real, device=bias.device) - slots[..., None])
+    virtual_bias = _relative(table, virtual)
+    batch = max(virtual_bias.shape[0], bias.shape[0])
+    return torch.cat([part.expand(batch, -1, -1, -1).to(bias.dtype) for part in (virtual_bias, bias)], dim=-1)
+
+
+def _queries(causal: bool, length: int, real: int, mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The column in which each query's own key stands, and how many real tokens stand before it: [B or 1, Q] each."""
+    if mask is None:
+        slots = torch.arange(real - length, real, device=device)[None]
+        return slots, slots
+    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    if causal:
+        columns = torch.arange(real, device=device)
+        return (visible * columns).amax(-1), (visible.sum(-1) - 1).clamp(min=0)
+    slots = torch.arange(length, device=device)[None]
+    return slots, (visible[:, 0].cumsum(-1) - 1).clamp(min=0)
+
+
+def _relative(table: Any, distance: Tensor) -> Tensor:
+    """The bias [B or 1, heads, Q, n] for key position minus query position [B or 1, Q, n], from a layer's own table."""
+    bucket = table._relative_position_bucket(
+        distance,
+        bidirectional=not table.is_decoder,
+        num_buckets=table.relative_attention_num_buckets,
+        max_distance=table.relative_attention_max_distance,
+    )
+    bias: Tensor = table.relative_attention_bias(bucket)
+    return bias.movedim(-1, 1)

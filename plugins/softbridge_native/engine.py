@@ -1,0 +1,84 @@
+"""The native engine: a soft prompt on an unmodified transformers model, in place. This module loads no framework."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softbridge.capabilities import Capabilities
+from softbridge.errors import EngineError, Obstacle
+from softbridge.prompt import SoftPrompt
+
+#: What the engine runs. Tensors that ride along (`SoftPrompt.head`) are kept, not loaded into the model.
+CAPABILITIES = Capabilities(
+    inputs=frozenset((("encoder", "before", "before-sequence"), ("decoder", "before", "before-sequence"))),
+    prefix_sites=frozenset(("encoder", "self", "cross")),
+    training=None,
+    head=True,
+)
+
+
+@dataclass
+class NativeEngine:
+    """Hooks for the input sequence and the positions; transformers' attention interface for prefixes."""
+
+    name: str = "native"
+    summary: str = "softbridge's own, on any model whose attention dispatches through transformers' interface"
+    capabilities: Capabilities = CAPABILITIES
+
+    def unavailable(self) -> str | None:
+        """Nothing is needed beyond softbridge itself."""
+        return None
+
+    def obstacles(self, prompt: SoftPrompt, model: Any) -> Sequence[Obstacle]:
+        """What stands against running this prompt on this model here."""
+        from softbridge_native import model as native
+
+        return native.obstacles(prompt, model)
+
+    def attach(self, model: Any, prompt: SoftPrompt) -> Any:
+        """Attach in place; the model keeps its class, its configuration and its methods.
+
+        Raises:
+            EngineError: a prompt is attached already, or `obstacles` are not empty.
+        """
+        from softbridge_native import model as native
+
+        return native.attach(model, prompt)
+
+    def extract(self, model: Any) -> SoftPrompt:
+        """The prompt as it is now; the very one that was attached, if training did not change it."""
+        from softbridge_native import model as native
+
+        return native.injection(model).extract()
+
+    def detach(self, model: Any) -> Any:
+        """Restore the model bit for bit."""
+        from softbridge_native import model as native
+
+        return native.detach(model)
+
+    def train_example(self, model: Any, method: str, directory: Path, *, length: int, steps: int, seed: int) -> None:
+        """Train a random prompt on random tokens, and save it in softbridge's own format."""
+        from softbridge.container import pack
+        from softbridge.geometry import read_geometry
+        from softbridge.testing import random_input_prompt, random_prefix
+        from softbridge_native import training
+        from softbridge_native.format import FILE
+
+        methods: dict[str, Any] = {"prompt-tuning": random_input_prompt, "prefix-tuning": random_prefix}
+        if method not in methods:
+            raise EngineError(
+                f"engine '{self.name}' does not train '{method}'",
+                f"one of {', '.join(methods)}",
+                "choose another method",
+            )
+        self.attach(model, methods[method](read_geometry(model.config), length, seed=seed))
+        training.train(model, steps=steps, seed=seed)
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / FILE).write_bytes(pack(self.extract(model)))
+
+
+ENGINE = NativeEngine()

@@ -1,0 +1,53 @@
+"""softbridge's own format: the canonical form itself, in one safetensors file (see `softbridge.container`)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from softbridge.capabilities import EVERYTHING, Capabilities
+from softbridge.container import pack, unpack
+from softbridge.errors import Obstacle
+from softbridge.geometry import Geometry
+from softbridge.prompt import SoftPrompt
+from softbridge.untrusted import Files
+
+FILE = "prompt.safetensors"
+KEY = "softbridge"
+
+
+@dataclass
+class NativeFormat:
+    """One file, which holds everything that the canonical form can say."""
+
+    name: str = "softbridge"
+    summary: str = "the canonical form itself, one .safetensors file"
+    engine: str = "native"
+    capabilities: Capabilities = EVERYTHING
+
+    def sniff(self, files: Files) -> bool:
+        """Whether there is a safetensors file with our key in its header."""
+        file = _file(files)
+        return file is not None and files.kind(file) == "safetensors" and KEY in files.metadata(file)
+
+    def read(self, files: Files, geometry: Geometry | None) -> SoftPrompt:
+        """Read the file. The core checks the geometry."""
+        return unpack(files, _file(files) or FILE)
+
+    def obstacles(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[Obstacle]:
+        """Nothing stands against it."""
+        return ()
+
+    def write(self, prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, bytes]:
+        """The one file."""
+        return {FILE: pack(prompt)}
+
+
+def _file(files: Files) -> str | None:
+    """``prompt.safetensors`` of a folder, or the one file if that is a safetensors file."""
+    if FILE in files:
+        return FILE
+    return files.names[0] if files.is_file and files.names[0].endswith(".safetensors") else None
+
+
+FORMAT = NativeFormat()

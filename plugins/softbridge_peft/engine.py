@@ -1,0 +1,279 @@
+"""PEFT itself, unmodified, as an engine: what a user of PEFT gets is what this runs.
+
+PEFT always counts the virtual tokens: real tokens stand at P, P+1, ... A prefix that wants them elsewhere is served by
+a hook that moves `position_ids` before the base model sees them.
+"""
+
+from __future__ import annotations
+
+import inspect
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from softbridge.errors import BaseModelError, EngineError, Obstacle
+from softbridge.geometry import Geometry, read_geometry, stack_of
+from softbridge.lower import check_fits
+from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
+from softbridge.tensors import from_torch, to_torch
+from softbridge_peft import facts
+from softbridge_peft.format import FORMAT, config_of, parse, tensors_of
+
+#: Where an attached PeftModel keeps the means to undo it.
+_ATTACHMENT = "softbridge_attachment"
+
+
+@dataclass(frozen=True)
+class _Attachment:
+    """What was attached, and the state of the model before."""
+
+    prompt: SoftPrompt
+    trainable: Sequence[tuple[Any, bool]]
+    training: Sequence[tuple[Any, bool]]
+    attributes: Sequence[tuple[Any, frozenset[str]]]
+    config: Mapping[str, Any]
+    hook: Any
+
+
+class PeftEngine:
+    """Runs prompt tuning and prefix tuning through `peft.get_peft_model`."""
+
+    name = "peft"
+    summary = "Hugging Face PEFT itself"
+    capabilities = replace(FORMAT.capabilities, prefix_start=None)
+
+    def unavailable(self) -> str | None:
+        return None if find_spec("peft") is not None else "PEFT is not installed: pip install 'softbridge[peft]'"
+
+    def obstacles(self, prompt: SoftPrompt, model: Any) -> Sequence[Obstacle]:
+        geometry = read_geometry(model.config)
+        native = "run it with the native engine"
+        found = list(FORMAT.obstacles(prompt, geometry))
+        if hasattr(model, "peft_config"):
+            found.append(Obstacle("attached", "the model already carries a PEFT adapter", "detach that first"))
+        try:
+            check_fits(prompt, geometry)
+        except BaseModelError as error:
+            found.append(Obstacle("base-model", error.found, error.remedy))
+        if _task(model) is None:
+            reason = f"PEFT has no task for the class {type(model).__name__}; it has {', '.join(facts.TASKS)}"
+            found.append(Obstacle("task", reason, "build the model with an Auto class of one of these tasks"))
+        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+            reason = "PEFT refuses prefixes under gradient checkpointing, and leaves hooks in the model otherwise"
+            found.append(Obstacle("gradient-checkpointing", reason, "call model.gradient_checkpointing_disable()"))
+        found += _head_obstacles(prompt, model)
+        for part in prompt.parts:
+            found += [Obstacle(name, reason, native) for name, reason in _refusals(part, prompt, model, geometry)]
+        return found
+
+    def attach(self, model: Any, prompt: SoftPrompt) -> Any:
+        reason = self.unavailable()
+        if reason is not None:
+            raise EngineError(reason, "PEFT in this environment", "install it, or choose another engine")
+        obstacles = self.obstacles(prompt, model)
+        if obstacles:
+            raise EngineError(
+                "PEFT cannot run this prompt on this model: " + "; ".join(f"[{o.name}] {o.reason}" for o in obstacles),
+                "a prompt and a model without obstacles",
+                "; ".join(dict.fromkeys(o.remedy for o in obstacles)),
+            )
+        import peft
+
+        config = config_of(prompt, read_geometry(model.config), _task(model), fresh=True)
+        tensors = {name: to_torch(array) for name, array in tensors_of(prompt, config).items()}
+        trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+        training = [(module, module.training) for module in model.modules()]
+        attributes = [(module, frozenset(vars(module))) for module in model.modules()]
+        settings = dict(vars(model.config))
+        # get_peft_model enters the model's own name here, and warns if there was another.
+        config["base_model_name_or_path"] = None
+        with _quiet():
+            adapted = peft.get_peft_model(model, peft.PeftConfig.from_peft_type(**config))
+            # A head that the prompt does not bring stays the model's own; PEFT refuses a state without it.
+            peft.set_peft_model_state_dict(adapted, {**peft.get_peft_model_state_dict(adapted), **tensors})
+        adapted.eval().prompt_encoder.requires_grad_(False)
+        hook = None
+        for stack, counted in prompt.counted().items():
+            shift = prompt.positions.start.get(stack, counted) - counted
+            if shift:
+                hook = model.base_model.register_forward_pre_hook(_Shift(shift), with_kwargs=True)
+        setattr(adapted, _ATTACHMENT, _Attachment(prompt, trainable, training, attributes, settings, hook))
+        return adapted
+
+    def extract(self, model: Any) -> SoftPrompt:
+        """The prompt of an attached model, or of any PeftModel with a soft prompt, as it is now.
+
+        A prompt of `attach` comes back with the positions, the base and the precision that it was attached with.
+        """
+        import peft
+
+        if not isinstance(model, peft.PeftModel):
+            raise _not_attached(model)
+        saved = model.peft_config[model.active_adapter].to_dict()
+        config = {name: getattr(value, "value", value) for name, value in saved.items()}
+        tensors = {name: from_torch(t) for name, t in peft.get_peft_model_state_dict(model).items()}
+        prompt = parse(config, tensors, read_geometry(model.config))
+        attachment: _Attachment | None = getattr(model, _ATTACHMENT, None)
+        if attachment is None:
+            return prompt
+        before = attachment.prompt
+        parts = tuple(_in_precision(new, old) for new, old in zip(prompt.parts, before.parts, strict=True))
+        head = {name: prompt.head[name].astype(array.dtype) for name, array in before.head.items()}
+        return replace(before, parts=parts, head=head, training=None, origin=None)
+
+    def detach(self, model: Any) -> Any:
+        from peft.utils.other import AuxiliaryTrainingWrapper
+
+        attachment: _Attachment | None = getattr(model, _ATTACHMENT, None)
+        if attachment is None:
+            raise _not_attached(model)
+        base = model.get_base_model()
+        if attachment.hook is not None:
+            attachment.hook.remove()
+        for module in list(base.modules()):
+            for name, child in module.named_children():
+                if isinstance(child, AuxiliaryTrainingWrapper):
+                    setattr(module, name, child.original_module)
+        for parameter, flag in attachment.trainable:
+            parameter.requires_grad_(flag)
+        for module, flag in attachment.training:
+            module.training = flag
+        for module, names in attachment.attributes:
+            # PEFT's generate leaves its own prepare_inputs_for_generation and generation_config behind.
+            for name in set(vars(module)) - names:
+                delattr(module, name)
+        vars(base.config).update(attachment.config)  # PEFT sets pretraining_tp
+        delattr(model, _ATTACHMENT)
+        return base
+
+    def train_example(self, model: Any, method: str, directory: Path, *, length: int, steps: int, seed: int) -> None:
+        import peft
+        import torch
+
+        task = _task(model)
+        geometry = read_geometry(model.config)
+        if task not in (facts.CAUSAL_LM, facts.SEQ_2_SEQ_LM, facts.SEQ_CLS):
+            raise EngineError(
+                f"{type(model).__name__} has the task {task}",
+                f"a model for {facts.CAUSAL_LM}, {facts.SEQ_2_SEQ_LM} or {facts.SEQ_CLS}",
+                "build the model with the Auto class of one of these tasks",
+            )
+        settings: dict[str, Any] = {"task_type": task, "num_virtual_tokens": length}
+        if method == "prefix-tuning" and geometry.decoder is not None and geometry.is_encoder_decoder:
+            # PEFT takes the hidden size, which is not heads · head size in every T5.
+            settings["token_dim"] = geometry.decoder.kv_heads * geometry.decoder.head_dim
+        configs = {"prompt-tuning": peft.PromptTuningConfig, "prefix-tuning": peft.PrefixTuningConfig}
+        with torch.random.fork_rng(devices=[]), _quiet():
+            torch.manual_seed(seed)
+            adapted = peft.get_peft_model(model, configs[method](**settings))
+            torch.nn.init.normal_(adapted.prompt_encoder["default"].embedding.weight, std=0.7)
+            optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
+            for _ in range(steps):
+                tokens = torch.randint(3, geometry.vocabulary, (4, 8))
+                labels = torch.randint(0, model.config.num_labels, (4,)) if task == facts.SEQ_CLS else tokens
+                optimizer.zero_grad()
+                adapted(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels).loss.backward()
+                optimizer.step()
+            adapted.save_pretrained(directory)
+
+
+ENGINE = PeftEngine()
+
+
+class _Shift:
+    """A forward pre-hook that moves all real tokens by `shift` positions from where PEFT has them."""
+
+    def __init__(self, shift: int) -> None:
+        self.shift = shift
+
+    def __call__(self, module: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+        import torch
+
+        positions = kwargs.get("position_ids")
+        if positions is None:
+            inputs = kwargs.get("input_ids", args[0] if args else None)
+            inputs = kwargs["inputs_embeds"] if inputs is None else inputs
+            seen = kwargs["past_key_values"].get_seq_length()
+            positions = torch.arange(seen, seen + inputs.shape[1], device=inputs.device)[None]
+            # RoBERTa and its kin count from behind the padding token's index.
+            embeddings: Any = getattr(module, "embeddings", None)
+            if hasattr(embeddings, "create_position_ids_from_input_ids"):
+                positions = positions + embeddings.padding_idx + 1
+        return args, {**kwargs, "position_ids": positions + self.shift}
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Silence what PEFT provokes in transformers by itself: see softbridge_compat.peft_defects, peft-deprecated."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
+
+
+def _not_attached(model: Any) -> EngineError:
+    return EngineError(
+        f"a {type(model).__name__} that this engine did not attach to", "what attach returned", "attach a prompt first"
+    )
+
+
+def _task(model: Any) -> str | None:
+    """PEFT's task_type for a transformers model, by its class."""
+    from transformers.models.auto import modeling_auto
+
+    names = {cls.__name__ for cls in type(model).__mro__}
+    for task, table in facts.TASKS.items():
+        for entry in getattr(modeling_auto, table).values():
+            if not names.isdisjoint([entry] if isinstance(entry, str) else entry):
+                return task
+    return None
+
+
+def _head_obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
+    shapes = {facts.HEAD + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    wrong = [name for name, array in prompt.head.items() if shapes.get(name) != array.shape]
+    if not wrong:
+        return []
+    reason = f"the model has no tensors of these names and shapes: {', '.join(wrong)}"
+    return [Obstacle("head", reason, "build the model with the prompt's own kind of head and number of labels")]
+
+
+def _refusals(part: Part, prompt: SoftPrompt, model: Any, geometry: Geometry) -> list[tuple[str, str]]:
+    """(name, reason) of everything that stands against running one part on this model."""
+    if isinstance(part, InputPrompt):
+        found = []
+        if part.entry != "before":
+            found.append(("entry", "PEFT puts vectors before the embedding block, this prompt's belong after it"))
+        if part.placement != "before-sequence":
+            found.append(("placement", f"PEFT puts vectors before the sequence, not {part.placement}"))
+        if prompt.positions.start.get(part.stack, part.length) != part.length:
+            found.append(("positions", "PEFT counts the vectors of an input prompt, this prompt does not"))
+        return found
+    if part.site == "cross":
+        return [("site", "PEFT has no prefix at the cross-attention")]
+    found = []
+    biased = any(hasattr(module, "relative_attention_bias") for module in model.modules())
+    shifted = prompt.positions.start.get(stack_of(part.site), part.length) != part.length
+    if biased and (shifted or prompt.positions.relative_bias == "skewed"):
+        reason = "PEFT's real tokens stand behind the prefix for the relative position bias, this prompt's do not"
+        found.append(("relative-bias", reason))
+    elif shifted and "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        found.append(("positions", f"{type(model).__name__} cannot be told where its tokens stand"))
+    shape = geometry.site(part.site)
+    if prompt.positions.window == "pinned" and shape is not None and shape.window is not None:
+        found.append(("window", "the sliding window drops virtual tokens in PEFT, and not for this prompt"))
+    return found
+
+
+def _in_precision(new: Part, old: Part) -> Part:
+    """`new` in the precision of `old`, whose numbers PEFT holds in float32."""
+    if isinstance(new, InputPrompt) and isinstance(old, InputPrompt):
+        return replace(new, vectors=new.vectors.astype(old.vectors.dtype))
+    if isinstance(new, KeyValuePrefix) and isinstance(old, KeyValuePrefix):
+        dtype: Any = old.layers[0].keys.dtype
+        pairs = {layer: KeyValue(p.keys.astype(dtype), p.values.astype(dtype)) for layer, p in new.layers.items()}
+        return KeyValuePrefix(new.site, pairs)
+    raise TypeError("an attached prompt keeps its kind")

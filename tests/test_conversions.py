@@ -1,0 +1,180 @@
+"""Every pair of formats, for every family and method: what is bitwise, exact, conditional or refused.
+
+The table is the claim; the test proves each cell. A positive cell is converted by the public function, run through the
+toolkits themselves where they are installed, and compared; its negative twins (no prompt, shifted by one position, keys
+and values swapped, layers swapped, and the naive copy where copying is wrong) must be noticed. Files of a toolkit are
+written by that toolkit where it is installed.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import softbridge as sb
+from softbridge.base import BaseModel
+from softbridge.errors import LoweringError
+from softbridge.prompt import Positions, SoftPrompt
+from softbridge.registry import engines
+from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
+
+FORMATS = ("softbridge", "peft", "adapterhub", "google")
+
+# One row per family and method, one column per pair (source, target), sources in the order of FORMATS, targets likewise.
+#   b  bitwise: no bit differs, in float64 and in float32
+#   e  exact: within 1e-12 of the largest logit in float64, or 1e-5 across a float32 island of the model (ISLANDS)
+#   c  conditional: refused unless the caller accepts 'positions'; then as exact as e
+#   .  refused, with the reason in REFUSALS
+# A source that the format cannot hold is refused when that source is written.
+TABLE = """
+                        softbridge  peft        adapterhub  google
+                        s p a g     s p a g     s p a g     s p a g
+gpt2      prompt        b b . .     b b . .     . . . .     . . . .
+llama     prompt        b b . .     b b . .     . . . .     . . . .
+qwen3     prompt        b b . .     b b . .     . . . .     . . . .
+gpt_neox  prompt        b b . .     b b . .     . . . .     . . . .
+bert      prompt        b b . .     b b . .     . . . .     . . . .
+t5        prompt        b b . b     b b . b     . . . .     b b . b
+gpt2      prefix        b b c .     b b c .     b c b .     . . . .
+llama     prefix        b b e .     b b e .     b e b .     . . . .
+qwen3     prefix        b b . .     b b . .     . . . .     . . . .
+gpt_neox  prefix        b b . .     b b . .     . . . .     . . . .
+bert      prefix        b b c .     b b c .     b c b .     . . . .
+t5        prefix        b b . .     b b . .     b . b .     . . . .
+"""
+
+#: (family, method, format that cannot be reached) -> the obstacle; "*" for any family.
+REFUSALS = {
+    ("*", "prompt", "adapterhub"): "part",
+    ("*", "prefix", "google"): "part",
+    ("qwen3", "prefix", "adapterhub"): "family",
+    ("gpt_neox", "prefix", "adapterhub"): "family",
+    ("t5", "prefix", "adapterhub"): "relative-bias",
+    ("t5", "prefix", "peft"): "relative-bias",
+    ("*", "prompt", "google"): "family",
+}
+
+#: What of each family computes in float32 even in a float64 model. T5 has one on transformers 4 only: its softmax.
+ISLANDS = {
+    "gpt2": set(),
+    "llama": {"LlamaAttention", "LlamaRMSNorm", "LlamaRotaryEmbedding"},
+    "qwen3": {"Qwen3Attention", "Qwen3RMSNorm", "Qwen3RotaryEmbedding"},
+    "gpt_neox": {"GPTNeoXAttention", "GPTNeoXRotaryEmbedding"},
+    "bert": set(),
+    "t5": {"T5Attention", "T5LayerNorm"},
+}
+
+
+def cells() -> list[Any]:
+    rows = [line.split() for line in TABLE.strip().splitlines()[2:]]
+    found = []
+    for family, method, *outcomes in rows:
+        assert len(outcomes) == len(FORMATS) ** 2
+        pairs = [(source, target) for source in FORMATS for target in FORMATS]
+        for (source, target), outcome in zip(pairs, outcomes, strict=True):
+            found.append(pytest.param(family, method, source, target, outcome, id=f"{family}-{method}-{source}-{target}"))
+    return found
+
+
+def canonical(family: str, method: str, source: str) -> SoftPrompt:
+    """A random prompt with the positions that files of this format imply."""
+    geometry = BaseModel(tiny_config(family)).geometry
+    if method == "prompt":
+        return random_input_prompt(geometry)
+    prompt = random_prefix(geometry)
+    if source != "adapterhub":
+        return prompt
+    start = dict.fromkeys(prompt.positions.start, 0)
+    return SoftPrompt(prompt.parts, Positions(start, "skewed", "pinned"), prompt.base)
+
+
+def write_source(family: str, method: str, source: str, directory: Path) -> None:
+    """By the toolkit itself if it is installed, else by this project's writer."""
+    engine = engines().get(source)
+    if engine is not None and source != "native" and engine.unavailable() is None:
+        import torch
+
+        name = {"prompt": "prompt-tuning", "prefix": "prefix-tuning"}[method]
+        engine.train_example(tiny_model(family, torch.float32), name, directory, length=5, steps=2, seed=0)
+    else:
+        sb.save(canonical(family, method, source), directory, source, tiny_config(family))
+
+
+def refusal(family: str, method: str, unreachable: str) -> str:
+    for key in ((family, method, unreachable), ("*", method, unreachable)):
+        if key in REFUSALS:
+            return REFUSALS[key]
+    raise KeyError((family, method, unreachable))
+
+
+@pytest.mark.parametrize(("family", "method", "source", "target", "outcome"), cells())
+def test_cell(family: str, method: str, source: str, target: str, outcome: str, tmp_path: Path) -> None:
+    config = tiny_config(family)
+    holds = [f for f in FORMATS if cell_of(family, method, f, f) != "."]
+    if source not in holds:
+        assert outcome == "."
+        with pytest.raises(LoweringError) as refused:
+            sb.save(canonical(family, method, "softbridge"), tmp_path / "source", source, config)
+        assert refusal(family, method, source) in {obstacle.name for obstacle in refused.value.obstacles}
+        assert not (tmp_path / "source").exists()
+        return
+
+    write_source(family, method, source, tmp_path / "source")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}
+    if outcome in ".c":
+        with pytest.raises(LoweringError) as refused:
+            sb.convert(tmp_path / "source", tmp_path / "target", target, config, verify=True)
+        obstacles = {obstacle.name: obstacle for obstacle in refused.value.obstacles}
+        assert not (tmp_path / "target").exists(), "a refused conversion writes nothing"
+        if outcome == ".":
+            assert refusal(family, method, target) in obstacles
+            assert not all(obstacle.acceptable for obstacle in obstacles.values())
+            return
+        assert list(obstacles) == ["positions"]
+        assert obstacles["positions"].acceptable
+        assert "position_ids" in str(refused.value)
+        assert "--accept positions" in str(refused.value)
+
+    accept = ("positions",) if outcome == "c" else ()
+    report = sb.convert(tmp_path / "source", tmp_path / "target", target, config, accept=accept, verify=True)
+    certificate = report.certificate
+    assert certificate is not None
+    print(certificate.summary())
+    islands = ISLANDS[family]
+    assert set(certificate.islands) <= islands
+    assert bool(certificate.islands) == bool(islands) or family == "t5"
+    if outcome == "b":
+        assert certificate.verdict == "bitwise", certificate.summary()
+    else:
+        assert certificate.same, certificate.summary()
+        assert certificate.naive is not None
+        assert certificate.naive * certificate.scale > 0.1, "copying as it is must be visibly wrong here"
+    faults = {fault.name: fault for fault in certificate.faults}
+    expected = {"dropped", "shifted by one position"}
+    if method == "prefix":
+        expected |= {"keys and values swapped", "two layers swapped"}
+    assert set(faults) == expected
+    for fault in faults.values():
+        assert fault.noticed, fault
+        assert fault.moved * certificate.scale > 0.1, fault
+
+    after = {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}
+    assert after == before, "the input is not modified"
+    again = sb.verify(tmp_path / "source", tmp_path / "target", config)
+    assert again.same, "the files, read back by someone else, are still the same function"
+
+
+def cell_of(family: str, method: str, source: str, target: str) -> str:
+    for cell in cells():
+        if cell.values[:4] == (family, method, source, target):
+            return str(cell.values[4])
+    raise KeyError((family, method, source, target))
+
+
+def test_the_table_is_whole() -> None:
+    outcomes = [cell.values[4] for cell in cells()]
+    assert len(outcomes) == 6 * 2 * len(FORMATS) ** 2
+    assert sum(outcome in "be" for outcome in outcomes) >= 60
+    assert sum(outcome == "c" for outcome in outcomes) == 6

@@ -1,0 +1,73 @@
+"""What is installed, what importing it costs, and that nothing of the house's rooms leaks out."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from softbridge.registry import engines, formats, owners
+
+ROOT = Path(__file__).resolve().parent.parent
+HEAVY = ("torch", "transformers", "peft", "adapters")
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        names = archive.namelist()
+        metadata = next(archive.read(name).decode() for name in names if name.endswith("METADATA"))
+    top = {name.split("/")[0] for name in names}
+    packages = {name for name in top if not name.endswith(".dist-info")}
+    assert packages == {
+        "softbridge",
+        "softbridge_adapterhub",
+        "softbridge_archive",
+        "softbridge_compat",
+        "softbridge_native",
+        "softbridge_peft",
+    }
+    assert len(top) == len(packages) + 1
+    assert any(name.endswith("py.typed") for name in names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "License-Expression: Apache-2.0" in metadata
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["formats"], ["engines"], ["plugins"]], ids=" ".join)
+def test_listing_imports_no_framework_and_no_toolkit(arguments: list[str]) -> None:
+    assert heavy_after(f"from softbridge.cli import app; app({arguments!r}, standalone_mode=False)") == []
+
+
+def test_inspecting_a_safetensors_file_imports_no_framework() -> None:
+    golden = Path(__file__).parent / "golden" / "container_v1.safetensors"
+    run = f"from softbridge.cli import app; app(['inspect', {str(golden)!r}], standalone_mode=False)"
+    assert heavy_after(run) == []
+
+
+def test_importing_the_package_imports_next_to_nothing() -> None:
+    assert heavy_after("import softbridge") == []
+
+
+def heavy_after(code: str) -> list[str]:
+    """Which heavy modules a fresh interpreter has loaded after running `code`."""
+    report = f"import sys, json; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    loaded: list[str] = json.loads(done.stdout.splitlines()[-1])
+    return loaded
+
+
+def test_the_guard_sees_a_heavy_import() -> None:
+    assert heavy_after("import torch") == ["torch"]
+
+
+def test_what_is_installed_comes_in_by_entry_point() -> None:
+    assert set(formats()) == {"adapterhub", "google", "peft", "softbridge"}
+    assert set(engines()) == {"adapterhub", "native", "peft"}
+    assert owners()["softbridge_formats"]["google"] == "archive"
