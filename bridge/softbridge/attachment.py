@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError
+from softbridge.head import load_head, restore_head
 from softbridge.lower import Target, check_fits, lower
-from softbridge.prompt import SoftPrompt
+from softbridge.prompt import Array, SoftPrompt
 from softbridge.registry import engine_named, engines
 
-_ENGINE = "_softbridge_engine"
+_ATTACHED = "_softbridge_attached"
+
+
+@dataclass(frozen=True)
+class _Attached:
+    """What `detach` must know: who attached, and what the head of the prompt displaced."""
+
+    engine: str
+    head: Mapping[str, Array]
+    displaced: Mapping[str, Any]
 
 
 def attach(model: Any, prompt: SoftPrompt, engine: str = "native") -> Any:
@@ -38,8 +50,9 @@ def attach(model: Any, prompt: SoftPrompt, engine: str = "native") -> Any:
     if chosen.obstacles(prompt, model):
         lowered = lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions",))
         prompt = lowered.prompt
+    displaced = load_head(model, prompt.head)
     running = chosen.attach(model, prompt)
-    setattr(running, _ENGINE, engine)
+    setattr(running, _ATTACHED, _Attached(engine, prompt.head, displaced))
     return running
 
 
@@ -49,7 +62,8 @@ def extract(model: Any) -> SoftPrompt:
     Raises:
         EngineError: nothing is attached.
     """
-    return engine_named(_engine_of(model)).extract(model)
+    attached = _attached(model)
+    return replace(engine_named(attached.engine).extract(model), head=attached.head)
 
 
 def detach(model: Any) -> Any:
@@ -58,17 +72,19 @@ def detach(model: Any) -> Any:
     Raises:
         EngineError: nothing is attached.
     """
-    engine = engine_named(_engine_of(model))
-    delattr(model, _ENGINE)
-    return engine.detach(model)
+    attached = _attached(model)
+    delattr(model, _ATTACHED)
+    detached = engine_named(attached.engine).detach(model)
+    restore_head(detached, attached.displaced)
+    return detached
 
 
-def _engine_of(model: Any) -> str:
-    name = getattr(model, _ENGINE, None)
-    if not isinstance(name, str):
+def _attached(model: Any) -> _Attached:
+    found = getattr(model, _ATTACHED, None)
+    if not isinstance(found, _Attached):
         raise EngineError(
             f"no prompt is attached to this {type(model).__name__}",
             f"a model that softbridge.attach returned (engines: {', '.join(engines())})",
             "call softbridge.attach(model, prompt) first",
         )
-    return name
+    return found

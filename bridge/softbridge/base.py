@@ -91,6 +91,7 @@ class BaseModel:
             seed: of the weights.
         """
         config = copy.deepcopy(self.config)
+        config._name_or_path = ""  # it is not that model: no toolkit shall look the name up
         shrink(config, vocab_size=SMALL_VOCABULARY)
         shrink(config, intermediate_size=SMALL_FEED_FORWARD, n_inner=SMALL_FEED_FORWARD, d_ff=SMALL_FEED_FORWARD)
         shrink(config, encoder_ffn_dim=SMALL_FEED_FORWARD, decoder_ffn_dim=SMALL_FEED_FORWARD)

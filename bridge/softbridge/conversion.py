@@ -197,10 +197,12 @@ def convert(
                 "give it with --base (base=... in Python)",
             )
         naive = replace(loaded.prompt, positions=native_positions(loaded.prompt, form.capabilities))
+        # Where the head was left out on request, the caller loads it: the comparison does so too.
+        told = replace(lowering.prompt, head=loaded.prompt.head)
         written = {name: _sha256(data) for name, data in content.items()}
         certificate = verify_prompts(
             (str(loaded.path), loaded.prompt, loaded.format.engine),
-            (str(target), replace(lowering.prompt, origin=Origin(form.name, digests=written)), form.engine),
+            (str(target), replace(told, origin=Origin(form.name, digests=written)), form.engine),
             resolved,
             naive=naive if naive.positions != lowering.prompt.positions or _turned(lowering) else None,
         )

@@ -94,18 +94,25 @@ def lower(
         check_fits(prompt, geometry)
     steps: list[Step] = []
     obstacles: list[Obstacle] = []
+    missing: BaseModelError | None = None
     for run in PASSES:
-        prompt, done, met = run(prompt, target)
+        try:
+            prompt, done, met = run(prompt, target)
+        except BaseModelError as error:
+            missing = missing or error
+            continue
         steps += done
         for obstacle in met:
             if obstacle.acceptable and obstacle.name in accept:
                 steps.append(Step(obstacle.name, "conditional", obstacle.reason))
             else:
                 obstacles.append(obstacle)
-    if further is not None and not obstacles:
+    if not obstacles and missing is None and further is not None:
         obstacles += further(prompt, geometry)
     if obstacles:
         raise LoweringError(target.name, obstacles)
+    if missing is not None:
+        raise missing
     return Lowering(prompt, tuple(steps))
 
 

@@ -30,7 +30,7 @@ import shutil
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -175,7 +175,8 @@ def _checked_bytes(what: str, dtype: np.dtype[Any], shape: Sequence[int], availa
         _refuse(f"{what}: {len(shape)} dimensions", "at most 32")
     if math.prod(max(size, 1) for size in shape) * dtype.itemsize > available:
         _refuse(
-            f"{what}: shape {_short(tuple(shape))} of {dtype.name}", f"no more than the {available} bytes there are"
+            f"{what}: shape {_short(tuple(shape))} of {dtype.name}, where there are {available} bytes",
+            "a file that holds what it describes",
         )
     return math.prod(shape) * dtype.itemsize
 
@@ -323,14 +324,23 @@ class _View:
     stride: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class _Program:
+    """What a pickle's program would make, and everything that it makes on the way, whether it is kept or dropped."""
+
+    result: Any
+    storages: Mapping[str, _Storage]
+    views: Set[_View]
+
+
 _MARK = _Global("mark")
 _REBUILD = ("torch._utils _rebuild_tensor_v2", "torch._utils _rebuild_tensor")
 _PARAMETER = "torch._utils _rebuild_parameter"
 _ORDERED = "collections OrderedDict"
 
 
-def _walk_pickle(stream: BinaryIO, what: str) -> Any:
-    """What a pickle's program would make, with tensors as `_View`: a walk over its opcodes that calls nothing.
+def _walk_pickle(stream: BinaryIO, what: str) -> _Program:
+    """A walk over a pickle's opcodes that calls nothing; tensors come out as `_View`.
 
     torch's restricted unpickler runs no foreign code, but it believes sizes: bytearray(2**36), a storage of the old
     format with a made-up length, a view of zero strides. So torch gets to see a program only after this walk, which
@@ -339,6 +349,8 @@ def _walk_pickle(stream: BinaryIO, what: str) -> Any:
     start = stream.tell()
     stack: list[Any] = []
     memo: dict[int, Any] = {}
+    storages: dict[str, _Storage] = {}
+    views: set[_View] = set()
 
     def pop_to_mark() -> list[Any]:
         items: list[Any] = []
@@ -359,7 +371,7 @@ def _walk_pickle(stream: BinaryIO, what: str) -> Any:
                 pass
             case "STOP":
                 (result,) = stack
-                return result
+                return _Program(result, storages, views)
             case "MARK":
                 stack.append(_MARK)
             case "NONE":
@@ -400,10 +412,16 @@ def _walk_pickle(stream: BinaryIO, what: str) -> Any:
                 if not isinstance(stack[-1], dict):
                     raise ValueError(f"attributes set on a {type(stack[-1]).__name__}")
             case "BINPERSID":
-                stack.append(_storage(stack.pop()))
+                storage = _storage(stack.pop())
+                if storages.setdefault(storage.key, storage) != storage:
+                    raise ValueError(f"two descriptions of storage {storage.key}")
+                stack.append(storage)
             case "REDUCE":
                 arguments = stack.pop()
-                stack.append(_reduce(stack.pop(), arguments, what))
+                made = _reduce(stack.pop(), arguments, what)
+                if isinstance(made, _View):
+                    views.add(made)
+                stack.append(made)
             case _:
                 raise ValueError(f"the opcode {opcode.name}, which torch.save does not need for plain tensors")
     raise ValueError("no end")
@@ -421,9 +439,9 @@ def _storage(identity: Any) -> _Storage:
 def _reduce(function: Any, arguments: Any, what: str) -> Any:
     name = function.name
     if name in _REBUILD:
-        storage, offset, shape, stride, *_ = arguments
-        sizes = (offset, *shape, *stride)
-        if not isinstance(storage, _Storage) or not all(map(_is_size, sizes)) or len(shape) != len(stride):
+        storage, offset, shape, stride, *rest = arguments
+        sizes = all(map(_is_size, (offset, *shape, *stride))) and len(shape) == len(stride)
+        if not isinstance(storage, _Storage) or not sizes or any(rest[2:]):  # rest: gradient, hooks, a conjugate's bits
             raise ValueError(f"a tensor described as {_short(arguments)}")
         return _View(storage, offset, tuple(shape), tuple(stride))
     if name == _PARAMETER and isinstance(arguments[0], _View):
@@ -437,8 +455,9 @@ def _reduce(function: Any, arguments: Any, what: str) -> Any:
     )
 
 
-def _checked_views(claimed: Any, what: str) -> dict[str, _View]:
-    """The tensors that a walk has found, if they are all there is and every one lies within its storage."""
+def _checked_views(program: _Program, size: int, what: str) -> dict[str, _View]:
+    """The tensors that a program makes, if it makes nothing else and every one lies within its storage."""
+    claimed = program.result
     if isinstance(claimed, _View):
         claimed = {"": claimed}
     if not isinstance(claimed, dict):
@@ -452,10 +471,13 @@ def _checked_views(claimed: Any, what: str) -> dict[str, _View]:
             "one dictionary of tensors, or one tensor",
             "save the dictionary that holds the prompt's tensors alone",
         )
+    if program.views != set(claimed.values()):
+        _refuse(f"{what}: the pickle makes tensors that it does not keep", "the tensors of its dictionary, no others")
     for name, view in claimed.items():
         here = f"{what}: tensor {_short(name)}"
         storage = view.storage
-        _checked_bytes(here, storage.dtype, view.shape, storage.count * storage.dtype.itemsize)
+        available = size if 0 in view.shape else storage.count * storage.dtype.itemsize
+        _checked_bytes(here, storage.dtype, view.shape, available)
         reach = 1
         for stride, size in sorted(zip(view.stride, view.shape, strict=True)):
             if 0 not in view.shape and size > 1:
@@ -472,7 +494,7 @@ def _checked_views(claimed: Any, what: str) -> dict[str, _View]:
     return cast("dict[str, _View]", claimed)
 
 
-def _program(archive: zipfile.ZipFile) -> str | None:
+def _main_member(archive: zipfile.ZipFile) -> str | None:
     """The member of a zip archive that holds the program, or None if torch.save did not write it."""
     found = [name for name in archive.namelist() if name.endswith("/data.pkl") and name.count("/") == 1]
     return found[0] if len(found) == 1 else None
@@ -496,21 +518,22 @@ def _open_zip(content: bytes, what: str) -> tuple[bytes, dict[str, _View]]:
                 )
         if sum(member.file_size for member in members) > len(content):
             _refuse(f"{what}: members that lie over each other", "every member in its own place")
-        program = _program(archive)
-        if program is None:
+        main = _main_member(archive)
+        if main is None:
             _refuse(f"{what}: a zip archive of other things", "a file that torch.save wrote")
-        root = program.removesuffix("data.pkl")
-        if archive.getinfo(program).file_size > LIMIT:
+        root = main.removesuffix("data.pkl")
+        if archive.getinfo(main).file_size > LIMIT:
             raise ValueError(f"a program of more than {LIMIT} bytes")
-        code = archive.read(program)
-        views = _checked_views(_walk_pickle(io.BytesIO(code), what), what)
+        code = archive.read(main)
+        program = _walk_pickle(io.BytesIO(code), what)
+        views = _checked_views(program, len(content), what)
         again = io.BytesIO()
         with zipfile.ZipFile(again, "w") as copy:
             copy.writestr("archive/data.pkl", code)
             copy.writestr("archive/version", "3\n")
             if f"{root}byteorder" in archive.namelist():
                 copy.writestr("archive/byteorder", archive.read(f"{root}byteorder"))
-            for storage in _storages(views, what):
+            for storage in program.storages.values():
                 member = archive.getinfo(f"{root}data/{storage.key}")
                 if member.file_size != storage.count * storage.dtype.itemsize:
                     _refuse(
@@ -524,18 +547,14 @@ def _open_zip(content: bytes, what: str) -> tuple[bytes, dict[str, _View]]:
 def _open_legacy(content: bytes, what: str) -> tuple[bytes, dict[str, _View]]:
     """A file of torch < 1.6: five pickles (magic, protocol, system, object, keys of storages), then the storages."""
     stream = io.BytesIO(content)
-    _, protocol, system, claimed, keys = (_walk_pickle(stream, what) for _ in range(5))
-    if protocol != 1001 or system.get("little_endian") is not True:
-        _refuse(f"{what}: protocol {_short(protocol)}, system {_short(system)}", "protocol 1001, little-endian")
-    views = _checked_views(claimed, what)
-    storages = {storage.key: storage for storage in _storages(views, what)}
-    if (
-        not isinstance(keys, list)
-        or len(keys) != len(storages)
-        or any(not isinstance(key, str) or key not in storages for key in keys)
-    ):
-        _refuse(f"{what}: data of the storages {_short(keys)}", f"data of {_short(sorted(storages))}")
-    for key in keys:
+    _, protocol, system, program, keys = (_walk_pickle(stream, what) for _ in range(5))
+    if protocol.result != 1001 or system.result.get("little_endian") is not True:
+        _refuse(f"{what}: protocol {_short(protocol.result)}", "protocol 1001, little-endian")
+    views = _checked_views(program, len(content), what)
+    storages = program.storages
+    if not all(isinstance(key, str) for key in keys.result) or sorted(keys.result) != sorted(storages):
+        _refuse(f"{what}: data of the storages {_short(keys.result)}", f"data of {_short(sorted(storages))}")
+    for key in keys.result:
         count = int.from_bytes(stream.read(8), "little")
         stored = count * storages[key].dtype.itemsize
         if count != storages[key].count or stored > len(content) - stream.tell():
@@ -547,14 +566,6 @@ def _open_legacy(content: bytes, what: str) -> tuple[bytes, dict[str, _View]]:
     return content, views
 
 
-def _storages(views: Mapping[str, _View], what: str) -> list[_Storage]:
-    found: dict[str, _Storage] = {}
-    for view in views.values():
-        if found.setdefault(view.storage.key, view.storage) != view.storage:
-            _refuse(f"{what}: two descriptions of storage {view.storage.key}", "one")
-    return list(found.values())
-
-
 def _open_pickle(content: bytes, what: str) -> tuple[bytes, dict[str, _View]]:
     if not content.startswith((_ZIP, _LEGACY)):
         _refuse(f"{what}: a pickle that torch.save did not write", "a file that torch.save wrote")
@@ -563,35 +574,31 @@ def _open_pickle(content: bytes, what: str) -> tuple[bytes, dict[str, _View]]:
     except CheckpointError:
         raise
     except Exception as error:  # a walk over hostile bytes ends in KeyError, IndexError, BadZipFile, ...
-        _refuse(f"{what}: not readable as a torch file: {_short(error)}", "a whole file that torch.save wrote")
+        _refuse(f"{what}: not readable as a torch file: {repr(error)[:200]}", "a whole file that torch.save wrote")
 
 
 def _load_pickle(content: bytes, what: str) -> dict[str, Array]:
     import torch
 
     checked, views = _open_pickle(content, what)
+    seen: dict[_View, Array] = {}
     try:
         loaded = torch.load(io.BytesIO(checked), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises what it likes
-        _refuse(f"{what}: torch cannot load it: {_short(error)}", "a whole file that torch.save wrote")
-    if isinstance(loaded, torch.Tensor):
-        loaded = {"": loaded}
-    arrays: dict[str, Array] = {}
-    seen: dict[_View, Array] = {}
-    for name, view in views.items():
-        tensor = loaded[name].detach()
-        bits = tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor
-        if tensor.layout != torch.strided or tensor.device.type != "cpu":
-            _refuse(f"{what}: tensor {_short(name)} is {tensor.layout} on {tensor.device}", "a dense tensor")
-        # No copy: the arrays are windows on torch's storages, which are as large as the file's. Names that share a
-        # tensor share an array.
-        array = bits.numpy().view(BFLOAT16) if tensor.dtype == torch.bfloat16 else bits.numpy()
-        if (array.dtype, array.shape) != (view.storage.dtype, view.shape):
-            _refuse(f"{what}: torch and softbridge read tensor {_short(name)} differently", "one meaning")
-        if view not in seen:
+        for name, view in views.items():
+            if view in seen:
+                continue
+            # No copy: the arrays are windows on torch's storages, which are as large as the file's.
+            tensor = (loaded if isinstance(loaded, torch.Tensor) else loaded[name]).detach()
+            bfloat16 = tensor.dtype == torch.bfloat16
+            array = tensor.view(torch.uint16).numpy().view(BFLOAT16) if bfloat16 else tensor.numpy()
+            if (array.dtype, array.shape) != (view.storage.dtype, view.shape):
+                _refuse(f"{what}: torch and softbridge read tensor {_short(name)} differently", "one meaning")
             seen[view] = _checked_values(f"{what}: tensor {_short(name)}", array)
-        arrays[name] = seen[view]
-    return arrays
+    except CheckpointError:
+        raise
+    except Exception as error:  # torch raises what it likes
+        _refuse(f"{what}: torch cannot load it: {repr(error)[:200]}", "a whole file that torch.save wrote")
+    return {name: seen[view] for name, view in views.items()}  # names that share a tensor share an array
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -618,7 +625,7 @@ class Files:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         try:
-            root = self.path.resolve()
+            root = Path(os.path.realpath(self.path))
             self.is_file = root.is_file()
             if self.is_file:
                 self._files = {self.path.name: root}
@@ -626,7 +633,7 @@ class Files:
                 self._files = dict(_listed(root))
             else:
                 _refuse(f"'{self.path}' is no file and no folder", "a checkpoint", "check the spelling of the path")
-        except (OSError, RuntimeError, ValueError) as error:  # a loop of links; a NUL in the path
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             _refuse(f"'{self.path}' cannot be opened: {error}", "a checkpoint", "check the path and its permissions")
         self.names = tuple(sorted(self._files))
 
@@ -659,7 +666,7 @@ class Files:
                 stream.seek(0)
                 try:
                     with zipfile.ZipFile(stream) as archive:
-                        return "pickle" if _program(archive) else "unknown"
+                        return "pickle" if _main_member(archive) else "unknown"
                 except Exception:  # zipfile raises seven kinds of exception on malformed archives
                     return "unknown"
             if start.startswith(b"\x80"):
@@ -749,7 +756,7 @@ def _listed(root: Path) -> Iterator[tuple[str, Path]]:
     stores = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
 
     def inside(path: Path) -> Path | None:
-        real = path.resolve()
+        real = Path(os.path.realpath(path))  # unlike Path.resolve, lets a loop of links be
         return real if any(real.is_relative_to(store) for store in stores) else None
 
     for path in root.iterdir():
@@ -766,14 +773,18 @@ def _listed(root: Path) -> Iterator[tuple[str, Path]]:
 # --- bytes ------------------------------------------------------------------------------------------------------------
 
 
-def little_endian(name: str, array: Array) -> Array:
-    """The array, little-endian and C-contiguous, if every format can hold it."""
+def little_endian(name: str, array: Array, dtypes: Collection[np.dtype[Any]] = DTYPE_CODES) -> Array:
+    """The array, little-endian and C-contiguous.
+
+    Raises:
+        OutputError: its dtype is none of `dtypes` (safetensors', unless told), or no reader would take the name.
+    """
     array = np.asarray(array)
     little = array.dtype if array.dtype == BFLOAT16 else array.dtype.newbyteorder("<")
-    if little not in DTYPE_CODES or not is_safe_name(name):
+    if little not in dtypes or not is_safe_name(name):
         raise OutputError(
             f"an array of dtype {array.dtype} under the name {_short(name)}",
-            f"one of {', '.join(dtype.name for dtype in DTYPE_CODES)}, under a printable, relative name",
+            f"one of {', '.join(dtype.name for dtype in dtypes)}, under a printable, relative name",
             "convert or rename it before saving",
         )
     return np.asarray(array, dtype=little, order="C")
@@ -810,7 +821,7 @@ def pickle_bytes(tensors: Mapping[str, Array]) -> bytes:
     made: dict[int, torch.Tensor] = {}
     for name, array in tensors.items():
         if id(array) not in made:
-            made[id(array)] = to_torch(little_endian(name, array))
+            made[id(array)] = to_torch(little_endian(name, array, _STORAGES.values()))
     stream = io.BytesIO()
     torch.save({name: made[id(array)] for name, array in tensors.items()}, stream)
     return stream.getvalue()

@@ -49,6 +49,13 @@ CACHED_T5_PREFIX = Defect(
     "on transformers 4, cached generation of T5 with a prefix differs from the uncached forward",
     _transformers_4,
 )
+UNPOOLED_PREFIX = Defect(
+    "peft-unpooled-prefix",
+    "peft",
+    "on transformers 4, a prefix on a sequence classifier without a pooler (RoBERTa, ELECTRA) fails: PEFT hands the "
+    "classifier the cache instead of the hidden states",
+    _transformers_4,
+)
 ADAPTER_NAMES = Defect(
     "peft-adapter-names",
     "peft",
@@ -85,6 +92,7 @@ DEFECTS: tuple[Defect, ...] = (
     LEFT_PADDED_PREFIX_FORWARD,
     ONE_SUBMODULE,
     CACHED_T5_PREFIX,
+    UNPOOLED_PREFIX,
     ADAPTER_NAMES,
     MISSING_HEAD,
     GROWING_CONFIG,

@@ -291,7 +291,9 @@ def _cache_stays_empty(model: Any) -> bool:
         inputs["decoder_input_ids"] = tokens
     with torch.random.fork_rng(), torch.no_grad():
         past = getattr(model(**inputs, use_cache=True), "past_key_values", None)
-    return past is not None and past.get_seq_length() == 0
+    if past is None or isinstance(past, tuple):  # no cache at all, or one of tensors
+        return False
+    return int(past.get_seq_length()) == 0
 
 
 @cache

@@ -48,7 +48,6 @@ ENCODER_DECODERS = frozenset(("bart", "mbart", "mt5", "plbart", "t5"))
 MODEL_TYPES = ENCODER_DECODERS | {
     "bert",
     "bert-generation",
-    "deberta",
     "deberta-v2",
     "distilbert",
     "electra",
@@ -66,6 +65,7 @@ OTHER_MODEL_TYPES = {
     "albert": "AdapterHub shares one prefix among ALBERT layers that share their weights",
     "beit": "a vision model",
     "clip": "a vision model",
+    "deberta": "AdapterHub adds a random bias to every DeBERTa attention, so that no two runs agree",
     "encoder-decoder": "two models in one, each with prefixes of its own",
     "vit": "a vision model",
     "whisper": "a speech model",

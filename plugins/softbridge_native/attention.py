@@ -26,6 +26,8 @@ from softbridge.errors import EngineError
 
 #: Underlying implementations. Others skip the mask, or take it in a form of their own.
 UNDERLYING = ("eager", "sdpa")
+#: Additive masks are far below this where they hide a key, in every dtype.
+HIDDEN = -1e4
 _BINDING = "_softbridge"
 
 
@@ -90,8 +92,15 @@ def unbind(module: nn.Module) -> None:
 
 
 def _mask(underlying: Callable[..., Any], **settings: Any) -> Any:
-    """The underlying mask, never skipped: SDPA's own causal mask is aligned to the first key, which is virtual here."""
-    return underlying(**{**settings, "allow_is_causal_skip": False})
+    """The underlying mask, never skipped: SDPA's own causal mask is aligned to the first key, which is virtual here.
+
+    Some models compute the softmax in float32. There the lowest float64 is minus infinity, and a query that sees
+    nothing (a pad on the left) becomes NaN, and with it all that follows; so a mask stays above the lowest float32.
+    """
+    mask = underlying(**{**settings, "allow_is_causal_skip": False})
+    if isinstance(mask, Tensor) and mask.dtype == torch.float64:
+        return mask.clamp(min=torch.finfo(torch.float32).min)
+    return mask
 
 
 def _attend(
@@ -178,7 +187,7 @@ def _queries(causal: bool, length: int, real: int, mask: Tensor | None, device: 
     if mask is None:
         slots = torch.arange(real - length, real, device=device)[None]
         return slots, slots
-    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > torch.finfo(mask.dtype).min / 2
+    visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > HIDDEN
     if causal:
         columns = torch.arange(real, device=device)
         return (visible * columns).amax(-1), (visible.sum(-1) - 1).clamp(min=0)

@@ -181,6 +181,7 @@ class Injection(nn.Module):
         prompt: as it was attached.
         parts: one module for each of the prompt's parts.
         handles: of all hooks.
+        reached: whether a stack has run since the model was called.
         bound: the attention modules that hold a prefix.
         implementations: each configuration in the model, with the attention implementation that it named.
         trainable: the model's parameters that were trainable.
@@ -191,9 +192,27 @@ class Injection(nn.Module):
         self.prompt = prompt
         self.parts = nn.ModuleList(parts)
         self.handles: list[Any] = []
+        self.reached = False
         self.bound: list[nn.Module] = []
         self.implementations: list[tuple[Any, str]] = []
         self.trainable: list[nn.Parameter] = []
+
+    def enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+        """The model runs; no stack has been reached yet."""
+        self.reached = False
+
+    def reach(self, stack: nn.Module, args: tuple[Any, ...]) -> None:
+        """A stack runs."""
+        self.reached = True
+
+    def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A model that calls its layers past the stack would drop the prompt without a word."""
+        if not self.reached:
+            raise EngineError(
+                f"{type(model).__name__} ran without calling the stack that carries the prompt",
+                "a model that calls the stack under its head",
+                "attach to another class of the same family, or use a toolkit's engine",
+            )
 
     def extract(self) -> SoftPrompt:
         """The prompt as it is now. What a changed prompt no longer has (its parameterisation, its origin) goes."""
@@ -231,16 +250,22 @@ def attach(model: Any, prompt: SoftPrompt) -> Any:
     for parameter in injection.trainable:
         parameter.requires_grad_(False)
     implementation = None
-    if prompt.prefixes:
+    if prompt.prefixes or (any(modules.values()) and model.config._attn_implementation == "eager"):
         implementation = _switch_attention(model, injection)
-        _bind_prefixes(injection, modules)
+    _bind_prefixes(injection, modules)
+    injection.handles += [
+        model.register_forward_pre_hook(injection.enter),
+        model.register_forward_hook(injection.leave),
+    ]
+    strip = not geometry.is_encoder_decoder and not _pools_first_token(model, geometry)
     inputs = dict(
         zip((part.stack for part in prompt.inputs), (m for m in parts if isinstance(m, Vectors)), strict=True)
     )
     for name, stack in _stacks(model, geometry).items():
         start = prompt.positions.start.get(name, 0)
-        hooks = StackHooks(stack, inputs.get(name), start, implementation, strip=not geometry.is_encoder_decoder)
+        hooks = StackHooks(stack, inputs.get(name), start, implementation, strip)
         injection.handles += [
+            stack.register_forward_pre_hook(injection.reach),
             stack.register_forward_pre_hook(hooks.before, with_kwargs=True),
             stack.register_forward_hook(hooks.after),
             stack.get_input_embeddings().register_forward_hook(_require_grad),
@@ -344,7 +369,9 @@ def _stacks(model: Any, geometry: Geometry) -> dict[Stack, Any]:
     """The module that runs each stack: embeddings, layers, last norm; no head."""
     if geometry.is_encoder_decoder:
         return {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
-    return {"encoder" if geometry.decoder is None else "decoder": model.base_model}
+    if geometry.decoder is None:
+        return {"encoder": model.base_model}
+    return {"decoder": model.base_model.get_decoder()}
 
 
 def _attention_modules(model: Any, geometry: Geometry) -> dict[Site, list[nn.Module]]:
@@ -356,6 +383,16 @@ def _attention_modules(model: Any, geometry: Geometry) -> dict[Site, list[nn.Mod
         "self": decoder[::2] if crossed else decoder,
         "cross": decoder[1::2] if crossed else [],
     }
+
+
+def _pools_first_token(model: Any, geometry: Geometry) -> bool:
+    """Whether the head of an encoder takes the first state for the whole sequence: with a prompt, a virtual token's.
+
+    So do PEFT and the published classes, and BERT's own pooler, which is part of the stack.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return geometry.decoder is None and type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
 
 
 def _switch_attention(model: Any, injected: Injection) -> str:

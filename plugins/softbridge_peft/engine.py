@@ -20,6 +20,7 @@ from softbridge.geometry import Geometry, read_geometry, stack_of
 from softbridge.lower import check_fits
 from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
 from softbridge.tensors import from_torch, to_torch
+from softbridge_compat import peft_defects
 from softbridge_peft import facts
 from softbridge_peft.format import FORMAT, config_of, parse, tensors_of
 
@@ -64,7 +65,7 @@ class PeftEngine:
             found.append(Obstacle("task", reason, "build the model with an Auto class of one of these tasks"))
         if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
             reason = "PEFT refuses prefixes under gradient checkpointing, and leaves hooks in the model otherwise"
-            found.append(Obstacle("gradient-checkpointing", reason, "call model.gradient_checkpointing_disable()"))
+            found.append(Obstacle("gradient-checkpointing", reason, "switch gradient checkpointing off in the model"))
         found += _head_obstacles(prompt, model)
         for part in prompt.parts:
             found += [Obstacle(name, reason, native) for name, reason in _refusals(part, prompt, model, geometry)]
@@ -100,7 +101,7 @@ class PeftEngine:
         for stack, counted in prompt.counted().items():
             shift = prompt.positions.start.get(stack, counted) - counted
             if shift:
-                hook = model.base_model.register_forward_pre_hook(_Shift(shift), with_kwargs=True)
+                hook = _called(model).register_forward_pre_hook(_Shift(shift), with_kwargs=True)
         setattr(adapted, _ATTACHMENT, _Attachment(prompt, trainable, training, attributes, settings, hook))
         return adapted
 
@@ -200,8 +201,8 @@ class _Shift:
             seen = kwargs["past_key_values"].get_seq_length()
             positions = torch.arange(seen, seen + inputs.shape[1], device=inputs.device)[None]
             # RoBERTa and its kin count from behind the padding token's index.
-            embeddings: Any = getattr(module, "embeddings", None)
-            if hasattr(embeddings, "create_position_ids_from_input_ids"):
+            embeddings: Any = getattr(module.base_model, "embeddings", None)
+            if hasattr(embeddings, "create_position_ids_from_inputs_embeds"):
                 positions = positions + embeddings.padding_idx + 1
         return args, {**kwargs, "position_ids": positions + self.shift}
 
@@ -232,6 +233,11 @@ def _task(model: Any) -> str | None:
     return None
 
 
+def _called(model: Any) -> Any:
+    """The module that PEFT calls with a prefix: the model, or what is under its head if that alone takes a cache."""
+    return model if "past_key_values" in inspect.signature(model.forward).parameters else model.base_model
+
+
 def _head_obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
     shapes = {facts.HEAD + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     wrong = [name for name, array in prompt.head.items() if shapes.get(name) != array.shape]
@@ -255,13 +261,20 @@ def _refusals(part: Part, prompt: SoftPrompt, model: Any, geometry: Geometry) ->
     if part.site == "cross":
         return [("site", "PEFT has no prefix at the cross-attention")]
     found = []
+    called, kind = _called(model), type(model).__name__
+    takes = inspect.signature(called.forward).parameters
+    if "past_key_values" not in takes:
+        found.append(("past-key-values", f"{kind} takes no past key values, which PEFT's prefix is"))
+    elif called is not model and _task(model) == facts.SEQ_CLS and getattr(called, "pooler", None) is None:
+        if peft_defects.UNPOOLED_PREFIX.applies():
+            found.append(("pooler", f"PEFT fails with a prefix on {kind} under the installed transformers"))
     biased = any(hasattr(module, "relative_attention_bias") for module in model.modules())
     shifted = prompt.positions.start.get(stack_of(part.site), part.length) != part.length
     if biased and (shifted or prompt.positions.relative_bias == "skewed"):
         reason = "PEFT's real tokens stand behind the prefix for the relative position bias, this prompt's do not"
         found.append(("relative-bias", reason))
-    elif shifted and "position_ids" not in inspect.signature(model.base_model.forward).parameters:
-        found.append(("positions", f"{type(model).__name__} cannot be told where its tokens stand"))
+    elif shifted and "position_ids" not in takes:
+        found.append(("positions", f"{kind} cannot be told where its tokens stand"))
     shape = geometry.site(part.site)
     if prompt.positions.window == "pinned" and shape is not None and shape.window is not None:
         found.append(("window", "the sliding window drops virtual tokens in PEFT, and not for this prompt"))

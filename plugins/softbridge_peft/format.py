@@ -287,7 +287,7 @@ def _refusals(part: Part, geometry: Geometry | None) -> list[tuple[str, str]]:
             found.append(("stack", "PEFT puts vectors into the encoder of an encoder-decoder model, not the decoder"))
         return found
     if part.site == "encoder" and composite:
-        found.append(("stack", "PEFT prefixes the decoder of an encoder-decoder model, not its encoder"))
+        return [*found, ("stack", "PEFT prefixes the decoder of an encoder-decoder model, not its encoder")]
     shape = None if geometry is None else geometry.site(part.site)
     count = max(part.layers) + 1 if shape is None else shape.layers
     absent = sorted(set(range(count)) - set(part.layers))

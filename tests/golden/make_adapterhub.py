@@ -42,7 +42,8 @@ LENGTH = 5
 
 
 def make(family: str, method: str) -> bytes:
-    model = tiny_model(family)
+    # transformers 5 builds T5 with tied embeddings whatever its configuration says; tied, both compute the same.
+    model = tiny_model(family, **({"tie_word_embeddings": True} if family == "t5" else {}))
     generator = torch.Generator().manual_seed(7)
     inputs = {"input_ids": torch.randint(3, model.config.vocab_size, (2, 7), generator=generator)}
     if model.config.is_encoder_decoder:

@@ -121,7 +121,7 @@ def test_a_file_without_suffix_is_read_like_t5x_writes_it(tmp_path: Path) -> Non
         (GOOD.reshape(5, 24, 1), CheckpointError, r"\[5, 24, 1\]"),
         (GOOD.astype(np.int64), CheckpointError, "int64"),
         (GOOD[:, :20], BaseModelError, "width 20, the model's is 24"),
-        (np.array([{"a": 1}], dtype=object), CheckpointError, "object"),
+        (np.array([{"a": 1}], dtype=object), CheckpointError, r"\|O"),
     ],
     ids=["nan", "three axes", "integers", "other base", "pickled objects"],
 )

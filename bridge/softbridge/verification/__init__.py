@@ -123,7 +123,7 @@ def verify_prompts(
             variant = [
                 f"{engine.name} is not invariant to left padding by itself ({own:.1e})"
                 for engine, out in ((engine_a, exact_a), (engine_b, exact_b))
-                if (own := _apart(out, ["left-padded"], out, [probe.name for probe in alone], scale)) > bound
+                if not (own := _apart(out, ["left-padded"], out, [probe.name for probe in alone], scale)) <= bound
             ]
             note = "; ".join(dict.fromkeys(variant))
         figures.append(
@@ -143,7 +143,7 @@ def verify_prompts(
             continue
         out = plain if wrong is None else run(engine_b, runner.model("float64"), wrong, alone)
         moved = _apart(out, names, exact_b, names, scale)
-        faults.append(Fault(fault, moved, moved > NOTICED * bound))
+        faults.append(Fault(fault, moved, not moved <= NOTICED * bound))  # what is not a number is noticed
     copied = None
     if naive is not None and not engine_b.obstacles(naive, model):
         copied = _apart(run(engine_b, runner.model("float64"), naive, alone), names, exact_a, names, scale)

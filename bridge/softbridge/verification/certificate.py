@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -136,7 +137,7 @@ class Certificate:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value; the README documents its fields."""
+        """A JSON value; the README documents its fields. A number that is not finite becomes null."""
         return {"schema": SCHEMA, "verdict": self.verdict, **_plain(asdict(self))}
 
 
@@ -145,4 +146,6 @@ def _plain(value: Any) -> Any:
         return {name: _plain(item) for name, item in value.items()}
     if isinstance(value, (tuple, list)):
         return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
     return value

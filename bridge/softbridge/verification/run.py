@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from softbridge.errors import EngineError
+from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Engine
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.registry import engines
@@ -50,11 +51,12 @@ def attached(engine: Engine, model: Any, prompt: SoftPrompt | None) -> Iterator[
     if prompt is None:
         yield model
         return
+    before = load_head(model, prompt.head)
     running = engine.attach(model, prompt)
     try:
         yield running
     finally:
-        engine.detach(running)
+        restore_head(engine.detach(running), before)
 
 
 def run(engine: Engine, model: Any, prompt: SoftPrompt | None, probes: Sequence[Probe]) -> dict[str, Array]:

@@ -1,0 +1,66 @@
+"""AdapterHub's defects that softbridge's code steps around, or that its users must be told of.
+
+All were met in 1.3.0; another release is assumed to have them until the test that shows each says otherwise.
+"""
+
+from __future__ import annotations
+
+from softbridge_compat.defects import Defect, installed
+
+
+def _installed() -> bool:
+    return installed("adapters") is not None
+
+
+DEFECTS: tuple[Defect, ...] = (
+    Defect(
+        "adapterhub-sdpa-causal",
+        "adapters",
+        "a prefix under SDPA attention on a decoder, no padding: the causal mask is aligned at the first key, so that "
+        "token i sees the first i + 1 of prefix and tokens together",
+        _installed,
+    ),
+    Defect(
+        "adapterhub-sdpa-mask",
+        "adapters",
+        "a prefix under SDPA attention on a decoder, with a padding mask: the prefix's part of the boolean mask is "
+        "inverted, so the prefix is ignored",
+        _installed,
+    ),
+    Defect(
+        "adapterhub-llama-cache",
+        "adapters",
+        "the key/value cache of Llama and Mistral models is never filled, so that cached decoding sees one token",
+        _installed,
+    ),
+    Defect(
+        "adapterhub-eject-gqa",
+        "adapters",
+        "eject_prefix_tuning fails where key/value heads times head size is not the hidden size",
+        _installed,
+    ),
+    Defect(
+        "adapterhub-ejected-flat",
+        "adapters",
+        "an ejected prefix is saved with 'flat: false', and loading it gives random weights without a warning",
+        _installed,
+    ),
+    Defect(
+        "adapterhub-safetensors",
+        "adapters",
+        "saving a prefix with use_safetensors=True fails, because its tensors share memory",
+        _installed,
+    ),
+    Defect(
+        "adapterhub-t5-leave-out",
+        "adapters",
+        "T5: after a layer that is left out, the relative bias of the following layers is zero",
+        _installed,
+    ),
+    Defect(
+        "adapterhub-deberta-bias",
+        "adapters",
+        "adapters.init gives every DeBERTa (v1) attention a random bias: the model computes something else each time",
+        _installed,
+    ),
+)

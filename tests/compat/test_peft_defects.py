@@ -1,0 +1,181 @@
+"""Each defect of PEFT that compat/ records is shown where its record says that it applies, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import RobertaConfig
+
+from softbridge.base import build
+from softbridge.testing import TINY, tiny_model
+from softbridge_compat import peft_defects
+from softbridge_compat.defects import Defect, installed
+
+peft = pytest.importorskip("peft")
+
+LENGTH = 3
+ROW = torch.tensor([[5, 6, 7]])
+PADDED = torch.tensor([[0, 0, 5, 6, 7]])
+MASK = torch.tensor([[0, 0, 1, 1, 1]])
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> Iterator[None]:
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.manual_seed(0)
+        yield
+
+
+def wrap(family: str, method: str, task: str = "CAUSAL_LM", **settings: Any) -> Any:
+    kind = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[method]
+    config = kind(task_type=task, num_virtual_tokens=LENGTH, inference_mode=True, **settings)
+    model = peft.get_peft_model(tiny_model(family), config).eval()
+    model.prompt_encoder["default"].embedding.weight.data.normal_(0, 0.8)
+    return model
+
+
+def generated(model: Any, tokens: int = 12, **inputs: Any) -> list[int]:
+    out = model.generate(**inputs, max_new_tokens=tokens, do_sample=False, eos_token_id=None)
+    return list(out[0, -tokens:].tolist())
+
+
+def logits(model: Any, **inputs: Any) -> torch.Tensor:
+    with torch.no_grad():
+        return torch.as_tensor(model(**inputs).logits)
+
+
+def differ(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return float((a - b).abs().max()) > 0.1
+
+
+def left_padded_prompt(_: Path) -> bool:
+    model = wrap("llama", "prompt")
+    plain = generated(model, input_ids=ROW, attention_mask=torch.ones_like(ROW))
+    return plain != generated(model, input_ids=PADDED, attention_mask=MASK)
+
+
+def left_padded_prefix_forward(_: Path) -> bool:
+    model = wrap("llama", "prefix")
+    plain: dict[str, Any] = {"input_ids": ROW, "attention_mask": torch.ones_like(ROW)}
+    padded: dict[str, Any] = {"input_ids": PADDED, "attention_mask": MASK}
+    assert generated(model, **plain) == generated(model, **padded), "generate is right"
+    return differ(logits(model, **plain), logits(model, **padded)[:, -3:])
+
+
+def t5_prefix(submodules: int, blocks: torch.Tensor) -> Any:
+    sizes = {"token_dim": 32, "num_attention_heads": 4, "num_transformer_submodules": submodules}
+    model = wrap("t5", "prefix", "SEQ_2_SEQ_LM", **sizes)
+    model.prompt_encoder["default"].embedding.weight.data.copy_(torch.cat(list(blocks), dim=-1))
+    return model
+
+
+def one_submodule(_: Path) -> bool:
+    """The same prefix for each decoder layer, in both forms; only one of them lets cross-attention alone."""
+    x, y = torch.randn(2, LENGTH, 2 * 32) * 0.8
+    inputs = {"input_ids": ROW, "decoder_input_ids": torch.tensor([[0, 9, 10]])}
+    right = logits(t5_prefix(2, torch.stack([x, torch.zeros_like(x), y, torch.zeros_like(x)])), **inputs)
+    try:
+        wrong = logits(t5_prefix(1, torch.stack([x, y, x, y])), **inputs)
+    except RuntimeError:
+        return True
+    return differ(right, wrong)
+
+
+def cached_t5_prefix(_: Path) -> bool:
+    model = t5_prefix(2, torch.randn(4, LENGTH, 2 * 32) * 0.8)
+    cached, uncached = generated(model, 6, input_ids=ROW), [0]
+    for _step in range(6):
+        out = logits(model, input_ids=ROW, decoder_input_ids=torch.tensor([uncached]))
+        uncached.append(int(out[0, -1].argmax()))
+    return cached != uncached[1:]
+
+
+def unpooled_prefix(_: Path) -> bool:
+    model = build(RobertaConfig(**TINY["bert"]), "sequence-classification", torch.float32, 0)
+    model = peft.get_peft_model(model, peft.PrefixTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=LENGTH))
+    try:
+        logits(model, input_ids=ROW)
+    except TypeError:
+        return True
+    return False
+
+
+def adapter_names(_: Path) -> bool:
+    model = wrap("gpt2", "prompt")
+    model.add_adapter("other", peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
+    model.prompt_encoder["other"].embedding.weight.data.normal_(0, 0.8)
+    rows = ROW.repeat(2, 1)
+    both = logits(model, input_ids=rows, adapter_names=["default", "other"])
+    model.set_adapter("other")
+    assert differ(logits(model, input_ids=rows)[1], both[0]), "the two prompts differ"
+    return torch.equal(both[0], both[1])
+
+
+def missing_head(directory: Path) -> bool:
+    wrap("bert", "prompt", "SEQ_CLS").save_pretrained(directory)
+    file = directory / "adapter_model.safetensors"
+    save_file({"prompt_embeddings": load_file(file)["prompt_embeddings"]}, file, metadata={"format": "pt"})
+    try:
+        peft.PeftModel.from_pretrained(tiny_model("bert"), directory)
+    except KeyError:
+        return True
+    return False
+
+
+def growing_config(directory: Path) -> bool:
+    def count() -> int:
+        return len(json.loads((directory / "adapter_config.json").read_text())["modules_to_save"])
+
+    wrap("bert", "prompt", "SEQ_CLS").save_pretrained(directory)
+    once = count()
+    peft.PeftModel.from_pretrained(tiny_model("bert"), directory).save_pretrained(directory)
+    return count() > once
+
+
+def unasked_warning(_: Path) -> bool:
+    model = wrap("gpt2", "prompt")
+    return "Position ids" in warned(lambda: generated(model, 2, input_ids=ROW, attention_mask=torch.ones_like(ROW)))
+
+
+def deprecated(_: Path) -> bool:
+    return "is_gradient_checkpointing" in warned(lambda: wrap("gpt2", "prompt"))
+
+
+def warned(run: Callable[[], Any]) -> str:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return "\n".join(str(warning.message) for warning in caught)
+
+
+SHOWN: dict[Defect, Callable[[Path], bool]] = {
+    peft_defects.LEFT_PADDED_PROMPT: left_padded_prompt,
+    peft_defects.LEFT_PADDED_PREFIX_FORWARD: left_padded_prefix_forward,
+    peft_defects.ONE_SUBMODULE: one_submodule,
+    peft_defects.CACHED_T5_PREFIX: cached_t5_prefix,
+    peft_defects.UNPOOLED_PREFIX: unpooled_prefix,
+    peft_defects.ADAPTER_NAMES: adapter_names,
+    peft_defects.MISSING_HEAD: missing_head,
+    peft_defects.GROWING_CONFIG: growing_config,
+    peft_defects.UNASKED_WARNING: unasked_warning,
+    peft_defects.DEPRECATED: deprecated,
+}
+
+
+def test_every_defect_is_shown() -> None:
+    assert tuple(SHOWN) == peft_defects.DEFECTS
+    assert len({defect.id for defect in SHOWN}) == len(SHOWN)
+    assert installed("no-such-distribution") is None
+
+
+@pytest.mark.parametrize("defect", SHOWN, ids=lambda defect: defect.id)
+def test_defect_is_there_exactly_where_it_applies(defect: Defect, tmp_path: Path) -> None:
+    assert SHOWN[defect](tmp_path) == defect.applies(), defect.summary

@@ -1,0 +1,546 @@
+"""PEFT's files against PEFT itself: what PEFT wrote is read, written and run as the same function."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+import torch
+from transformers import AutoConfig, BertForMaskedLM
+
+from softbridge.base import Task, build
+from softbridge.errors import BaseModelError, CheckpointError, EngineError, SoftbridgeError
+from softbridge.geometry import Stack, read_geometry
+from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt
+from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.untrusted import Files, safetensors_bytes
+from softbridge_compat import peft_defects
+from softbridge_peft import facts
+from softbridge_peft.engine import ENGINE
+from softbridge_peft.format import FORMAT
+
+peft = pytest.importorskip("peft")
+
+pytestmark = [
+    # Defects of PEFT, held by tests/compat: peft-deprecated and peft-position-warning.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
+]
+
+FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox", "bert", "t5")
+METHODS = ("prompt-tuning", "prefix-tuning")
+LENGTH = 5
+REAL = Path(__file__).parents[3] / "shared" / "data" / "peft_bloomz_560m_prompt"
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Directories that PEFT trained and saved, each made once."""
+    made: dict[Any, Path] = {}
+
+    def make(family: str, method: str, **changes: Any) -> Path:
+        key = (family, method, *changes.items())
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp(f"{family}-{method}")
+            ENGINE.train_example(tiny_model(family, **changes), method, made[key], length=LENGTH, steps=3, seed=1)
+        return made[key]
+
+    return make
+
+
+def put(directory: Path, content: Mapping[str, bytes]) -> Path:
+    directory.mkdir(parents=True)
+    for name, data in content.items():
+        (directory / name).write_bytes(data)
+    return directory
+
+
+def read(path: Path, model: Any = None) -> SoftPrompt:
+    return FORMAT.read(Files(path), None if model is None else read_geometry(model.config))
+
+
+def config_in(path: Path) -> dict[str, Any]:
+    return dict(json.loads((path / facts.CONFIG_FILE).read_text()))
+
+
+def tensors_in(path: Path) -> dict[str, np.ndarray[Any, Any]]:
+    return Files(path).tensors(facts.WEIGHTS_FILES[0])
+
+
+def logits(model: Any, **more: Any) -> torch.Tensor:
+    """Logits of two unpadded rows and of a right-padded batch with its pads cut off."""
+    rows = torch.tensor([[5, 17, 40, 8], [33, 6, 71, 50]])
+    mask = torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])
+    if model.config.is_encoder_decoder:
+        more["decoder_input_ids"] = torch.tensor([[0, 9, 30], [0, 44, 12]])
+    with torch.no_grad():
+        plain = model(input_ids=rows, attention_mask=torch.ones_like(rows), **more)[0]
+        padded = model(input_ids=rows, attention_mask=mask, **more)[0]
+    if not model.config.is_encoder_decoder and plain.ndim == 3:
+        padded[1, -2:] = 0
+    return torch.cat([plain, padded])
+
+
+def generate(model: Any, tokens: int = 6) -> list[int]:
+    row = torch.tensor([[5, 17, 40, 8]])
+    out = model.generate(
+        input_ids=row, attention_mask=torch.ones_like(row), max_new_tokens=tokens, do_sample=False, eos_token_id=None
+    )
+    return list(out[0, -tokens:].tolist())
+
+
+def far(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape != b.shape or float((a - b).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_toolkit_file_is_read_and_written_as_the_same_function(
+    family: str, method: str, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = trained(family, method)
+    model = tiny_model(family)
+    geometry = read_geometry(model.config)
+    assert FORMAT.sniff(Files(source))
+    prompt = read(source, model)
+    assert prompt.positions == Positions(prompt.counted())
+    assert not FORMAT.obstacles(prompt, geometry)
+
+    content = FORMAT.write(prompt, geometry)
+    written = put(tmp_path / "written", content)
+    again = read(written, model)
+    assert again == prompt
+    assert FORMAT.write(again, geometry) == content
+
+    config, theirs = config_in(written), config_in(source)
+    if family == "t5":  # of an encoder-decoder model PEFT saves numbers that it never uses
+        assert theirs.pop("num_transformer_submodules") == 2
+        assert config.pop("num_transformer_submodules") == (1 if method == "prompt-tuning" else 2)
+        assert prompt.origin is not None
+        assert len(prompt.origin.details["notes"]) == 1
+    else:
+        assert same_tensors(written, source)
+    assert config == theirs
+
+    expected = logits(peft.PeftModel.from_pretrained(tiny_model(family), source).eval())
+    loaded = peft.PeftModel.from_pretrained(tiny_model(family), written).eval()
+    assert torch.equal(logits(loaded), expected)
+    assert far(expected, logits(model))
+    loaded.save_pretrained(tmp_path / "resaved")
+    assert same_tensors(tmp_path / "resaved", written)
+
+
+def same_tensors(a: Path, b: Path) -> bool:
+    ours, theirs = tensors_in(a), tensors_in(b)
+    return ours.keys() == theirs.keys() and all(np.array_equal(ours[name], theirs[name]) for name in ours)
+
+
+def test_odd_number_of_decoder_layers_is_a_permutation(trained: Callable[..., Path], tmp_path: Path) -> None:
+    sizes = {"num_layers": 3, "num_decoder_layers": 3}
+    source = trained("t5", "prefix-tuning", **sizes)
+    prompt = read(source)
+    written = put(tmp_path / "written", FORMAT.write(prompt, None))
+    assert same_tensors(written, source)
+    assert config_in(written) == config_in(source)
+    blocks = KeyValuePrefix.from_flat("self", tensors_in(source)[facts.PROMPT], (0, 1, 2), 4, 8).layers
+    assert [prompt.prefixes[0].layers[i] == blocks[b] for i, b in enumerate((0, 2, 1))] == [True] * 3
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_engine_is_the_toolkit_and_leaves_no_trace(family: str, method: str, trained: Callable[..., Path]) -> None:
+    source = trained(family, method)
+    toolkit = peft.PeftModel.from_pretrained(tiny_model(family), source).eval()
+    expected = logits(toolkit)
+
+    model = tiny_model(family).train()
+    next(model.parameters()).requires_grad_(False)
+    before = state(model)
+    prompt = read(source, model)
+    attached = ENGINE.attach(model, prompt)
+    assert isinstance(attached, peft.PeftModel)
+    assert torch.equal(logits(attached), expected)
+    assert ENGINE.extract(attached) == prompt
+    assert ENGINE.extract(toolkit) == prompt
+    if family != "bert":
+        assert generate(attached) == generate(toolkit)
+    assert "attached" in [obstacle.name for obstacle in ENGINE.obstacles(prompt, attached)]
+
+    assert ENGINE.detach(attached) is model
+    assert state(model) == before
+    assert torch.equal(logits(model.eval()), logits(tiny_model(family)))
+    with pytest.raises(EngineError, match="attach"):
+        ENGINE.detach(attached)
+
+
+def state(model: Any) -> Any:
+    """Everything that attaching could change: structure, flags, instance attributes, hooks, every bit."""
+    return (
+        [(name, id(module), module.training, sorted(vars(module))) for name, module in model.named_modules()],
+        [(name, id(p), p.requires_grad, p.detach().numpy().tobytes()) for name, p in model.named_parameters()],
+        [len(module._forward_pre_hooks) + len(module._forward_hooks) for module in model.modules()],
+        model.config.to_dict(),
+    )
+
+
+def dropped(part: Any) -> Any:
+    if isinstance(part, InputPrompt):
+        return replace(part, vectors=part.vectors * np.float32(0))
+    return KeyValuePrefix(
+        part.site,
+        {i: KeyValue(pair.keys - np.float32(50), pair.values * np.float32(0)) for i, pair in part.layers.items()},
+    )
+
+
+def swapped(part: Any) -> Any:
+    if isinstance(part, InputPrompt):
+        return replace(part, vectors=part.vectors[::-1])
+    return KeyValuePrefix(part.site, {layer: KeyValue(pair.values, pair.keys) for layer, pair in part.layers.items()})
+
+
+def shifted(part: Any) -> Any:
+    if isinstance(part, InputPrompt):
+        return replace(part, vectors=np.roll(part.vectors, 1, axis=0))
+    return KeyValuePrefix(part.site, {i: KeyValue(pair.keys[::-1], pair.values) for i, pair in part.layers.items()})
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_another_prompt_shows(family: str, method: str, trained: Callable[..., Path]) -> None:
+    model = tiny_model(family)
+    prompt = read(trained(family, method), model)
+    attached = ENGINE.attach(model, prompt)
+    expected = logits(attached)
+    for change in (dropped, swapped, shifted):
+        model = ENGINE.detach(attached)
+        attached = ENGINE.attach(model, replace(prompt, parts=(change(prompt.parts[0]),)))
+        assert far(logits(attached), expected), change.__name__
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("make", [random_input_prompt, random_prefix])
+def test_prompt_from_elsewhere_becomes_the_file_that_peft_would_write(
+    family: str, make: Callable[..., SoftPrompt], tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    geometry = read_geometry(model.config)
+    prompt = make(geometry, LENGTH)
+    if family == "t5" and make is random_prefix:
+        assert [o.name for o in FORMAT.obstacles(prompt, geometry)] == ["repeated-layers"]
+        layers = prompt.prefixes[0].layers
+        prompt = replace(prompt, parts=(KeyValuePrefix("self", {i: layers[i % 2] for i in layers}),))
+    assert not FORMAT.obstacles(prompt, geometry)
+    written = put(tmp_path / "written", FORMAT.write(prompt, None))
+    assert read(written, model) == prompt
+    if family == "bert":  # no classifier came along, so that PEFT would refuse a task with one
+        model = model.base_model
+    loaded = peft.PeftModel.from_pretrained(model, written).eval()
+    out = logits(loaded)
+    loaded.save_pretrained(tmp_path / "resaved")
+    assert same_tensors(tmp_path / "resaved", written)
+    theirs, ours = config_in(tmp_path / "resaved"), config_in(written)
+    del theirs["peft_version"]
+    assert ours == theirs
+    if family != "bert":
+        assert torch.equal(logits(ENGINE.attach(tiny_model(family), prompt)), out)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gpt_neox", "bert"])
+def test_sizes_are_those_that_peft_computes(family: str) -> None:
+    model = tiny_model(family)
+    geometry = read_geometry(model.config)
+    for make, kind in ((random_input_prompt, peft.PromptTuningConfig), (random_prefix, peft.PrefixTuningConfig)):
+        task = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
+        adapted = peft.get_peft_model(tiny_model(family), kind(task_type=task, num_virtual_tokens=LENGTH))
+        theirs = adapted.peft_config["default"].to_dict()
+        ours = json.loads(FORMAT.write(make(geometry, LENGTH), None)[facts.CONFIG_FILE])
+        assert ours.keys() == theirs.keys() - {"peft_version"}
+        differing = {name for name in ours if ours[name] != theirs[name]}
+        assert differing <= {"inference_mode", "task_type", "modules_to_save"}
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gpt_neox", "bert"])
+def test_engine_tells_positions(family: str) -> None:
+    """A prefix whose tokens start at 0 runs as PEFT does when its caller moves the tokens by hand."""
+    model = tiny_model(family)
+    counted = random_prefix(read_geometry(model.config), LENGTH)
+    stack: Stack = "encoder" if family == "bert" else "decoder"
+    told = ENGINE.attach(tiny_model(family), replace(counted, positions=Positions({stack: 0})))
+    plain = ENGINE.attach(model, counted)
+    by_hand = logits(plain, position_ids=torch.arange(4)[None] - LENGTH)
+    assert torch.equal(logits(told), by_hand)
+    assert torch.equal(logits(told, position_ids=torch.arange(4)[None]), by_hand)
+    assert far(logits(plain), by_hand)
+    one_off = ENGINE.attach(tiny_model(family), replace(counted, positions=Positions({stack: 1})))
+    if family == "gpt2" or family == "bert":
+        assert far(logits(one_off), by_hand)
+    else:  # rotary positions: a step of one moves the outputs less
+        assert float((logits(one_off) - by_hand).abs().max()) > 0.01
+    if family == "bert":
+        return
+    rows = torch.tensor([[5, 17, 40, 8]])
+    settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    out = told.generate(
+        input_ids=rows,
+        attention_mask=torch.ones_like(rows),
+        output_logits=True,
+        return_dict_in_generate=True,
+        **settings,
+    )
+    with torch.no_grad():
+        uncached = told(input_ids=out.sequences[:, :-1]).logits[:, -6:]
+    torch.testing.assert_close(torch.stack(out.logits, 1).to(uncached.dtype), uncached, atol=1e-4, rtol=0)
+
+
+def other_model(family: str, task: Task) -> Any:
+    settings = {**TINY["bert"], "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1}
+    return build(AutoConfig.for_model(family, **settings), task, torch.float64, 0)
+
+
+def test_engine_tells_positions_to_models_of_other_build() -> None:
+    """OPT's head calls below its base model; RoBERTa counts from behind the padding token's index."""
+    for family, first in (("opt", 0), ("roberta", 2)):
+        model, twin = (other_model(family, "causal-lm" if family == "opt" else "sequence-classification") for _ in "ab")
+        if family == "roberta":
+            model, twin = model.base_model, twin.base_model
+        prompt = random_prefix(read_geometry(model.config), LENGTH)
+        plain = ENGINE.attach(model, prompt)
+        told = ENGINE.attach(twin, replace(prompt, positions=Positions(dict.fromkeys(prompt.counted(), 0))))
+        by_hand = logits(plain, position_ids=torch.arange(4)[None] + first - LENGTH)
+        assert torch.equal(logits(told)[:2], by_hand[:2])
+        assert far(logits(plain)[:2], by_hand[:2])
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16])
+def test_short_floats_keep_their_precision(dtype: Any, tmp_path: Path) -> None:
+    model = tiny_model("llama")
+    prompt = random_input_prompt(read_geometry(model.config), LENGTH)
+    prompt = replace(prompt, parts=(replace(prompt.inputs[0], vectors=prompt.inputs[0].vectors.astype(dtype)),))
+    written = put(tmp_path / "written", FORMAT.write(prompt, None))
+    assert read(written, model) == prompt
+    expected = logits(peft.PeftModel.from_pretrained(tiny_model("llama"), written).eval())
+    attached = ENGINE.attach(model, prompt)
+    assert torch.equal(logits(attached), expected)
+    assert ENGINE.extract(attached) == prompt
+
+
+def test_classifier_rides_along(trained: Callable[..., Path], tmp_path: Path) -> None:
+    source = trained("bert", "prompt-tuning")
+    prompt = read(source, tiny_model("bert"))
+    assert list(prompt.head) == ["base_model.classifier.bias", "base_model.classifier.weight"]
+    fresh = put(tmp_path / "fresh", FORMAT.write(replace(prompt, origin=None), None))
+    assert config_in(fresh)["task_type"] == "SEQ_CLS"
+    assert config_in(fresh)["modules_to_save"] == ["classifier"]
+    expected = logits(peft.PeftModel.from_pretrained(tiny_model("bert"), source).eval())
+    assert torch.equal(logits(peft.PeftModel.from_pretrained(tiny_model("bert"), fresh).eval()), expected)
+    without = logits(ENGINE.attach(tiny_model("bert"), replace(prompt, head={})))
+    assert not torch.equal(without, expected)
+    other = {name: array + 1 for name, array in prompt.head.items()}
+    assert far(logits(ENGINE.attach(tiny_model("bert"), replace(prompt, head=other))), expected)
+
+
+def test_p_tuning_is_read_as_what_it_evaluates_to(tmp_path: Path) -> None:
+    model = tiny_model("gpt2")
+    torch.manual_seed(0)
+    settings = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, encoder_hidden_size=16)
+    trainable = peft.get_peft_model(model, settings).eval()
+    trainable.save_pretrained(tmp_path / "saved")
+    prompt = read(tmp_path / "saved")
+    assert prompt.inputs[0].vectors.shape == (LENGTH, 32)
+    expected = logits(peft.PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path / "saved").eval())
+    assert torch.equal(logits(ENGINE.attach(tiny_model("gpt2"), prompt)), expected)
+    written = put(tmp_path / "written", FORMAT.write(prompt, None))
+    assert config_in(written) == config_in(tmp_path / "saved")
+    assert same_tensors(written, tmp_path / "saved")
+
+
+# --- what is refused --------------------------------------------------------------------------------------------------
+
+GOOD = {
+    "peft_type": "PREFIX_TUNING",
+    "task_type": "CAUSAL_LM",
+    "num_virtual_tokens": 2,
+    "token_dim": 6,
+    "num_attention_heads": 3,
+    "num_layers": 2,
+    "num_transformer_submodules": 1,
+}
+FLAT = np.ones((2, 24), np.float32)
+BAD: list[tuple[dict[str, Any], dict[str, Any], type[SoftbridgeError], str]] = [
+    ({"peft_type": "LORA"}, {}, CheckpointError, "'LORA'.*\n.*PREFIX_TUNING"),
+    ({"peft_type": "CARTRIDGE"}, {}, CheckpointError, "'CARTRIDGE'"),
+    ({"peft_type": 3}, {}, CheckpointError, "peft_type 3"),
+    ({"peft_type": ["PREFIX_TUNING"]}, {}, CheckpointError, "peft_type"),
+    ({"num_virtual_tokens": "2", "num_layers": 2.0}, {}, CheckpointError, "tokens is '2'; num_layers is 2.0"),
+    ({"num_virtual_tokens": True}, {}, CheckpointError, "num_virtual_tokens is True"),
+    ({"num_virtual_tokens": 0}, {}, CheckpointError, "num_virtual_tokens is 0"),
+    ({"num_virtual_tokens": None}, {}, CheckpointError, "num_virtual_tokens is None"),
+    ({"token_dim": None}, {}, CheckpointError, "token_dim is None"),
+    ({"token_dim": 7}, {}, CheckpointError, "no multiple"),
+    ({"task_type": "POETRY"}, {}, CheckpointError, "'POETRY'"),
+    ({"task_type": {}}, {}, CheckpointError, "task_type is {}"),
+    ({"base_model_name_or_path": 1}, {}, CheckpointError, "base_model_name_or_path is 1"),
+    ({"num_transformer_submodules": 2}, {}, CheckpointError, "submodules is 2"),
+    ({"task_type": "SEQ_2_SEQ_LM"}, {}, CheckpointError, "submodules 1"),
+    ({"task_type": "SEQ_CLS"}, {}, BaseModelError, "'SEQ_CLS'.*does not say"),
+    ({"task_type": None}, {}, BaseModelError, "None.*does not say"),
+    ({}, {"prompt_embeddings": None, "b": FLAT, "a": FLAT}, CheckpointError, r"\(prompt_emb.*\(a, b\)"),
+    ({}, {"prompt_embeddings": FLAT[:1]}, CheckpointError, r"shape \[1, 24\]\n.*\[2, 24\]"),
+    ({}, {"prompt_embeddings": FLAT[:, :20]}, CheckpointError, r"shape \[2, 20\]\n.*\[2, 24\]"),
+    ({}, {"prompt_embeddings": FLAT[0]}, CheckpointError, r"shape \[24\]"),
+    ({}, {"prompt_embeddings": FLAT.astype(np.int32)}, CheckpointError, "int32"),
+    ({"peft_type": "PROMPT_TUNING", "token_dim": 25}, {}, CheckpointError, r"shape \[2, 24\]\n.*\[2, 25\]"),
+]
+
+
+@pytest.mark.parametrize(("config", "tensors", "error", "message"), BAD)
+def test_broken_files_are_refused_by_name(
+    config: dict[str, Any], tensors: dict[str, Any], error: type[SoftbridgeError], message: str, tmp_path: Path
+) -> None:
+    content = {name: array for name, array in {"prompt_embeddings": FLAT, **tensors}.items() if array is not None}
+    path = put(
+        tmp_path / "bad",
+        {
+            facts.CONFIG_FILE: json.dumps({**GOOD, **config}).encode(),
+            facts.WEIGHTS_FILES[0]: safetensors_bytes(content),
+        },
+    )
+    assert FORMAT.sniff(Files(path))
+    with pytest.raises(error, match=message) as caught:
+        read(path)
+    assert caught.value.expected
+    assert caught.value.remedy
+
+
+def test_good_file_of_the_table_is_read(tmp_path: Path) -> None:
+    content = {facts.CONFIG_FILE: json.dumps(GOOD).encode()}
+    path = put(tmp_path / "good", {**content, facts.WEIGHTS_FILES[0]: safetensors_bytes({facts.PROMPT: FLAT})})
+    assert read(path).prefixes[0].layers[1].keys.shape == (3, 2, 2)
+    assert not FORMAT.sniff(Files(path / facts.CONFIG_FILE))
+    with pytest.raises(CheckpointError, match=r"adapter_model\.safetensors"):
+        read(put(tmp_path / "no-weights", content))
+
+
+@pytest.mark.parametrize(
+    ("method", "family", "changes"),
+    [
+        *((method, "llama", {"num_hidden_layers": 4}) for method in METHODS),
+        *((method, "llama", {"hidden_size": 40}) for method in METHODS),
+        *((method, family, {}) for method in METHODS for family in ("bert", "t5")),
+        ("prefix-tuning", "llama", {"num_key_value_heads": 4}),
+        ("prefix-tuning", "llama", {"head_dim": 16}),
+    ],
+)
+def test_other_base_model_is_refused(
+    method: str, family: str, changes: dict[str, int], trained: Callable[..., Path]
+) -> None:
+    files = Files(trained("llama", method))
+    with pytest.raises(BaseModelError, match="base model") as caught:
+        FORMAT.read(files, read_geometry(tiny_config(family, **changes)))
+    assert "--base" in caught.value.remedy
+
+
+def test_what_peft_cannot_hold_is_an_obstacle() -> None:
+    llama, t5 = (read_geometry(tiny_config(family)) for family in ("llama", "t5"))
+    prefix, vectors = random_prefix(llama), random_input_prompt(llama)
+    layers = prefix.prefixes[0].layers
+    ragged = {**layers, 1: KeyValue(layers[1].keys[:1], layers[1].values[:1])}
+    wide = KeyValue(layers[0].keys.astype(np.float64) + 1e-12, layers[0].values.astype(np.float64))
+    exact = {i: KeyValue(pair.keys.astype(np.float64), pair.values.astype(np.float64)) for i, pair in layers.items()}
+
+    def names(prompt: SoftPrompt, geometry: Any = llama) -> list[str]:
+        return [obstacle.name for obstacle in FORMAT.obstacles(prompt, geometry)]
+
+    assert names(prefix) == names(vectors) == []
+    assert names(replace(prefix, parts=prefix.parts + vectors.parts)) == ["parts"]
+    assert names(replace(prefix, parts=(KeyValuePrefix("self", {0: layers[0], 2: layers[2]}),))) == ["layers"]
+    assert names(replace(prefix, parts=(KeyValuePrefix("self", {0: layers[0], 1: layers[1]}),))) == ["layers"]
+    assert names(replace(prefix, parts=(KeyValuePrefix("self", ragged),))) == ["ragged"]
+    assert names(replace(prefix, parts=(KeyValuePrefix("self", exact),))) == []
+    assert names(replace(prefix, parts=(KeyValuePrefix("self", {**exact, 0: wide}),))) == ["precision"]
+    assert names(replace(prefix, head={"classifier.weight": FLAT})) == ["head"]
+    assert names(random_prefix(t5, sites=("encoder",)), t5) == ["stack"]
+    assert names(random_input_prompt(t5, stack="decoder"), t5) == ["stack"]
+    with pytest.raises(BaseModelError, match="task"):
+        FORMAT.write(SoftPrompt(vectors.parts, vectors.positions), None)
+
+
+def test_what_the_engine_cannot_run_is_an_obstacle() -> None:
+    def names(prompt: SoftPrompt, model: Any) -> list[str]:
+        found = [obstacle.name for obstacle in ENGINE.obstacles(prompt, model)]
+        if found:
+            with pytest.raises(EngineError, match=rf"\[{found[0]}\]"):
+                ENGINE.attach(model, prompt)
+        return found
+
+    llama, t5, gpt2 = tiny_model("llama"), tiny_model("t5"), tiny_model("gpt2")
+    geometry = read_geometry(t5.config)
+    layers = random_prefix(geometry).prefixes[0].layers
+    prefix = replace(random_prefix(geometry), parts=(KeyValuePrefix("self", {i: layers[i % 2] for i in layers}),))
+    assert names(prefix, t5) == []
+    assert names(replace(prefix, positions=Positions({"decoder": 0})), t5) == ["relative-bias"]
+    assert names(replace(prefix, positions=Positions({"decoder": 5}, relative_bias="skewed")), t5) == ["relative-bias"]
+    geometry = read_geometry(llama.config)
+    vectors, prefix = random_input_prompt(geometry), random_prefix(geometry)
+    part = vectors.inputs[0]
+    elsewhere = Positions({"decoder": 5}, "skewed", "pinned")
+    assert names(replace(prefix, positions=elsewhere), llama) == []
+    assert names(replace(vectors, parts=(replace(part, entry="after"),)), llama) == ["entry"]
+    assert names(replace(vectors, parts=(replace(part, placement="after-first-token"),)), llama) == ["placement"]
+    assert names(replace(vectors, positions=Positions({"decoder": 0})), llama) == ["positions"]
+    assert names(replace(vectors, head={"base_model.score.weight": FLAT}), llama) == ["head"]
+    assert "base-model" in names(vectors, tiny_model("gpt2", n_embd=64))
+    assert names(prefix, tiny_model("gpt2")) == ["base-model"]
+    windowed = tiny_model("qwen3", sliding_window=8, use_sliding_window=True, max_window_layers=0)
+    prefix = random_prefix(read_geometry(windowed.config))
+    assert names(prefix, windowed) == []
+    assert names(replace(prefix, positions=elsewhere), windowed) == ["window"]
+    enable = getattr(gpt2, "activation_checkpointing_enable", None) or gpt2.gradient_checkpointing_enable
+    enable()
+    assert names(random_prefix(read_geometry(gpt2.config)), gpt2) == ["gradient-checkpointing"]
+    bert = random_prefix(read_geometry(tiny_config("bert")))
+    assert names(bert, BertForMaskedLM(tiny_config("bert"))) == ["task", "past-key-values"]
+    unpooled = ["pooler"] if peft_defects.UNPOOLED_PREFIX.applies() else []
+    assert names(bert, other_model("roberta", "sequence-classification")) == unpooled
+    with pytest.raises(EngineError, match="attach"):
+        ENGINE.extract(llama)
+
+
+def test_training_an_example_needs_a_task(tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="FEATURE_EXTRACTION"):
+        ENGINE.train_example(tiny_model("bert").base_model, "prompt-tuning", tmp_path, length=2, steps=1, seed=0)
+
+
+def test_unknown_keys_are_given_back(trained: Callable[..., Path]) -> None:
+    prompt = read(trained("gpt2", "prompt-tuning"))
+    assert prompt.origin is not None
+    config = {**prompt.origin.details["config"], "new_setting": [1], "prompt_tuning_init": "TEXT"}
+    changed = replace(prompt, origin=Origin("peft", {"config": config}))
+    written = json.loads(FORMAT.write(changed, None)[facts.CONFIG_FILE])
+    assert written["new_setting"] == [1]
+    assert written["prompt_tuning_init"] == "TEXT"
+
+
+def test_real_file() -> None:
+    if not REAL.is_dir():
+        pytest.skip("the real files are not beside this checkout")
+    prompt = read(REAL)
+    part = prompt.inputs[0]
+    assert (part.vectors.shape, part.stack) == ((8, 1024), "decoder")
+    assert prompt.base.name == "bigscience/bloomz-560m"
+    content = FORMAT.write(prompt, None)
+    theirs = config_in(REAL)
+    assert json.loads(content[facts.CONFIG_FILE]) == theirs
+
+
+def test_plugin_imports_no_toolkit() -> None:
+    code = "import sys, softbridge_peft; sys.exit(bool({'torch', 'transformers', 'peft'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
