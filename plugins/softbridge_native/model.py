@@ -245,35 +245,20 @@ def attach(model: Any, prompt: SoftPrompt) -> Any:
         Prefix(part, modules[part.site]) if isinstance(part, KeyValuePrefix) else Vectors(part, model.device)
         for part in prompt.parts
     ]
-    injection = Injection(prompt, parts)
-    injection.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in injection.trainable:
+    injected = Injection(prompt, parts)
+    injected.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in injected.trainable:
         parameter.requires_grad_(False)
-    implementation = None
-    if prompt.prefixes or (any(modules.values()) and model.config._attn_implementation == "eager"):
-        implementation = _switch_attention(model, injection)
-    _bind_prefixes(injection, modules)
-    injection.handles += [
-        model.register_forward_pre_hook(injection.enter),
-        model.register_forward_hook(injection.leave),
-    ]
-    strip = not geometry.is_encoder_decoder and not _pools_first_token(model, geometry)
-    inputs = dict(
-        zip((part.stack for part in prompt.inputs), (m for m in parts if isinstance(m, Vectors)), strict=True)
-    )
-    for name, stack in _stacks(model, geometry).items():
-        start = prompt.positions.start.get(name, 0)
-        hooks = StackHooks(stack, inputs.get(name), start, implementation, strip)
-        injection.handles += [
-            stack.register_forward_pre_hook(injection.reach),
-            stack.register_forward_pre_hook(hooks.before, with_kwargs=True),
-            stack.register_forward_hook(hooks.after),
-            stack.get_input_embeddings().register_forward_hook(_require_grad),
-        ]
-        if geometry.is_encoder_decoder and name == "encoder" and hooks.vectors is not None:
-            decoder = model.get_decoder()
-            injection.handles.append(decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
-    model.add_module(NAME, injection)
+    model.add_module(NAME, injected)
+    try:
+        # An input prompt needs no attention of ours, but in eager attention our mask, see there.
+        if prompt.prefixes or (any(modules.values()) and model.config._attn_implementation == "eager"):
+            _switch_attention(model, injected)
+        _bind_prefixes(injected, modules)
+        _hook(model, injected, geometry)
+    except BaseException:
+        detach(model)
+        raise
     return model
 
 
@@ -395,15 +380,34 @@ def _pools_first_token(model: Any, geometry: Geometry) -> bool:
     return geometry.decoder is None and type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
 
 
-def _switch_attention(model: Any, injected: Injection) -> str:
-    """Let every configuration in the model name our attention function; its name is returned."""
+def _switch_attention(model: Any, injected: Injection) -> None:
+    """Let every configuration in the model name our function over the attention that it named."""
     register()
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
     injected.implementations = [(config, config._attn_implementation) for config in configs.values()]
     name = registered(model.config._attn_implementation)
     for config in configs.values():
         config._attn_implementation_internal = name
-    return name
+
+
+def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
+    """Hook the stacks, and the model around them."""
+    prompt, handles = injected.prompt, injected.handles
+    handles += [model.register_forward_pre_hook(injected.enter), model.register_forward_hook(injected.leave)]
+    vectors = (module for module in injected.parts if isinstance(module, Vectors))
+    inputs = dict(zip((part.stack for part in prompt.inputs), vectors, strict=True))
+    strip = not geometry.is_encoder_decoder and not _pools_first_token(model, geometry)
+    implementation = model.config._attn_implementation if injected.implementations else None
+    for name, stack in _stacks(model, geometry).items():
+        hooks = StackHooks(stack, inputs.get(name), prompt.positions.start.get(name, 0), implementation, strip)
+        handles += [
+            stack.register_forward_pre_hook(injected.reach),
+            stack.register_forward_pre_hook(hooks.before, with_kwargs=True),
+            stack.register_forward_hook(hooks.after),
+            stack.get_input_embeddings().register_forward_hook(_require_grad),
+        ]
+        if geometry.is_encoder_decoder and name in inputs:
+            handles.append(model.get_decoder().register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
 
 
 def _bind_prefixes(injected: Injection, modules: Mapping[Site, Sequence[nn.Module]]) -> None:

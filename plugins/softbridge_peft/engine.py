@@ -265,9 +265,9 @@ def _refusals(part: Part, prompt: SoftPrompt, model: Any, geometry: Geometry) ->
     takes = inspect.signature(called.forward).parameters
     if "past_key_values" not in takes:
         found.append(("past-key-values", f"{kind} takes no past key values, which PEFT's prefix is"))
-    elif called is not model and _task(model) == facts.SEQ_CLS and getattr(called, "pooler", None) is None:
-        if peft_defects.UNPOOLED_PREFIX.applies():
-            found.append(("pooler", f"PEFT fails with a prefix on {kind} under the installed transformers"))
+    unpooled = called is not model and _task(model) == facts.SEQ_CLS and getattr(called, "pooler", None) is None
+    if unpooled and peft_defects.UNPOOLED_PREFIX.applies():
+        found.append(("pooler", f"PEFT fails with a prefix on {kind} under the installed transformers"))
     biased = any(hasattr(module, "relative_attention_bias") for module in model.modules())
     shifted = prompt.positions.start.get(stack_of(part.site), part.length) != part.length
     if biased and (shifted or prompt.positions.relative_bias == "skewed"):

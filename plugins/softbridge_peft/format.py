@@ -216,11 +216,11 @@ def _check_tensors(fields: _Config, tensors: Mapping[str, Array]) -> None:
         rows *= fields.submodules
     else:
         width = 2 * (fields.layers or 0) * (width or 0)
-    wanted = (rows, width if width is not None else "token_dim")
-    if array.ndim != 2 or array.shape[0] != rows or (width is not None and array.shape[1] != width):
+    columns = array.shape[1] if array.ndim == 2 else 0
+    if columns == 0 or array.shape != (rows, width or columns):
         raise CheckpointError(
             f"'{facts.PROMPT}' has shape {list(array.shape)}",
-            f"{list(wanted)}, by {facts.CONFIG_FILE} (num_virtual_tokens, num_layers, token_dim)",
+            f"{[rows, width or 'token_dim']}, by {facts.CONFIG_FILE} (num_virtual_tokens, num_layers, token_dim)",
             f"check that {facts.CONFIG_FILE} belongs to these tensors",
         )
     odd = sorted(f"'{name}' is {a.dtype}" for name, a in tensors.items() if a.dtype.name not in _FLOATS)

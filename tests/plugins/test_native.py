@@ -26,6 +26,8 @@ P, T, NEW = 5, 7, 6
 FAMILIES = tuple(TINY)
 CAUSAL = ("gpt2", "llama", "qwen3", "gpt_neox")
 FAR = 0.1
+#: `generate` keeps the logits of its steps in float32, whatever the model computes in.
+STEP = 1e-6
 
 
 @pytest.fixture(autouse=True)
@@ -146,20 +148,27 @@ def logits(model: Any, ids: Tensor, mask: Tensor | None = None, decoder: Tensor 
     return found
 
 
-def greedy(model: Any, ids: Tensor) -> Tensor:
-    """NEW tokens for one row, by hand: no cache, no mask."""
+def greedy(model: Any, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """NEW tokens for one row, and the logits [NEW, vocabulary] that chose them, by hand: no cache, no mask."""
     crossed = model.config.is_encoder_decoder
     grown = torch.tensor([[model.config.decoder_start_token_id]]) if crossed else ids
-    for _ in range(NEW):
-        scores = logits(model, ids, decoder=grown) if crossed else logits(model, grown)
-        grown = torch.cat([grown, scores[:, -1].argmax(-1, keepdim=True)], dim=1)
-    return grown[0, -NEW:]
+    chosen = []
+    with torch.no_grad():
+        for _ in range(NEW):
+            scores = (logits(model, ids, decoder=grown) if crossed else logits(model, grown))[:, -1]
+            chosen.append(scores[0])
+            grown = torch.cat([grown, scores.argmax(-1, keepdim=True)], dim=1)
+    return grown[0, -NEW:], torch.stack(chosen)
 
 
-def generate(model: Any, ids: Tensor, mask: Tensor | None = None, **settings: Any) -> Tensor:
-    inputs = {"attention_mask": torch.ones_like(ids) if mask is None else mask, "max_new_tokens": NEW, **settings}
-    found: Tensor = model.generate(ids, do_sample=False, pad_token_id=0, eos_token_id=None, **inputs)
-    return found[:, -NEW:]
+def generate(model: Any, ids: Tensor, mask: Tensor | None = None, **settings: Any) -> tuple[Tensor, Tensor]:
+    """NEW tokens [B, NEW] and their logits [B, NEW, vocabulary]."""
+    settings = {"pad_token_id": 0, "eos_token_id": None, "max_new_tokens": NEW, "do_sample": False, **settings}
+    mask = torch.ones_like(ids) if mask is None else mask
+    found = model.generate(
+        input_ids=ids, attention_mask=mask, output_logits=True, return_dict_in_generate=True, **settings
+    )
+    return found.sequences[:, -NEW:], torch.stack(found.logits, dim=1)
 
 
 # ---------------------------------------------------------------------------------------------- against itself
@@ -186,15 +195,16 @@ def test_padding_batch_and_cache_do_not_matter(family: str, implementation: str,
     if not model.can_generate():
         return
     out, mask = padded(ids, lengths, "left")
-    with torch.no_grad():
-        expected = torch.stack([greedy(ours, ids[row : row + 1, :length]) for row, length in enumerate(lengths)])
-    assert torch.equal(generate(ours, out, mask), expected)
-    assert torch.equal(generate(ours, out, mask, use_cache=False), expected)
-    assert torch.equal(generate(ours, ids), torch.stack([greedy(ours, ids[:1]), greedy(ours, ids[1:])]))
-    assert not torch.equal(generate(wrong["dropped"], out, mask), expected)
-    beams = generate(ours, out, mask, num_beams=2)
-    single = [generate(ours, ids[row : row + 1, :length], num_beams=2) for row, length in enumerate(lengths)]
-    assert torch.equal(beams, torch.cat(single))
+    rows = [ids[row : row + 1, :length] for row, length in enumerate(lengths)]
+    for row, by_hand in enumerate(greedy(ours, ids) for ids in rows):
+        scale = STEP * float(by_hand[1].abs().max())
+        for made in (generate(ours, out, mask), generate(ours, out, mask, use_cache=False)):
+            assert torch.equal(made[0][row], by_hand[0])
+            assert difference(made[1][row], by_hand[1]) <= scale
+        for name, model in wrong.items():
+            assert not difference(generate(model, out, mask)[1][row], by_hand[1]) <= FAR, name
+    beams = [generate(ours, row, num_beams=2)[0] for row in rows]
+    assert torch.equal(generate(ours, out, mask, num_beams=2)[0], torch.cat(beams))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -524,10 +534,8 @@ def test_is_peft_bitwise(family: str, kind: str, layout: str) -> None:
         for name, other in wrong.items():
             assert difference(other(**inputs).logits[keep], found.logits[keep]) > FAR, name
     if ours.can_generate() and layout == "unpadded":
-        settings = {"max_new_tokens": NEW, "do_sample": False, "pad_token_id": 0}
-        ours.generation_config.eos_token_id = peft.base_model.generation_config.eos_token_id = None
-        made = peft.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **settings)[:, -NEW:]
-        assert torch.equal(generate(ours, ids), made)
+        for made, theirs in zip(generate(ours, ids), generate(peft, ids), strict=True):
+            assert torch.equal(made, theirs)
 
 
 def test_a_window_slides_past_the_prefix_as_in_peft() -> None:
@@ -551,8 +559,8 @@ def test_a_window_slides_past_the_prefix_as_in_peft() -> None:
         assert difference(logits(attached(sdpa, prompt), ids), expected) <= 1e-5  # float32 softmax in eager
     ours = attached(model, prompt)
     out, mask = padded(ids, (9, 5), "left")
-    by_hand = torch.stack([greedy(ours, ids[:1]), greedy(ours, ids[1:, :5])])
-    assert torch.equal(generate(ours, out, mask), by_hand)
+    by_hand = torch.stack([greedy(ours, ids[:1])[1], greedy(ours, ids[1:, :5])[1]])
+    assert difference(generate(ours, out, mask)[1], by_hand) <= STEP * float(by_hand.abs().max())
 
 
 # ------------------------------------------------------------------------------------------ against AdapterHub
@@ -576,8 +584,9 @@ def test_is_adapterhub_bitwise(family: str, layout: str) -> None:
         expected = logits(toolkit.eval(), ids, mask)[mask.bool()]
     ours = attached(model, prompt)
     assert_same(lambda m: logits(m, ids, mask)[mask.bool()], ours, expected, twins(model, prompt), 0.0)
-    made = toolkit.generate(ids[:1], max_new_tokens=NEW, do_sample=False, pad_token_id=0, use_cache=False)
-    assert torch.equal(generate(ours, ids[:1]), made[:, -NEW:])
+    made = generate(toolkit, ids[:1], use_cache=False)  # its cached Llama sees one token only
+    for ours_made, theirs in zip(generate(ours, ids[:1], use_cache=False), made, strict=True):
+        assert torch.equal(ours_made, theirs)
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])

@@ -1,0 +1,94 @@
+"""A prefix trained by AdapterHub runs where AdapterHub cannot be installed, with the numbers that AdapterHub computed.
+
+The golden files hold a base model, the files that AdapterHub's `save_adapter` wrote, and AdapterHub's own logits
+(eager, float64); see `tests/golden/make_adapterhub.py`. Where the native engine can run them it does, whatever else is
+installed; T5 under transformers 4 does not dispatch its attention, and there AdapterHub itself is the only engine.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import softbridge as sb
+from softbridge.base import auto_class
+from softbridge.prompt import SoftPrompt
+from softbridge.registry import engines
+from softbridge.verification.mutations import mutations
+from softbridge.verification.run import attached, choose_engine
+
+GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+
+#: Relative to the largest logit. Numbers of another machine, so not 1e-12; Llama: rotary tables and softmax in float32;
+#: T5: its softmax on transformers 4, and the norms.
+BOUNDS = {"gpt2": 1e-10, "llama": 1e-5, "bert": 1e-10, "t5": 1e-5}
+TASKS: dict[str, Any] = {"bert": "sequence-classification", "t5": "seq2seq-lm"}
+
+
+class Golden:
+    def __init__(self, family: str, directory: Path) -> None:
+        from transformers import AutoConfig
+
+        with safe_open(GOLDEN / f"adapterhub_{family}.safetensors", "pt") as file:
+            self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            settings = json.loads(file.metadata()["config"])
+        for name, tensor in self.tensors.items():
+            if name.startswith("file."):
+                (directory / name.removeprefix("file.")).write_bytes(tensor.numpy().tobytes())
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        config._attn_implementation = "eager"
+        with torch.random.fork_rng(devices=[]):
+            self.model = auto_class(TASKS.get(family, "causal-lm")).from_config(config).double().eval()
+        weights = {name: tensor for name, tensor in self.tensors.items() if name.startswith("weights.")}
+        self.model.load_state_dict({name.removeprefix("weights."): tensor for name, tensor in weights.items()})
+        self.prompt = sb.load(directory, self.model)
+
+    def logits(self, prompt: SoftPrompt | None, masked: bool = False) -> torch.Tensor:
+        inputs = {name: self.tensors[name] for name in ("input_ids", "decoder_input_ids") if name in self.tensors}
+        if masked:
+            inputs["attention_mask"] = self.tensors["attention_mask"]
+        engine = choose_engine(self.prompt, "native", self.model)[0]
+        with attached(engine, self.model, prompt) as running, torch.no_grad():
+            out: torch.Tensor = running(**inputs).logits
+        return out
+
+
+@pytest.mark.parametrize("family", BOUNDS)
+def test_the_same_numbers_as_adapterhub(family: str, tmp_path: Path) -> None:
+    golden = Golden(family, tmp_path)
+    expected = golden.tensors["logits"]
+    scale = float(expected.abs().max())
+
+    def apart(prompt: SoftPrompt | None, name: str = "logits") -> float:
+        found = golden.logits(prompt, masked=name == "logits.masked")
+        wanted = golden.tensors[name]
+        real = golden.tensors["attention_mask"].bool()
+        if name == "logits.masked" and found.shape[:2] == real.shape:
+            found, wanted = found[real], wanted[real]
+        return float((found - wanted).abs().max()) / scale
+
+    assert golden.prompt.training is None or golden.prompt.training.kind == "mlp"
+    assert apart(None, "logits.base") <= BOUNDS[family], "the base model is the same"
+    assert apart(golden.prompt) <= BOUNDS[family]
+    assert apart(golden.prompt, "logits.masked") <= BOUNDS[family]
+    for name, wrong in mutations(golden.prompt, tellable=family != "t5"):
+        assert apart(wrong) * scale > 0.1, name
+    start = {stack: part.length for stack, part in zip(golden.prompt.positions.start, golden.prompt.parts, strict=False)}
+    counted = replace(golden.prompt, positions=replace(golden.prompt.positions, start=start, relative_bias="plain"))
+    if not choose_engine(golden.prompt, "native", golden.model)[0].obstacles(counted, golden.model):
+        assert apart(counted) * scale > 0.1, "run as a toolkit that counts the prefix runs it"
+
+
+def test_without_adapterhub_it_is_the_native_engine_that_runs_them(tmp_path: Path) -> None:
+    if engines()["adapterhub"].unavailable() is None:
+        pytest.skip("AdapterHub is installed here; this is about where it is not")
+    for family in BOUNDS:
+        (tmp_path / family).mkdir()
+        golden = Golden(family, tmp_path / family)
+        assert choose_engine(golden.prompt, "adapterhub", golden.model)[0].name == "native"
