@@ -14,6 +14,7 @@ deep-learning framework. All classes are immutable and compared by value.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
@@ -75,6 +76,50 @@ def _same_arrays(a: Mapping[Any, Array], b: Mapping[Any, Array]) -> bool:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
+
+
+def _json_object(value: Mapping[Any, Any], what: str) -> dict[str, Json]:
+    """A copy of the value in plain JSON types, as it would come back from a file.
+
+    Normalised here and not where it is written, so that a prompt equals the one that is read from its own file.
+    Tuples become lists, whole numbers as keys become text (as `json.dumps` writes them), and subclasses (enums, NumPy's
+    float64) become the type that they are derived from.
+    """
+    try:
+        return _json_mapping(value, what)
+    except RecursionError as error:
+        raise ValueError(f"{what}: nested too deeply, or in itself") from error
+
+
+def _json_mapping(value: Mapping[Any, Any], here: str) -> dict[str, Json]:
+    result: dict[str, Json] = {}
+    for key, item in value.items():
+        _require(isinstance(key, str | int) and not isinstance(key, bool), f"{here}: a key of {type(key).__name__}")
+        name = _json(key if isinstance(key, str) else str(int(key)), here)
+        _require(name not in result, f"{here}: two keys {name!r:.40}")
+        result[name] = _json(item, f"{here}.{name:.40}")
+    return result
+
+
+def _json(value: object, here: str) -> Json:
+    match value:
+        case None | bool():
+            return value
+        case str():
+            text = str.__str__(value)
+            text.encode("utf-8")  # half a surrogate pair is a UnicodeEncodeError, which is a ValueError
+            return text
+        case int():
+            return int(value)
+        case float():
+            _require(math.isfinite(value), f"{here}: {value}, which JSON does not have")
+            return float(value)
+        case list() | tuple():
+            return [_json(item, f"{here}.{number}") for number, item in enumerate(value)]
+        case Mapping():
+            return _json_mapping(value, here)
+        case _:
+            raise ValueError(f"{here}: {type(value).__name__}, which is no JSON value")
 
 
 @dataclass(frozen=True, eq=False)
@@ -232,6 +277,8 @@ class Positions:
     def __post_init__(self) -> None:
         object.__setattr__(self, "start", FrozenMap(dict(sorted(self.start.items()))))
         _require(all(stack in get_args(Stack) for stack in self.start), f"start: {dict(self.start)}")
+        counts = all(type(place) is int and place >= 0 for place in self.start.values())
+        _require(counts, f"start: numbers from 0, not {dict(self.start)}")
         _require(self.relative_bias in get_args(RelativeBias), f"relative_bias: {self.relative_bias!r}")
         _require(self.window in get_args(Window), f"window: {self.window!r}")
 
@@ -253,7 +300,7 @@ class Training:
 
     Attributes:
         kind: a name from `softbridge.methods`.
-        settings: JSON values (activation, dropout, ...).
+        settings: JSON values (activation, dropout, ...); normalised, so that tuples become lists.
         tensors: name -> array, as the kind documents it.
     """
 
@@ -262,7 +309,8 @@ class Training:
     tensors: Mapping[str, Array]
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "settings", FrozenMap(dict(sorted(self.settings.items()))))
+        settings = _json_object(self.settings, "settings")
+        object.__setattr__(self, "settings", FrozenMap(dict(sorted(settings.items()))))
         object.__setattr__(
             self, "tensors", FrozenMap({name: frozen(self.tensors[name]) for name in sorted(self.tensors)})
         )
@@ -284,7 +332,7 @@ class Origin:
     Attributes:
         format: the name of the format.
         details: what the file says of itself and softbridge has no other place for (toolkit version, unknown keys);
-            a writer of the same format gives it back.
+            a writer of the same format gives it back. JSON values, normalised.
         digests: file name -> sha256, hexadecimal.
     """
 
@@ -293,7 +341,7 @@ class Origin:
     digests: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "details", FrozenMap(self.details))
+        object.__setattr__(self, "details", FrozenMap(_json_object(self.details, "details")))
         object.__setattr__(self, "digests", FrozenMap(self.digests))
 
 

@@ -35,8 +35,8 @@ TINY: dict[str, dict[str, Any]] = {
         "d_model": 24,
         "d_kv": 8,
         "d_ff": 40,
-        "num_layers": 4,
-        "num_decoder_layers": 4,
+        "num_layers": 3,
+        "num_decoder_layers": 3,
         "num_heads": 4,
     },
 }
@@ -49,7 +49,6 @@ def tiny_config(family: str, **changes: Any) -> Any:
     settings = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, **TINY[family], **changes}
     if family == "t5":
         settings.setdefault("decoder_start_token_id", 0)
-        settings.setdefault("tie_word_embeddings", False)
     return AutoConfig.for_model(family, **settings)
 
 

@@ -92,12 +92,12 @@ def unbind(module: nn.Module) -> None:
 
 
 def _mask(underlying: Callable[..., Any], **settings: Any) -> Any:
-    """The underlying mask, never skipped: SDPA's own causal mask is aligned to the first key, which is virtual here.
+    """The underlying mask, above the lowest float32.
 
     Some models compute the softmax in float32. There the lowest float64 is minus infinity, and a query that sees
-    nothing (a pad on the left) becomes NaN, and with it all that follows; so a mask stays above the lowest float32.
+    nothing (a pad on the left) becomes NaN, and with it all that follows.
     """
-    mask = underlying(**{**settings, "allow_is_causal_skip": False})
+    mask = underlying(**settings)
     if isinstance(mask, Tensor) and mask.dtype == torch.float64:
         return mask.clamp(min=torch.finfo(torch.float32).min)
     return mask
@@ -131,6 +131,7 @@ def _attend(
 
     length, real = query.shape[2], key.shape[2]
     window = settings.get("sliding_window") if binding.slides else None
+    # No mask means causal, which SDPA's own flag would align to the first key; that one is virtual here.
     if attention_mask is None and (window is not None or (binding.causal and length > 1)):
         hidden = torch.ones(length, real, dtype=torch.bool, device=key.device).triu(real - length + 1)
         attention_mask = query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]

@@ -60,7 +60,7 @@ class StackHooks:
         stack: the module.
         vectors: its input prompt, or None.
         start: where its first real token stands.
-        implementation: the attention implementation that the prefix lives in, or None if there is no prefix.
+        implementation: ours, which the stack's configuration names, or None where the model keeps its own.
         strip: whether to take the virtual tokens out of the last hidden state again.
     """
 
@@ -81,8 +81,8 @@ class StackHooks:
         """Put the virtual tokens into the sequence, and tell the real ones where they stand."""
         if self.implementation not in (None, stack.config._attn_implementation):
             raise EngineError(
-                f"the attention implementation became '{stack.config._attn_implementation}' with a prefix attached",
-                f"'{self.implementation}', in which the prefix lives",
+                f"the attention implementation became '{stack.config._attn_implementation}' with a prompt attached",
+                f"'{self.implementation}', in which the prompt lives",
                 "detach the prompt, set the implementation, and attach again",
             )
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -112,10 +112,7 @@ class StackHooks:
         """Take the virtual tokens out of the last hidden state."""
         if not (self.inserted and self.strip):
             return output
-        hidden = output[0]
-        columns = torch.arange(hidden.shape[1] - self.length, device=hidden.device)[None]
-        skip = columns >= (0 if self.pads is None else self.pads[:, None])
-        hidden = torch.take_along_dim(hidden, (columns + self.length * skip)[..., None], dim=1)
+        hidden = output[0][:, self.length :]  # a real token stands P further on, whatever pads are on its left
         if isinstance(output, tuple):
             return (hidden, *output[1:])
         output.last_hidden_state = hidden
@@ -251,7 +248,7 @@ def attach(model: Any, prompt: SoftPrompt) -> Any:
         parameter.requires_grad_(False)
     model.add_module(NAME, injected)
     try:
-        # An input prompt needs no attention of ours, but in eager attention our mask, see there.
+        # An input prompt needs no attention function of ours, but in eager attention our mask: see `attention._mask`.
         if prompt.prefixes or (any(modules.values()) and model.config._attn_implementation == "eager"):
             _switch_attention(model, injected)
         _bind_prefixes(injected, modules)
@@ -341,6 +338,10 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
         if prompt.positions.relative_bias == "skewed" and len(part.layers) != layers:
             reason = "a skewed relative bias is known only where every layer has a prefix"
             found.append(Obstacle("relative-bias", reason, "use AdapterHub's engine"))
+        table = _bias_table(nn.ModuleList(heard))
+        if table is not None and "bidirectional" not in inspect.signature(table._relative_position_bucket).parameters:
+            reason = f"{type(table).__name__} computes its relative bias in a way of its own"
+            found.append(Obstacle("relative-bias", reason, "use an input prompt"))
         if prompt.positions.window == "slides" and part.site == "encoder" and shape is not None and shape.window:
             reason = "what a window that looks both ways drops is not known"
             found.append(Obstacle("window", reason, "use a prompt whose window is 'pinned'"))
@@ -431,8 +432,8 @@ def _bind_prefixes(injected: Injection, modules: Mapping[Site, Sequence[nn.Modul
             injected.bound.append(site[layer])
 
 
-def _bias_table(module: nn.Module) -> nn.Module | None:
-    """The first module that holds the table of a T5-like relative bias."""
+def _bias_table(module: nn.Module) -> Any:
+    """The first module that holds the table of a T5-like relative bias, or None."""
     return next((found for found in module.modules() if hasattr(found, "relative_attention_bias")), None)
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry, read_geometry, stack_of
+from softbridge.head import load_head, restore_head
 from softbridge.lower import check_fits
 from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
 from softbridge.tensors import from_torch, to_torch
@@ -33,6 +34,7 @@ class _Attachment:
     """What was attached, and the state of the model before."""
 
     prompt: SoftPrompt
+    displaced: Mapping[str, Any]
     trainable: Sequence[tuple[Any, bool]]
     training: Sequence[tuple[Any, bool]]
     attributes: Sequence[tuple[Any, frozenset[str]]]
@@ -84,8 +86,11 @@ class PeftEngine:
             )
         import peft
 
-        config = config_of(prompt, read_geometry(model.config), _task(model), fresh=True)
-        tensors = {name: to_torch(array) for name, array in tensors_of(prompt, config).items()}
+        # The head goes into the model itself, before PEFT makes its copy of it.
+        bare = replace(prompt, head={})
+        config = config_of(bare, read_geometry(model.config), _task(model), fresh=True)
+        tensors = {name: to_torch(array) for name, array in tensors_of(bare, config).items()}
+        displaced = load_head(model, prompt.head)
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         training = [(module, module.training) for module in model.modules()]
         attributes = [(module, frozenset(vars(module))) for module in model.modules()]
@@ -94,7 +99,7 @@ class PeftEngine:
         config["base_model_name_or_path"] = None
         with _quiet():
             adapted = peft.get_peft_model(model, peft.PeftConfig.from_peft_type(**config))
-            # A head that the prompt does not bring stays the model's own; PEFT refuses a state without it.
+            # PEFT refuses a state without the head that it has made a copy of.
             peft.set_peft_model_state_dict(adapted, {**peft.get_peft_model_state_dict(adapted), **tensors})
         adapted.eval().prompt_encoder.requires_grad_(False)
         hook = None
@@ -102,7 +107,7 @@ class PeftEngine:
             shift = prompt.positions.start.get(stack, counted) - counted
             if shift:
                 hook = _called(model).register_forward_pre_hook(_Shift(shift), with_kwargs=True)
-        setattr(adapted, _ATTACHMENT, _Attachment(prompt, trainable, training, attributes, settings, hook))
+        setattr(adapted, _ATTACHMENT, _Attachment(prompt, displaced, trainable, training, attributes, settings, hook))
         return adapted
 
     def extract(self, model: Any) -> SoftPrompt:
@@ -123,7 +128,7 @@ class PeftEngine:
             return prompt
         before = attachment.prompt
         parts = tuple(_in_precision(new, old) for new, old in zip(prompt.parts, before.parts, strict=True))
-        head = {name: prompt.head[name].astype(array.dtype) for name, array in before.head.items()}
+        head = {name: prompt.head.get(name, array).astype(array.dtype) for name, array in before.head.items()}
         return replace(before, parts=parts, head=head, training=None, origin=None)
 
     def detach(self, model: Any) -> Any:
@@ -147,6 +152,7 @@ class PeftEngine:
             # PEFT's generate leaves its own prepare_inputs_for_generation and generation_config behind.
             for name in set(vars(module)) - names:
                 delattr(module, name)
+        restore_head(base, attachment.displaced)
         vars(base.config).update(attachment.config)  # PEFT sets pretraining_tp
         delattr(model, _ATTACHMENT)
         return base
@@ -239,7 +245,7 @@ def _called(model: Any) -> Any:
 
 
 def _head_obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
-    shapes = {facts.HEAD + name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     wrong = [name for name, array in prompt.head.items() if shapes.get(name) != array.shape]
     if not wrong:
         return []

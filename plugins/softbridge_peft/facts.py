@@ -17,8 +17,10 @@ WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 
 #: The one tensor of a prompt: [P·S, H] of an input prompt, [P, L·2·K·D] of a prefix; S is num_transformer_submodules.
 PROMPT = "prompt_embeddings"
-#: Names of the tensors that ride along (a classifier) start with this (peft_model.py, modules_to_save).
+#: A head's tensors have the model's own names behind this.
 HEAD = "base_model."
+#: Modules of the model that PEFT takes for a head by itself, by task (peft_model.py, the PeftModelFor... classes).
+HEAD_MODULES = ("classifier", "score", "qa_outputs")
 
 #: peft_type -> what a model sees of it. P_TUNING files hold the output of its encoder, evaluated when it was saved, and
 #: nothing of the encoder (tuners/tuners_utils.py, BasePromptEncoder): they are prompt tuning files by another name.

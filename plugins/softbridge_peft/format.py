@@ -74,10 +74,10 @@ class PeftFormat:
             found.append(Obstacle("parts", f"PEFT holds one part and this prompt has {len(prompt.parts)}", elsewhere))
         for part in prompt.parts:
             found += [Obstacle(name, reason, elsewhere) for name, reason in _refusals(part, geometry)]
-        foreign = [name for name in prompt.head if name.count(".") < 2 or not name.startswith(facts.HEAD)]
-        if foreign:
-            reason = f"PEFT names a head's tensors '{facts.HEAD}MODULE.PARAMETER', not {', '.join(foreign)}"
-            found.append(Obstacle("head", reason, "leave the head out or rename its tensors"))
+        foreign = [name for name in prompt.head if name.split(".")[0] not in facts.HEAD_MODULES]
+        if foreign and not _origin(prompt):
+            reason = f"PEFT has heads named {', '.join(facts.HEAD_MODULES)}, this prompt has {', '.join(foreign)}"
+            found.append(Obstacle("head", reason, "leave the head out: replace(prompt, head={})"))
         return found
 
     def write(self, prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, bytes]:
@@ -191,7 +191,7 @@ def parse(config: Mapping[str, Any], tensors: Mapping[str, Array], geometry: Geo
         parts=(part,),
         positions=Positions({stack: fields.length}),
         base=BaseId(fields.name, geometry),
-        head={name: array for name, array in tensors.items() if name != facts.PROMPT},
+        head={name.removeprefix(facts.HEAD): array for name, array in tensors.items() if name != facts.PROMPT},
         origin=Origin("peft", {"config": dict(config), "notes": notes}),
     )
     if geometry is not None:
@@ -336,9 +336,7 @@ def config_of(
     """
     part = prompt.parts[0]
     kind: facts.Kind = "input" if isinstance(part, InputPrompt) else "prefix"
-    origin: Mapping[str, Any] = {}
-    if not fresh and prompt.origin is not None and prompt.origin.format == "peft":
-        origin = prompt.origin.details.get("config", {})
+    origin = {} if fresh else _origin(prompt)
     if facts.KINDS.get(origin.get("peft_type", "")) != kind:
         origin = {}
     if task is None:
@@ -360,9 +358,18 @@ def config_of(
     if kind == "prefix":
         defaults["encoder_hidden_size"] = sizes["token_dim"]
     if prompt.head:
-        defaults["modules_to_save"] = sorted({name.split(".")[1] for name in prompt.head})
+        defaults["modules_to_save"] = sorted({name.split(".")[0] for name in prompt.head})
     named = {"base_model_name_or_path": prompt.base.name, "task_type": task, "inference_mode": True}
     return {"peft_type": facts.PEFT_TYPES[kind], **(origin or defaults), **named, **sizes}
+
+
+def _origin(prompt: SoftPrompt) -> Mapping[str, Any]:
+    """The configuration of the PEFT file that the prompt was read from, if it was."""
+    origin = prompt.origin
+    config: Mapping[str, Any] = {}
+    if origin is not None and origin.format == "peft":
+        config = origin.details.get("config", {})
+    return config
 
 
 def _task(prompt: SoftPrompt, geometry: Geometry | None) -> str:
@@ -383,8 +390,9 @@ def _task(prompt: SoftPrompt, geometry: Geometry | None) -> str:
 def tensors_of(prompt: SoftPrompt, config: Mapping[str, Any]) -> dict[str, Array]:
     """The tensors of a prompt in the layout that its `config_of` announces."""
     part = prompt.parts[0]
+    head = {facts.HEAD + name: array for name, array in prompt.head.items()}
     if isinstance(part, InputPrompt):
-        return {facts.PROMPT: part.vectors, **prompt.head}
+        return {facts.PROMPT: part.vectors, **head}
     if config["num_transformer_submodules"] == 2:
         blocks = _stored_blocks(part)
         if blocks is None:
@@ -392,4 +400,4 @@ def tensors_of(prompt: SoftPrompt, config: Mapping[str, Any]) -> dict[str, Array
         zeros = np.zeros_like(part.layers[0].keys)
         dead = KeyValue(zeros, zeros)
         part = KeyValuePrefix(part.site, {block: blocks.get(block, dead) for block in range(len(part.layers))})
-    return {facts.PROMPT: part.flat(), **prompt.head}
+    return {facts.PROMPT: part.flat(), **head}

@@ -117,9 +117,7 @@ def test_a_target_is_not_overwritten_unless_told(peft: Path, tmp_path: Path) -> 
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_refusals_say_what_to_do_and_write_nothing(
-    arguments: list[str], said: str, peft: Path, tmp_path: Path
-) -> None:
+def test_refusals_say_what_to_do_and_write_nothing(arguments: list[str], said: str, peft: Path, tmp_path: Path) -> None:
     result = call("convert", peft, tmp_path / "out", *arguments)
     assert result.exit_code == 2
     assert said in result.stderr

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
 from collections.abc import Callable
 from dataclasses import FrozenInstanceError, replace
+from enum import Enum
 from typing import Any
 
 import ml_dtypes
@@ -14,6 +16,7 @@ import pytest
 
 from softbridge.prompt import (
     BaseId,
+    FrozenMap,
     InputPrompt,
     KeyValue,
     KeyValuePrefix,
@@ -61,6 +64,10 @@ FULL = SoftPrompt(
         lambda: KeyValuePrefix("self", {0: PAIR, 1: pair(length=4)}),
         lambda: KeyValuePrefix("other", {0: PAIR}),  # type: ignore[arg-type]
         lambda: Positions({"middle": 0}),  # type: ignore[dict-item]
+        lambda: Positions({"decoder": -1}),
+        lambda: Positions({"decoder": True}),
+        lambda: Positions({"encoder": 0, "decoder": 1.0}),  # type: ignore[dict-item]
+        lambda: Positions({"decoder": np.int64(1)}),  # type: ignore[dict-item]
         lambda: Positions(relative_bias="bent"),  # type: ignore[arg-type]
         lambda: Positions(window="shut"),  # type: ignore[arg-type]
         lambda: SoftPrompt((), Positions()),
@@ -71,6 +78,63 @@ FULL = SoftPrompt(
 def test_what_is_no_prompt(make: Callable[[], Any]) -> None:
     with pytest.raises(ValueError, match=": "):
         make()
+
+
+ITSELF: list[Any] = []
+ITSELF.append(ITSELF)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        float("nan"),
+        -float("inf"),
+        object(),
+        {1, 2},
+        b"bytes",
+        1j,
+        np.float32(1),
+        np.ones(2),
+        "\ud800",
+        {None: 1},
+        {True: 1},
+        {(1, 2): 1},
+        {1: "a", "1": "b"},
+        {"\ud800": 1},
+        ["fine", ({"deep": [object()]},)],
+        ITSELF,
+    ],
+    ids=lambda value: f"{value!r:.30}".encode("ascii", "backslashreplace").decode(),
+)
+def test_what_is_no_json(value: Any) -> None:
+    with pytest.raises(ValueError, match=": "):
+        Training("mlp", {"x": value}, {})
+    with pytest.raises(ValueError, match=": "):
+        Origin("peft", {"x": value})
+
+
+class Word(str, Enum):
+    A = "a"
+
+
+def test_settings_and_details_are_plain_json() -> None:
+    given = {
+        "z": (1, (2.5, None)),
+        "a": {1: True, "nested": FrozenMap({"b": ()})},
+        "kind": Word.A,
+        "rate": np.float64(0.5),
+        Word.A.upper(): [Word.A],
+    }
+    plain = {"z": [1, [2.5, None]], "a": {"1": True, "nested": {"b": []}}, "kind": "a", "rate": 0.5, "A": ["a"]}
+    for found in (Training("mlp", given, {}).settings, Origin("peft", given).details):
+        assert found == plain
+        assert json.loads(json.dumps(dict(found))) == plain
+        assert type(found["kind"]) is type(found["A"][0]) is str
+        assert type(found["rate"]) is float
+        assert type(found["a"]["nested"]) is dict
+    assert list(Training("mlp", given, {}).settings) == sorted(plain)
+    assert list(Origin("peft", given).details) == list(plain)
+    assert type(given["z"]) is tuple, "the caller's value was touched"
 
 
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda prompt: pickle.loads(pickle.dumps(prompt))])

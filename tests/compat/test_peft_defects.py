@@ -37,7 +37,8 @@ def _seeded() -> Iterator[None]:
 def wrap(family: str, method: str, task: str = "CAUSAL_LM", **settings: Any) -> Any:
     kind = {"prompt": peft.PromptTuningConfig, "prefix": peft.PrefixTuningConfig}[method]
     config = kind(task_type=task, num_virtual_tokens=LENGTH, inference_mode=True, **settings)
-    model = peft.get_peft_model(tiny_model(family), config).eval()
+    sizes = {"num_layers": 4, "num_decoder_layers": 4} if family == "t5" else {}
+    model = peft.get_peft_model(tiny_model(family, **sizes), config).eval()
     model.prompt_encoder["default"].embedding.weight.data.normal_(0, 0.8)
     return model
 

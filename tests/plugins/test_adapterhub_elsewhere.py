@@ -79,7 +79,9 @@ def test_the_same_numbers_as_adapterhub(family: str, tmp_path: Path) -> None:
     assert apart(golden.prompt, "logits.masked") <= BOUNDS[family]
     for name, wrong in mutations(golden.prompt, tellable=family != "t5"):
         assert apart(wrong) * scale > 0.1, name
-    start = {stack: part.length for stack, part in zip(golden.prompt.positions.start, golden.prompt.parts, strict=False)}
+    start = {
+        stack: part.length for stack, part in zip(golden.prompt.positions.start, golden.prompt.parts, strict=False)
+    }
     counted = replace(golden.prompt, positions=replace(golden.prompt.positions, start=start, relative_bias="plain"))
     if not choose_engine(golden.prompt, "native", golden.model)[0].obstacles(counted, golden.model):
         assert apart(counted) * scale > 0.1, "run as a toolkit that counts the prefix runs it"

@@ -14,13 +14,24 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import save_file
 from torch import Tensor
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForTokenClassification,
+    DynamicCache,
+    EncoderDecoderCache,
+)
 
+from softbridge.base import BaseModel, build
 from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
 from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt, Training
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.untrusted import Files
 from softbridge_native.engine import ENGINE
+from softbridge_native.format import FORMAT
 
 P, T, NEW = 5, 7, 6
 FAMILIES = tuple(TINY)
@@ -38,15 +49,18 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+def token_classifier(config: Any) -> Any:
+    """An encoder with a head for every token, and large weights."""
+    model = AutoModelForTokenClassification.from_config(config, attn_implementation="eager")
+    model.load_state_dict(build(config, "sequence-classification", torch.float32, 0).state_dict(), strict=False)
+    torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(1))
+    return model.double().eval()
+
+
 def token_model(family: str, implementation: str = "eager", **changes: Any) -> Any:
     """The family's tiny model with a head for every token (BERT: token classification), greedy without end."""
     if family == "bert":
-        from transformers import AutoModelForTokenClassification
-
-        model = AutoModelForTokenClassification.from_config(tiny_config(family, **changes), attn_implementation="eager")
-        model.load_state_dict(tiny_model(family, torch.float32, **changes).state_dict(), strict=False)
-        torch.nn.init.normal_(model.classifier.weight, generator=torch.Generator().manual_seed(1))
-        model = model.double().eval()
+        model = token_classifier(tiny_config(family, **changes))
     else:
         model = tiny_model(family, **changes)
         model.generation_config.eos_token_id = None
@@ -236,6 +250,23 @@ def test_positions_of_the_caller_count_from_the_start() -> None:
             assert torch.equal(ours(ids, return_dict=False)[0], plain)
 
 
+@pytest.mark.parametrize("kind", ["input", "prefix"])
+def test_positions_go_on_where_the_cache_ends(kind: str) -> None:
+    """By hand, without a mask and without positions, which `generate` would give."""
+    model = token_model("gpt2")
+    prompt = make_prompt(model, kind)
+    ours, wrong, ids = attached(model, shifted(prompt)), {"unshifted": attached(model, prompt)}, tokens()
+
+    def in_two_steps(running: Any) -> Tensor:
+        cache = running(ids[:, :4], use_cache=True).past_key_values
+        found: Tensor = running(ids[:, 4:5], past_key_values=cache).logits
+        return found
+
+    with torch.no_grad():
+        expected = logits(ours, ids[:, :5])[:, 4:]
+    assert_same(in_two_steps, ours, expected, wrong, 1e-12)
+
+
 def test_token_types_are_extended() -> None:
     model = token_model("bert")
     ours = attached(model, make_prompt(model, "input"))
@@ -246,8 +277,6 @@ def test_token_types_are_extended() -> None:
 
 
 def test_a_prefix_without_a_mask_is_causal_from_the_bottom_right() -> None:
-    from transformers import AttentionInterface
-
     model = token_model("llama")
     ours = attached(model, make_prompt(model, "prefix"))
     module = ours.model.layers[1].self_attn
@@ -259,11 +288,70 @@ def test_a_prefix_without_a_mask_is_causal_from_the_bottom_right() -> None:
         function = AttentionInterface()[f"softbridge_{implementation}"]
         additive = torch.zeros(mask.shape, dtype=query.dtype).masked_fill(~mask, torch.finfo(query.dtype).min)
         given = additive if implementation == "eager" else mask
-        none, masked, top_left = (
-            function(module, query, key, value, m, scaling=1.0)[0] for m in (None, given, given.roll(T - 3, -1))
+        wide = torch.cat([given, given[..., :2]], dim=-1)  # of a cache with more room than keys
+        none, masked, widened, top_left = (
+            function(module, query, key, value, m, scaling=1.0)[0] for m in (None, given, wide, given.roll(T - 3, -1))
         )
         assert difference(none, masked) <= 1e-12
+        assert torch.equal(widened, masked)
         assert difference(none, top_left) > FAR
+
+
+def test_a_prefix_and_an_input_prompt_together() -> None:
+    """An oracle: the vectors given as real tokens, to a model with the prefix alone."""
+    for family in ("gpt2", "t5"):
+        model = token_model(family)
+        if family == "t5" and not dispatches("t5"):
+            continue
+        vectors, prefix = make_prompt(model, "input"), make_prompt(model, "prefix")
+        start = {stack: length + P * (stack == vectors.inputs[0].stack) for stack, length in prefix.counted().items()}
+        both = SoftPrompt((*prefix.parts, *vectors.parts), Positions(start))
+        assert both.counted() == start
+        ids, oracle = tokens(), attached(model, prefix)
+        virtual = torch.tensor(vectors.inputs[0].vectors).double().expand(2, -1, -1)
+        embedded = torch.cat([virtual, model.get_input_embeddings()(ids)], dim=1)
+        inputs = {"decoder_input_ids": ids} if family == "t5" else {}
+        with torch.no_grad():
+            expected = oracle(inputs_embeds=embedded, **inputs).logits[:, 0 if family == "t5" else P :]
+        wrong = {"prefix": oracle, "vectors": attached(model, vectors), "shifted": attached(model, shifted(both))}
+        assert_same(
+            lambda m, i=inputs, n=ids: m(input_ids=n, **i).logits, attached(model, both), expected, wrong, 1e-12
+        )
+
+
+@pytest.mark.parametrize("kind", ["input", "prefix"])
+def test_roberta_counts_positions_from_its_padding_row(kind: str) -> None:
+    model = token_classifier(AutoConfig.for_model("roberta", **{**TINY["bert"], "pad_token_id": 1}))
+    prompt = make_prompt(model, kind)
+    ours, wrong, ids = attached(model, prompt), twins(model, prompt), tokens()
+    wrong["shifted"] = attached(model, shifted(prompt))
+    with torch.no_grad():
+        alone = logits(ours, ids[1:, :4])[0]  # no mask: RoBERTa counts by itself
+    for side in ("right", "left"):
+        out, mask = padded(ids, (T, 4), side)
+        assert_same(lambda m, o=out, k=mask: logits(m, o, k)[1, k[1].bool()], ours, alone, wrong, 1e-12)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "t5"])
+def test_a_static_cache_is_a_cache(family: str) -> None:
+    model = token_model(family)
+    ours = attached(model, make_prompt(model, "prefix"))
+    out, mask = padded(tokens(), (T, 4), "left")
+    expected = generate(ours, out, mask)
+    found = generate(ours, out, mask, cache_implementation="static", disable_compile=True)
+    assert torch.equal(found[0], expected[0])
+    assert difference(found[1], expected[1]) <= STEP * float(expected[1].abs().max())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["input", "prefix"])
+def test_compiles_in_one_graph(kind: str) -> None:
+    model = token_model("gpt2", "sdpa")
+    ours = attached(model, make_prompt(model, kind))
+    out, mask = padded(tokens(), (T, 4), "left")
+    with torch.no_grad():
+        compiled = torch.compile(ours, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(out, attention_mask=mask).logits, logits(ours, out, mask))
 
 
 # -------------------------------------------------------------------------------------------------- training
@@ -445,6 +533,8 @@ def test_refusals() -> None:
     skewed = replace(prefix, parts=(first,), positions=Positions({"decoder": 0}, "skewed"))
     assert obstacle_names(skewed, gpt2) == ["relative-bias"]
     assert obstacle_names(prefix, tiny_model("gpt2", reorder_and_upcast_attn=True)) == ["attention"]
+    umt5 = build(AutoConfig.for_model("umt5", **TINY["t5"]), "seq2seq-lm", torch.float64, 0)
+    assert set(obstacle_names(make_prompt(umt5, "prefix"), umt5)) in ({"relative-bias"}, {"attention"})
     gpt2.config._attn_implementation = "flash_attention_2"
     assert obstacle_names(prefix, gpt2) == ["attention"]
     assert obstacle_names(vectors, gpt2) == []
@@ -471,7 +561,7 @@ def peft_model(model: Any, prompt: SoftPrompt) -> Any:
     peft = pytest.importorskip("peft")
     geometry = read_geometry(model.config)
     stack = geometry.decoder or geometry.encoder
-    tasks = {"bert": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
+    tasks = {"bert": "SEQ_CLS", "roberta": "SEQ_CLS", "t5": "SEQ_2_SEQ_LM"}
     common = {
         "task_type": tasks.get(model.config.model_type, "CAUSAL_LM"),
         "num_virtual_tokens": P,
@@ -538,11 +628,22 @@ def test_is_peft_bitwise(family: str, kind: str, layout: str) -> None:
             assert torch.equal(made, theirs)
 
 
+@pytest.mark.parametrize("kind", ["input", "prefix"])
+@pytest.mark.parametrize("family", ["opt", "roberta"])
+def test_is_peft_where_the_head_is_unusual(family: str, kind: str) -> None:
+    """OPT's head calls the decoder past the base model; RoBERTa's takes the first state, a virtual token's."""
+    settings = {**TINY["bert"], "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model(family, **settings)
+    model = build(config, BaseModel(config).task, torch.float64, 0)
+    prompt = wide(make_prompt(model, kind))
+    ours, peft, ids = attached(model, prompt), peft_model(model, prompt), tokens()
+    with torch.no_grad():
+        expected = logits(peft, ids)
+        expected = expected[:, P:] if kind == "input" and family == "opt" else expected
+    assert_same(lambda m: logits(m, ids), ours, expected, {"dropped": model}, 0.0)
+
+
 def test_a_window_slides_past_the_prefix_as_in_peft() -> None:
-    from transformers import AutoConfig
-
-    from softbridge.base import build
-
     settings = {**TINY["llama"], "sliding_window": 6, "bos_token_id": 1, "eos_token_id": None, "pad_token_id": 0}
     model = build(AutoConfig.for_model("mistral", **settings), "causal-lm", torch.float64, 0)
     prompt = make_prompt(model, "prefix")
@@ -594,8 +695,6 @@ def test_is_adapterhub_bitwise(family: str, layout: str) -> None:
 def test_t5_bias_is_that_of_a_seeded_cache(bias: str, implementation: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An oracle for both biases of the decoder: the prefix in the cache, and for AdapterHub's skew the bias computed
     as if nothing had been seen. (Of all three sites AdapterHub itself was met to 1.5e-6, its float32 softmax.)"""
-    from transformers import DynamicCache, EncoderDecoderCache
-
     model = token_model("t5", implementation)
     if not model._can_set_attn_implementation():
         pytest.skip("t5 does not dispatch here")
@@ -626,11 +725,6 @@ def test_t5_bias_is_that_of_a_seeded_cache(bias: str, implementation: str, monke
 
 
 def test_the_format_recognises_its_own_files(tmp_path: Path) -> None:
-    from safetensors.numpy import save_file
-
-    from softbridge.untrusted import Files
-    from softbridge_native.format import FORMAT
-
     model = token_model("gpt2")
     prompt = make_prompt(model, "prefix")
     for name, content in FORMAT.write(prompt, None).items():
@@ -651,9 +745,6 @@ def test_the_format_recognises_its_own_files(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("family", "method"), [(f, m) for f in ("gpt2", "bert", "t5") for m in ("prompt", "prefix")])
 def test_the_example_trains_and_loads(family: str, method: str, tmp_path: Path) -> None:
-    from softbridge.untrusted import Files
-    from softbridge_native.format import FORMAT
-
     model = tiny_model(family)
     first = (random_input_prompt if method == "prompt" else random_prefix)(read_geometry(model.config), 3, seed=4)
     if ENGINE.obstacles(first, model):

@@ -7,6 +7,10 @@ was expected and what to do).
 from __future__ import annotations
 
 import json
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -57,6 +61,19 @@ def _print_json(value: Any) -> None:
     typer.echo(json.dumps(value, indent=2, sort_keys=True))
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what toolkits say while they run off the terminal: what matters of it is in the certificate."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A file or a directory.")],
@@ -94,16 +111,17 @@ def convert(
     from softbridge.conversion import convert as run
 
     try:
-        report = run(
-            source,
-            target,
-            to,
-            base,
-            format=source_format,
-            accept=accept or (),
-            verify=verify,
-            overwrite=overwrite,
-        )
+        with _quiet():
+            report = run(
+                source,
+                target,
+                to,
+                base,
+                format=source_format,
+                accept=accept or (),
+                verify=verify,
+                overwrite=overwrite,
+            )
     except SoftbridgeError as error:
         _refuse(error)
     if as_json:
@@ -143,7 +161,8 @@ def verify(
     from softbridge.verification import verify as run
 
     try:
-        certificate: Certificate = run(a, b, base, weights=weights, dtype=dtype, seed=seed)
+        with _quiet():
+            certificate: Certificate = run(a, b, base, weights=weights, dtype=dtype, seed=seed)
     except SoftbridgeError as error:
         _refuse(error)
     if as_json:
@@ -194,6 +213,8 @@ def demo(
     from softbridge.cli.demo import run
 
     try:
-        raise typer.Exit(run(source, target, directory, _out()))
+        with _quiet():
+            status = run(source, target, directory, _out())
     except SoftbridgeError as error:
         _refuse(error)
+    raise typer.Exit(status)

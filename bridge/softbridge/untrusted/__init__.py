@@ -1,0 +1,42 @@
+"""The only code that opens foreign bytes, and the only code that writes output.
+
+Prompt checkpoints come from strangers, so one package answers for all of them. What it promises:
+
+- no code from a checkpoint is ever executed: pickles are read by torch's restricted unpickler only, and only after
+  their program was walked here as data;
+- nothing is allocated that the file does not really contain: every claim about a size is compared with the bytes that
+  are there *before* it is believed (peak memory is at most 8 times a file of tensors; see `LIMIT` for its description);
+- what is malformed is a `CheckpointError`, never another exception, never a guess;
+- no input is modified, and an output appears whole or not at all.
+
+Arrays are NumPy's. torch is imported only where the data of a pickle is read or written, so that looking at files
+stays quick.
+
+To read it, in this order: `claims` (what is believed of a file, and what is refused), `headers` (safetensors and .npy),
+`pickles`, `files` (the door to all of them), `content` (bytes that are written) and `output` (how they are written).
+"""
+
+from __future__ import annotations
+
+from softbridge.untrusted.claims import DEPTH, DTYPE_CODES, LIMIT, MEMBERS, is_safe_name, parse_json
+from softbridge.untrusted.content import json_bytes, little_endian, npy_bytes, pickle_bytes, safetensors_bytes
+from softbridge.untrusted.files import Files, Kind
+from softbridge.untrusted.output import write, write_file
+
+__all__ = [
+    "DEPTH",
+    "DTYPE_CODES",
+    "LIMIT",
+    "MEMBERS",
+    "Files",
+    "Kind",
+    "is_safe_name",
+    "json_bytes",
+    "little_endian",
+    "npy_bytes",
+    "parse_json",
+    "pickle_bytes",
+    "safetensors_bytes",
+    "write",
+    "write_file",
+]

@@ -1,0 +1,82 @@
+"""The bytes that softbridge writes: the same for the same content, in every process and on every machine."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+
+from softbridge.errors import OutputError
+from softbridge.prompt import Array
+from softbridge.tensors import BFLOAT16, to_torch
+from softbridge.untrusted.claims import DTYPE_CODES, STORAGES, is_safe_name, short
+
+
+def little_endian(name: str, array: Array, dtypes: Collection[np.dtype[Any]] = DTYPE_CODES) -> Array:
+    """The array, little-endian and C-contiguous.
+
+    Raises:
+        OutputError: its dtype is none of `dtypes` (safetensors', unless told), or no reader would take the name.
+    """
+    array = np.asarray(array)
+    little = array.dtype if array.dtype == BFLOAT16 else array.dtype.newbyteorder("<")
+    if little not in dtypes or not is_safe_name(name):
+        raise OutputError(
+            f"an array of dtype {array.dtype} under the name {short(name)}",
+            f"one of {', '.join(dtype.name for dtype in dtypes)}, under a printable, relative name",
+            "convert or rename it before saving",
+        )
+    return np.asarray(array, dtype=little, order="C")
+
+
+def safetensors_bytes(tensors: Mapping[str, Array], metadata: Mapping[str, str] | None = None) -> bytes:
+    """A safetensors file, the same bytes for the same tensors and metadata.
+
+    Laid out as the library does (widest dtype first, then by name; header padded to 8 bytes). Not made by the library,
+    because that writes the metadata in an order that changes from call to call.
+    """
+    plain = {name: little_endian(name, array) for name, array in tensors.items()}
+    header: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    ranks = {dtype: rank for rank, dtype in enumerate(DTYPE_CODES)}
+    order = sorted(plain, key=lambda name: (ranks[plain[name].dtype], name))
+    position = 0
+    for name in order:
+        array = plain[name]
+        header[name] = {
+            "dtype": DTYPE_CODES[array.dtype],
+            "shape": list(array.shape),
+            "data_offsets": [position, position + array.nbytes],
+        }
+        position += array.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *(plain[name].tobytes() for name in order)])
+
+
+def pickle_bytes(tensors: Mapping[str, Array]) -> bytes:
+    """What torch.save makes of a dictionary of tensors. Names that hold one array object share one storage."""
+    import torch
+
+    made: dict[int, torch.Tensor] = {}
+    for name, array in tensors.items():
+        if id(array) not in made:
+            made[id(array)] = to_torch(little_endian(name, array, STORAGES.values()))
+    stream = io.BytesIO()
+    torch.save({name: made[id(array)] for name, array in tensors.items()}, stream)
+    return stream.getvalue()
+
+
+def npy_bytes(array: Array) -> bytes:
+    """An .npy file; bfloat16 is stored as V2, as JAX and KoboldAI do."""
+    stream = io.BytesIO()
+    plain = little_endian("array", array)
+    np.save(stream, plain.view("V2") if plain.dtype == BFLOAT16 else plain, allow_pickle=False)
+    return stream.getvalue()
+
+
+def json_bytes(obj: Any) -> bytes:
+    """JSON for people: sorted keys, indented, UTF-8, with a newline at its end."""
+    return (json.dumps(obj, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode("utf-8")

@@ -1,0 +1,166 @@
+"""Where output is written: a folder or a file appears whole or not at all, and nothing is replaced unasked."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path, PurePosixPath
+from typing import NoReturn
+
+from softbridge.errors import OutputError
+from softbridge.untrusted.claims import is_safe_name, short
+
+
+def write(
+    target: Path,
+    files: Mapping[str, bytes],
+    *,
+    overwrite: bool = False,
+    check: Callable[[Path], None] | None = None,
+) -> None:
+    """Write a folder, whole or not at all.
+
+    The files are written beside the target, brought to the disk, and checked there; then the folder takes the target's
+    place in one step. With `overwrite` the target is exchanged as a whole: no file of the old one stays, because an
+    old and a new file of weights side by side is what readers get wrong. (On systems that cannot exchange two folders
+    in one step there is an instant without a target, and the old one is put back if the second step fails.)
+
+    Args:
+        target: the folder; made if it is missing, as are its parents.
+        files: name -> content; a name may have one sub-folder.
+        check: called with the folder before it takes the target's place; what it raises, `write` raises.
+
+    Raises:
+        OutputError: the target holds something and `overwrite` is off, or it cannot be written.
+    """
+    target = Path(os.path.realpath(target))
+    if target.is_dir():
+        _keep_away_from(target)
+    if not overwrite and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
+        _occupied(target)
+    if target.exists() and not target.is_dir():
+        raise OutputError(f"'{target}' is a file", "a folder, or nothing yet", "name another target, or move the file")
+    with _staged(target, files, check) as staged:
+        if not target.exists() or not any(target.iterdir()):
+            _rename_to_empty(staged, target)
+        elif not overwrite:
+            _occupied(target)
+        elif not _exchange(staged, target):
+            _replace_in_two_steps(staged, target)
+
+
+def write_file(
+    target: Path, content: bytes, *, overwrite: bool = False, check: Callable[[Path], None] | None = None
+) -> None:
+    """Write one file, whole or not at all; see `write`. `check` is called with a file of the same name elsewhere."""
+    target = Path(os.path.realpath(target))
+    if target.is_dir():
+        raise OutputError(f"'{target}' is a folder", "a file, or nothing yet", "name a file in it")
+    if target.exists() and not overwrite:
+        _occupied(target)
+    inner = None if check is None else (lambda folder: check(folder / target.name))
+    with _staged(target, {target.name: content}, inner) as staged:
+        if overwrite:
+            os.replace(staged / target.name, target)
+            return
+        try:
+            os.link(staged / target.name, target)  # unlike a rename, a link never replaces what came in between
+        except FileExistsError:
+            _occupied(target)
+        except OSError:  # no hard links on this file system
+            os.replace(staged / target.name, target)
+
+
+def _occupied(target: Path) -> NoReturn:
+    raise OutputError(
+        f"'{target}' is there already", "a target that does not exist yet", "name another, or say --overwrite"
+    )
+
+
+def _keep_away_from(target: Path) -> None:
+    """Refuse to exchange a folder that the user lives in: all that it holds would be gone."""
+    for place in (Path.cwd(), Path(os.path.expanduser("~"))):
+        if place.resolve().is_relative_to(target):
+            raise OutputError(f"'{target}' holds '{place}'", "a folder of its own", f"write to '{target / 'prompt'}'")
+
+
+@contextmanager
+def _staged(target: Path, files: Mapping[str, bytes], check: Callable[[Path], None] | None) -> Iterator[Path]:
+    """A folder beside the target with the files in it, on the disk and checked; what is left of it is removed."""
+    for name in files:
+        parts = PurePosixPath(name).parts
+        plain = is_safe_name(name) and "\\" not in name and ":" not in name and name == "/".join(parts) != ""
+        if not plain or len(parts) > 2:
+            raise OutputError(f"a file named {short(name)}", "a plain name, in at most one sub-folder", "rename it")
+    staged = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        staged.mkdir()  # with the permissions that the user's umask gives, unlike tempfile's
+        for name, content in files.items():
+            path = staged / name
+            path.parent.mkdir(exist_ok=True)
+            with open(path, "xb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        for folder in {(staged / name).parent for name in files} | {staged}:
+            _sync_folder(folder)
+        if check is not None:
+            check(staged)
+        yield staged
+        _sync_folder(target.parent)
+    except OSError as error:
+        raise OutputError(
+            f"'{target}' cannot be written: {error}", "a place to write", "check free space and permissions"
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _rename_to_empty(staged: Path, target: Path) -> None:
+    try:
+        if os.name != "posix" and target.exists():
+            target.rmdir()
+        os.rename(staged, target)  # takes the place of an empty folder, and fails on any other
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            _occupied(target)
+        raise
+
+
+def _exchange(staged: Path, target: Path) -> bool:
+    """Exchange two folders in one step, where the system can: whether it did."""
+    if sys.platform != "linux":
+        return False
+    rename = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
+    if rename is None:
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(rename(here, os.fsencode(staged), here, os.fsencode(target), exchange) == 0)
+
+
+def _replace_in_two_steps(staged: Path, target: Path) -> None:
+    old = staged.with_suffix(".old")
+    os.rename(target, old)
+    try:
+        os.rename(staged, target)
+    except OSError:
+        os.rename(old, target)
+        raise
+    with suppress(OSError):
+        shutil.rmtree(old)
