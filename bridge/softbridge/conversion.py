@@ -135,6 +135,7 @@ def save(
     base: Any = None,
     *,
     accept: Collection[str] = (),
+    encoding: str | None = None,
     overwrite: bool = False,
 ) -> Lowering:
     """Lower a prompt to a format and write it: a directory, or one file if the path has that file's suffix.
@@ -143,6 +144,7 @@ def save(
 
     Args:
         accept: names of the conditions that the caller accepts (see `LoweringError`).
+        encoding: one of the format's `encodings`, or None for the toolkit's own default.
 
     Raises:
         LoweringError: the format cannot express the prompt as the same function; nothing is written.
@@ -150,7 +152,7 @@ def save(
     """
     resolved = None if base is None else BaseModel.resolve(base)
     form = format_named(format)
-    lowering, content = _prepare(prompt, form, resolved, accept)
+    lowering, content = _prepare(prompt, form, resolved, accept, encoding)
     _write(Path(path), content, lowering, form, overwrite)
     return lowering
 
@@ -163,6 +165,7 @@ def convert(
     *,
     format: str | None = None,
     accept: Collection[str] = (),
+    encoding: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
 ) -> Report:
@@ -175,6 +178,7 @@ def convert(
         base: the base model; see `read`. Needed for `verify`.
         format: name of the source's format, recognised by content if None.
         accept: names of accepted conditions.
+        encoding: one of the target format's `encodings`, or None for the toolkit's own default.
         verify: run both through their own toolkits where installed, write the certificate beside the files, and write
             nothing if they differ.
         overwrite: replace an existing target.
@@ -187,7 +191,7 @@ def convert(
     resolved = None if base is None else BaseModel.resolve(base)
     loaded = read(source, resolved, format)
     form = format_named(to)
-    lowering, content = _prepare(loaded.prompt, form, resolved, accept)
+    lowering, content = _prepare(loaded.prompt, form, resolved, accept, encoding)
     certificate = None
     if verify:
         if resolved is None:
@@ -232,12 +236,18 @@ def _same_attention(a: Geometry, b: Geometry) -> bool:
 
 
 def _prepare(
-    prompt: SoftPrompt, form: Format, base: BaseModel | None, accept: Collection[str]
+    prompt: SoftPrompt, form: Format, base: BaseModel | None, accept: Collection[str], encoding: str | None
 ) -> tuple[Lowering, Mapping[str, bytes]]:
+    if encoding is not None and encoding not in form.encodings:
+        raise OutputError(
+            f"'{form.name}' does not store tensors as '{encoding}'",
+            f"one of {', '.join(form.encodings)}",
+            "leave --encoding out for the toolkit's own default",
+        )
     lowering = lower(prompt, Target(form.name, form.capabilities, base), accept, form.obstacles)
     if base is not None:
         lowering = replace(lowering, prompt=replace(lowering.prompt, base=_known(lowering.prompt.base, base)))
-    return lowering, form.write(lowering.prompt, lowering.prompt.base.geometry)
+    return lowering, form.write(lowering.prompt, lowering.prompt.base.geometry, encoding)
 
 
 def _known(recorded: BaseId, base: BaseModel) -> BaseId:

@@ -33,6 +33,11 @@ class Format(Protocol):
     engine: str
     capabilities: Capabilities
 
+    @property
+    def encodings(self) -> Sequence[str]:
+        """How tensors can be stored, the toolkit's default first: ``safetensors``, ``bin`` (torch's pickle), ``npy``."""
+        ...
+
     def sniff(self, files: Files) -> bool:
         """Whether the files are of this format, judged by their content. Must not read tensors' data."""
         ...
@@ -50,8 +55,11 @@ class Format(Protocol):
         """What stands against writing a prompt that the capabilities allow. Empty if nothing does."""
         ...
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, bytes]:
-        """File name -> content. The prompt has been lowered to the capabilities, and `obstacles` found none."""
+    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
+        """File name -> content, in one of `encodings` (None: the first).
+
+        The prompt has been lowered to the capabilities, and `obstacles` found none.
+        """
         ...
 
 

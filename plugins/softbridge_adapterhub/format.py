@@ -53,6 +53,7 @@ class AdapterHubFormat:
 
     name = "adapterhub"
     summary = "AdapterHub: prefix tuning, flat or reparameterised"
+    encodings = ("bin", "safetensors")
     engine = "adapterhub"
     capabilities = CAPABILITIES
 
@@ -141,8 +142,11 @@ class AdapterHubFormat:
                 found.append(Obstacle("training", reason, "eject the parameterisation first"))
         return found
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, bytes]:
-        """A file that `load_adapter` takes on every model class. See `Format.write`."""
+    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
+        """A file that `load_adapter` takes on every model class. See `Format.write`.
+
+        AdapterHub reads safetensors only when asked to: ``load_adapter(directory, use_safetensors=True)``.
+        """
         geometry = geometry or prompt.base.geometry
         if geometry is None:
             raise BaseModelError("no base model was given", "its type and its size", "give it with --base")
@@ -177,10 +181,12 @@ class AdapterHubFormat:
             "model_type": geometry.model_type,
             "name": name,
         }
-        return {
-            facts.CONFIG_FILE: untrusted.json_bytes(document),
-            facts.WEIGHTS_FILE: untrusted.pickle_bytes(tensors),
-        }
+        weights = (
+            {facts.SAFE_WEIGHTS_FILE: untrusted.safetensors_bytes(tensors, {"format": "pt"})}
+            if encoding == "safetensors"
+            else {facts.WEIGHTS_FILE: untrusted.pickle_bytes(tensors)}
+        )
+        return {facts.CONFIG_FILE: untrusted.json_bytes(document), **weights}
 
 
 FORMAT = AdapterHubFormat()

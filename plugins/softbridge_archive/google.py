@@ -24,6 +24,7 @@ class GoogleFormat:
 
     name = "google"
     summary = "google-research/prompt-tuning: one .npy array [P, H] for a T5 encoder"
+    encodings = ("npy",)
     engine = "native"  # the toolkit itself runs on T5X, which no engine drives
     capabilities = Capabilities(
         inputs=frozenset({("encoder", "before", "before-sequence")}),
@@ -58,7 +59,7 @@ class GoogleFormat:
             return ()
         return [Obstacle("parts", f"the file holds one array, the prompt has {len(prompt.parts)} parts", "split it")]
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, bytes]:
+    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
         return {FILE: untrusted.npy_bytes(prompt.inputs[0].vectors)}
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
-from softbridge.capabilities import EVERYTHING, Capabilities
+from softbridge.capabilities import EVERYTHING
 from softbridge.container import pack, unpack
 from softbridge.errors import Obstacle
 from softbridge.geometry import Geometry
@@ -16,14 +15,14 @@ FILE = "prompt.safetensors"
 KEY = "softbridge"
 
 
-@dataclass
 class NativeFormat:
     """One file, which holds everything that the canonical form can say."""
 
-    name: str = "softbridge"
-    summary: str = "the canonical form itself, one .safetensors file"
-    engine: str = "native"
-    capabilities: Capabilities = EVERYTHING
+    name = "softbridge"
+    summary = "the canonical form itself, one .safetensors file"
+    encodings = ("safetensors",)
+    engine = "native"
+    capabilities = EVERYTHING
 
     def sniff(self, files: Files) -> bool:
         """Whether there is a safetensors file with our key in its header."""
@@ -38,7 +37,7 @@ class NativeFormat:
         """Nothing stands against it."""
         return ()
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, bytes]:
+    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
         """The one file."""
         return {FILE: pack(prompt)}
 

@@ -40,6 +40,7 @@ class PeftFormat:
 
     name = "peft"
     summary = "Hugging Face PEFT: prompt tuning, P-tuning, prefix tuning"
+    encodings = ("safetensors", "bin")
     engine = "peft"
     capabilities = Capabilities(
         inputs=frozenset((stack, "before", "before-sequence") for stack in get_args(Stack)),
@@ -80,12 +81,15 @@ class PeftFormat:
             found.append(Obstacle("head", reason, "leave the head out: replace(prompt, head={})"))
         return found
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, bytes]:
+    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
         config = config_of(prompt, geometry or prompt.base.geometry)
-        return {
-            facts.CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(),
-            facts.WEIGHTS_FILES[0]: untrusted.safetensors_bytes(tensors_of(prompt, config), {"format": "pt"}),
-        }
+        tensors = tensors_of(prompt, config)
+        weights = (
+            {facts.WEIGHTS_FILES[1]: untrusted.pickle_bytes(tensors)}
+            if encoding == "bin"
+            else {facts.WEIGHTS_FILES[0]: untrusted.safetensors_bytes(tensors, {"format": "pt"})}
+        )
+        return {facts.CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(), **weights}
 
 
 FORMAT = PeftFormat()

@@ -89,7 +89,7 @@ ITSELF.append(ITSELF)
     [
         float("nan"),
         -float("inf"),
-        object(),
+        pytest.param(object(), id="object"),
         {1, 2},
         b"bytes",
         1j,

@@ -103,6 +103,9 @@ def convert(
     accept: Annotated[
         list[str] | None, typer.Option("--accept", help="Accept a condition by name; may be repeated.", metavar="NAME")
     ] = None,
+    encoding: Annotated[
+        str | None, typer.Option("--encoding", help="How to store tensors: safetensors, bin, npy.", metavar="NAME")
+    ] = None,
     verify: Annotated[bool, typer.Option("--verify", help="Prove that source and target are the same.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
     as_json: AsJson = False,
@@ -119,6 +122,7 @@ def convert(
                 base,
                 format=source_format,
                 accept=accept or (),
+                encoding=encoding,
                 verify=verify,
                 overwrite=overwrite,
             )

@@ -33,13 +33,19 @@ def _table(*headings: str) -> Table:
 
 def formats_table() -> tuple[Table, Rows]:
     """What `softbridge formats` shows."""
-    table, rows = _table("format", "what", "input prompts", "prefixes", "real tokens stand at"), []
+    table, rows = _table("format", "what", "encodings", "input prompts", "prefixes", "real tokens stand at"), []
     for name, form in formats().items():
         able = form.capabilities
         inputs = sorted({f"{stack} {entry}" for stack, entry, _ in able.inputs})
         start = {"counted": "P", "zero": "0", None: "any"}[able.prefix_start]
-        table.add_row(name, form.summary, ", ".join(inputs) or "-", ", ".join(sorted(able.prefix_sites)) or "-", start)
-        rows.append({"name": name, "summary": form.summary, "inputs": inputs, "prefixes": sorted(able.prefix_sites)})
+        sites = sorted(able.prefix_sites)
+        encodings = list(form.encodings)
+        table.add_row(
+            name, form.summary, ", ".join(encodings), ", ".join(inputs) or "-", ", ".join(sites) or "-", start
+        )
+        rows.append(
+            {"name": name, "summary": form.summary, "encodings": encodings, "inputs": inputs, "prefixes": sites}
+        )
     return table, rows
 
 
