@@ -35,7 +35,7 @@ class Format(Protocol):
 
     @property
     def encodings(self) -> Sequence[str]:
-        """How tensors can be stored, the toolkit's default first: ``safetensors``, ``bin`` (torch's pickle), ``npy``."""
+        """How tensors can be stored, the default first: ``safetensors``, ``bin`` (torch's pickle), ``npy``."""
         ...
 
     def sniff(self, files: Files) -> bool:
