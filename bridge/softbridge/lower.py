@@ -20,6 +20,7 @@ from softbridge.geometry import Geometry, Stack, stack_of
 from softbridge.prompt import Array, InputPrompt, KeyValue, KeyValuePrefix, Part, Positions, SoftPrompt
 
 Exactness = Literal["exact", "rounding", "conditional"]
+Outcome = Literal["exact", "rounding", "conditional", "impossible"]
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,32 @@ class Target:
         return self.base
 
 
+@dataclass(frozen=True)
+class Plan:
+    """What all passes together did and met.
+
+    Attributes:
+        prompt: lowered as far as it goes, every condition taken as met.
+        steps: what was done; conditions among them.
+        obstacles: what was met, conditions (the acceptable ones) among them.
+        missing: what a pass asked for and was not given, if one did.
+    """
+
+    prompt: SoftPrompt
+    steps: tuple[Step, ...]
+    obstacles: tuple[Obstacle, ...]
+    missing: BaseModelError | None
+
+    @property
+    def outcome(self) -> Outcome:
+        """What the plan comes to. Whoever asks has given the base model."""
+        if any(not obstacle.acceptable for obstacle in self.obstacles):
+            return "impossible"
+        kinds = {step.exactness for step in self.steps}
+        return "conditional" if "conditional" in kinds else "rounding" if "rounding" in kinds else "exact"
+
+
+Further = Callable[[SoftPrompt, Geometry | None], Sequence[Obstacle]]
 Result = tuple[SoftPrompt, list[Step], list[Obstacle]]
 Pass = Callable[[SoftPrompt, Target], Result]
 
@@ -75,7 +102,7 @@ def lower(
     prompt: SoftPrompt,
     target: Target,
     accept: Collection[str] = (),
-    further: Callable[[SoftPrompt, Geometry | None], Sequence[Obstacle]] | None = None,
+    further: Further | None = None,
 ) -> Lowering:
     """Lower a prompt to what a target can express.
 
@@ -89,6 +116,21 @@ def lower(
         LoweringError: obstacles are left, all of which it carries.
         BaseModelError: a pass needs the base model and it was not given, or the prompt does not fit it.
     """
+    found = plan(prompt, target, further)
+    refused = [obstacle for obstacle in found.obstacles if not (obstacle.acceptable and obstacle.name in accept)]
+    if refused:
+        raise LoweringError(target.name, refused)
+    if found.missing is not None:
+        raise found.missing
+    return Lowering(found.prompt, found.steps)
+
+
+def plan(prompt: SoftPrompt, target: Target, further: Further | None = None) -> Plan:
+    """Run every pass, and say what each did or met; see `lower` for the arguments.
+
+    Raises:
+        BaseModelError: the prompt does not fit the base model.
+    """
     geometry = target.base.geometry if target.base is not None else prompt.base.geometry
     if geometry is not None:
         check_fits(prompt, geometry)
@@ -101,19 +143,11 @@ def lower(
         except BaseModelError as error:
             missing = missing or error
             continue
-        steps += done
-        for obstacle in met:
-            if obstacle.acceptable and obstacle.name in accept:
-                steps.append(Step(obstacle.name, "conditional", obstacle.reason))
-            else:
-                obstacles.append(obstacle)
-    if not obstacles and missing is None and further is not None:
+        obstacles += met
+        steps += [*done, *(Step(each.name, "conditional", each.reason) for each in met if each.acceptable)]
+    if further is not None and missing is None and all(obstacle.acceptable for obstacle in obstacles):
         obstacles += further(prompt, geometry)
-    if obstacles:
-        raise LoweringError(target.name, obstacles)
-    if missing is not None:
-        raise missing
-    return Lowering(prompt, tuple(steps))
+    return Plan(prompt, tuple(steps), tuple(obstacles), missing)
 
 
 def native_positions(prompt: SoftPrompt, capabilities: Capabilities) -> Positions:

@@ -21,6 +21,7 @@ from rich.markup import escape
 from softbridge.cli.tables import (
     certificate_table,
     engines_table,
+    explanation_table,
     formats_table,
     inspection,
     plugins_table,
@@ -145,6 +146,29 @@ def convert(
     console.print(steps_table(report.steps))
     if report.certificate is not None:
         console.print(certificate_table(report.certificate))
+
+
+@app.command()
+def explain(
+    source: Annotated[str, typer.Option("--from", help="The format that is read.", metavar="FORMAT")],
+    target: Annotated[str, typer.Option("--to", help="The format that is written.", metavar="FORMAT")],
+    method: Annotated[
+        str | None, typer.Option("--method", help="prompt-tuning or prefix-tuning; both if left out.", metavar="NAME")
+    ] = None,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """What would a conversion come to, and why? Without --base: for one small model of each kind of positions."""
+    from softbridge.explain import explanations
+
+    try:
+        found = explanations(source, target, method, base)
+    except SoftbridgeError as error:
+        _refuse(error)
+    if as_json:
+        _print_json([{"base": name, **explanation.to_json()} for name, explanation in found])
+    else:
+        _out().print(explanation_table(found))
 
 
 @app.command()

@@ -18,6 +18,7 @@ from softbridge.registry import engines, formats, owners
 from softbridge.untrusted import Files
 
 if TYPE_CHECKING:
+    from softbridge.explain import Explanation
     from softbridge.lower import Step
     from softbridge.verification import Certificate
 
@@ -155,6 +156,16 @@ def steps_table(steps: Sequence[Step]) -> Table | Text:
     table = _table("step", "exactness", "what it means")
     for step in steps:
         table.add_row(step.name, step.exactness, step.note)
+    return table
+
+
+def explanation_table(explanations: Sequence[tuple[str, Explanation]]) -> Table:
+    """What `softbridge explain` shows."""
+    table = _table("base model", "method", "outcome", "why")
+    for base, found in explanations:
+        reasons = [f"{step.name}: {step.note}" for step in found.steps]
+        reasons += [f"{obstacle.name}: {obstacle.reason}" for obstacle in found.obstacles]
+        table.add_row(base, found.method, found.outcome, escape("\n".join(reasons) or "the same numbers"))
     return table
 
 
