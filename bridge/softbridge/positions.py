@@ -107,6 +107,7 @@ class _Keys:
         positions = torch.full((self.tokens.shape[0], 1), position)
         with torch.no_grad():
             cache = self.model(inputs_embeds=self.tokens, position_ids=positions, use_cache=True).past_key_values
+        cache = getattr(cache, "self_attention_cache", cache)
         return [layer.keys[:, 0, 0] for layer in cache.layers], [layer.values[:, 0, 0] for layer in cache.layers]
 
     def maps(self, position: int) -> dict[int, Array]:

@@ -67,6 +67,7 @@ def test_decoders_have_the_cache_that_the_geometry_says(family: str) -> None:
     model = build(config, "causal-lm", torch.float32, 0)
     with torch.no_grad():
         cache = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+    cache = getattr(cache, "self_attention_cache", cache)
     shapes = {tuple(layer.keys.shape[1:]) for layer in cache.layers}
     assert shapes == {(kv_heads, 3, head_dim)}
     assert (geometry.decoder.kv_heads, geometry.decoder.head_dim) == (kv_heads, head_dim)
