@@ -12,6 +12,7 @@ from softbridge.head import load_head, restore_head
 from softbridge.lower import Target, check_fits, lower
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.registry import engine_named, engines
+from softbridge.tensors import from_torch
 
 _ATTACHED = "_softbridge_attached"
 
@@ -51,7 +52,11 @@ def attach(model: Any, prompt: SoftPrompt, engine: str = "native") -> Any:
         lowered = lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions",))
         prompt = lowered.prompt
     displaced = load_head(model, prompt.head)
-    running = chosen.attach(model, prompt)
+    try:
+        running = chosen.attach(model, prompt)
+    except BaseException:
+        restore_head(model, displaced)
+        raise
     setattr(running, _ATTACHED, _Attached(engine, prompt.head, displaced))
     return running
 
@@ -63,7 +68,14 @@ def extract(model: Any) -> SoftPrompt:
         EngineError: nothing is attached.
     """
     attached = _attached(model)
-    return replace(engine_named(attached.engine).extract(model), head=attached.head)
+    prompt = engine_named(attached.engine).extract(model)
+    # An engine that works in place leaves the head where it is; a wrapper that copied it returns its own.
+    parameters = dict(model.named_parameters())
+    head = {
+        name: from_torch(parameters[name]).astype(array.dtype) if name in parameters else prompt.head.get(name, array)
+        for name, array in attached.head.items()
+    }
+    return replace(prompt, head=head)
 
 
 def detach(model: Any) -> Any:

@@ -6,13 +6,14 @@ Nothing here loads weights unless asked to, and remote code is never trusted on 
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from softbridge.errors import BaseModelError
 from softbridge.geometry import Geometry, read_geometry
-from softbridge.prompt import BaseId
+from softbridge.prompt import Array, BaseId
 
 if TYPE_CHECKING:
     from softbridge.positions import PositionScheme
@@ -32,10 +33,11 @@ class BaseModel:
         name: what to call it (a path or a hub id), or None.
     """
 
-    def __init__(self, config: Any, name: str | None = None, model: Any = None) -> None:
+    def __init__(self, config: Any, name: str | None = None, model: Any = None, head: Mapping[str, Array] = {}) -> None:
         self.config = config
         self.name = name
         self._model = model
+        self._head = head
 
     @classmethod
     def resolve(cls, base: Any, *, trust_remote_code: bool = False) -> BaseModel:
@@ -74,14 +76,27 @@ class BaseModel:
 
         return probe(self.config)
 
+    def with_head(self, head: Mapping[str, Array]) -> BaseModel:
+        """The same base model under a head like this one: a classifier with as many labels.
+
+        The last matrix of a head has a row for each label.
+        """
+        rows = [len(array) for array in head.values() if array.ndim == 2]
+        if not rows:
+            return self
+        config = copy.deepcopy(self.config)
+        config.num_labels = rows[-1]
+        return BaseModel(config, self.name, self._model, head)
+
     @property
     def task(self) -> Task:
         """The head that verification puts on the model."""
         if self.geometry.is_encoder_decoder:
             return "seq2seq-lm"
-        return "causal-lm" if self.geometry.decoder is not None else "sequence-classification"
+        classifies = self.geometry.decoder is None or bool(self._head)
+        return "sequence-classification" if classifies and has_classifier(self.config) else "causal-lm"
 
-    def structure(self, dtype: Any, seed: int = 0) -> Any:
+    def structure(self, dtype: Any, seed: int = 0, window: int | None = None) -> Any:
         """A model with random weights and the same attention geometry, vocabulary and feed-forward width shrunk.
 
         Equality of two ways to run a prompt is a property of the architecture, so random weights can show it.
@@ -89,8 +104,11 @@ class BaseModel:
         Args:
             dtype: a torch dtype.
             seed: of the weights.
+            window: what a longer sliding window is shortened to, so that short texts reach beyond it.
         """
         config = copy.deepcopy(self.config)
+        if window is not None:
+            shrink(config, sliding_window=window)
         config._name_or_path = ""  # it is not that model: no toolkit shall look the name up
         shrink(config, vocab_size=SMALL_VOCABULARY)
         shrink(config, intermediate_size=SMALL_FEED_FORWARD, n_inner=SMALL_FEED_FORWARD, d_ff=SMALL_FEED_FORWARD)
@@ -103,6 +121,8 @@ class BaseModel:
         Raises:
             BaseModelError: there are none at hand.
         """
+        import torch
+
         if self._model is not None:
             return copy.deepcopy(self._model).to(dtype).eval()
         if self.name is None:
@@ -112,7 +132,11 @@ class BaseModel:
                 "pass a directory or a model",
             )
         try:
-            model = auto_class(self.task).from_pretrained(self.name, dtype=dtype)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(0)  # a head that the checkpoint lacks is drawn anew each time
+                model = auto_class(self.task).from_pretrained(
+                    self.name, config=copy.deepcopy(self.config), dtype=dtype, attn_implementation="eager"
+                )
         except (OSError, ValueError) as error:
             raise BaseModelError(
                 f"no weights can be loaded from '{self.name}': {error}",
@@ -120,6 +144,13 @@ class BaseModel:
                 "leave real weights out: the structure of the model is enough to show that two prompts are the same",
             ) from error
         return model.eval()
+
+
+def has_classifier(config: Any) -> bool:
+    """Whether transformers has a sequence classifier of this family."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+    return config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 
 def auto_class(task: Task) -> Any:
@@ -159,8 +190,15 @@ def build(config: Any, task: Task, dtype: Any, seed: int) -> Any:
     config._attn_implementation = "eager"
     if hasattr(config, "_experts_implementation"):
         config._experts_implementation = "eager"  # grouped matrix products know no float64
-    with torch.random.fork_rng(devices=[]):  # the model's own initialisation, which is thrown away
-        model = auto_class(task).from_config(config)
+    try:
+        with torch.random.fork_rng(devices=[]):  # the model's own initialisation, which is thrown away
+            model = auto_class(task).from_config(config)
+    except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
+        raise BaseModelError(
+            f"transformers builds no model for {task} from this {config.model_type} configuration: {error}",
+            "a configuration of a text model that can be built",
+            "check the base model's config.json",
+        ) from error
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -179,7 +217,7 @@ def _load_config(base: str, trust_remote_code: bool) -> Any:
 
     try:
         return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # configuration classes raise what they like
         raise BaseModelError(
             f"'{base}' cannot be read as a base model: {str(error).splitlines()[0] if str(error) else repr(error)}",
             "a directory with config.json, a config.json, or a hub id that this machine can reach",

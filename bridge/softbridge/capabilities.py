@@ -17,6 +17,8 @@ class Capabilities:
 
     Attributes:
         inputs: (stack, entry, placement) of the input prompts that can be expressed.
+        input_start: where the first real token stands when the toolkit runs an input prompt that enters before the
+            embedding block: at P (``counted``), or wherever the prompt says (None).
         prefix_sites: sites of the key/value prefixes that can be expressed.
         prefix_start: where the first real token stands when the toolkit runs a prefix: at P (``counted``), at 0
             (``zero``), or wherever the prompt says (None).
@@ -30,6 +32,7 @@ class Capabilities:
     """
 
     inputs: frozenset[tuple[Stack, Entry, Placement]] = frozenset()
+    input_start: Start | None = None
     prefix_sites: frozenset[Site] = frozenset()
     prefix_start: Start | None = None
     positions_told: bool = True

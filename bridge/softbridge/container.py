@@ -12,8 +12,9 @@ is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The
   ``{"kind": "prefix", "site": "self" | "encoder" | "cross", "layers": [numbers, rising]}``, with the tensors
   ``parts.n.layers.l.keys`` and ``parts.n.layers.l.values`` [K, P, D] for every layer l.
 - ``positions``: ``{"start": {stack: number}, "relative_bias": "plain" | "skewed", "window": "slides" | "pinned"}``.
-- ``base``: ``{"name": text | null, "geometry": null | {"model_type", "hidden", "vocabulary", "encoder", "decoder"}}``,
-  where a stack is null or ``{"layers", "heads", "kv_heads", "head_dim", "window": number | null}``.
+- ``base``: ``{"name": text | null, "geometry": null | {"model_type", "hidden", "vocabulary", "encoder", "decoder",
+  "embedding": number | null}}``, where a stack is null or
+  ``{"layers", "heads", "kv_heads", "head_dim", "window": number | null}``.
 - ``head``: names, sorted; ``head.NAME`` is the tensor.
 - ``training``: null or ``{"kind": text, "settings": {...}, "tensors": names, sorted}``; the tensors are
   ``training.NAME``.
@@ -236,13 +237,16 @@ class _Reader:
         if fields["geometry"] is None:
             return BaseId(self.text(fields["name"], "base.name", optional=True))
         here = "base.geometry"
-        shape = self.fields(fields["geometry"], here, {"model_type", "hidden", "vocabulary", "encoder", "decoder"})
+        shape = self.fields(
+            fields["geometry"], here, {"model_type", "hidden", "vocabulary", "encoder", "decoder", "embedding"}
+        )
         stacks = {name: self.stack(shape[name], f"{here}.{name}") for name in ("encoder", "decoder")}
         geometry = Geometry(
             cast("str", self.text(shape["model_type"], f"{here}.model_type")),
             self.count(shape["hidden"], f"{here}.hidden"),
             self.count(shape["vocabulary"], f"{here}.vocabulary"),
             **stacks,
+            embedding=None if shape["embedding"] is None else self.count(shape["embedding"], f"{here}.embedding"),
         )
         return BaseId(self.text(fields["name"], "base.name", optional=True), geometry)
 

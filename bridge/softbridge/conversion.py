@@ -8,6 +8,7 @@ digest of every file, so that a manifest left beside other files is noticed and 
 from __future__ import annotations
 
 import hashlib
+import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -28,6 +29,9 @@ if TYPE_CHECKING:
 MANIFEST = "softbridge.json"
 MANIFEST_VERSION = 1
 CERTIFICATE = "certificate.json"
+
+#: Suffixes that name a file rather than a directory, whatever the format.
+FILE_SUFFIXES = frozenset((".npy", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"))
 
 
 @dataclass(frozen=True)
@@ -117,7 +121,7 @@ def _read(files: untrusted.Files, form: Format, geometry: Geometry | None) -> Lo
         check_fits(prompt, geometry)
         prompt = replace(prompt, base=replace(prompt.base, geometry=geometry))
     if MANIFEST in files:
-        prompt = replace(prompt, positions=_positions_of(files, form))
+        prompt = replace(prompt, positions=_positions_of(files, form, prompt))
     digests = {name: files.digest(name) for name in files.names}
     origin = prompt.origin if prompt.origin is not None else Origin(form.name)
     return Loaded(replace(prompt, origin=replace(origin, digests=digests)), form, files.path)
@@ -186,12 +190,16 @@ def convert(
     Raises:
         SoftbridgeError: see `read`, `save` and `softbridge.verify`. Nothing is written.
     """
-    from softbridge.verification import verify_prompts
+    from softbridge.verification import Subject, verify_prompts
 
     resolved = None if base is None else BaseModel.resolve(base)
+    _apart(Path(source), Path(target))
     loaded = read(source, resolved, format)
     form = format_named(to)
     lowering, content = _prepare(loaded.prompt, form, resolved, accept, encoding)
+    single = _is_file(Path(target), content)
+    if source_notes := _notes(loaded.prompt):
+        lowering = replace(lowering, steps=(*source_notes, *lowering.steps))
     certificate = None
     if verify:
         if resolved is None:
@@ -204,22 +212,46 @@ def convert(
         # Where the head was left out on request, the caller loads it: the comparison does so too.
         told = replace(lowering.prompt, head=loaded.prompt.head)
         written = {name: _sha256(data) for name, data in content.items()}
-        certificate = verify_prompts(
-            (str(loaded.path), loaded.prompt, loaded.format.engine),
-            (str(target), replace(told, origin=Origin(form.name, digests=written)), form.engine),
-            resolved,
-            naive=naive if naive.positions != lowering.prompt.positions or _turned(lowering) else None,
-        )
+        told = replace(told, origin=Origin(form.name, digests=written))
+        with tempfile.TemporaryDirectory() as scratch:
+            staged = Path(scratch) / "staged"
+            untrusted.write(staged, content)
+            certificate = verify_prompts(
+                Subject(str(loaded.path), loaded.prompt, loaded.format.engine, loaded.path),
+                Subject(
+                    str(target), told, form.engine, staged if told.head.keys() == lowering.prompt.head.keys() else None
+                ),
+                resolved,
+                naive=naive if naive.positions != lowering.prompt.positions or _turned(lowering) else None,
+                conditions=_conditions(lowering),
+            )
         if not certificate.same:
             raise OutputError(
                 f"verification found the converted prompt {certificate.verdict}: {certificate.summary()}",
                 "the same outputs from source and target",
                 "report this as a defect of softbridge, with the two files; nothing was written",
             )
-        if not _is_file(Path(target), content):
+        if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
     _write(Path(target), content, lowering, form, overwrite, loaded)
     return Report(loaded, to, Path(target), lowering, certificate)
+
+
+def _apart(source: Path, target: Path) -> None:
+    """Refuse a target that would replace its own source, or stand inside it."""
+    here, there = source.resolve(), target.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise OutputError(f"{target} is, holds or lies in the source {source}", "a target beside it", "choose another")
+
+
+def _notes(prompt: SoftPrompt) -> list[Step]:
+    """What the reader of the source had to say: parts of the files that no model ever sees, or that were not read."""
+    notes = [] if prompt.origin is None else prompt.origin.details.get("notes", [])
+    return [Step("read", "exact", str(note)) for note in notes]
+
+
+def _conditions(lowering: Lowering) -> tuple[str, ...]:
+    return tuple(step.name for step in lowering.steps if step.exactness == "conditional")
 
 
 def _sha256(data: bytes) -> str:
@@ -251,13 +283,30 @@ def _prepare(
 
 
 def _known(recorded: BaseId, base: BaseModel) -> BaseId:
-    """What the file says of its base model, completed by what the caller gave."""
-    return BaseId(recorded.name or base.name, base.geometry)
+    """What the file says of its base model, completed by what the caller gave.
+
+    The path of a mere configuration is no name: nobody could load a model from it.
+    """
+    name = base.name if base.name is not None and not base.name.endswith(".json") else None
+    return BaseId(recorded.name or name, base.geometry)
 
 
 def _is_file(target: Path, content: Mapping[str, bytes]) -> bool:
-    """Whether the target names the format's one file rather than a directory."""
-    return len(content) == 1 and target.suffix != "" and target.suffix == Path(next(iter(content))).suffix
+    """Whether the target names the format's one file rather than a directory.
+
+    Raises:
+        OutputError: it names a file of another kind.
+    """
+    suffixes = sorted({Path(name).suffix for name in content})
+    if target.suffix not in FILE_SUFFIXES:
+        return False
+    if suffixes != [target.suffix]:
+        raise OutputError(
+            f"the target {target} names a file, and the format writes {', '.join(sorted(content))}",
+            "a directory" + (f", or a file with the suffix {suffixes[0]}" if len(content) == 1 else ""),
+            f"write to {target.with_suffix('')}",
+        )
+    return True
 
 
 def _write(
@@ -273,14 +322,16 @@ def _write(
         ours = list(lowering.prompt.arrays())
         theirs = dict(again.arrays())
         wrong = [name for name, array in ours if name not in theirs or not same_array(array, theirs[name])]
-        if wrong or again.positions != lowering.prompt.positions:
+        told = "positions" in conditions
+        untold = native_positions(lowering.prompt, form.capabilities)
+        if wrong or again.positions != lowering.prompt.positions or not (told or untold == again.positions):
             raise OutputError(
                 f"what was written for '{form.name}' reads back differently: {', '.join(wrong) or 'positions'}",
                 "the tensors that were written",
                 "report this as a defect of softbridge; nothing was written",
             )
 
-    conditions = [step.name for step in lowering.steps if step.exactness == "conditional"]
+    conditions = _conditions(lowering)
     if _is_file(target, content):
         if conditions:
             raise OutputError(
@@ -294,7 +345,7 @@ def _write(
         "softbridge": MANIFEST_VERSION,
         "format": form.name,
         "positions": _positions_json(lowering.prompt.positions),
-        "conditions": conditions,
+        "conditions": list(conditions),
         "steps": [asdict(step) for step in lowering.steps],
         "files": {name: _sha256(data) for name, data in content.items()},
     }
@@ -307,10 +358,11 @@ def _positions_json(positions: Positions) -> dict[str, Any]:
     return {**asdict(positions), "start": dict(positions.start)}
 
 
-def _positions_of(files: untrusted.Files, form: Format) -> Positions:
+def _positions_of(files: untrusted.Files, form: Format, prompt: SoftPrompt) -> Positions:
     """The positions that a manifest tells, after checking that it belongs to these files."""
     manifest = files.json(MANIFEST)
     remedy = f"remove {MANIFEST} if it does not belong here, or convert again"
+    data = [name for name in files.names if name not in (MANIFEST, CERTIFICATE) and files.kind(name) != "unknown"]
     if manifest.get("softbridge") != MANIFEST_VERSION or manifest.get("format") != form.name:
         raise CheckpointError(
             f"{MANIFEST} is of version {manifest.get('softbridge')!r} and for format {manifest.get('format')!r}",
@@ -318,20 +370,24 @@ def _positions_of(files: untrusted.Files, form: Format) -> Positions:
             remedy,
         )
     recorded = manifest.get("files")
-    stale = [
+    named: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    stale = [name for name in data if name not in named]
+    stale += [
         name
-        for name, digest in (recorded.items() if isinstance(recorded, dict) else ())
-        if name != CERTIFICATE and (name not in files or files.digest(name) != digest)
+        for name, digest in named.items()
+        if (name in files and files.digest(name) != digest) or (name not in files and name != CERTIFICATE)
     ]
-    if not isinstance(recorded, dict) or stale:
+    if not named or stale:
         raise CheckpointError(
             f"{MANIFEST} describes other files than those beside it: {', '.join(stale) or 'none are named'}",
             "files with the digests that it records",
             remedy,
         )
     try:
-        return Positions(**manifest["positions"])
+        positions = Positions(**manifest["positions"])
+        replace(prompt, positions=positions)  # checks that they speak of the prompt's own stacks
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{MANIFEST} has no valid 'positions': {error!r}", "start, relative_bias and window", remedy
         ) from error
+    return positions

@@ -45,10 +45,11 @@ class Geometry:
 
     Attributes:
         model_type: transformers' name of the family.
-        hidden: H, the width of a vector in the input sequence.
+        hidden: H, the width of the hidden states.
         vocabulary: rows of the word embedding.
         encoder: the encoder's attention, or None in a decoder-only model.
         decoder: the decoder's attention, or None in an encoder-only model.
+        embedding: the width of a vector in the input sequence where that is not H (ALBERT, ELECTRA, some OPT), else None.
     """
 
     model_type: str
@@ -56,6 +57,12 @@ class Geometry:
     vocabulary: int
     encoder: StackGeometry | None = None
     decoder: StackGeometry | None = None
+    embedding: int | None = None
+
+    @property
+    def input_width(self) -> int:
+        """The width of a vector in the input sequence."""
+        return self.embedding or self.hidden
 
     def stack(self, stack: Stack) -> StackGeometry | None:
         return self.encoder if stack == "encoder" else self.decoder
@@ -88,7 +95,8 @@ def read_geometry(config: Any) -> Geometry:
         encoder, decoder = _stack(text, hidden), None
     else:
         encoder, decoder = None, _stack(text, hidden)
-    return Geometry(text.model_type, hidden, vocabulary, encoder, decoder)
+    width = _optional_count(text, "embedding_size", "word_embed_proj_dim")
+    return Geometry(text.model_type, hidden, vocabulary, encoder, decoder, None if width == hidden else width)
 
 
 def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
@@ -96,8 +104,8 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
     heads_names = (f"{prefix}attention_heads", "num_attention_heads", "num_heads")
     layers = _count(config, *layers_names)
     heads = _count(config, *heads_names)
-    kv_heads = _optional_count(config, "num_key_value_heads") or heads
-    if getattr(config, "multi_query", False):
+    kv_heads = _optional_count(config, "num_key_value_heads", "num_kv_heads") or heads
+    if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         kv_heads = 1
     head_dim = _optional_count(config, "head_dim", "d_kv")
     if head_dim is None:
@@ -108,7 +116,8 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
                 "check the base model's config.json",
             )
         head_dim = hidden // heads
-    window = _optional_count(config, "sliding_window")
+    # Whatever bounds how far attention looks back: where a prefix is concerned, the shortest text that shows it.
+    window = _optional_count(config, "sliding_window", "attention_chunk_size", "local_attention", "window_size")
     if getattr(config, "use_sliding_window", True) is False:
         window = None
     return StackGeometry(layers, heads, kv_heads, head_dim, window)
@@ -122,11 +131,14 @@ def _is_encoder(config: Any) -> bool:
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
         MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+        MODEL_MAPPING_NAMES,
     )
 
     if getattr(config, "is_decoder", False):
         return False
     kind = config.model_type
+    if str(MODEL_MAPPING_NAMES.get(kind)).endswith("Encoder"):  # a causal class exists, for is_decoder
+        return True
     return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 

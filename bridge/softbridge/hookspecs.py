@@ -109,6 +109,18 @@ class Engine(Protocol):
         ...
 
 
+class Loader(Protocol):
+    """What an engine can do besides, if its toolkit has files of its own and a loader for them."""
+
+    def load(self, model: Any, prompt: SoftPrompt, directory: Path) -> Any:
+        """Like `Engine.attach`, but the toolkit itself reads its files from `directory`.
+
+        `prompt` is what softbridge read from the same files; it says where the tokens stand. The model is for running
+        only, and is not detached again. Verification uses this, so that a fault in our own reading shows.
+        """
+        ...
+
+
 @hookspec
 def softbridge_formats() -> Sequence[Format]:  # type: ignore[empty-body]
     """Return the formats that this plugin brings."""

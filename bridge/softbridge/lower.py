@@ -15,9 +15,12 @@ import numpy as np
 
 from softbridge.base import BaseModel
 from softbridge.capabilities import Capabilities
-from softbridge.errors import BaseModelError, LoweringError, Obstacle
+from softbridge.errors import BaseModelError, LoweringError, Obstacle, SoftbridgeError
 from softbridge.geometry import Geometry, Stack, stack_of
 from softbridge.prompt import Array, InputPrompt, KeyValue, KeyValuePrefix, Part, Positions, SoftPrompt
+
+#: Names of the conditions that a caller can accept.
+CONDITIONS = frozenset({"positions", "window", "length", "head"})
 
 Exactness = Literal["exact", "rounding", "conditional"]
 Outcome = Literal["exact", "rounding", "conditional", "impossible"]
@@ -116,6 +119,13 @@ def lower(
         LoweringError: obstacles are left, all of which it carries.
         BaseModelError: a pass needs the base model and it was not given, or the prompt does not fit it.
     """
+    unknown = sorted(set(accept) - CONDITIONS)
+    if unknown:
+        raise SoftbridgeError(
+            f"no condition is called {', '.join(repr(name) for name in unknown)}",
+            f"one of {', '.join(sorted(CONDITIONS))}",
+            "accept a condition by the name that a refusal gives it",
+        )
     found = plan(prompt, target, further)
     refused = [obstacle for obstacle in found.obstacles if not (obstacle.acceptable and obstacle.name in accept)]
     if refused:
@@ -153,11 +163,16 @@ def plan(prompt: SoftPrompt, target: Target, further: Further | None = None) -> 
 def native_positions(prompt: SoftPrompt, capabilities: Capabilities) -> Positions:
     """Where real tokens stand if a toolkit with these capabilities runs the numbers as they are, untold."""
     counted = prompt.counted()
-    prefixed = {stack_of(part.site) for part in prompt.prefixes if part.site != "cross"}
     start = dict(prompt.positions.start)
-    for stack in prefixed:
-        if capabilities.prefix_start is not None:
-            start[stack] = counted[stack] if capabilities.prefix_start == "counted" else 0
+    for part in prompt.parts:
+        if isinstance(part, InputPrompt):
+            stack, own = part.stack, capabilities.input_start
+        elif part.site == "cross":
+            continue
+        else:
+            stack, own = stack_of(part.site), capabilities.prefix_start
+        if own is not None:
+            start[stack] = counted[stack] if own == "counted" else 0
     return Positions(
         start,
         capabilities.relative_bias or prompt.positions.relative_bias,
@@ -176,8 +191,8 @@ def check_fits(prompt: SoftPrompt, geometry: Geometry) -> None:
         if isinstance(part, InputPrompt):
             if geometry.stack(part.stack) is None:
                 problems.append(f"vectors for the {part.stack}, which {geometry.model_type} lacks")
-            elif part.vectors.shape[1] != geometry.hidden:
-                problems.append(f"vectors of width {part.vectors.shape[1]}, the model's is {geometry.hidden}")
+            elif part.vectors.shape[1] != geometry.input_width:
+                problems.append(f"vectors of width {part.vectors.shape[1]}, the model's is {geometry.input_width}")
             continue
         shape = geometry.site(part.site)
         if shape is None:
@@ -276,6 +291,9 @@ def _window(prompt: SoftPrompt, target: Target) -> Result:
     bounds = [shape.window - part.length for part, shape in shapes if shape is not None and shape.window is not None]
     if not bounds:
         return moved, [], []
+    if min(bounds) < 1:
+        reason = f"{target.name} treats the sliding window otherwise, which is shorter than the prefix"
+        return moved, [], [Obstacle("window", reason, "choose another target, such as --to softbridge")]
     reason = (
         f"the sliding window {'drops virtual tokens that fell out of it' if wanted == 'slides' else 'never drops'} "
         f"in {target.name}, unlike in the source: the same only while a text has at most {min(bounds)} tokens"
@@ -302,7 +320,8 @@ def _start(prompt: SoftPrompt, target: Target) -> Result:
         if scheme.kind == "rotary":
             prompt = _turn(prompt, stack, scheme.rotation(shift))
             note = f"keys turned by {shift:+d} positions with the model's own rotation; orthogonal, float32 rounding"
-            steps.append(Step("rotate", "rounding", note))
+            if any(part.site != "cross" for part in prompt.prefixes):
+                steps.append(Step("rotate", "rounding", note))
             if prompt.training is not None:
                 prompt = replace(prompt, training=None)
                 note = "the reparameterisation belongs to the keys before the rotation and is left out"
@@ -312,7 +331,7 @@ def _start(prompt: SoftPrompt, target: Target) -> Result:
                 obstacles.append(Obstacle("length", reason, "accept the bound on the text's length", True))
         elif scheme.kind == "none":
             steps.append(Step("positions", "exact", "the model's outputs do not depend on where the tokens stand"))
-        elif scheme.kind == "absolute" and target.capabilities.positions_told and scheme.tellable:
+        elif scheme.kind == "absolute" and _can_be_told(prompt, stack, target) and scheme.tellable:
             reason = (
                 f"the model adds {stack} positions to its hidden states: real tokens must stand at {have}, "
                 f"{have + 1}, ..., and {target.name} by itself puts them at {want}, {want + 1}, ...; whoever runs the "
@@ -332,16 +351,26 @@ def _start(prompt: SoftPrompt, target: Target) -> Result:
     return prompt, steps, obstacles
 
 
+def _can_be_told(prompt: SoftPrompt, stack: Stack, target: Target) -> bool:
+    """Whether a caller can move the real tokens: not past virtual tokens that stand in the sequence with them."""
+    return target.capabilities.positions_told and all(part.stack != stack for part in prompt.inputs)
+
+
 def _turn(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftPrompt:
-    """Apply layer -> M [D, D] to every key row of the stack's own prefix, in float64, back to the keys' dtype."""
+    """Apply layer -> M [D, D] to every key row of the stack's own prefix, in float64.
+
+    The result is stored in the keys' dtype, in float32 if that is narrower: rounding a turned key to bfloat16 would
+    cost 4e-3, and the bound of a rotation is float32's.
+    """
 
     def turned(part: Part) -> Part:
         if not isinstance(part, KeyValuePrefix) or part.site == "cross" or stack_of(part.site) != stack:
             return part
         layers = {}
         for layer, pair in part.layers.items():
-            keys = (pair.keys.astype(np.float64) @ maps[layer]).astype(pair.keys.dtype)
-            layers[layer] = KeyValue(keys, pair.values)
+            dtype = np.promote_types(pair.keys.dtype, np.float32)
+            keys = (pair.keys.astype(np.float64) @ maps[layer]).astype(dtype)
+            layers[layer] = KeyValue(keys, pair.values.astype(dtype))
         return KeyValuePrefix(part.site, layers)
 
     return replace(prompt, parts=tuple(turned(part) for part in prompt.parts))

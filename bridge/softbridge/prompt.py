@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
@@ -371,6 +371,8 @@ class SoftPrompt:
         _require(len(self.parts) > 0, "parts: at least one")
         _require(len(self.prefixes) == len({p.site for p in self.prefixes}), "parts: one prefix per site")
         _require(len(self.inputs) == len({p.stack for p in self.inputs}), "parts: one input prompt per stack")
+        stacks, told = sorted(self.counted()), sorted(self.positions.start)
+        _require(stacks == told, f"positions: a start for {stacks}, the stacks with virtual tokens, not for {told}")
 
     @property
     def prefixes(self) -> tuple[KeyValuePrefix, ...]:
@@ -404,10 +406,13 @@ class SoftPrompt:
                 yield f"training.{name}", array
 
     def digest(self) -> str:
-        """sha256 over the canonical on-disk form without its provenance: equal prompts have equal digests."""
+        """sha256 of what a model sees: the canonical on-disk form of parts and positions alone.
+
+        Neither the head, the base model's name nor where it was read from changes it.
+        """
         from softbridge.container import pack
 
-        return hashlib.sha256(pack(replace(self, origin=None))).hexdigest()
+        return hashlib.sha256(pack(SoftPrompt(self.parts, self.positions))).hexdigest()
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SoftPrompt):

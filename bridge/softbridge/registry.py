@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, TypeVar
 
@@ -50,20 +50,27 @@ def collect(plugins: pluggy.PluginManager, hook: str) -> dict[str, tuple[Any, st
     """Name -> (value, plugin that brought it), for one hook, sorted by name.
 
     Raises:
-        PluginError: two plugins claim one name; both are named.
+        PluginError: a plugin's hook fails, or two plugins claim one name; they are named.
     """
     found: dict[str, tuple[Any, str]] = {}
     for implementation in getattr(plugins.hook, hook).get_hookimpls():
-        values: Sequence[Any] = implementation.function()
-        for value in values:
-            owner = implementation.plugin_name
-            if value.name in found:
+        owner = implementation.plugin_name
+        try:
+            values = [(str(value.name), value) for value in implementation.function()]
+        except Exception as error:
+            raise PluginError(
+                f"{hook} of the plugin '{owner}' failed: {error!r}",
+                "a list of things with a name; imports that may be missing belong below the hook",
+                "update or uninstall the package that brings the plugin",
+            ) from error
+        for name, value in values:
+            if name in found:
                 raise PluginError(
-                    f"the name '{value.name}' is claimed by two plugins, '{found[value.name][1]}' and '{owner}'",
+                    f"the name '{name}' is claimed by two plugins, '{found[name][1]}' and '{owner}'",
                     f"one owner for each name that {hook} returns",
                     "uninstall one of the two",
                 )
-            found[value.name] = (value, owner)
+            found[name] = (value, owner)
     return dict(sorted(found.items()))
 
 

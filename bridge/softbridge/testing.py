@@ -65,7 +65,7 @@ def random_input_prompt(
 ) -> SoftPrompt:
     """An input prompt with random vectors [P, H] of float32, counted."""
     stack = stack or ("decoder" if geometry.encoder is None else "encoder")
-    vectors = np.random.default_rng(seed).normal(0, std, (length, geometry.hidden)).astype(np.float32)
+    vectors = np.random.default_rng(seed).normal(0, std, (length, geometry.input_width)).astype(np.float32)
     return SoftPrompt((InputPrompt(vectors, stack),), Positions({stack: length}), BaseId(None, geometry))
 
 

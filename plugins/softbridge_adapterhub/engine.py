@@ -1,4 +1,5 @@
-"""Runs a prompt with AdapterHub itself, unmodified: `adapters.init`, `add_adapter`, `set_active_adapters`.
+"""Runs a prompt with AdapterHub itself, unmodified: `adapters.init`, `add_adapter` or `load_adapter`, and
+`set_active_adapters`.
 
 Three things are done around the toolkit, because it computes another function without them (each is shown in
 `softbridge_compat.adapterhub_defects`): attention is switched to ``eager``; the key/value cache is switched off where
@@ -9,9 +10,10 @@ their positions.
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import logging
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -67,6 +69,37 @@ class AdapterHubEngine:
 
     def attach(self, model: Any, prompt: SoftPrompt) -> Any:
         """Attach in place. See `Engine.attach`."""
+        self._check(model, prompt)
+        snapshot = _Snapshot(model)
+        try:
+            geometry = _run(model, prompt, lambda geometry: _add(model, prompt, geometry))
+        except BaseException:
+            snapshot.restore()
+            raise
+        setattr(model, _ATTACHMENT, _Attachment(prompt, geometry, snapshot))
+        return model
+
+    def load(self, model: Any, prompt: SoftPrompt, directory: Path) -> Any:
+        """Run files with AdapterHub's own loader, `load_adapter`: the prefix comes from there.
+
+        AdapterHub holds it in float32, and a perceptron is evaluated in float32; the keys and values that come of it
+        are converted to the model's dtype, exactly where that is wider. A prediction head is not loaded, as none is
+        read.
+
+        Args:
+            model: one that nothing else needs, it cannot be detached.
+            prompt: what softbridge read from the same files; it says where the tokens stand.
+            directory: as AdapterHub wrote it.
+
+        Raises:
+            EngineError: as for `attach`, or the files do not hold all that AdapterHub needs.
+        """
+        self._check(model, prompt)
+        _run(model.eval(), prompt, lambda geometry: _load(model, directory))
+        return model.eval()
+
+    def _check(self, model: Any, prompt: SoftPrompt) -> None:
+        """Raise an `EngineError` if AdapterHub is not there, or cannot run this."""
         reason = self.unavailable()
         if reason is not None:
             raise EngineError(reason, "an environment that holds AdapterHub", "install it, or choose another engine")
@@ -78,13 +111,6 @@ class AdapterHubEngine:
                 "a prompt that AdapterHub can express",
                 "; ".join(dict.fromkeys(obstacle.remedy for obstacle in obstacles)),
             )
-        snapshot = _Snapshot(model)
-        try:
-            _attach(model, prompt, snapshot)
-        except BaseException:
-            snapshot.restore()
-            raise
-        return model
 
     def extract(self, model: Any) -> SoftPrompt:
         """The flat prefix as it is now, in the model's dtype. See `Engine.extract`."""
@@ -215,23 +241,15 @@ def _holders(model: Any) -> Iterator[Any]:
             yield module.generation_config
 
 
-def _attach(model: Any, prompt: SoftPrompt, snapshot: _Snapshot) -> None:
+def _run(model: Any, prompt: SoftPrompt, put: Callable[[Geometry], None]) -> Geometry:
+    """Make the model run with the adapter `ADAPTER` that `put` puts in, and with tokens where the prompt has them."""
     import adapters
-    import torch
 
     geometry = read_geometry(model.config)
     if _make_eager(model):
         _say("attention is switched to 'eager': AdapterHub's prefix under other implementations is another function")
     adapters.init(model)
-    layers = {part.site: tuple(part.layers) for part in prompt.prefixes}
-    config = adapters.PrefixTuningConfig(
-        flat=True, prefix_length=prompt.prefixes[0].length, **facts.config_of(layers, geometry)
-    )
-    model.add_adapter(ADAPTER, config=config)
-    pool = model.base_model.prefix_tuning.prefix_tunings[ADAPTER]
-    for location, part in facts.prefixes_by_location(prompt, geometry).items():
-        values = to_torch(part.flat().reshape(-1)).to(model.device, model.dtype)
-        pool[location].control_trans = torch.nn.Parameter(values)
+    put(geometry)
     model.set_active_adapters(ADAPTER)
     starts = {start for start in prompt.positions.start.values() if start != 0}
     if starts and geometry.model_type in facts.POSITION_INPUTS:
@@ -243,7 +261,59 @@ def _attach(model: Any, prompt: SoftPrompt, snapshot: _Snapshot) -> None:
         model.config.use_cache = False
         if model.generation_config is not None:
             model.generation_config.use_cache = False
-    setattr(model, _ATTACHMENT, _Attachment(prompt, geometry, snapshot))
+    return geometry
+
+
+def _add(model: Any, prompt: SoftPrompt, geometry: Geometry) -> None:
+    """Add a flat prefix with the prompt's numbers, in the model's dtype."""
+    import adapters
+    import torch
+
+    layers = {part.site: tuple(part.layers) for part in prompt.prefixes}
+    config = adapters.PrefixTuningConfig(
+        flat=True, prefix_length=prompt.prefixes[0].length, **facts.config_of(layers, geometry)
+    )
+    model.add_adapter(ADAPTER, config=config)
+    pool = model.base_model.prefix_tuning.prefix_tunings[ADAPTER]
+    for location, part in facts.prefixes_by_location(prompt, geometry).items():
+        values = to_torch(part.flat().reshape(-1)).to(model.device, model.dtype)
+        pool[location].control_trans = torch.nn.Parameter(values)
+
+
+def _load(model: Any, directory: Path) -> None:
+    """Let AdapterHub load its file."""
+    names = [name for name in (facts.WEIGHTS_FILE, facts.SAFE_WEIGHTS_FILE) if (directory / name).is_file()]
+    if not names:  # AdapterHub would ask the hub
+        expected = f"{facts.WEIGHTS_FILE} or {facts.SAFE_WEIGHTS_FILE}"
+        raise EngineError(f"no weights in {directory}", expected, "give AdapterHub's directory")
+    headed = "with_head" in inspect.signature(model.load_adapter).parameters
+    found: dict[str, list[str]] = {}
+    model.load_adapter(
+        str(directory.absolute()),
+        load_as=ADAPTER,
+        use_safetensors=names[0] == facts.SAFE_WEIGHTS_FILE,
+        loading_info=found,
+        **({"with_head": False} if headed else {}),
+    )
+    # Under the attention modules are the same objects again. What is missing AdapterHub leaves random, without a word.
+    missing = [key for key in found["missing_keys"] if ".pool." not in key]
+    if missing:
+        raise EngineError(
+            f"AdapterHub does not find {', '.join(missing)} in {directory / names[0]}",
+            "a file that holds the whole prefix",
+            "save the adapter again with AdapterHub's save_adapter",
+        )
+    for prefix in model.base_model.prefix_tuning.prefix_tunings[ADAPTER].values():
+        prefix.to(model.device).register_forward_hook(_convert(model.dtype))
+
+
+def _convert(dtype: Any) -> Callable[..., Any]:
+    """A forward hook that converts a prefix, once it is computed."""
+
+    def convert(prefix: Any, args: tuple[Any, ...], pairs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return tuple(pair.to(dtype) for pair in pairs)
+
+    return convert
 
 
 def _make_eager(model: Any) -> bool:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from softbridge import untrusted
 from softbridge.capabilities import Capabilities
+from softbridge.conversion import CERTIFICATE, MANIFEST
 from softbridge.errors import CheckpointError, Obstacle
 from softbridge.geometry import Geometry
 from softbridge.prompt import BaseId, InputPrompt, Origin, Positions, SoftPrompt
@@ -28,11 +29,14 @@ class GoogleFormat:
     engine = "native"  # the toolkit itself runs on T5X, which no engine drives
     capabilities = Capabilities(
         inputs=frozenset({("encoder", "before", "before-sequence")}),
+        input_start="counted",
         model_types=frozenset({"t5", "mt5", "umt5"}),
     )
 
     def sniff(self, files: untrusted.Files) -> bool:
-        return _array_of(files) is not None
+        """Whether an array is all there is: one that lies among a model's files is somebody's labels or scores."""
+        others = set(files.names) - {MANIFEST, CERTIFICATE}
+        return len(others) == 1 and files.kind(others.pop()) == "npy"
 
     def read(self, files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
         name = _array_of(files)

@@ -129,6 +129,7 @@ def _attend(
     if binding is None:
         return function(module, query, key, value, attention_mask, **settings)
 
+    _check(binding.prefix, module, key, value)
     length, real = query.shape[2], key.shape[2]
     window = settings.get("sliding_window") if binding.slides else None
     # No mask means causal, which SDPA's own flag would align to the first key; that one is virtual here.
@@ -146,6 +147,18 @@ def _attend(
     key = torch.cat([binding.prefix.keys.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
     value = torch.cat([binding.prefix.values.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
     return function(module, query, key, value, attention_mask, **{**settings, "is_causal": False})
+
+
+def _check(prefix: LayerPrefix, module: nn.Module, key: Tensor, value: Tensor) -> None:
+    """Refuse attention whose keys or values are of other shapes than the model's configuration let expect."""
+    ours = [(part.shape[0], part.shape[2]) for part in (prefix.keys, prefix.values)]
+    theirs = [(part.shape[1], part.shape[3]) for part in (key, value)]
+    if ours != theirs:
+        raise EngineError(
+            f"{type(module).__name__} attends to keys {list(theirs[0])} and values {list(theirs[1])} [heads, width]",
+            f"keys {list(ours[0])} and values {list(ours[1])}, as in the prefix",
+            "use an input prompt on this model",
+        )
 
 
 def _columns(binding: Binding, mask: Tensor, window: int | None, positions: Tensor | None) -> Tensor:

@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from softbridge.capabilities import EVERYTHING
-from softbridge.container import pack, unpack
+from softbridge.container import KEY, pack, unpack
 from softbridge.errors import Obstacle
 from softbridge.geometry import Geometry
 from softbridge.prompt import SoftPrompt
 from softbridge.untrusted import Files
 
 FILE = "prompt.safetensors"
-KEY = "softbridge"
 
 
 class NativeFormat:

@@ -323,7 +323,7 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
     if implementation not in UNDERLYING:
         reason = f"a prefix runs in {' or '.join(UNDERLYING)} attention, the model has '{implementation}'"
         found.append(Obstacle("attention", reason, f"model.set_attn_implementation('{UNDERLYING[0]}')"))
-    modules = _attention_modules(model, geometry)
+    modules, text = _attention_modules(model, geometry), model.config.get_text_config()
     for part in prompt.prefixes:
         shape, heard = geometry.site(part.site), modules[part.site]
         layers = 0 if shape is None else shape.layers
@@ -337,7 +337,7 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
             )
         if prompt.positions.relative_bias == "skewed" and len(part.layers) != layers:
             reason = "a skewed relative bias is known only where every layer has a prefix"
-            found.append(Obstacle("relative-bias", reason, "use AdapterHub's engine"))
+            found.append(Obstacle("relative-bias", reason, "use the engine of the prompt's own toolkit"))
         table = _bias_table(nn.ModuleList(heard))
         if table is not None and "bidirectional" not in inspect.signature(table._relative_position_bucket).parameters:
             reason = f"{type(table).__name__} computes its relative bias in a way of its own"
@@ -345,6 +345,13 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
         if prompt.positions.window == "slides" and part.site == "encoder" and shape is not None and shape.window:
             reason = "what a window that looks both ways drops is not known"
             found.append(Obstacle("window", reason, "use a prompt whose window is 'pinned'"))
+        if prompt.positions.window == "slides" and part.site == "self" and getattr(text, "attention_chunk_size", None):
+            reason = f"attention in chunks of {text.attention_chunk_size} tokens drops virtual tokens otherwise"
+            found.append(Obstacle("window", reason, "use the engine of the prompt's own toolkit"))
+        latent = [name for name in ("kv_lora_rank", "qk_nope_head_dim") if getattr(text, name, None)]
+        if latent or (shape is not None and getattr(text, "v_head_dim", None) not in (None, shape.head_dim)):
+            reason = f"keys and values of this attention are no pair of one width ({', '.join(latent) or 'v_head_dim'})"
+            found.append(Obstacle("attention", reason, "use an input prompt"))
     if any(getattr(module, "reorder_and_upcast_attn", False) for module in model.modules()):
         reason = "this model's attention upcasts only under the name 'eager'"
         found.append(Obstacle("attention", reason, "set reorder_and_upcast_attn to false in its configuration"))
@@ -422,7 +429,7 @@ def _bind_prefixes(injected: Injection, modules: Mapping[Site, Sequence[nn.Modul
             own_table = _bias_table(site[layer])
             binding = Binding(
                 prefix=prefix.layers[str(layer)],
-                causal=part.site == "self",
+                causal=part.site != "cross" and getattr(site[layer], "is_causal", part.site == "self"),
                 origin=positions.start.get(stack, 0) - virtual,
                 skewed=positions.relative_bias == "skewed",
                 slides=positions.window == "slides",

@@ -17,9 +17,8 @@ from typing import Any
 
 from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry, read_geometry, stack_of
-from softbridge.head import load_head, restore_head
 from softbridge.lower import check_fits
-from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
+from softbridge.prompt import Array, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
 from softbridge.tensors import from_torch, to_torch
 from softbridge_compat import peft_defects
 from softbridge_peft import facts
@@ -34,7 +33,6 @@ class _Attachment:
     """What was attached, and the state of the model before."""
 
     prompt: SoftPrompt
-    displaced: Mapping[str, Any]
     trainable: Sequence[tuple[Any, bool]]
     training: Sequence[tuple[Any, bool]]
     attributes: Sequence[tuple[Any, frozenset[str]]]
@@ -74,23 +72,16 @@ class PeftEngine:
         return found
 
     def attach(self, model: Any, prompt: SoftPrompt) -> Any:
-        reason = self.unavailable()
-        if reason is not None:
-            raise EngineError(reason, "PEFT in this environment", "install it, or choose another engine")
-        obstacles = self.obstacles(prompt, model)
-        if obstacles:
-            raise EngineError(
-                "PEFT cannot run this prompt on this model: " + "; ".join(f"[{o.name}] {o.reason}" for o in obstacles),
-                "a prompt and a model without obstacles",
-                "; ".join(dict.fromkeys(o.remedy for o in obstacles)),
-            )
+        """Attach through `peft.get_peft_model`. See `Engine.attach`.
+
+        The prompt's head is in the model already: `softbridge.attach` loads it, and PEFT copies what it finds there.
+        """
+        self._check(model, prompt)
         import peft
 
-        # The head goes into the model itself, before PEFT makes its copy of it.
         bare = replace(prompt, head={})
         config = config_of(bare, read_geometry(model.config), _task(model), fresh=True)
         tensors = {name: to_torch(array) for name, array in tensors_of(bare, config).items()}
-        displaced = load_head(model, prompt.head)
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
         training = [(module, module.training) for module in model.modules()]
         attributes = [(module, frozenset(vars(module))) for module in model.modules()]
@@ -102,18 +93,65 @@ class PeftEngine:
             # PEFT refuses a state without the head that it has made a copy of.
             peft.set_peft_model_state_dict(adapted, {**peft.get_peft_model_state_dict(adapted), **tensors})
         adapted.eval().prompt_encoder.requires_grad_(False)
-        hook = None
-        for stack, counted in prompt.counted().items():
-            shift = prompt.positions.start.get(stack, counted) - counted
-            if shift:
-                hook = _called(model).register_forward_pre_hook(_Shift(shift), with_kwargs=True)
-        setattr(adapted, _ATTACHMENT, _Attachment(prompt, displaced, trainable, training, attributes, settings, hook))
+        hook = _tell_positions(model, prompt)
+        setattr(adapted, _ATTACHMENT, _Attachment(prompt, trainable, training, attributes, settings, hook))
         return adapted
+
+    def load(self, model: Any, prompt: SoftPrompt, directory: Path) -> Any:
+        """Run files with PEFT's own loader, `PeftModel.from_pretrained`: the prompt and a head come from there.
+
+        PEFT holds them in float32 and takes them into the model's dtype where it uses them. A file for a model
+        without a head (FEATURE_EXTRACTION) runs under the head of the model that is given.
+
+        Args:
+            model: one that nothing else needs, it cannot be detached.
+            prompt: what softbridge read from the same files; it says where the tokens stand.
+            directory: as PEFT wrote it.
+
+        Raises:
+            EngineError: as for `attach`, or the files are for another task.
+        """
+        self._check(model, prompt)
+        if not any((directory / name).is_file() for name in facts.WEIGHTS_FILES):  # PEFT would ask the hub
+            raise EngineError(f"no weights in {directory}", " or ".join(facts.WEIGHTS_FILES), "give PEFT's directory")
+        import peft
+
+        task = peft.PeftConfig.from_pretrained(str(directory)).task_type
+        headless = task == facts.FEATURE_EXTRACTION and _called(model) is not model
+        if task != _task(model) and not headless:
+            # Of a file that names none, PEFT would run the model without the prompt.
+            raise EngineError(
+                f"a file for the task {task and str(getattr(task, 'value', task))}",
+                f"{_task(model)}, which a {type(model).__name__} is for",
+                "build the model with the Auto class of the file's task",
+            )
+        target = model.base_model if headless else model
+        with _quiet():
+            adapted = peft.PeftModel.from_pretrained(target, str(directory))
+        _tell_positions(target, prompt)
+        if headless:
+            setattr(model, model.base_model_prefix, adapted)
+            adapted = model
+        return adapted.eval()
+
+    def _check(self, model: Any, prompt: SoftPrompt) -> None:
+        """Raise an `EngineError` if PEFT is not there, or cannot run this."""
+        reason = self.unavailable()
+        if reason is not None:
+            raise EngineError(reason, "PEFT in this environment", "install it, or choose another engine")
+        obstacles = self.obstacles(prompt, model)
+        if obstacles:
+            raise EngineError(
+                "PEFT cannot run this prompt on this model: " + "; ".join(f"[{o.name}] {o.reason}" for o in obstacles),
+                "a prompt and a model without obstacles",
+                "; ".join(dict.fromkeys(o.remedy for o in obstacles)),
+            )
 
     def extract(self, model: Any) -> SoftPrompt:
         """The prompt of an attached model, or of any PeftModel with a soft prompt, as it is now.
 
-        A prompt of `attach` comes back with the positions, the base and the precision that it was attached with.
+        A prompt of `attach` comes back with the positions, the base and the precision that it was attached with, and
+        with the head that it has now.
         """
         import peft
 
@@ -128,7 +166,7 @@ class PeftEngine:
             return prompt
         before = attachment.prompt
         parts = tuple(_in_precision(new, old) for new, old in zip(prompt.parts, before.parts, strict=True))
-        head = {name: prompt.head.get(name, array).astype(array.dtype) for name, array in before.head.items()}
+        head = _head(model.get_base_model(), model.active_adapter, before.head)
         return replace(before, parts=parts, head=head, training=None, origin=None)
 
     def detach(self, model: Any) -> Any:
@@ -152,7 +190,6 @@ class PeftEngine:
             # PEFT's generate leaves its own prepare_inputs_for_generation and generation_config behind.
             for name in set(vars(module)) - names:
                 delattr(module, name)
-        restore_head(base, attachment.displaced)
         vars(base.config).update(attachment.config)  # PEFT sets pretraining_tp
         delattr(model, _ATTACHMENT)
         return base
@@ -242,6 +279,31 @@ def _task(model: Any) -> str | None:
 def _called(model: Any) -> Any:
     """The module that PEFT calls with a prefix: the model, or what is under its head if that alone takes a cache."""
     return model if "past_key_values" in inspect.signature(model.forward).parameters else model.base_model
+
+
+def _tell_positions(model: Any, prompt: SoftPrompt) -> Any:
+    """Put the real tokens where the prompt has them; the hook's handle, or None where PEFT has them there itself."""
+    for stack, counted in prompt.counted().items():
+        shift = prompt.positions.start.get(stack, counted) - counted
+        if shift:
+            return _called(model).register_forward_pre_hook(_Shift(shift), with_kwargs=True)
+    return None
+
+
+def _head(base: Any, adapter: str, attached: Mapping[str, Array]) -> dict[str, Array]:
+    """The head as it is now, under the model's own names: what was attached, and what training changed beside it."""
+    now, before = {}, {}
+    for name, parameter in base.named_parameters():
+        owner, copied, rest = name.partition(f".modules_to_save.{adapter}.")
+        if copied:
+            now[f"{owner}.{rest}"] = parameter
+        elif ".original_module." in name:
+            before[name.replace(".original_module.", ".")] = parameter
+        elif name in attached:
+            now[name] = parameter
+    changed = {name for name, parameter in before.items() if name in now and not now[name].equal(parameter)}
+    head = {name: from_torch(parameter) for name, parameter in now.items() if name in attached or name in changed}
+    return {name: array.astype(attached[name].dtype) if name in attached else array for name, array in head.items()}
 
 
 def _head_obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:

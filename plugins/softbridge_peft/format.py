@@ -45,6 +45,7 @@ class PeftFormat:
     capabilities = Capabilities(
         inputs=frozenset((stack, "before", "before-sequence") for stack in get_args(Stack)),
         prefix_sites=frozenset(("self", "encoder")),
+        input_start="counted",
         prefix_start="counted",
         positions_told=True,
         relative_bias="plain",

@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import softbridge as sb
+from softbridge import cli
 from softbridge.base import BaseModel
-from softbridge.cli import app
+from softbridge.cli import app, main
+from softbridge.cli.tables import certificate_table, shown
+from softbridge.errors import PluginError
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
 
 
@@ -144,10 +153,23 @@ def test_one_file_targets(tmp_path: Path) -> None:
     assert again.inputs == prompt.inputs
 
 
-def test_the_demo_runs_with_the_engines_at_hand() -> None:
-    result = call("demo", "--from", "peft", "--to", "softbridge")
+@pytest.mark.parametrize("target", ["softbridge", "peft"])
+def test_the_demo_runs_with_the_engines_at_hand(target: str, tmp_path: Path) -> None:
+    result = call("demo", "--from", "peft", "--to", target, "--directory", tmp_path / "demo")
     assert result.exit_code == 0, result.output
     assert "verdict: the same" in result.output
+    assert {path.name for path in (tmp_path / "demo").iterdir()} == {"trained", "converted"}
+
+
+def test_the_demo_prints_the_certificate_for_a_program() -> None:
+    result = call("demo", "--to", "softbridge", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["verdict"] == "bitwise"
+
+
+def test_every_command_takes_json() -> None:
+    for command in ("inspect", "convert", "verify", "explain", "formats", "engines", "plugins", "demo"):
+        assert "--json" in call(command, "--help").output
 
 
 def test_the_demo_shows_the_trap_and_the_way_out() -> None:
@@ -159,3 +181,196 @@ def test_the_demo_shows_the_trap_and_the_way_out() -> None:
     assert "verdict: the same function" in result.output
     ran = "adapterhub" if engines["adapterhub"] is None else "native (adapterhub: "
     assert ran in result.output
+
+
+# Bad arguments and defects
+
+
+@pytest.mark.parametrize("option", [("--dtype", "foo"), ("--dtype", "int8"), ("--dtype", "[/x]"), ("--seed", "-1")])
+def test_bad_options_are_usage_errors(option: tuple[str, str], peft: Path, base: Path) -> None:
+    result = call("verify", peft, peft, "--base", base, *option)
+    assert result.exit_code == 2
+    assert "Invalid value" in result.stderr
+    assert "Traceback" not in result.output
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_the_working_precision_is_reported(dtype: str, peft: Path, base: Path) -> None:
+    found = json.loads(call("verify", peft, peft, "--base", base, "--dtype", dtype, "--json").stdout)
+    assert (found["dtype"], found["verdict"]) == (dtype, "bitwise")
+
+
+def test_the_largest_seed_can_be_used(peft: Path, base: Path) -> None:
+    assert call("verify", peft, peft, "--base", base, "--seed", 2**32 - 1).exit_code == 0
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        ValueError("odd \x1b[31m[/x]"),
+        EOFError("cut"),
+        BrokenPipeError(32, "pipe"),
+        OSError(5, "disk"),
+        AssertionError(),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_a_defect_has_a_status_of_its_own(
+    error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(cli, "inspection", fail)
+    monkeypatch.setattr(sys, "argv", ["softbridge", "inspect", "x"])
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer sets its own
+    with pytest.raises(SystemExit) as end:
+        main()
+    assert end.value.code == 3
+    said = capsys.readouterr().err
+    assert "Traceback" in said
+    assert type(error).__name__ in said
+    assert "please report" in said
+    assert "\x1b" not in said
+
+
+def test_a_refusal_keeps_its_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, status in ((["inspect", "no/such"], 2), (["inspect"], 2), (["formats"], 0)):
+        monkeypatch.setattr(sys, "argv", ["softbridge", *arguments])
+        with pytest.raises(SystemExit) as end:
+            main()
+        assert end.value.code == status
+    assert "Traceback" not in capsys.readouterr().err
+
+
+@pytest.mark.skipif(os.name == "nt", reason="pipes of another kind")
+@pytest.mark.parametrize("arguments", [["formats"], ["formats", "--json"]])
+def test_a_closed_pipe_is_not_a_difference(arguments: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    code = "from softbridge.cli import main; main()"
+    ran = subprocess.run([sys.executable, "-c", code, *arguments], stdout=writing, stderr=subprocess.PIPE)
+    os.close(writing)
+    assert ran.returncode == 141
+    assert b"Traceback" not in ran.stderr
+
+
+def test_a_terminal_that_lacks_characters_is_no_reason_to_fail(tmp_path: Path) -> None:
+    np.save(tmp_path / "prompt \u4e2d.npy", np.ones((2, 8), np.float32))
+    code = "from softbridge.cli import main; main()"
+    arguments = [sys.executable, "-c", code, "inspect", str(tmp_path / "prompt \u4e2d.npy")]
+    ran = subprocess.run(arguments, capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert ran.returncode == 0, ran.stderr
+    assert rb"prompt \u4e2d.npy" in ran.stdout
+
+
+def test_a_broken_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise PluginError("softbridge_formats of the plugin '[/x]' failed", "a list", "uninstall it")
+
+    monkeypatch.setattr(cli, "formats_table", fail)
+    result = call("formats")
+    assert result.exit_code == 2
+    assert "the plugin '[/x]' failed" in result.stderr
+
+
+# What is shown
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("plain [/x] [bold]x[/] :smile: \\", "plain [/x] [bold]x[/] :smile: \\"),
+        ("a\x1b[31mRED\x1b]0;title\x07", "a\\x1b[31mRED\\x1b]0;title\\x07"),
+        ("a\nb\rc\td\x00\x7f\x9b\u2028", "a\\nb\\rc\\td\\x00\\x7f\\x9b\\u2028"),
+        ("\u202egnp", "\\u202egnp"),
+        ("\udc80", "\\udc80"),
+        ("Größe \u4e2d", "Größe \u4e2d"),
+    ],
+)
+def test_shown_text_is_literal(text: str, seen: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert shown(text).plain == seen
+    Console(width=120).print(shown(text))
+    assert capsys.readouterr().out == seen + "\n"
+
+
+EVIL = "a\x1b[31mRED\x1b]0;title [/x]"
+
+
+def evil(folder: Path, peft: Path) -> Path:
+    """A checkpoint as a stranger may name it, in a directory that reads like markup."""
+    (folder / "[").mkdir(parents=True)  # "[/x]" is a folder in a folder
+    path = folder / "[" / "x]"
+    peft.rename(path)
+    (path / "softbridge.json").unlink()
+    config = json.loads((path / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = EVIL
+    (path / "adapter_config.json").write_text(json.dumps(config))
+    return path
+
+
+def test_names_from_files_and_paths_are_shown_as_they_are(
+    peft: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evil(tmp_path, peft)
+    monkeypatch.chdir(tmp_path)
+    path = "[/x]"
+    calls: list[tuple[list[object], int, str]] = [
+        (["inspect", path], 0, r"a\x1b[31mRED\x1b]0;title [/x]"),
+        (["inspect", path, "--base", base], 0, r"a\x1b[31mRED\x1b]0;title [/x]"),
+        (["inspect", "[/y]\x1b[31m"], 2, r"'[/y]\x1b[31m'"),
+        (["convert", path, "[/o\x1b]", "--to", "peft"], 0, r"peft [/x] -> peft [/o\x1b]"),
+        (["convert", path, "[/o]", "--to", "[/onnx]"], 2, "no format is called '[/onnx]'"),
+        (["convert", path, "[/p]", "--to", "peft", "--base", base, "--verify"], 0, "[/p]"),
+        (["convert", path, "[/q]", "--to", "peft", "--accept", "[/x]", "--from", "[/f]"], 2, "called '[/f]'"),
+        (["verify", path, path, "--base", base], 0, "[/x]"),
+        (["verify", path, path, "--base", "[/b]"], 2, "'[/b]'"),
+        (["explain", "--from", "peft", "--to", "peft", "--method", "[/m]"], 2, "'[/m]'"),
+        (["demo", "--from", "[/e]"], 2, "no engine is called '[/e]'"),
+    ]
+    for arguments, status, said in calls:
+        result = call(*arguments)
+        assert result.exit_code == status, (arguments, result.output)
+        assert said in result.output, (arguments, result.output)
+        assert "\x1b" not in result.output
+        assert "Traceback" not in result.output
+
+
+def table_of(**changes: object) -> str:
+    """A certificate as it is shown; only what the table reads."""
+    side = SimpleNamespace(path="[/a]", engine="native", instead_of="", loaded=True)
+    facts = {
+        "source": side,
+        "target": SimpleNamespace(path="b\x1b", engine="peft", instead_of="[/why]", loaded=False),
+        "base": "[/base]",
+        "weights": "random",
+        "dtype": "float32",
+        "islands": (),
+        "bound": 1e-12,
+        "figures": (SimpleNamespace(probe="alone", float64=0.0, working=1e-6, judged=True, note=""),),
+        "faults": (SimpleNamespace(name="dropped", moved=1.0, noticed=True),),
+        "naive": None,
+        "verdict": "exact",
+        "longest": 23,
+        "conditions": (),
+        "independent": True,
+    }
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(certificate_table(SimpleNamespace(**{**facts, **changes})))  # type: ignore[arg-type]
+    return capture.get()
+
+
+def test_a_certificate_says_what_it_does_not_show() -> None:
+    shown = table_of()
+    for words in ("[/a]", r"b\x1b", "peft ([/why])", "base: [/base]", "texts of up to 23 tokens"):
+        assert words in shown
+    source, target = (next(line for line in shown.splitlines() if side in line) for side in ("source", "target"))
+    assert "by its own loader" in source
+    assert "from what softbridge read" in target
+    assert "one engine" not in shown
+    assert "under the conditions" not in shown
+    assert "one engine ran both sides: it shows that both files hold the same prompt, not that two toolkits agree" in (
+        table_of(independent=False)
+    )
+    assert "under the conditions: positions, window\n" in table_of(conditions=("positions", "window"))

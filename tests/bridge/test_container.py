@@ -106,7 +106,7 @@ def test_the_bytes_of_version_1(tmp_path: Path) -> None:
     assert unpack(Files(GOLDEN), GOLDEN.name) == FULL
     assert unpack(Files(GOLDEN), GOLDEN.name).origin == FULL.origin
     assert pack(FULL) == content
-    assert hashlib.sha256(content).hexdigest() == "e52ff840f1c513b6ea1e5ff816884a61b10575f4b0e1e49b288e42ab77ef6ffd"
+    assert hashlib.sha256(content).hexdigest() == "6ed203cfb93b560b04fa6955b74a0375a8106294f69c1ab9a0df094ef4ec8252"
     header = json.loads(content[8 : 8 + struct.unpack("<Q", content[:8])[0]])
     assert header["__metadata__"].keys() == {"softbridge"}
     assert header.keys() - {"__metadata__"} == {name for name, _ in FULL.arrays()}

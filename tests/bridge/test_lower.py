@@ -9,9 +9,9 @@ import pytest
 
 from softbridge.base import BaseModel
 from softbridge.capabilities import EVERYTHING, Capabilities
-from softbridge.errors import BaseModelError, LoweringError
+from softbridge.errors import BaseModelError, LoweringError, SoftbridgeError
 from softbridge.lower import Target, lower, native_positions
-from softbridge.prompt import KeyValuePrefix, Positions, Training
+from softbridge.prompt import KeyValue, KeyValuePrefix, Positions, Training
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config
 
 COUNTED = Capabilities(
@@ -90,7 +90,7 @@ def test_a_relative_bias_cannot_be_moved() -> None:
     skewed = replace(prompt, positions=Positions({"decoder": 0}, "skewed", "pinned"))
     for source, target in ((prompt, UNCOUNTED), (skewed, COUNTED)):
         with pytest.raises(LoweringError, match="relative position bias") as refused:
-            lower(source, Target("x", target, model), accept=["positions", "relative-bias"])
+            lower(source, Target("x", target, model), accept=["positions"])
         assert obstacles(refused) == {"relative-bias": False, "positions": False}
 
 
@@ -123,7 +123,12 @@ def test_frequencies_that_depend_on_the_length_are_a_condition() -> None:
 def test_every_obstacle_is_named_at_once() -> None:
     model = base("t5")
     prompt = random_prefix(model.geometry, sites=("cross", "self"))
-    prompt = replace(prompt, parts=(*prompt.parts, *random_input_prompt(model.geometry).parts), head={"a": np.ones(2)})
+    prompt = replace(
+        prompt,
+        parts=(*prompt.parts, *random_input_prompt(model.geometry).parts),
+        positions=Positions({"encoder": 5, "decoder": 5}),
+        head={"a": np.ones(2)},
+    )
     with pytest.raises(LoweringError) as refused:
         lower(prompt, Target("x", replace(COUNTED, relative_bias="skewed", model_types=frozenset({"bert"})), model))
     assert set(obstacles(refused)) == {"family", "part", "head", "relative-bias"}
@@ -184,3 +189,52 @@ def test_nothing_is_changed_in_place() -> None:
     assert isinstance(part, KeyValuePrefix)
     with pytest.raises(ValueError, match="read-only"):
         part.layers[0].keys[0, 0, 0] = 1
+
+
+def test_input_prompts_are_counted_in_the_sequence_and_nobody_can_tell_otherwise() -> None:
+    able = Capabilities(inputs=frozenset({("decoder", "before", "before-sequence")}), input_start="counted")
+    for family, kind in (("gpt2", "absolute"), ("llama", "rotary")):
+        model = base(family)
+        prompt = replace(random_input_prompt(model.geometry), positions=Positions({"decoder": 0}))
+        if kind == "absolute":
+            with pytest.raises(LoweringError) as refused:
+                lower(prompt, Target("x", able, model), accept=["positions"])
+            assert obstacles(refused) == {"positions": False}
+        else:  # the whole sequence moves: nothing turns, nothing changes
+            lowering = lower(prompt, Target("x", able, model))
+            assert lowering.steps == ()
+            assert lowering.prompt.parts == prompt.parts
+            assert lowering.prompt.positions.start == {"decoder": 5}
+
+
+def test_narrow_keys_are_widened_before_they_are_turned() -> None:
+    import ml_dtypes
+
+    model = base("llama")
+    prompt = random_prefix(model.geometry)
+    part = prompt.prefixes[0]
+    narrow = {
+        layer: KeyValue(pair.keys.astype(ml_dtypes.bfloat16), pair.values.astype(ml_dtypes.bfloat16))
+        for layer, pair in part.layers.items()
+    }
+    prompt = replace(prompt, parts=(KeyValuePrefix("self", narrow),))
+    turned = lower(prompt, Target("x", UNCOUNTED, model)).prompt.prefixes[0]
+    back = lower(lower(prompt, Target("x", UNCOUNTED, model)).prompt, Target("y", COUNTED, model)).prompt.prefixes[0]
+    for layer, pair in turned.layers.items():
+        assert pair.keys.dtype == pair.values.dtype == np.float32
+        assert np.abs(back.layers[layer].keys - narrow[layer].keys.astype(np.float32)).max() < 1e-6
+
+
+def test_a_window_shorter_than_the_prefix_is_no_condition() -> None:
+    from transformers import AutoConfig
+
+    sizes = {**TINY["llama"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    model = BaseModel(AutoConfig.for_model("mistral", **sizes, sliding_window=4))
+    with pytest.raises(LoweringError) as refused:
+        lower(random_prefix(model.geometry, length=6), Target("x", UNCOUNTED, model), accept=["window"])
+    assert obstacles(refused) == {"window": False}
+
+
+def test_unknown_conditions_are_refused() -> None:
+    with pytest.raises(SoftbridgeError, match="no condition is called 'nonsense'"):
+        lower(random_prefix(base("llama").geometry), Target("x", COUNTED), accept=["nonsense"])

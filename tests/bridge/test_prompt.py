@@ -71,6 +71,8 @@ FULL = SoftPrompt(
         lambda: Positions(relative_bias="bent"),  # type: ignore[arg-type]
         lambda: Positions(window="shut"),  # type: ignore[arg-type]
         lambda: SoftPrompt((), Positions()),
+        lambda: SoftPrompt(FULL.parts, Positions({"encoder": 5})),
+        lambda: SoftPrompt(FULL.parts[:1], Positions({"encoder": 5, "decoder": 0})),
         lambda: SoftPrompt((FULL.parts[0], FULL.parts[0]), Positions()),
         lambda: SoftPrompt((FULL.parts[1], FULL.parts[1]), Positions()),
     ],
@@ -147,16 +149,24 @@ def test_copies_are_equal(copied: Callable[[SoftPrompt], SoftPrompt]) -> None:
 
 
 DIFFERENT: dict[str, Callable[[SoftPrompt], SoftPrompt]] = {
-    "one bit": lambda p: replace(p, parts=(InputPrompt(np.where(VECTORS[0, 0] == VECTORS, 0, VECTORS), "encoder"),)),
-    "part dropped": lambda p: replace(p, parts=p.parts[:1]),
+    "one bit": lambda p: replace(
+        p, parts=(InputPrompt(np.where(VECTORS[0, 0] == VECTORS, 0, VECTORS), "encoder"), p.parts[1])
+    ),
+    "part dropped": lambda p: replace(p, parts=p.parts[:1], positions=Positions({"encoder": 5})),
     "parts in another order": lambda p: replace(p, parts=p.parts[::-1]),
-    "stack": lambda p: replace(p, parts=(InputPrompt(VECTORS, "decoder"), p.parts[1])),
+    "stack": lambda p: replace(
+        p, parts=(InputPrompt(VECTORS, "decoder"), p.parts[1]), positions=Positions({"decoder": 0})
+    ),
     "entry": lambda p: replace(p, parts=(InputPrompt(VECTORS, "encoder", "after"), p.parts[1])),
     "placement": lambda p: replace(
         p, parts=(InputPrompt(VECTORS, "encoder", placement="after-first-token"), p.parts[1])
     ),
     "dtype": lambda p: replace(p, parts=(InputPrompt(VECTORS.astype(np.float64), "encoder"), p.parts[1])),
-    "site": lambda p: replace(p, parts=(p.parts[0], KeyValuePrefix("cross", p.prefixes[0].layers))),
+    "site": lambda p: replace(
+        p,
+        parts=(p.parts[0], KeyValuePrefix("cross", p.prefixes[0].layers)),
+        positions=Positions({"encoder": 5}),
+    ),
     "layer numbers": lambda p: replace(
         p, parts=(p.parts[0], KeyValuePrefix("self", {1: p.prefixes[0].layers[2], 0: PAIR}))
     ),
@@ -179,7 +189,13 @@ DIFFERENT: dict[str, Callable[[SoftPrompt], SoftPrompt]] = {
 def test_what_makes_two_prompts_different(change: Callable[[SoftPrompt], SoftPrompt]) -> None:
     changed = change(FULL)
     assert changed != FULL
-    assert changed.digest() != FULL.digest()
+    seen = (changed.parts, changed.positions) != (FULL.parts, FULL.positions)
+    assert (changed.digest() != FULL.digest()) == seen, "the digest is of what a model sees"
+
+
+def test_most_differences_are_seen_by_a_model() -> None:
+    changed = [change(FULL) for change in DIFFERENT.values()]
+    assert sum(p.digest() != FULL.digest() for p in changed) >= 10
 
 
 def test_provenance_is_no_part_of_equality() -> None:
@@ -246,7 +262,9 @@ def test_the_flat_layout() -> None:
 
 def test_lengths_and_lookups() -> None:
     assert FULL.counted() == {"encoder": 5, "decoder": 5}
-    both = SoftPrompt((InputPrompt(VECTORS, "decoder"), KeyValuePrefix("self", {0: pair(length=3)})), Positions())
+    both = SoftPrompt(
+        (InputPrompt(VECTORS, "decoder"), KeyValuePrefix("self", {0: pair(length=3)})), Positions({"decoder": 8})
+    )
     assert both.counted() == {"decoder": 8}
     assert SoftPrompt((KeyValuePrefix("cross", {0: PAIR}),), Positions()).counted() == {}
     assert FULL.prefix("self") is FULL.parts[1]

@@ -30,6 +30,17 @@ class Brings:
         return [SimpleNamespace(name=name) for name in self.names]
 
 
+class Fails:
+    def __init__(self, values: object) -> None:
+        self.values = values
+
+    @hookimpl
+    def softbridge_formats(self) -> object:
+        if isinstance(self.values, Exception):
+            raise self.values
+        return self.values
+
+
 class Misspelt:
     @hookimpl
     def softbridge_fromats(self) -> list[object]:
@@ -47,6 +58,22 @@ def test_a_name_claimed_twice_names_both_owners() -> None:
         collect(manager(("one", Brings("a")), ("two", Brings("a"))), "softbridge_formats")
     assert "'one'" in str(error.value)
     assert "'two'" in str(error.value)
+
+
+def test_one_plugin_cannot_claim_a_name_twice_either() -> None:
+    with pytest.raises(PluginError, match="'a' is claimed by two plugins, 'one' and 'one'"):
+        collect(manager(("one", Brings("a", "a"))), "softbridge_formats")
+
+
+@pytest.mark.parametrize(
+    "values",
+    [ImportError("No module named 'toolkit'"), KeyError("x"), None, [object()]],
+    ids=["import", "lookup", "nothing", "nameless"],
+)
+def test_a_hook_that_fails_is_an_error_that_names_the_plugin(values: object) -> None:
+    with pytest.raises(PluginError, match="softbridge_formats of the plugin 'two' failed") as error:
+        collect(manager(("one", Brings("a")), ("two", Fails(values))), "softbridge_formats")
+    assert isinstance(error.value.__cause__, Exception)
 
 
 def test_a_misspelt_hook_is_an_error() -> None:

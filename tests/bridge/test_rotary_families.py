@@ -16,7 +16,7 @@ from softbridge.base import BaseModel
 from softbridge.capabilities import Capabilities
 from softbridge.lower import Target, lower, native_positions
 from softbridge.testing import random_prefix
-from softbridge.verification import verify_prompts
+from softbridge.verification import Subject, verify_prompts
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -95,7 +95,9 @@ def test_turned_keys_are_the_same_function(family: str, changes: dict[str, Any])
     lowering = lower(counted, target, accept=["window", "length"])
     assert "rotate" in {step.name for step in lowering.steps}
     naive = replace(counted, positions=native_positions(counted, UNCOUNTED))
-    certificate = verify_prompts(("counted", counted, "peft"), ("turned", lowering.prompt, "native"), base, naive=naive)
+    certificate = verify_prompts(
+        Subject("counted", counted, "peft"), Subject("turned", lowering.prompt, "native"), base, naive=naive
+    )
     print(certificate.summary())
     assert certificate.source.engine == "peft"
     assert certificate.target.engine == "native" or "dispatch" in certificate.target.instead_of

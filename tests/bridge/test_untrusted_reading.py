@@ -247,3 +247,17 @@ def test_no_such_checkpoint(path: str, tmp_path: Path, refused: Refused) -> None
     (tmp_path / "loop").symlink_to("loop")
     os.mkfifo(tmp_path / "pipe")
     refused(lambda: Files(tmp_path / path))
+
+
+def test_a_header_whose_length_begins_like_a_pickle_is_a_safetensors_header(tmp_path: Path) -> None:
+    """640 is 80 02 in little-endian order, and a pickle of protocol 2 begins with these bytes."""
+    for length in (640, 896, 1152, 1408):
+        path = tmp_path / f"{length}.safetensors"
+        for padding in range(1400):
+            content = safetensors_bytes({"a": np.ones(3, np.float32)}, {"x": "y" * padding})
+            if int.from_bytes(content[:8], "little") == length:
+                break
+        assert content[0] == 0x80
+        path.write_bytes(content)
+        assert Files(path).kind(path.name) == "safetensors"
+        assert np.array_equal(Files(path).tensors(path.name)["a"], np.ones(3, np.float32))

@@ -15,13 +15,13 @@ from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError, EngineError
 from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
-from softbridge.verification import Certificate, Fault, Figure, verify_prompts
+from softbridge.verification import Certificate, Fault, Figure, Subject, verify_prompts
 from softbridge.verification.probes import make_probes
 from softbridge.verification.run import choose_engine, find_islands
 
 
 def compare(a: SoftPrompt, b: SoftPrompt, family: str = "gpt2") -> Certificate:
-    return verify_prompts(("a", a, "native"), ("b", b, "native"), BaseModel(tiny_config(family)))
+    return verify_prompts(Subject("a", a, "native"), Subject("b", b, "native"), BaseModel(tiny_config(family)))
 
 
 def touched(prompt: SoftPrompt, amount: float) -> SoftPrompt:
@@ -94,7 +94,8 @@ def test_what_is_not_judged_does_not_count(prefix: SoftPrompt) -> None:
 )
 def test_float32_islands_are_found_by_looking(family: str, islands: set[str]) -> None:
     model = tiny_model(family)
-    found = find_islands(model, make_probes(BaseModel.resolve(model).geometry, model.config, 0)[0])
+    base = BaseModel.resolve(model)
+    found = find_islands(model, make_probes(base.geometry, model.config, 0, base.task)[0])
     assert set(found) <= islands
     assert bool(found) == bool(islands)
 

@@ -336,7 +336,7 @@ def _ragged(prompt: SoftPrompt) -> SoftPrompt:
         (GEOMETRIES["gpt2"], _ragged, "shape"),
         (GEOMETRIES["bart"], _longer, "length"),
         (GEOMETRIES["bart"], lambda p: without(p, "cross", 1), "layers"),
-        (GEOMETRIES["bart"], lambda p: replace(p, parts=p.parts[2:]), "layers"),
+        (GEOMETRIES["bart"], lambda p: replace(p, parts=p.parts[2:], positions=Positions({})), "layers"),
         (GEOMETRIES["t5"], lambda p: without(p, "encoder", 1), "layers"),
         (GEOMETRIES["gpt2"], lambda p: replace(p, parts=(KeyValuePrefix("encoder", p.parts[0].layers),)), "sites"),
         (GEOMETRIES["gpt2"], lambda p: replace(p, parts=(InputPrompt(np.ones((2, 32)), "decoder"),)), "input-prompt"),
@@ -699,6 +699,101 @@ def test_training_is_extracted_and_touches_the_prefix_only(adapters: Any) -> Non
     assert difference(extracted.prefixes[0].flat(), prompt.prefixes[0].flat()) > 1e-4
     ENGINE.detach(running)
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
+
+
+@pytest.mark.parametrize("method", ["prefix-tuning", "prefix-tuning-flat"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_by_the_toolkit_is_attached_by_us(family: str, method: str, adapters: Any, tmp_path: Path) -> None:
+    model = model_of(family)
+    geometry = geometry_of(model)
+    prompt = FORMAT.read(trained(model, method, tmp_path / "theirs"), geometry)
+    expected = logits(ENGINE.attach(copy.deepcopy(model), prompt))
+    running = ENGINE.load(copy.deepcopy(model).train(), prompt, tmp_path / "theirs")
+    assert not any(module.training for module in running.modules())
+    assert difference(logits(running), expected) == 0
+    assert difference(logits(loaded(adapters, model, tmp_path / "theirs")), expected) == 0
+    if geometry.decoder is not None:
+        assert running.config.use_cache == (family in ("gpt2", "t5"))
+
+    # The file counts, not the prompt; flat for the swap, since a perceptron says nothing of keys and values.
+    swapped = changed(prompt, lambda pair: KeyValue(pair.values, pair.keys))
+    for encoding in FORMAT.encodings:
+        put(tmp_path / encoding, FORMAT.write(swapped, geometry, encoding))
+        found = logits(ENGINE.load(copy.deepcopy(model), prompt, tmp_path / encoding))
+        assert difference(found, logits(ENGINE.attach(copy.deepcopy(model), swapped))) == 0
+        assert difference(found, expected) > 0.1
+    assert (tmp_path / "safetensors" / facts.SAFE_WEIGHTS_FILE).is_file()
+    assert not (tmp_path / "safetensors" / facts.WEIGHTS_FILE).exists()
+
+
+@pytest.mark.parametrize("family", sorted(facts.MODEL_TYPES))
+def test_loaded_tokens_stand_where_they_are_told(family: str, adapters: Any, tmp_path: Path) -> None:
+    model = model_of(family)
+    geometry = geometry_of(model)
+    prompt = prefix_for(geometry)
+    put(tmp_path / "x", FORMAT.write(prompt, geometry))
+    plain = logits(ENGINE.load(copy.deepcopy(model), prompt, tmp_path / "x"))
+    assert difference(plain, logits(ENGINE.attach(copy.deepcopy(model), prompt))) == 0
+    if family in facts.POSITION_INPUTS:
+        told = replace(prompt, positions=replace(prompt.positions, start=dict.fromkeys(prompt.positions.start, P)))
+        moved = logits(ENGINE.load(copy.deepcopy(model), told, tmp_path / "x"))
+        assert difference(moved, logits(ENGINE.attach(copy.deepcopy(model), told))) == 0
+        assert difference(moved, plain) > 0.1
+
+
+@pytest.mark.parametrize("method", ["prefix-tuning", "prefix-tuning-flat"])
+def test_loaded_runs_eager_and_in_the_models_precision(method: str, adapters: Any, tmp_path: Path) -> None:
+    import torch
+
+    for dtype in (torch.float32, torch.bfloat16):
+        model = model_of("llama", dtype)
+        prompt = FORMAT.read(trained(model_of("llama"), method, tmp_path / str(dtype)), geometry_of(model))
+        expected = logits(ENGINE.attach(copy.deepcopy(model), prompt))
+        model.set_attn_implementation("sdpa")
+        running = ENGINE.load(model, prompt, tmp_path / str(dtype))
+        assert running.config._attn_implementation == "eager"
+        assert running(**inputs_of(model)).logits.dtype == dtype
+        assert difference(logits(running), expected) == 0
+
+
+def test_loading_on_a_model_without_a_head_or_with_a_head_in_the_file(adapters: Any, tmp_path: Path) -> None:
+    import torch
+
+    model = model_of("bert")
+    prompt = prefix_for(geometry_of(model))
+    other = ENGINE.attach(model_of("bert"), prompt)
+    with torch.no_grad():
+        other.classifier.bias += 1
+        expected = other.bert(**inputs_of(model)).last_hidden_state
+    other.save_adapter(str(tmp_path / "x"), "softbridge", with_head=True)
+    assert (
+        "the prediction head is not read"
+        in FORMAT.read(Files(tmp_path / "x"), geometry_of(model)).origin.details["notes"][0]
+    )
+    running = ENGINE.load(copy.deepcopy(model), prompt, tmp_path / "x")
+    assert torch.equal(running.classifier.bias, model.classifier.bias)
+    with torch.no_grad():
+        assert torch.equal(
+            ENGINE.load(model.bert, prompt, tmp_path / "x")(**inputs_of(model)).last_hidden_state, expected
+        )
+
+
+def test_loading_is_refused_by_name(adapters: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of("gpt2")
+    geometry = geometry_of(model)
+    prompt = prefix_for(geometry)
+    with pytest.raises(EngineError, match="no weights"):
+        ENGINE.load(copy.deepcopy(model), prompt, tmp_path)
+    described, tensors = handmade(geometry, flat=True)
+    renamed = {name.replace("self_prefix", "other_prefix"): array for name, array in tensors.items()}
+    put(tmp_path / "x", written(described, renamed))
+    with pytest.raises(EngineError, match="does not find .*self_prefix"):
+        ENGINE.load(copy.deepcopy(model), prompt, tmp_path / "x")
+    with pytest.raises(EngineError, match=r"\[sites\]"):
+        ENGINE.load(model_of("bert"), prompt, tmp_path / "x")
+    monkeypatch.setattr(type(ENGINE), "unavailable", lambda self: "AdapterHub is not installed")
+    with pytest.raises(EngineError, match="not installed"):
+        ENGINE.load(model, prompt, tmp_path / "x")
 
 
 def test_a_model_of_another_precision(adapters: Any) -> None:

@@ -12,9 +12,10 @@ import torch
 
 import softbridge as sb
 from softbridge.base import BaseModel, build
+from softbridge.conversion import read
 from softbridge.errors import BaseModelError, CheckpointError, SoftbridgeError, UnknownFormatError
 from softbridge.tensors import to_torch
-from softbridge.testing import tiny_config
+from softbridge.testing import random_input_prompt, tiny_config
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "google_prompt_tuning" / "t5_1_1_lm100k_base"
 REAL = pytest.mark.skipif(not SHARED.is_dir(), reason="the real prompts are not beside this checkout")
@@ -112,6 +113,34 @@ def test_a_file_without_suffix_is_read_like_t5x_writes_it(tmp_path: Path) -> Non
     prompt = sb.load(save(tmp_path / "encoder.prompt.prompt.prompt", GOOD))
     assert np.array_equal(prompt.inputs[0].vectors, GOOD)
     assert prompt.positions.start["encoder"] == 5
+
+
+def test_an_array_beside_a_checkpoint_is_not_its_prompt(tmp_path: Path) -> None:
+    config = tiny_config("t5")
+    prompt = random_input_prompt(BaseModel(config).geometry)
+    sb.save(prompt, tmp_path / "peft", "peft", config)
+    (tmp_path / "peft" / "softbridge.json").unlink()  # as PEFT writes it
+    save(tmp_path / "peft" / "labels.npy", GOOD)
+    assert read(tmp_path / "peft").format.name == "peft"
+    (tmp_path / "peft" / "adapter_config.json").unlink()
+    with pytest.raises(UnknownFormatError, match="no known format"):
+        sb.load(tmp_path / "peft")
+
+
+def test_a_folder_is_recognised_if_an_array_is_all_it_holds(tmp_path: Path) -> None:
+    config = tiny_config("t5")
+    prompt = random_input_prompt(BaseModel(config).geometry)
+    sb.save(prompt, tmp_path / "source", "softbridge", config)
+    sb.convert(tmp_path / "source", tmp_path / "google", "google", config, verify=True)
+    names = {path.name for path in (tmp_path / "google").iterdir()}
+    assert names == {"prompt.npy", "softbridge.json", "certificate.json"}
+    assert read(tmp_path / "google").format.name == "google"
+    (tmp_path / "google" / "softbridge.json").unlink()
+    assert read(tmp_path / "google").format.name == "google"
+    (tmp_path / "google" / "notes.txt").write_text("mine")
+    with pytest.raises(UnknownFormatError, match="no known format"):
+        sb.load(tmp_path / "google")
+    assert read(tmp_path / "google", format="google").format.name == "google"
 
 
 @pytest.mark.parametrize(

@@ -20,13 +20,14 @@ from transformers import (
     AttentionInterface,
     AutoConfig,
     AutoModelForTokenClassification,
+    BertGenerationDecoder,
     DynamicCache,
     EncoderDecoderCache,
 )
 
 from softbridge.base import BaseModel, build
 from softbridge.errors import EngineError
-from softbridge.geometry import read_geometry
+from softbridge.geometry import Geometry, StackGeometry, read_geometry
 from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt, Training
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files
@@ -538,6 +539,77 @@ def test_refusals() -> None:
     gpt2.config._attn_implementation = "flash_attention_2"
     assert obstacle_names(prefix, gpt2) == ["attention"]
     assert obstacle_names(vectors, gpt2) == []
+
+
+_LLAMA4 = {**TINY["llama"], "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 8, "pad_token_id": 0}
+_LLAMA4 |= {"attention_chunk_size": 4, "use_qk_norm": False, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def test_a_chunk_is_no_window() -> None:
+    """In chunks of 4, PEFT's prefix of 5 is gone for nearly all tokens; the native engine would keep it."""
+    model = build(AutoConfig.for_model("llama4_text", **_LLAMA4), "causal-lm", torch.float64, 0)
+    prompt = random_prefix(read_geometry(model.config), P)
+    pinned = replace(prompt, positions=replace(prompt.positions, window="pinned"))
+    assert obstacle_names(prompt, model) == ["window"]
+    assert obstacle_names(pinned, model) == []
+    toolkit = peft_model(model, prompt)
+    ids = tokens(length=9)
+    with torch.no_grad():
+        assert difference(logits(attached(model, pinned), ids), logits(toolkit, ids)) > 1
+    with pytest.raises(EngineError, match="attention in chunks of 4 tokens"):
+        ENGINE.attach(model, prompt)
+
+
+def test_attention_over_latents_is_refused() -> None:
+    """DeepSeek's keys are wider than its values, and recent releases cache neither."""
+    settings = {**TINY["llama"], "num_key_value_heads": 4, "kv_lora_rank": 8, "q_lora_rank": 8, "n_routed_experts": 2}
+    settings |= {"qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8, "n_group": 1, "topk_group": 1}
+    settings |= {"num_experts_per_tok": 1, "first_k_dense_replace": 3, "pad_token_id": 0}
+    config = AutoConfig.for_model("deepseek_v3", **settings)
+    model = build(config, "causal-lm", torch.float64, 0)
+    prompt = random_prefix(read_geometry(model.config), P)
+    assert obstacle_names(prompt, model) == ["attention"]
+    assert obstacle_names(random_input_prompt(read_geometry(model.config), P), model) == []
+    with pytest.raises(EngineError, match="no pair of one width"):
+        ENGINE.attach(model, prompt)
+
+    # What no configuration tells shows when it runs.
+    for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
+        vars(model.config)[name] = None
+    with pytest.raises(EngineError, match=r"attends to keys \[4, 12\] and values \[4, 8\]") as caught:
+        logits(ENGINE.attach(model, prompt), tokens())
+    assert caught.value.expected
+    assert caught.value.remedy == "use an input prompt on this model"
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("decoder", [False, True])
+def test_an_attention_module_knows_whether_it_is_causal(decoder: bool, implementation: str) -> None:
+    """bert-generation is one or the other. Without a mask, ours fills in the module's own."""
+    settings = {**TINY["bert"], "is_decoder": decoder, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    config = AutoConfig.for_model("bert-generation", **settings)
+    model = BertGenerationDecoder._from_config(config, attn_implementation=implementation).double().eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
+    shape = StackGeometry(3, 4, 4, 8)
+    geometry = (
+        Geometry("bert-generation", 32, 96, None, shape) if decoder else Geometry("bert-generation", 32, 96, shape)
+    )
+    if read_geometry(model.config) != geometry:
+        geometry = Geometry("bert-generation", 32, 96, None, shape)
+    prompt = random_prefix(geometry, P)
+    if ENGINE.obstacles(prompt, model):
+        pytest.skip("bert-generation does not dispatch here")
+    ours = ENGINE.attach(model, prompt)
+    ids, other = tokens(), tokens()
+    other[:, -1] = 3 + (other[:, -1] - 2) % 90
+    with torch.no_grad():
+        alone = logits(ours, ids)
+        out, mask = torch.cat([ids, ids], dim=1), torch.ones(2, 2 * T, dtype=torch.long)
+        mask[:, T:] = 0
+        assert difference(logits(ours, out, mask)[:, :T], alone) <= 1e-6 * float(alone.abs().max())
+        # Whether the first token sees the last.
+        assert (difference(logits(ours, other)[:, 0], alone[:, 0]) == 0) == decoder
 
 
 def test_some_layers_only() -> None:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from transformers import AutoConfig, BertForMaskedLM
 
+import softbridge
 from softbridge import testing
 from softbridge.base import Task, build
 from softbridge.errors import BaseModelError, CheckpointError, EngineError, SoftbridgeError
@@ -176,7 +177,7 @@ def test_engine_is_the_toolkit_and_leaves_no_trace(family: str, method: str, tra
     next(model.parameters()).requires_grad_(False)
     before = state(model)
     prompt = read(source, model)
-    attached = ENGINE.attach(model, prompt)
+    attached = softbridge.attach(model, prompt, "peft")
     assert isinstance(attached, peft.PeftModel)
     assert torch.equal(logits(attached), expected)
     assert ENGINE.extract(attached) == prompt
@@ -185,7 +186,7 @@ def test_engine_is_the_toolkit_and_leaves_no_trace(family: str, method: str, tra
         assert generate(attached) == generate(toolkit)
     assert "attached" in [obstacle.name for obstacle in ENGINE.obstacles(prompt, attached)]
 
-    assert ENGINE.detach(attached) is model
+    assert softbridge.detach(attached) is model
     assert state(model) == before
     assert torch.equal(logits(model.eval()), logits(tiny_model(family)))
     with pytest.raises(EngineError, match="attach"):
@@ -228,11 +229,11 @@ def shifted(part: Any) -> Any:
 def test_another_prompt_shows(family: str, method: str, trained: Callable[..., Path]) -> None:
     model = tiny_model(family)
     prompt = read(trained(family, method), model)
-    attached = ENGINE.attach(model, prompt)
+    attached = softbridge.attach(model, prompt, "peft")
     expected = logits(attached)
     for change in (dropped, swapped, shifted):
-        model = ENGINE.detach(attached)
-        attached = ENGINE.attach(model, replace(prompt, parts=(change(prompt.parts[0]),)))
+        model = softbridge.detach(attached)
+        attached = softbridge.attach(model, replace(prompt, parts=(change(prompt.parts[0]),)), "peft")
         assert far(logits(attached), expected), change.__name__
 
 
@@ -352,10 +353,128 @@ def test_classifier_rides_along(trained: Callable[..., Path], tmp_path: Path) ->
     assert config_in(fresh)["modules_to_save"] == ["classifier"]
     expected = logits(peft.PeftModel.from_pretrained(tiny_model("bert"), source).eval())
     assert torch.equal(logits(peft.PeftModel.from_pretrained(tiny_model("bert"), fresh).eval()), expected)
-    without = logits(ENGINE.attach(tiny_model("bert"), replace(prompt, head={})))
+    without = logits(softbridge.attach(tiny_model("bert"), replace(prompt, head={}), "peft"))
     assert not torch.equal(without, expected)
     other = {name: array + 1 for name, array in prompt.head.items()}
-    assert far(logits(ENGINE.attach(tiny_model("bert"), replace(prompt, head=other))), expected)
+    assert far(logits(softbridge.attach(tiny_model("bert"), replace(prompt, head=other), "peft")), expected)
+
+
+def test_a_trained_head_is_extracted(trained: Callable[..., Path]) -> None:
+    """PEFT trains a copy of the head; under the model's own names it comes back, in the precision that it had."""
+    prompt = read(trained("bert", "prompt-tuning"), tiny_model("bert"))
+    for attached in (prompt, replace(prompt, head={})):
+        model = tiny_model("bert")
+        before = {
+            name: array.copy() for name, array in model.classifier.state_dict().items() for array in [array.numpy()]
+        }
+        running = softbridge.attach(model, attached, "peft")
+        assert ENGINE.extract(running).head.keys() == attached.head.keys()
+        bias = running.get_base_model().classifier.modules_to_save["default"].bias
+        with torch.no_grad():
+            bias += 1
+        head = ENGINE.extract(running).head
+        assert set(head) == {"classifier.bias", *attached.head}
+        old = attached.head.get("classifier.bias", before["bias"])
+        assert head["classifier.bias"].dtype == old.dtype
+        np.testing.assert_allclose(head["classifier.bias"], old + 1, rtol=1e-6)
+        for name, array in attached.head.items():
+            assert np.array_equal(head[name], array) == (name != "classifier.bias")
+        softbridge.detach(running)
+        assert all(
+            np.array_equal(tensor.numpy(), before[name]) for name, tensor in model.classifier.state_dict().items()
+        )
+
+
+# --- PEFT's own loader ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loaded_by_peft_is_attached_by_us(
+    family: str, method: str, trained: Callable[..., Path], tmp_path: Path
+) -> None:
+    source = trained(family, method)
+    prompt = read(source, tiny_model(family))
+    expected = logits(softbridge.attach(tiny_model(family), prompt, "peft"))
+    loaded = ENGINE.load(tiny_model(family).train(), prompt, source)
+    assert not any(module.training for module in loaded.modules())
+    found = logits(loaded)
+    assert found.dtype == torch.float64
+    assert torch.equal(found, expected)
+    if family != "bert":
+        assert generate(loaded) == generate(softbridge.attach(tiny_model(family), prompt, "peft"))
+
+    # The file counts, not the prompt.
+    for change in (dropped, swapped, shifted):
+        other = replace(prompt, parts=(change(prompt.parts[0]),))
+        assert torch.equal(logits(ENGINE.load(tiny_model(family), other, source)), expected)
+        if family == "t5" and method == "prompt-tuning":
+            other = replace(other, origin=None)
+        directory = put(tmp_path / change.__name__, FORMAT.write(other, read_geometry(tiny_config(family))))
+        assert far(logits(ENGINE.load(tiny_model(family), prompt, directory)), expected), change.__name__
+
+
+def test_loaded_head_is_that_of_the_file(trained: Callable[..., Path], tmp_path: Path) -> None:
+    prompt = read(trained("bert", "prefix-tuning"), tiny_model("bert"))
+    expected = logits(ENGINE.load(tiny_model("bert"), replace(prompt, head={}), trained("bert", "prefix-tuning")))
+    other = {name: array + 1 for name, array in prompt.head.items()}
+    directory = put(tmp_path / "other", FORMAT.write(replace(prompt, head=other), None))
+    found = logits(ENGINE.load(tiny_model("bert"), prompt, directory))
+    assert far(found, expected)
+    assert torch.equal(found, logits(softbridge.attach(tiny_model("bert"), replace(prompt, head=other), "peft")))
+
+
+@pytest.mark.parametrize("make", [random_input_prompt, random_prefix])
+def test_loaded_without_a_head_runs_under_the_models_own(make: Callable[..., SoftPrompt], tmp_path: Path) -> None:
+    """Without a classifier the file is for feature extraction, as PEFT would refuse it otherwise."""
+    prompt = make(read_geometry(tiny_config("bert")), LENGTH)
+    directory = put(tmp_path / "written", FORMAT.write(prompt, None))
+    assert config_in(directory)["task_type"] == "FEATURE_EXTRACTION"
+    starts = (LENGTH,) if make is random_input_prompt else (LENGTH, 0)
+    for start in starts:
+        told = replace(prompt, positions=Positions({"encoder": start}))
+        expected = logits(softbridge.attach(tiny_model("bert"), told, "peft"))
+        assert torch.equal(logits(ENGINE.load(tiny_model("bert"), told, directory)), expected)
+        assert far(logits(tiny_model("bert")), expected)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gpt_neox", "bert"])
+def test_loaded_tokens_stand_where_they_are_told(family: str, trained: Callable[..., Path]) -> None:
+    source = trained(family, "prefix-tuning")
+    counted = read(source, tiny_model(family))
+    told = replace(counted, positions=Positions(dict.fromkeys(counted.counted(), 0)))
+    expected = logits(softbridge.attach(tiny_model(family), told, "peft"))
+    assert torch.equal(logits(ENGINE.load(tiny_model(family), told, source)), expected)
+    assert float((logits(ENGINE.load(tiny_model(family), counted, source)) - expected).abs().max()) > 0.01
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loaded_runs_in_the_models_precision(dtype: Any, trained: Callable[..., Path]) -> None:
+    for method in METHODS:
+        source = trained("llama", method)
+        prompt = read(source)
+        found = logits(ENGINE.load(tiny_model("llama", dtype=dtype), prompt, source))
+        assert found.dtype == dtype
+        assert torch.equal(found, logits(ENGINE.attach(tiny_model("llama", dtype=dtype), prompt)))
+
+
+def test_loading_is_refused_by_name(
+    trained: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, model = trained("gpt2", "prefix-tuning"), tiny_model("gpt2")
+    prompt = read(source, model)
+    for task in (None, "SEQ_CLS", "FEATURE_EXTRACTION"):
+        content = {name: (source / name).read_bytes() for name in facts.WEIGHTS_FILES[:1]}
+        content[facts.CONFIG_FILE] = json.dumps({**config_in(source), "task_type": task}).encode()
+        with pytest.raises(EngineError, match=f"for the task {task}"):
+            ENGINE.load(model, prompt, put(tmp_path / str(task), content))
+    with pytest.raises(EngineError, match="no weights"):
+        ENGINE.load(model, prompt, tmp_path)
+    with pytest.raises(EngineError, match=r"\[base-model\]"):
+        ENGINE.load(tiny_model("llama"), prompt, source)
+    monkeypatch.setattr(type(ENGINE), "unavailable", lambda self: "PEFT is not installed")
+    with pytest.raises(EngineError, match="not installed"):
+        ENGINE.load(model, prompt, source)
 
 
 def test_p_tuning_is_read_as_what_it_evaluates_to(tmp_path: Path) -> None:

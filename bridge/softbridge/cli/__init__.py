@@ -1,22 +1,28 @@
 """The command line. Prints and exits; nothing below it does.
 
 Exit status: 0 done, or the same; 1 different; 2 refused, or could not be judged (the message says what was found, what
-was expected and what to do).
+was expected and what to do); 3 a defect of softbridge: please report it with the traceback. As everywhere, 130 for an
+interruption and 141 where nobody reads the output.
 """
 
 from __future__ import annotations
 
+import io
 import json
 import logging
+import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
-from rich.markup import escape
+from rich.text import Text
+from typer.core import TyperGroup
 
 from softbridge.cli.tables import (
     certificate_table,
@@ -26,6 +32,8 @@ from softbridge.cli.tables import (
     inspection,
     plugins_table,
     prompt_table,
+    shown,
+    shown_lines,
     steps_table,
 )
 from softbridge.errors import SoftbridgeError
@@ -33,7 +41,19 @@ from softbridge.errors import SoftbridgeError
 if TYPE_CHECKING:
     from softbridge.verification import Certificate
 
+
+class _Group(TyperGroup):
+    """Typer answers two unexpected exceptions, of which one is a closed pipe, with status 1, which is ours to give."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EOFError, OSError) as error:
+            raise RuntimeError("an unexpected error of input or output") from error
+
+
 app = typer.Typer(
+    cls=_Group,
     help="Translate soft prompts between toolkits, and prove that the outputs are the same.",
     no_args_is_help=True,
     add_completion=False,
@@ -41,6 +61,17 @@ app = typer.Typer(
 )
 
 REFUSED = 2
+DEFECT = 3
+UNREAD = 141  # what a shell reports of a program that SIGPIPE ends
+
+
+class Dtype(str, Enum):
+    """The working precisions."""
+
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
 
 Base = Annotated[
     str | None,
@@ -49,17 +80,39 @@ Base = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of a table.")]
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        try:
+            super().on_broken_pipe()
+        except SystemExit as end:
+            raise SystemExit(UNREAD) from end
+
+
 def _out() -> Console:
-    return Console(width=None if Console().is_terminal else 120)
+    return _Console(width=None if Console().is_terminal else 120)
 
 
 def _refuse(error: SoftbridgeError) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(f"[bold red]refused:[/] {escape(str(error))}", highlight=False)
+    message = Text.assemble(("refused:", "bold red"), " ", shown_lines(str(error)))
+    Console(stderr=True, soft_wrap=True).print(message)
     raise typer.Exit(REFUSED)
 
 
 def _print_json(value: Any) -> None:
-    typer.echo(json.dumps(value, indent=2, sort_keys=True))
+    _out().out(json.dumps(value, indent=2, sort_keys=True), highlight=False)
+
+
+def main() -> None:
+    """Run the command line; see the module for the exit status."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
+    try:
+        app()
+    except Exception:
+        lines = shown_lines(traceback.format_exc()).plain
+        print(f"{lines}this is a defect of softbridge: please report it, with the lines above", file=sys.stderr)
+        sys.exit(DEFECT)
 
 
 @contextmanager
@@ -95,19 +148,25 @@ def inspect(
 @app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint to read.")],
-    target: Annotated[Path, typer.Argument(help="The directory (or file, for formats of one file) to write.")],
+    target: Annotated[
+        Path, typer.Argument(help="The directory to write; or a file, if the format has only one and it ends alike.")
+    ],
     to: Annotated[str, typer.Option("--to", help="The format to write.", metavar="FORMAT")],
     base: Base = None,
     source_format: Annotated[
-        str | None, typer.Option("--from", help="The format to read, if it is not recognised.", metavar="FORMAT")
+        str | None,
+        typer.Option("--from", help="The format to read; recognised by content if left out.", metavar="FORMAT"),
     ] = None,
     accept: Annotated[
-        list[str] | None, typer.Option("--accept", help="Accept a condition by name; may be repeated.", metavar="NAME")
+        list[str] | None,
+        typer.Option("--accept", help="Accept a condition that a refusal named; may be repeated.", metavar="NAME"),
     ] = None,
     encoding: Annotated[
-        str | None, typer.Option("--encoding", help="How to store tensors: safetensors, bin, npy.", metavar="NAME")
+        str | None, typer.Option("--encoding", help="How to store tensors; see 'softbridge formats'.", metavar="NAME")
     ] = None,
-    verify: Annotated[bool, typer.Option("--verify", help="Prove that source and target are the same.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run both, and write nothing if they differ. Needs --base.")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
     as_json: AsJson = False,
 ) -> None:
@@ -141,7 +200,9 @@ def convert(
         return
     console = _out()
     console.print(
-        f"{report.source.format.name} {report.source.path} -> {report.target} [bold]{report.path}[/]", highlight=False
+        Text.assemble(
+            shown(f"{report.source.format.name} {report.source.path} -> {report.target} "), shown(report.path, "bold")
+        )
     )
     console.print(steps_table(report.steps))
     if report.certificate is not None:
@@ -158,7 +219,7 @@ def explain(
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
-    """What would a conversion come to, and why? Without --base: for one small model of each kind of positions."""
+    """What would a conversion come to, and why? Without --base: for absolute, rotary and relative positions."""
     from softbridge.explain import explanations
 
     try:
@@ -181,16 +242,18 @@ def verify(
     weights: Annotated[
         bool, typer.Option("--weights", help="Use the base model's own weights, not random ones of its structure.")
     ] = False,
-    dtype: Annotated[str, typer.Option("--dtype", help="The working precision, beside float64.")] = "float32",
-    seed: Annotated[int, typer.Option("--seed", help="Of texts and random weights.")] = 0,
+    dtype: Annotated[
+        Dtype, typer.Option("--dtype", help="The working precision, reported beside float64.")
+    ] = Dtype.float32,
+    seed: Annotated[int, typer.Option("--seed", help="Of texts and random weights.", min=0, max=2**32 - 1)] = 0,
     as_json: AsJson = False,
 ) -> None:
-    """Do two checkpoints compute the same function? Exit status 0 same, 1 different, 2 could not be judged."""
+    """Do two checkpoints compute the same function? Exit status 0 same, 1 different, 2 refused or not to be judged."""
     from softbridge.verification import verify as run
 
     try:
         with _quiet():
-            certificate: Certificate = run(a, b, base, weights=weights, dtype=dtype, seed=seed)
+            certificate: Certificate = run(a, b, base, weights=weights, dtype=dtype.value, seed=seed)
     except SoftbridgeError as error:
         _refuse(error)
     if as_json:
@@ -236,13 +299,16 @@ def demo(
     directory: Annotated[
         Path | None, typer.Option("--directory", help="Where to keep the files; a temporary folder if left out.")
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """The whole job on a tiny Llama built in process: train a prefix, convert it, run both, and compare."""
     from softbridge.cli.demo import run
 
     try:
         with _quiet():
-            status = run(source, target, directory, _out())
+            certificate = run(source, target, directory, _Console(quiet=True) if as_json else _out())
     except SoftbridgeError as error:
         _refuse(error)
-    raise typer.Exit(status)
+    if as_json:
+        _print_json(certificate.to_json())
+    raise typer.Exit(certificate.exit_status)

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
-from softbridge.cli.tables import certificate_table, steps_table
+from softbridge.cli.tables import certificate_table, shown, steps_table
 from softbridge.conversion import convert
 from softbridge.registry import engine_named
+
+if TYPE_CHECKING:
+    from softbridge.verification import Certificate
 
 STEPS = 20
 LENGTH = 8
 
 
-def run(source: str, target: str, directory: Path | None, console: Console) -> int:
-    """Train with the engine `source`, convert to the format `target`, print the certificate; the exit status."""
+def run(source: str, target: str, directory: Path | None, console: Console) -> Certificate:
+    """Train with the engine `source`, convert to the format `target`, print and return the certificate."""
     from softbridge.testing import tiny_config, tiny_model
 
     if directory is None:
@@ -24,21 +28,22 @@ def run(source: str, target: str, directory: Path | None, console: Console) -> i
             return run(source, target, Path(folder), console)
     import torch
 
-    trained, converted = directory / source, directory / target
+    trained, converted = directory / "trained", directory / "converted"
     model = tiny_model("llama", torch.float32)
     engine_named(source).train_example(model, "prefix-tuning", trained, length=LENGTH, steps=STEPS, seed=0)
     console.print(
-        f"1. {source} trained a prefix of {LENGTH} virtual tokens for {STEPS} steps on a tiny Llama and saved "
-        f"{_listing(trained)}",
-        highlight=False,
+        shown(
+            f"1. {source} trained a prefix of {LENGTH} virtual tokens for {STEPS} steps on a tiny Llama and saved "
+            f"{_listing(trained)}"
+        )
     )
     report = convert(trained, converted, target, tiny_config("llama"), verify=True)
-    console.print(f"2. softbridge converted it to {target}: {_listing(converted)}", highlight=False)
+    console.print(shown(f"2. softbridge converted it to {target}: {_listing(converted)}"))
     console.print(steps_table(report.steps))
-    console.print("3. both were loaded in their own toolkits and run on the same texts:", highlight=False)
+    console.print(shown("3. both were run on the same texts:"))
     assert report.certificate is not None
     console.print(certificate_table(report.certificate))
-    return report.certificate.exit_status
+    return report.certificate
 
 
 def _listing(directory: Path) -> str:

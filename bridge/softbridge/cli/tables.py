@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 from rich import box
 from rich.console import Group
-from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -25,11 +24,30 @@ if TYPE_CHECKING:
 Rows = list[dict[str, Any]]
 
 
+def shown(text: object, style: str = "") -> Text:
+    """A string that comes from a file or a caller, to be shown as it is.
+
+    It is never read as markup, and what a terminal would act on (escape sequences, line breaks, marks that turn the
+    direction of writing) is replaced by its name in Python.
+    """
+    visible = (c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in str(text))
+    return Text("".join(visible), style)
+
+
+def shown_lines(text: str, indent: str = "") -> Text:
+    """The same of a message that may have several lines."""
+    return Text("\n" + indent).join(shown(line) for line in text.split("\n"))
+
+
 def _table(*headings: str) -> Table:
     table = Table(box=box.SIMPLE, pad_edge=False)
     for heading in headings:
-        table.add_column(heading, overflow="fold")
+        table.add_column(shown(heading), overflow="fold")
     return table
+
+
+def _row(table: Table, *cells: object) -> None:
+    table.add_row(*map(shown, cells))
 
 
 def formats_table() -> tuple[Table, Rows]:
@@ -41,9 +59,7 @@ def formats_table() -> tuple[Table, Rows]:
         start = {"counted": "P", "zero": "0", None: "any"}[able.prefix_start]
         sites = sorted(able.prefix_sites)
         encodings = list(form.encodings)
-        table.add_row(
-            name, form.summary, ", ".join(encodings), ", ".join(inputs) or "-", ", ".join(sites) or "-", start
-        )
+        _row(table, name, form.summary, ", ".join(encodings), ", ".join(inputs) or "-", ", ".join(sites) or "-", start)
         rows.append(
             {"name": name, "summary": form.summary, "encodings": encodings, "inputs": inputs, "prefixes": sites}
         )
@@ -55,7 +71,7 @@ def engines_table() -> tuple[Table, Rows]:
     table, rows = _table("engine", "what", "here"), []
     for name, engine in engines().items():
         reason = engine.unavailable()
-        table.add_row(name, engine.summary, "yes" if reason is None else f"no: {reason}")
+        _row(table, name, engine.summary, "yes" if reason is None else f"no: {reason}")
         rows.append({"name": name, "summary": engine.summary, "unavailable": reason})
     return table, rows
 
@@ -66,7 +82,7 @@ def plugins_table() -> tuple[Table, Rows]:
     for hook, brought in owners().items():
         for owner in sorted(set(brought.values())):
             names = [name for name, by in brought.items() if by == owner]
-            table.add_row(owner, hook, ", ".join(names))
+            _row(table, owner, hook, ", ".join(names))
             rows.append({"plugin": owner, "hook": hook, "brings": names})
     return table, rows
 
@@ -124,9 +140,9 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
 def prompt_table(found: dict[str, Any]) -> Group:
     """What `softbridge inspect` shows of an `inspection`."""
     head = _table("format", "base model", "files")
-    head.add_row(found["format"], found.get("base") or "not recorded", ", ".join(found["files"]))
+    _row(head, found["format"], found.get("base") or "not recorded", ", ".join(found["files"]))
     if found["needs_base"]:
-        return Group(head, Text(f"give --base to see more: {found['needs_base']}"))
+        return Group(head, shown(f"give --base to see more: {found['needs_base']}"))
     parts = _table("part", "where", "virtual tokens", "shape", "dtype", "std", "largest")
     for part in found["parts"]:
         if part["kind"] == "input":
@@ -137,16 +153,14 @@ def prompt_table(found: dict[str, Any]) -> Group:
             where = f"{part['site']}, {len(layers)} layers" if whole else f"{part['site']}, layers {layers}"
             what = "key/value prefix"
         shape = "x".join(map(str, part["shape"]))
-        parts.add_row(
-            what, where, str(part["length"]), shape, part["dtype"], f"{part['std']:.3g}", f"{part['largest']:.3g}"
-        )
+        _row(parts, what, where, part["length"], shape, part["dtype"], f"{part['std']:.3g}", f"{part['largest']:.3g}")
     start = ", ".join(f"{stack} {position}" for stack, position in found["positions"]["start"].items())
     facts = [f"the first real token stands at: {start or 'no stack is moved'}"]
     if found["training"]:
         facts.append(f"training can go on: {found['training']} reparameterisation")
     if found["head"]:
         facts.append(f"head: {', '.join(found['head'])}")
-    return Group(head, parts, *(Text(fact) for fact in facts))
+    return Group(head, parts, *map(shown, facts))
 
 
 def steps_table(steps: Sequence[Step]) -> Table | Text:
@@ -155,7 +169,7 @@ def steps_table(steps: Sequence[Step]) -> Table | Text:
         return Text("nothing had to be changed: the target expresses the same numbers")
     table = _table("step", "exactness", "what it means")
     for step in steps:
-        table.add_row(step.name, step.exactness, step.note)
+        _row(table, step.name, step.exactness, step.note)
     return table
 
 
@@ -165,7 +179,8 @@ def explanation_table(explanations: Sequence[tuple[str, Explanation]]) -> Table:
     for base, found in explanations:
         reasons = [f"{step.name}: {step.note}" for step in found.steps]
         reasons += [f"{obstacle.name}: {obstacle.reason}" for obstacle in found.obstacles]
-        table.add_row(base, found.method, found.outcome, escape("\n".join(reasons) or "the same numbers"))
+        why = Text("\n").join(map(shown, reasons or ["the same numbers"]))
+        table.add_row(shown(base), shown(found.method), shown(found.outcome), why)
     return table
 
 
@@ -174,26 +189,36 @@ def certificate_table(certificate: Certificate) -> Group:
     bound = f"bound {certificate.bound:.0e}"
     if certificate.islands:
         bound += f": the model computes in float32 inside {', '.join(certificate.islands)}"
-    sides = _table("", "files", "run by")
+    sides = _table("", "files", "loaded", "run by")
     for label, side in (("source", certificate.source), ("target", certificate.target)):
-        sides.add_row(label, escape(side.path), side.engine + (f" ({side.instead_of})" if side.instead_of else ""))
+        loaded = "by its own loader" if side.loaded else "from what softbridge read"
+        _row(sides, label, side.path, loaded, side.engine + (f" ({side.instead_of})" if side.instead_of else ""))
     effects = _table("relative to the largest logit", "float64", certificate.dtype, "")
     for fault in certificate.faults:
         name = "the prompt's effect (dropped)" if fault.name == "dropped" else f"fault: {fault.name}"
-        effects.add_row(name, f"{fault.moved:.1e}", "", "noticed" if fault.noticed else "not noticed")
+        _row(effects, name, f"{fault.moved:.1e}", "", "noticed" if fault.noticed else "not noticed")
     if certificate.naive is not None:
-        effects.add_row("copied as it is", f"{certificate.naive:.1e}", "", "another function")
+        _row(effects, "copied as it is", f"{certificate.naive:.1e}", "", "another function")
     for figure in certificate.figures:
         if figure.probe == "greedy":
-            shown = ["the same tokens" if value == 0 else "other tokens" for value in (figure.float64, figure.working)]
+            values = ["the same tokens" if value == 0 else "other tokens" for value in (figure.float64, figure.working)]
         else:
-            shown = [f"{figure.float64:.1e}", f"{figure.working:.1e}"]
-        effects.add_row(f"difference: {figure.probe}", *shown, figure.note if not figure.judged else "")
+            values = [f"{figure.float64:.1e}", f"{figure.working:.1e}"]
+        _row(effects, f"difference: {figure.probe}", *values, figure.note if not figure.judged else "")
     verdict = {
         "bitwise": "the same, bit for bit",
         "exact": "the same function",
         "different": "DIFFERENT",
         "insensitive": "could not be judged: the outputs do not depend on the prompt",
     }[certificate.verdict]
-    base = Text(f"base: {certificate.base or certificate.geometry.model_type}; weights: {certificate.weights}; {bound}")
-    return Group(sides, effects, base, Text(f"verdict: {verdict}", style="bold"))
+    facts = [
+        f"base: {certificate.base or certificate.geometry.model_type}; weights: {certificate.weights}; "
+        f"texts of up to {certificate.longest} tokens; {bound}"
+    ]
+    if not certificate.independent:
+        facts.append(
+            "one engine ran both sides: it shows that both files hold the same prompt, not that two toolkits agree"
+        )
+    if certificate.conditions:
+        facts.append(f"under the conditions: {', '.join(certificate.conditions)}")
+    return Group(sides, effects, *map(shown, facts), shown(f"verdict: {verdict}", "bold"))

@@ -78,6 +78,9 @@ class Files:
         """What the file is, by its first bytes."""
         with self._open(name) as (stream, size, _):
             start = stream.read(64)
+            # First, because the length of a header can begin like a pickle: 640 is 80 02.
+            if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
+                return "safetensors"
             if start.startswith(NPY):
                 return "npy"
             if start.startswith(ZIP):
@@ -89,8 +92,6 @@ class Files:
                     return "unknown"
             if start.startswith(b"\x80"):
                 return "pickle"
-            if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
-                return "safetensors"
             return "json" if start.lstrip()[:1] == b"{" else "unknown"
 
     def json(self, name: str) -> dict[str, Any]:

@@ -8,20 +8,22 @@ how far the outputs move when the prompt is dropped, shifted or scrambled.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from softbridge.base import BaseModel
+from softbridge.head import load_head
+from softbridge.hookspecs import Engine, Loader
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.verification.certificate import Certificate, Fault, Figure, Side
 from softbridge.verification.mutations import mutations
-from softbridge.verification.probes import Probe, make_probes
-from softbridge.verification.run import choose_engine, find_islands, run
+from softbridge.verification.probes import LENGTHS, Probe, make_probes
+from softbridge.verification.run import attached, choose_engine, find_islands, run
 
-__all__ = ["Certificate", "Fault", "Figure", "Side", "verify", "verify_prompts"]
+__all__ = ["Certificate", "Fault", "Figure", "Side", "Subject", "verify", "verify_prompts"]
 
 #: Relative to the largest logit. Float64 rounding of other summation orders stays below it on any depth we measured.
 BOUND = 1e-12
@@ -29,6 +31,24 @@ BOUND = 1e-12
 ISLAND_BOUND = 1e-5
 #: A fault counts as noticed if it moves the outputs this many times further than the bound allows.
 NOTICED = 100.0
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One of the two things that are compared.
+
+    Attributes:
+        path: what to call it.
+        prompt: what softbridge read, or is about to write.
+        engine: the engine that should run it: its own toolkit's.
+        directory: its files, for the toolkit's own loader to read; None if there are none, or not in a form that
+            stands for the whole prompt.
+    """
+
+    path: str
+    prompt: SoftPrompt
+    engine: str
+    directory: Path | None = None
 
 
 def verify(
@@ -56,63 +76,106 @@ def verify(
     from softbridge.conversion import read
 
     resolved = BaseModel.resolve(base)
-    sides = [
-        (str(loaded.path), loaded.prompt, loaded.format.engine) for loaded in (read(a, resolved), read(b, resolved))
+    subjects = [
+        Subject(str(loaded.path), loaded.prompt, loaded.format.engine, loaded.path)
+        for loaded in (read(a, resolved), read(b, resolved))
     ]
-    return verify_prompts(sides[0], sides[1], resolved, weights=weights, dtype=dtype, seed=seed)
+    return verify_prompts(subjects[0], subjects[1], resolved, weights=weights, dtype=dtype, seed=seed)
 
 
 @dataclass(frozen=True)
-class _Runner:
-    """Builds a fresh model for every run, so that no run can leave anything behind for the next."""
+class _Bench:
+    """Builds a fresh model for every run, so that no run can leave anything behind for the next.
+
+    Attributes:
+        base: the base model, with the head that the prompts bring.
+        weights: whether its own weights are used.
+        seed: of random weights.
+        window: what a sliding window is shortened to, so that the probes are longer, or None to leave it.
+        probes: what is run.
+    """
 
     base: BaseModel
     weights: bool
     seed: int
+    window: int | None
+    probes: tuple[Probe, ...]
 
-    def model(self, dtype: str) -> Any:
+    def model(self, dtype: str = "float64") -> Any:
         import torch
 
         kind = getattr(torch, dtype)
-        return self.base.weights(kind) if self.weights else self.base.structure(kind, self.seed)
+        return self.base.weights(kind) if self.weights else self.base.structure(kind, self.seed, self.window)
+
+    @property
+    def alone(self) -> list[Probe]:
+        return [probe for probe in self.probes if probe.name.startswith("alone")]
+
+    def own(self, subject: Subject, engine: Engine, dtype: str = "float64") -> dict[str, Array]:
+        """All probes, with the toolkit's own loader reading its own files where there are any."""
+        model = self.model(dtype)
+        loader = _loader(subject, engine)
+        if loader is not None and subject.directory is not None:
+            return run(loader.load(model, subject.prompt, subject.directory), self.probes)
+        with attached(engine, model, subject.prompt) as running:
+            return run(running, self.probes)
+
+    def other(self, engine: Engine, prompt: SoftPrompt | None, head: Mapping[str, Array]) -> dict[str, Array]:
+        """The texts alone, for another prompt (None: none, but the same head)."""
+        model = self.model()
+        if prompt is None:
+            load_head(model, head)
+            return run(model, self.alone)
+        with attached(engine, model, prompt) as running:
+            return run(running, self.alone)
+
+
+def _loader(subject: Subject, engine: Engine) -> Loader | None:
+    """The engine as a loader, if it is the toolkit of the files and they are there."""
+    if subject.directory is None or not subject.directory.is_dir() or engine.name != subject.engine:
+        return None
+    return cast("Loader", engine) if hasattr(engine, "load") else None
 
 
 def verify_prompts(
-    a: tuple[str, SoftPrompt, str],
-    b: tuple[str, SoftPrompt, str],
+    a: Subject,
+    b: Subject,
     base: BaseModel,
     *,
     naive: SoftPrompt | None = None,
+    conditions: Sequence[str] = (),
     weights: bool = False,
     dtype: str = "float32",
     seed: int = 0,
 ) -> Certificate:
-    """Compare two prompts, each given as (label, prompt, preferred engine).
+    """Compare two prompts; the first is the reference.
 
     Args:
         naive: the first prompt's numbers as the second side would run them untold; its difference is reported.
+        conditions: names of the conditions that were accepted, for the certificate.
     """
     from softbridge_compat import versions
 
-    runner = _Runner(base, weights, seed)
-    model = runner.model("float64")
-    probes = make_probes(base.geometry, model.config, seed)
-    alone = [probe for probe in probes if probe.name.startswith("alone")]
-    islands = find_islands(model, alone[0])
+    base = base.with_head(a.prompt.head)
+    window = None
+    if a.prompt.positions.window == b.prompt.positions.window:  # they must agree beyond it, too
+        window = max(a.prompt.counted().values(), default=0) + LENGTHS[0] // 2
+    bench = _Bench(base, weights, seed, window, ())
+    model = bench.model()
+    bench = replace(bench, probes=make_probes(base.geometry, model.config, seed, base.task))
+    alone = [probe.name for probe in bench.alone]
+    islands = find_islands(model, bench.alone[0])
     bound = ISLAND_BOUND if islands else BOUND
-    (_, prompt_a, preferred_a), (_, prompt_b, preferred_b) = a, b
-    engine_a, why_a = choose_engine(prompt_a, preferred_a, model)
-    engine_b, why_b = choose_engine(prompt_b, preferred_b, model)
+    engine_a, why_a = choose_engine(a.prompt, a.engine, model)
+    engine_b, why_b = choose_engine(b.prompt, b.engine, model)
+    del model
 
-    plain = run(engine_a, model, None, alone)
-    exact_a = run(engine_a, model, prompt_a, probes)
-    exact_b = run(engine_b, runner.model("float64"), prompt_b, probes)
-    rough_a = run(engine_a, runner.model(dtype), prompt_a, probes)
-    rough_b = run(engine_b, runner.model(dtype), prompt_b, probes)
-    scale = max(float(np.abs(exact_a[probe.name]).max()) for probe in probes if not probe.greedy)
+    exact_a, exact_b = bench.own(a, engine_a), bench.own(b, engine_b)
+    rough_a, rough_b = bench.own(a, engine_a, dtype), bench.own(b, engine_b, dtype)
+    scale = max(float(np.abs(exact_a[probe.name]).max()) for probe in bench.probes if not probe.greedy)
 
     figures = []
-    for group, members in _groups(probes).items():
+    for group, members in _groups(bench.probes).items():
         if members[0].greedy:
             same = np.array_equal(exact_a[group], exact_b[group])
             figures.append(Figure(group, float(not same), float(not np.array_equal(rough_a[group], rough_b[group]))))
@@ -123,39 +186,32 @@ def verify_prompts(
             variant = [
                 f"{engine.name} is not invariant to left padding by itself ({own:.1e})"
                 for engine, out in ((engine_a, exact_a), (engine_b, exact_b))
-                if not (own := _apart(out, ["left-padded"], out, [probe.name for probe in alone], scale)) <= bound
+                if not (own := _apart(out, ["left-padded"], out, alone, scale)) <= bound
             ]
             note = "; ".join(dict.fromkeys(variant))
-        figures.append(
-            Figure(
-                group,
-                _apart(exact_a, names, exact_b, names, scale),
-                _apart(rough_a, names, rough_b, names, scale),
-                judged=not note,
-                note=note,
-            )
-        )
+        apart, rough = (_apart(x, names, y, names, scale) for x, y in ((exact_a, exact_b), (rough_a, rough_b)))
+        figures.append(Figure(group, apart, rough, judged=not note, note=note))
 
-    names = [probe.name for probe in alone]
     faults = []
-    for fault, wrong in mutations(prompt_b, tellable=base.positions.tellable):
-        if wrong is not None and engine_b.obstacles(wrong, model):
+    for fault, wrong in mutations(b.prompt, base.positions):
+        if wrong is not None and engine_b.obstacles(wrong, bench.model()):
             continue
-        out = plain if wrong is None else run(engine_b, runner.model("float64"), wrong, alone)
-        moved = _apart(out, names, exact_b, names, scale)
+        moved = _apart(bench.other(engine_b, wrong, b.prompt.head), alone, exact_b, alone, scale)
         faults.append(Fault(fault, moved, not moved <= NOTICED * bound))  # what is not a number is noticed
     copied = None
-    if naive is not None and not engine_b.obstacles(naive, model):
-        copied = _apart(run(engine_b, runner.model("float64"), naive, alone), names, exact_a, names, scale)
+    if naive is not None and not engine_b.obstacles(naive, bench.model()):
+        copied = _apart(bench.other(engine_b, naive, naive.head), alone, exact_a, alone, scale)
 
     return Certificate(
-        source=Side(a[0], engine_a.name, why_a, prompt_a.digest(), _digests(prompt_a)),
-        target=Side(b[0], engine_b.name, why_b, prompt_b.digest(), _digests(prompt_b)),
+        source=_side(a, engine_a, why_a),
+        target=_side(b, engine_b, why_b),
         base=base.name,
         geometry=base.geometry,
         weights="the model's own" if weights else f"random, seed {seed}; vocabulary and feed-forward shrunk",
         seed=seed,
         dtype=dtype,
+        conditions=tuple(conditions),
+        longest=max(probe.real.shape[1] for probe in bench.probes),
         scale=scale,
         islands=islands,
         bound=bound,
@@ -166,15 +222,16 @@ def verify_prompts(
     )
 
 
+def _side(subject: Subject, engine: Engine, why: str) -> Side:
+    files = {} if subject.prompt.origin is None else subject.prompt.origin.digests
+    return Side(subject.path, engine.name, why, _loader(subject, engine) is not None, subject.prompt.digest(), files)
+
+
 def _groups(probes: Sequence[Probe]) -> dict[str, list[Probe]]:
     groups: dict[str, list[Probe]] = {}
     for probe in probes:
         groups.setdefault("alone" if probe.name.startswith("alone") else probe.name, []).append(probe)
     return groups
-
-
-def _digests(prompt: SoftPrompt) -> Mapping[str, str]:
-    return {} if prompt.origin is None else prompt.origin.digests
 
 
 def _apart(

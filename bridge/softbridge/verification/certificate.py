@@ -25,6 +25,7 @@ class Side:
         path: what it was read from, or is to be written to.
         engine: what ran it.
         instead_of: why not its own toolkit, if something else ran it.
+        loaded: whether the toolkit's own loader read the files; else softbridge read them and handed the prompt over.
         digest: of the prompt (see `SoftPrompt.digest`).
         files: file name -> sha256.
     """
@@ -32,6 +33,7 @@ class Side:
     path: str
     engine: str
     instead_of: str
+    loaded: bool
     digest: str
     files: Mapping[str, str]
 
@@ -76,6 +78,9 @@ class Certificate:
         weights: with which weights it was run.
         seed: of texts and random weights.
         dtype: the working precision.
+        conditions: names of the conditions under which the two are the same, as the caller accepted them.
+        longest: tokens of the longest text that was run; nothing is shown beyond (a window or a table of frequencies
+            that begins to matter later).
         scale: the largest logit of the source, in absolute value.
         islands: modules of the model that compute in less than float64.
         bound: what counts as exact.
@@ -92,6 +97,8 @@ class Certificate:
     weights: str
     seed: int
     dtype: str
+    conditions: tuple[str, ...]
+    longest: int
     scale: float
     islands: tuple[str, ...]
     bound: float
@@ -108,6 +115,11 @@ class Certificate:
         if all(figure.float64 == 0 and figure.working == 0 for figure in judged):
             return "bitwise"
         return "exact" if all(figure.float64 <= self.bound for figure in judged) else "different"
+
+    @property
+    def independent(self) -> bool:
+        """Whether two engines were compared. One engine on both sides shows that the files hold the same prompt."""
+        return self.source.engine != self.target.engine
 
     @property
     def same(self) -> bool:

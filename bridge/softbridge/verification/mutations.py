@@ -7,26 +7,28 @@ from dataclasses import replace
 
 import numpy as np
 
+from softbridge.positions import PositionScheme
 from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
 
 
-def mutations(prompt: SoftPrompt, *, tellable: bool) -> Iterator[tuple[str, SoftPrompt | None]]:
+def mutations(prompt: SoftPrompt, scheme: PositionScheme) -> Iterator[tuple[str, SoftPrompt | None]]:
     """Name -> the faulty prompt (None: no prompt at all).
 
     Args:
         prompt: the right one.
-        tellable: whether the model's caller can say where tokens stand. If so, the shift moves the real tokens of a
-            prefix by one position; if not, and for input prompts, the virtual tokens change places by one.
+        scheme: how the base model knows where its tokens stand. Where its caller can say so, the shift moves the real
+            tokens of a prefix by one position; under a relative bias, and for input prompts, the virtual tokens change
+            places by one; where neither would make a difference, there is no shift.
     """
     yield "dropped", None
     if prompt.prefixes:
         yield "keys and values swapped", _each(prompt, _swap_keys_and_values)
         if any(len(part.layers) > 1 for part in prompt.prefixes):
             yield "two layers swapped", _each(prompt, _swap_layers)
-    if tellable and prompt.prefixes and prompt.positions.start:
+    if prompt.prefixes and prompt.positions.start and scheme.tellable and scheme.kind != "none":
         start = {stack: position + 1 for stack, position in prompt.positions.start.items()}
         yield "shifted by one position", replace(prompt, positions=replace(prompt.positions, start=start))
-    elif prompt.parts[0].length > 1:
+    elif prompt.parts[0].length > 1 and (prompt.inputs or scheme.kind == "relative"):
         yield "shifted by one position", _each(prompt, _roll)
 
 

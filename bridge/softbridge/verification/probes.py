@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from softbridge.base import Task
 from softbridge.geometry import Geometry
 from softbridge.prompt import Array
 
@@ -34,13 +35,14 @@ class Probe:
     greedy: bool = False
 
 
-def make_probes(geometry: Geometry, config: Any, seed: int) -> tuple[Probe, ...]:
+def make_probes(geometry: Geometry, config: Any, seed: int, task: Task) -> tuple[Probe, ...]:
     """Every text alone, all together padded right and (decoders) left, and greedy decoding of one.
 
     Args:
         geometry: of the base model.
         config: of the model that is run (its vocabulary may be shrunk); padding uses its `pad_token_id`.
         seed: of the texts.
+        task: of the model that is run; a classifier does not generate.
     """
     generator = np.random.default_rng(seed)
     special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
@@ -66,9 +68,10 @@ def make_probes(geometry: Geometry, config: Any, seed: int) -> tuple[Probe, ...]
     everyone = list(range(len(texts)))
     probes = [probe(f"alone-{row}", [row], "right") for row in everyone]
     probes.append(probe("right-padded", everyone, "right"))
-    if geometry.decoder is not None and geometry.encoder is None:
+    generates = geometry.decoder is not None and task != "sequence-classification"
+    if generates and answers is None:
         probes.append(probe("left-padded", everyone, "left"))
-    if geometry.decoder is not None:
+    if generates:
         first = probes[0]
         inputs = {name: array for name, array in first.inputs.items() if name != "decoder_input_ids"}
         probes.append(Probe("greedy", inputs, first.real, greedy=True))

@@ -46,27 +46,26 @@ def choose_engine(prompt: SoftPrompt, preferred: str, model: Any) -> tuple[Engin
 
 
 @contextmanager
-def attached(engine: Engine, model: Any, prompt: SoftPrompt | None) -> Iterator[Any]:
-    """The model with the prompt attached (or as it is, for None), for the length of a block."""
-    if prompt is None:
-        yield model
-        return
+def attached(engine: Engine, model: Any, prompt: SoftPrompt) -> Iterator[Any]:
+    """The model with the prompt and its head attached, for the length of a block."""
     before = load_head(model, prompt.head)
-    running = engine.attach(model, prompt)
     try:
-        yield running
+        running = engine.attach(model, prompt)
+        try:
+            yield running
+        finally:
+            engine.detach(running)
     finally:
-        restore_head(engine.detach(running), before)
+        restore_head(model, before)
 
 
-def run(engine: Engine, model: Any, prompt: SoftPrompt | None, probes: Sequence[Probe]) -> dict[str, Array]:
+def run(model: Any, probes: Sequence[Probe]) -> dict[str, Array]:
     """Probe name -> logits at the real tokens, [N, V] (or [B, classes]), or generated token ids [B, tokens].
 
     Logits of virtual positions, where an engine returns them, stand before the real ones and are left out.
     """
-    with attached(engine, model, prompt) as running:
-        running.eval()
-        return {probe.name: _greedy(running, probe) if probe.greedy else _logits(running, probe) for probe in probes}
+    model.eval()
+    return {probe.name: _greedy(model, probe) if probe.greedy else _logits(model, probe) for probe in probes}
 
 
 def _logits(model: Any, probe: Probe) -> Array:

@@ -1,0 +1,479 @@
+"""How training produced a prompt: the parameterisations, each evaluated here and dropped ("ejected").
+
+A model never sees any of this. A `Training` keeps a parameterisation's own tensors, so that training can go on;
+`evaluate` computes the prompt that they stand for, with the operations that the toolkits themselves use, in the
+dtype in which they are stored, so that the result is theirs bit for bit.
+
+`KINDS` is the table: what each `Training.kind` is, its tensors and their shapes. Sizes: P prompt length, H hidden
+size, L prefixed layers, K key/value heads, D head size, W = 2·L·K·D (a row of a flat prefix); E embedding size, M width
+of a hidden layer, S size of an LSTM per direction, N tasks, R ranks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from string import ascii_uppercase, digits
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+
+from softbridge.geometry import Site
+from softbridge.prompt import Array, InputPrompt, Json, KeyValuePrefix, SoftPrompt, Training
+from softbridge.tensors import from_torch, to_torch
+
+if TYPE_CHECKING:
+    import torch
+
+Settings: TypeAlias = Mapping[str, Json]
+Sizes: TypeAlias = Mapping[str, int]
+Start: TypeAlias = Callable[[np.random.Generator, tuple[int, ...], Sizes], Array]
+
+#: A depth beyond this is not believed: settings come from files.
+MOST_LAYERS = 64
+
+
+def normal(std: float) -> Start:
+    """Draws from a normal distribution around 0."""
+    return lambda generator, shape, sizes: generator.normal(0, std, shape)
+
+
+def uniform(bound: float) -> Start:
+    """Draws from a uniform distribution within ±bound."""
+    return lambda generator, shape, sizes: generator.uniform(-bound, bound, shape)
+
+
+def fan_in(size: str) -> Start:
+    """Draws as torch's linear layers and LSTMs do: uniformly within ±1/sqrt(size)."""
+    return lambda generator, shape, sizes: uniform(measure(size, sizes)[0] ** -0.5)(generator, shape, sizes)
+
+
+class Tensor(NamedTuple):
+    """One tensor of a parameterisation.
+
+    Attributes:
+        shape: sizes by name, each with an optional factor, or plain numbers: ``"4S H"``.
+        start: draws its random start.
+        trained: whether training changes it.
+    """
+
+    shape: str
+    start: Start = normal(1.0)
+    trained: bool = True
+
+
+def measure(shape: str, sizes: Sizes) -> tuple[int, ...]:
+    """The numbers of a `Tensor.shape`, 0 for a size that is not known."""
+    return tuple(factor * (sizes.get(name, 0) if name else 1) for factor, name in _dimensions(shape))
+
+
+def _dimensions(shape: str) -> list[tuple[int, str]]:
+    return [(int(word.rstrip(ascii_uppercase) or 1), word.lstrip(digits)) for word in shape.split()]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One parameterisation.
+
+    Attributes:
+        summary: what it computes, and which settings it takes.
+        tensors: its tensors by name, for its settings. With `per_site`, every prefixed site has its own, under
+            ``{site}.{name}``.
+        function: (settings, tensors by name, train) -> [P, H], or [P, W] with `per_site`; differentiable.
+        per_site: whether it makes prefixes; else it makes the vectors of one input prompt.
+    """
+
+    summary: str
+    tensors: Callable[[Settings], dict[str, Tensor]]
+    function: Callable[[Settings, Mapping[str, torch.Tensor], bool], torch.Tensor]
+    per_site: bool
+
+
+def activation(name: str) -> Any:
+    """The function of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import torch
+    from transformers.activations import ACT2FN
+
+    if name == "leakyrelu":
+        return torch.nn.functional.leaky_relu
+    if name not in ACT2FN:
+        raise ValueError(f"no activation is called {name!r}; known are leakyrelu, {', '.join(sorted(ACT2FN))}")
+    return ACT2FN[name]
+
+
+def _linear(name: str, rows: str, columns: str) -> dict[str, Tensor]:
+    return {
+        f"{name}.weight": Tensor(f"{rows} {columns}", fan_in(columns)),
+        f"{name}.bias": Tensor(rows, fan_in(columns)),
+    }
+
+
+def _mlp_tensors(settings: Settings) -> dict[str, Tensor]:
+    return {"embedding": Tensor("P E"), **_linear("hidden", "M", "E"), **_linear("output", "W", "M")}
+
+
+def _mlp(settings: Settings, tensors: Mapping[str, torch.Tensor], train: bool) -> torch.Tensor:
+    from torch.nn.functional import dropout, linear
+
+    function = activation(_text(settings, "non_linearity", "tanh"))
+    hidden = function(linear(tensors["embedding"][None], tensors["hidden.weight"], tensors["hidden.bias"]))
+    flat = linear(hidden, tensors["output.weight"], tensors["output.bias"])[0]
+    return dropout(flat, _rate(settings), train)
+
+
+def _input_mlp_tensors(settings: Settings) -> dict[str, Tensor]:
+    widths = ["H", *["M"] * (_count(settings, "layers", least=2) - 1), "H"]
+    tensors = {"embedding": Tensor("P H")}
+    for number, (columns, rows) in enumerate(pairwise(widths)):
+        tensors.update(_linear(f"linear.{number}", rows, columns))
+    return tensors
+
+
+def _input_mlp(settings: Settings, tensors: Mapping[str, torch.Tensor], train: bool) -> torch.Tensor:
+    return _perceptron(settings, tensors, tensors["embedding"][None], _count(settings, "layers", least=2))
+
+
+def _perceptron(
+    settings: Settings, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor, layers: int
+) -> torch.Tensor:
+    """[1, P, ...] -> [P, H], an activation between the layers."""
+    from torch.nn.functional import linear
+
+    function = activation(_text(settings, "non_linearity", "relu"))
+    for number in range(layers):
+        hidden = function(hidden) if number else hidden
+        hidden = linear(hidden, tensors[f"linear.{number}.weight"], tensors[f"linear.{number}.bias"])
+    return hidden[0]
+
+
+def _lstm_weights(layers: int) -> dict[str, Tensor]:
+    """The weights of a bidirectional LSTM, under torch's names and in torch's order."""
+    return {
+        f"lstm.{name}_l{layer}{direction}": Tensor(shape, fan_in("S"))
+        for layer in range(layers)
+        for direction in ("", "_reverse")
+        for name, shape in {
+            "weight_ih": f"4S {'2S' if layer else 'H'}",
+            "weight_hh": "4S S",
+            "bias_ih": "4S",
+            "bias_hh": "4S",
+        }.items()
+    }
+
+
+def _lstm_tensors(settings: Settings) -> dict[str, Tensor]:
+    lstm = _lstm_weights(_count(settings, "layers"))
+    return {"embedding": Tensor("P H"), **lstm, **_linear("linear.0", "M", "2S"), **_linear("linear.1", "H", "M")}
+
+
+def _lstm(settings: Settings, tensors: Mapping[str, torch.Tensor], train: bool) -> torch.Tensor:
+    import torch
+
+    layers = _count(settings, "layers")
+    embedding = tensors["embedding"][None]
+    state = embedding.new_zeros(2 * layers, 1, tensors["lstm.weight_hh_l0"].shape[1])
+    weights = [tensors[name] for name in _lstm_weights(layers)]
+    hidden = torch.lstm(embedding, (state, state), weights, True, layers, _rate(settings), train, True, True)[0]
+    return _perceptron(settings, tensors, hidden, 2)
+
+
+def _multitask_tensors(settings: Settings) -> dict[str, Tensor]:
+    return {
+        "embedding": Tensor("P H"),
+        "columns": Tensor("N P R", normal(0.02)),
+        "rows": Tensor("N R H", normal(0.02)),
+    }
+
+
+def _multitask(settings: Settings, tensors: Mapping[str, torch.Tensor], train: bool) -> torch.Tensor:
+    columns, rows = tensors["columns"], tensors["rows"]
+    task, tasks = settings.get("task", 0), columns.shape[0]
+    if type(task) is not int or not 0 <= task < tasks:
+        raise ValueError(f"task {task!r}: there are {tasks} tasks, numbered from 0")
+    # With the leading dimension of a batch of one: another product of matrices rounds otherwise.
+    return (tensors["embedding"][None] * (columns[task : task + 1] @ rows[task : task + 1]))[0]
+
+
+def _token_types(settings: Settings) -> list[int]:
+    types = settings.get("token_types")
+    if not isinstance(types, list) or not types or not all(type(kind) is int for kind in types):
+        raise ValueError(f"token_types: a list with a whole number for each virtual token, not {types!r:.80}")
+    return types
+
+
+def _context_aware_tensors(settings: Settings) -> dict[str, Tensor]:
+    length = len(_token_types(settings))
+    return {"embedding": Tensor(f"{length} H", trained=False), "delta": Tensor(f"{length} H", normal(0.0))}
+
+
+def _context_aware(settings: Settings, tensors: Mapping[str, torch.Tensor], train: bool) -> torch.Tensor:
+    import torch
+
+    embedding, delta = tensors["embedding"], tensors["delta"]
+    types = torch.tensor(_token_types(settings), device=delta.device)
+    with torch.no_grad():
+        scale = torch.sqrt(torch.tensor(delta.shape[1] / 2048, dtype=torch.float32, device=delta.device))
+        bound = torch.full(types.shape, 1e-10, dtype=torch.float32, device=delta.device)
+        for remainder, name in ((1, "format_epsilon"), (2, "epsilon"), (3, "format_epsilon")):
+            bound[(types > 0) & (types % 4 == remainder)] = _number(settings, name, 0.1) * scale
+        norm = torch.linalg.vector_norm(delta, dim=1)
+        factor = torch.where(norm > 0, bound / norm.clamp(min=bound), torch.ones_like(norm))
+        projected = (delta * factor[:, None]).to(delta.dtype)
+    if delta.requires_grad:  # the projection is no part of the gradient, and labels (0 modulo 4) are not learned
+        projected = projected + (delta - delta.detach()) * (types % 4 != 0)[:, None]
+    return embedding.detach() + projected
+
+
+def _cartridge_tensors(settings: Settings) -> dict[str, Tensor]:
+    frozen = _count(settings, "frozen", least=0, most=2**31)
+    held = {"frozen": Tensor(f"{frozen} W", trained=False)} if frozen else {}
+    return {**held, "trained": Tensor("Q W")}
+
+
+def _cartridge(settings: Settings, tensors: Mapping[str, torch.Tensor], train: bool) -> torch.Tensor:
+    import torch
+
+    return torch.cat([tensors[name] for name in ("frozen", "trained") if name in tensors])
+
+
+KINDS: Mapping[str, Kind] = {
+    "mlp": Kind(
+        "prefix tuning (Li & Liang 2021): a two-layer perceptron over a small embedding. non_linearity: transformers' "
+        "name of an activation, or leakyrelu (tanh); dropout: rate, on keys and values, in training only (0)",
+        _mlp_tensors,
+        _mlp,
+        per_site=True,
+    ),
+    "p-tuning-mlp": Kind(
+        "P-tuning (Liu 2021): a perceptron over an embedding. layers: linear layers, with an activation between them; "
+        "non_linearity (relu)",
+        _input_mlp_tensors,
+        _input_mlp,
+        per_site=False,
+    ),
+    "p-tuning-lstm": Kind(
+        "P-tuning (Liu 2021): a bidirectional LSTM, then two linear layers, over an embedding. layers: of the LSTM; "
+        "dropout: rate between them, in training only (0); non_linearity (relu)",
+        _lstm_tensors,
+        _lstm,
+        per_site=False,
+    ),
+    "multitask": Kind(
+        "multitask prompt tuning (Wang 2023): embedding * (columns[task] @ rows[task]). task: number from 0 (0)",
+        _multitask_tensors,
+        _multitask,
+        per_site=False,
+    ),
+    "context-aware": Kind(
+        "context-aware prompt tuning (Blau 2024): the embedding of a text, frozen, plus a delta whose rows are scaled "
+        "down to a norm. token_types: one for each virtual token; modulo 4 it is 1 (template of an input) or 3 (of a "
+        "label): norm format_epsilon; 2 (input): norm epsilon; 0 (label): not learned. Both norms, 0.1 if they are not "
+        "given, are times sqrt(H / 2048)",
+        _context_aware_tensors,
+        _context_aware,
+        per_site=False,
+    ),
+    "cartridge": Kind(
+        "cartridge (Eyuboglu 2025): keys and values themselves, the first ones frozen. frozen: how many",
+        _cartridge_tensors,
+        _cartridge,
+        per_site=True,
+    ),
+}
+
+#: The tensors that the kind ``mlp`` has for each site.
+MLP_TENSORS = tuple(_mlp_tensors({}))
+
+
+def _text(settings: Settings, name: str, default: str) -> str:
+    value = settings.get(name, default)
+    if not isinstance(value, str):
+        raise ValueError(f"{name}: a text, not {value!r:.80}")
+    return value
+
+
+def _number(settings: Settings, name: str, default: float) -> float:
+    value = settings.get(name, default)
+    if type(value) not in (int, float) or not 0 <= value < math.inf:
+        raise ValueError(f"{name}: a number from 0, not {value!r:.80}")
+    return float(value)
+
+
+def _rate(settings: Settings) -> float:
+    rate = _number(settings, "dropout", 0.0)
+    if rate >= 1:
+        raise ValueError(f"dropout: a rate below 1, not {rate}")
+    return rate
+
+
+def _count(settings: Settings, name: str, least: int = 1, most: int = MOST_LAYERS) -> int:
+    value = settings.get(name)
+    if type(value) is not int or not least <= value <= most:
+        raise ValueError(f"{name}: a whole number from {least} to {most}, not {value!r:.80}")
+    return value
+
+
+def kind_of(name: str) -> Kind:
+    """The parameterisation of that name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in KINDS:
+        raise ValueError(f"no parameterisation is called {name!r}; known are {', '.join(KINDS)}")
+    return KINDS[name]
+
+
+def trained(training: Training) -> frozenset[str]:
+    """The names of the tensors that training changes; the others are frozen.
+
+    Raises:
+        ValueError: the kind is unknown, or its settings are not what it documents.
+    """
+    specs = kind_of(training.kind).tensors(training.settings)
+    return frozenset(name for name in training.tensors if (spec := specs.get(_local(name))) and spec.trained)
+
+
+def _local(name: str) -> str:
+    """The name without its site."""
+    site, _, rest = name.partition(".")
+    return rest if site in get_args(Site) else name
+
+
+def evaluate(
+    kind: str,
+    settings: Settings,
+    tensors: Mapping[str, torch.Tensor],
+    site: Site | None = None,
+    *,
+    train: bool = False,
+) -> torch.Tensor:
+    """What a parameterisation stands for: [P, H], or [P, W] of one site. Differentiable.
+
+    Args:
+        kind: a name in `KINDS`.
+        settings: as the kind documents them.
+        tensors: all of the `Training`, also those of other sites.
+        site: for kinds that make prefixes.
+        train: whether dropout is on.
+
+    Raises:
+        ValueError: the kind is unknown, or settings, names, shapes or dtypes are not what it documents.
+    """
+    entry = kind_of(kind)
+    if (site is not None) != entry.per_site:
+        wanted = "prefixes, one for each site" if entry.per_site else "vectors in the input, which have no site"
+        raise ValueError(f"{kind}: it makes {wanted}; site: {site!r}")
+    specs = entry.tensors(settings)
+    prefix = f"{site}." if entry.per_site else ""
+    known = {f"{place}.{name}" for place in get_args(Site) for name in specs} if entry.per_site else set(specs)
+    problems = [f"missing {prefix}{name}" for name in specs if prefix + name not in tensors]
+    problems += [f"unexpected {name}" for name in sorted(tensors.keys() - known)]
+    if problems:
+        raise ValueError(f"{kind}: {', '.join(problems)}")
+    own = {name: tensors[prefix + name] for name in specs}
+    _check_shapes(kind, prefix, specs, own)
+    return entry.function(settings, own, train)
+
+
+def _check_shapes(kind: str, prefix: str, specs: Mapping[str, Tensor], tensors: Mapping[str, torch.Tensor]) -> None:
+    sizes: dict[str, int] = {}
+    for name, tensor in tensors.items():
+        shape, dimensions = tuple(tensor.shape), _dimensions(specs[name].shape)
+        for size, (factor, symbol) in zip(shape, dimensions, strict=False):
+            if symbol and size % factor == 0:
+                sizes.setdefault(symbol, size // factor)
+        if shape != measure(specs[name].shape, sizes) or 0 in shape:
+            expected = ", ".join(f"{s} = {sizes[s]}" for _, s in dimensions if s in sizes)
+            raise ValueError(
+                f"{kind}: {prefix}{name} has the shape {list(shape)}, expected [{specs[name].shape.replace(' ', ', ')}]"
+                + (f" with {expected}" if expected else "")
+            )
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if len(dtypes) > 1 or not next(iter(dtypes)).is_floating_point:
+        found = ", ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+        raise ValueError(f"{kind}: tensors of {found}, expected one floating-point type for all")
+
+
+def eject(training: Training, site: Site | None = None) -> Array:
+    """`evaluate` on the arrays of a training state: [P, H], or [P, W] of one site. Raises the same."""
+    import torch
+
+    tensors = {name: to_torch(array) for name, array in training.tensors.items()}
+    # With gradients on, though none is asked for: so the toolkits evaluate when they save, and without gradients torch
+    # computes a float32 LSTM on the CPU by other kernels, which round otherwise.
+    with torch.enable_grad():
+        return from_torch(evaluate(training.kind, training.settings, tensors, site))
+
+
+def materialise(training: Training, site: Site, layers: Sequence[int], kv_heads: int, head_dim: int) -> KeyValuePrefix:
+    """The prefix of one site: [K, P, D] keys and values of each of the L layers.
+
+    Raises:
+        ValueError: the kind is unknown or makes no prefixes; its settings or tensors are not what it documents, or are
+            for other layers or heads.
+    """
+    flat = eject(training, site)
+    width = 2 * len(layers) * kv_heads * head_dim
+    if flat.shape[1] != width:
+        sizes = f"2 · {len(layers)} layers · {kv_heads} heads · {head_dim}"
+        raise ValueError(f"{training.kind}: rows of {flat.shape[1]} numbers at site {site}, expected {width} ({sizes})")
+    return KeyValuePrefix.from_flat(site, flat, tuple(layers), kv_heads, head_dim)
+
+
+def materialise_vectors(training: Training, task: int | None = None) -> Array:
+    """The vectors [P, H] of an input prompt.
+
+    Args:
+        training: of a kind that makes them.
+        task: of multitask prompt tuning; None is the one that its settings name.
+
+    Raises:
+        ValueError: the kind is unknown or makes prefixes; its settings or tensors are not what it documents; there is
+            no such task.
+    """
+    return eject(training if task is None else _for_task(training, task))
+
+
+def materialise_tasks(training: Training) -> dict[int, Array]:
+    """The vectors [P, H] of every task of multitask prompt tuning.
+
+    Raises:
+        ValueError: the kind is another, or its tensors are not what it documents.
+    """
+    first = materialise_vectors(training, 0)  # complains of what is wrong
+    tasks = training.tensors["columns"].shape[0]
+    return {0: first, **{task: materialise_vectors(training, task) for task in range(1, tasks)}}
+
+
+def rematerialise(prompt: SoftPrompt, task: int | None = None) -> SoftPrompt:
+    """The prompt with its parts evaluated anew from its training state: after training, or for another task.
+
+    Raises:
+        ValueError: it has none, or one that does not fit its parts; there is no such task.
+    """
+    training = prompt.training
+    if training is None:
+        raise ValueError("the prompt has no training state: its parts are all there is")
+    if task is not None:
+        training = _for_task(training, task)
+    parts: list[InputPrompt | KeyValuePrefix] = []
+    for part in prompt.parts:
+        if isinstance(part, InputPrompt):
+            parts.append(replace(part, vectors=materialise_vectors(training)))
+        else:
+            kv_heads, _, head_dim = next(iter(part.layers.values())).keys.shape
+            parts.append(materialise(training, part.site, tuple(part.layers), kv_heads, head_dim))
+    return replace(prompt, parts=tuple(parts), training=training)
+
+
+def _for_task(training: Training, task: int) -> Training:
+    if training.kind != "multitask":
+        raise ValueError(f"task {task}: only the parameterisation 'multitask' has tasks, this is {training.kind!r}")
+    return replace(training, settings={**training.settings, "task": task})

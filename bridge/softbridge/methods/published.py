@@ -1,0 +1,591 @@
+"""The methods as they were published: values that start a new prompt for a base model.
+
+A method is one frozen dataclass: its settings with the defaults of the paper or of its code, its paper, and a plan of
+what it comes to on a base model. A plan is data (which parameterisation, of which sizes, for which parts), so that
+counting and drawing a random start are written once, in `Method`. Sizes have the names of
+`softbridge.methods.parameterisations`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
+
+import numpy as np
+
+from softbridge.geometry import Geometry, Site, Stack, stack_of
+from softbridge.methods.parameterisations import Sizes, Start, Tensor, eject, kind_of, measure, normal, uniform
+from softbridge.prompt import (
+    Array,
+    BaseId,
+    FrozenMap,
+    InputPrompt,
+    Json,
+    KeyValuePrefix,
+    Part,
+    Positions,
+    SoftPrompt,
+    Training,
+)
+
+#: None: every layer of every site that the model has; names: every layer of these sites; a mapping: these layers.
+Sites: TypeAlias = Sequence[Site] | Mapping[Site, Sequence[int]] | None
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a method was published."""
+
+    title: str
+    authors: str
+    year: int
+    arxiv: str
+
+    @property
+    def url(self) -> str:
+        return f"https://arxiv.org/abs/{self.arxiv}"
+
+
+class Slot(NamedTuple):
+    """One part that a method makes.
+
+    Attributes:
+        stack: whose real tokens' positions it moves, or None (cross-attention).
+        site: of a prefix, or None for vectors in the input.
+        width: numbers per virtual token: H, or W = 2·L·K·D.
+        fill: [P, width] -> the part.
+    """
+
+    stack: Stack | None
+    site: Site | None
+    width: int
+    fill: Callable[[Array], Part]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a method comes to on one base model.
+
+    Attributes:
+        slots: the parts that it makes.
+        sizes: of its tensors; W comes from the slots.
+        kind: the parameterisation, or None if the numbers of the parts are themselves what is trained.
+        settings: of the parameterisation.
+        start: without a parameterisation, how the numbers are drawn.
+        head: tensors that are trained together with the prompt: name -> shape.
+    """
+
+    slots: tuple[Slot, ...]
+    sizes: Sizes
+    kind: str | None = None
+    settings: Mapping[str, Json] = field(default_factory=dict)
+    start: Start = field(default=normal(1.0))
+    head: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor, Sizes]]:
+        """Every tensor of the prompt: its name, what it is, and the sizes that its shape is to be read with."""
+        tensors = (
+            {"prompt": Tensor("P W", self.start)} if self.kind is None else kind_of(self.kind).tensors(self.settings)
+        )
+        for slot in self.slots:
+            for name, tensor in tensors.items():
+                yield f"{slot.site}.{name}" if slot.site else name, tensor, {**self.sizes, "W": slot.width}
+
+
+class Method:
+    """What all methods have in common. Each says in `plan` what it is."""
+
+    paper: ClassVar[Paper]
+
+    def plan(self, geometry: Geometry) -> Plan:
+        """What the method comes to on a base model.
+
+        Raises:
+            ValueError: it does not fit the base model, which has no such stack, site or layer.
+        """
+        raise NotImplementedError
+
+    def parameters(self, geometry: Geometry) -> int:
+        """How many numbers are trained.
+
+        Raises:
+            ValueError: the method does not fit the base model.
+        """
+        plan = self.plan(geometry)
+        numbers = sum(math.prod(measure(tensor.shape, sizes)) for _, tensor, sizes in plan.tensors() if tensor.trained)
+        return numbers + sum(math.prod(shape) for shape in plan.head.values())
+
+    def initialise(self, geometry: Geometry, seed: int = 0) -> SoftPrompt:
+        """A prompt with a random start in float32, the same for the same seed; its virtual tokens are counted.
+
+        Raises:
+            ValueError: the method does not fit the base model.
+        """
+        return _initialise(self.plan(geometry), geometry, seed, {})
+
+
+def _initialise(plan: Plan, geometry: Geometry, seed: int, given: Mapping[str, Array]) -> SoftPrompt:
+    """A random start, but for the tensors that are given."""
+    generator = np.random.default_rng(seed)
+    drawn: dict[str, Array] = {}
+    for name, tensor, sizes in plan.tensors():
+        shape = measure(tensor.shape, sizes)
+        drawn[name] = given[name] if name in given else tensor.start(generator, shape, sizes).astype(np.float32)
+        if drawn[name].shape != shape:
+            raise ValueError(f"a start of the shape {list(drawn[name].shape)} for {name}, expected {list(shape)}")
+    head = {name: _head_start(generator, shape) for name, shape in plan.head.items()}
+    if plan.kind is None:
+        training = None
+        parts = tuple(slot.fill(drawn[f"{slot.site}.prompt" if slot.site else "prompt"]) for slot in plan.slots)
+    else:
+        training = Training(plan.kind, plan.settings, drawn)
+        parts = tuple(slot.fill(eject(training, slot.site)) for slot in plan.slots)
+    start = {slot.stack: part.length for slot, part in zip(plan.slots, parts, strict=True) if slot.stack is not None}
+    return SoftPrompt(parts, Positions(start), BaseId(None, geometry), head, training)
+
+
+def _head_start(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
+    """As BERT's heads start: matrices with standard deviation 0.02, biases 0."""
+    return generator.normal(0, 0.02 if len(shape) > 1 else 0.0, shape).astype(np.float32)
+
+
+def _input_slot(geometry: Geometry, stack: Stack | None) -> tuple[Slot, ...]:
+    """Vectors in the input of one stack; None: of the encoder, where there is one."""
+    place: Stack = stack or ("decoder" if geometry.encoder is None else "encoder")
+    if place not in get_args(Stack) or geometry.stack(place) is None:
+        raise ValueError(f"stack: {geometry.model_type} has no {place!r}")
+    return (Slot(place, None, geometry.hidden, lambda vectors: InputPrompt(vectors, place)),)
+
+
+def _prefix_slots(geometry: Geometry, sites: Sites) -> tuple[Slot, ...]:
+    """Prefixes of some layers of some sites."""
+    if sites is None:
+        sites = [site for site in get_args(Site) if geometry.site(site) is not None]
+    slots = []
+    for site in sites:
+        shape = geometry.site(site) if site in get_args(Site) else None
+        if shape is None:
+            raise ValueError(f"sites: {geometry.model_type} has no site {site!r}")
+        layers = tuple(sorted(sites[site])) if isinstance(sites, Mapping) else tuple(range(shape.layers))
+        if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(shape.layers)):
+            raise ValueError(f"sites: layers {list(layers)} at site {site!r}, which has layers 0 to {shape.layers - 1}")
+        slots.append(_prefix_slot(site, layers, shape.kv_heads, shape.head_dim))
+    if not slots or len({slot.site for slot in slots}) < len(slots):
+        raise ValueError(f"sites: at least one, and each of them once, not {list(sites)}")
+    return tuple(slots)
+
+
+def _prefix_slot(site: Site, layers: tuple[int, ...], kv_heads: int, head_dim: int) -> Slot:
+    width = 2 * len(layers) * kv_heads * head_dim
+    stack = None if site == "cross" else stack_of(site)
+    return Slot(stack, site, width, lambda flat: KeyValuePrefix.from_flat(site, flat, layers, kv_heads, head_dim))
+
+
+def _freeze(method: object, name: str = "sites") -> None:
+    """Make the field immutable: a list a tuple, a mapping a `FrozenMap`."""
+    value = getattr(method, name)
+    if isinstance(value, Mapping):
+        object.__setattr__(method, name, FrozenMap({site: tuple(layers) for site, layers in value.items()}))
+    elif value is not None:
+        object.__setattr__(method, name, tuple(value))
+
+
+def _need_counts(method: object, *names: str, least: int = 1) -> None:
+    for name in names:
+        value = getattr(method, name)
+        if type(value) is not int or value < least:
+            raise ValueError(f"{type(method).__name__}: {name} is {value!r}, expected a whole number from {least}")
+
+
+@dataclass(frozen=True)
+class PromptTuning(Method):
+    """Prompt tuning: the vectors [P, H] in the input are trained themselves. P·H numbers.
+
+    They start uniformly within ±0.5, as in the paper's ablation; vectors of vocabulary or labels learn faster.
+
+    Attributes:
+        length: P; the paper's default.
+        stack: which input; None: the encoder's, where there is one.
+    """
+
+    paper: ClassVar = Paper(
+        "The Power of Scale for Parameter-Efficient Prompt Tuning", "Lester, Al-Rfou, Constant", 2021, "2104.08691"
+    )
+
+    length: int = 100
+    stack: Stack | None = None
+
+    def __post_init__(self) -> None:
+        _need_counts(self, "length")
+
+    def plan(self, geometry: Geometry) -> Plan:
+        return Plan(_input_slot(geometry, self.stack), {"P": self.length}, start=uniform(0.5))
+
+
+Encoder: TypeAlias = Literal["mlp", "lstm", "lstm-paper", "mlp-fewshot", "lstm-fewshot"]
+
+
+class _Network(NamedTuple):
+    """One of P-tuning's networks, for its width h.
+
+    Attributes:
+        kind: its parameterisation.
+        middle: M is so many times h.
+        narrow: h is H divided by this, unless it is given.
+        linear: linear layers, where that is what the kind's setting ``layers`` counts.
+    """
+
+    kind: str
+    middle: int = 1
+    narrow: int = 1
+    linear: int | None = None
+
+
+_NETWORKS: Mapping[Encoder, _Network] = {
+    "mlp": _Network("p-tuning-mlp", linear=3),
+    "lstm": _Network("p-tuning-lstm", middle=2),
+    "lstm-paper": _Network("p-tuning-lstm", middle=2, narrow=2),
+    "mlp-fewshot": _Network("p-tuning-mlp", linear=2),
+    "lstm-fewshot": _Network("p-tuning-lstm"),
+}
+
+
+@dataclass(frozen=True)
+class PTuning(Method):
+    """P-tuning (v1): a network over an embedding [P, H] makes the vectors [P, H] in the input.
+
+    Five networks go by this name, ReLU between all linear layers. h is `hidden_size`, by default H:
+
+    - ``mlp``: linear H -> h -> h -> H, as PEFT has it. P·H + H·h + h + h² + h + h·H + H numbers.
+    - ``lstm``: a bidirectional LSTM with h per direction, linear 2h -> 2h -> H, as PEFT has it.
+    - ``lstm-paper``: the same with h = H / 2, as the paper's own experiments (THUDM/P-tuning, LAMA).
+    - ``mlp-fewshot``: linear H -> h -> H (the same repository, PT-Fewshot).
+    - ``lstm-fewshot``: a bidirectional LSTM with h per direction, linear 2h -> h -> H (PT-Fewshot).
+
+    An LSTM of n layers has 2·(4h·(H + h) + 8h) + (n - 1)·2·(4h·3h + 8h) numbers, and the P·H of the embedding and the
+    linear layers come on top.
+
+    Attributes:
+        length: P; by default that of LAMA's template, three times three.
+        encoder: one of the five.
+        hidden_size: h.
+        layers: of the LSTM.
+        dropout: rate between the layers of the LSTM, in training only.
+        stack: which input; None: the encoder's, where there is one.
+    """
+
+    paper: ClassVar = Paper("GPT Understands, Too", "Liu, Zheng, Du, Ding, Qian, Yang, Tang", 2021, "2103.10385")
+
+    length: int = 9
+    encoder: Encoder = "mlp"
+    hidden_size: int | None = None
+    layers: int = 2
+    dropout: float = 0.0
+    stack: Stack | None = None
+
+    def __post_init__(self) -> None:
+        _need_counts(self, "length", "layers", *(["hidden_size"] if self.hidden_size is not None else []))
+        if self.encoder not in _NETWORKS:
+            raise ValueError(f"encoder: one of {', '.join(_NETWORKS)}, not {self.encoder!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: a rate below 1, not {self.dropout}")
+        if _NETWORKS[self.encoder].linear and (self.layers != 2 or self.dropout):
+            raise ValueError(f"layers and dropout are the LSTM's, and {self.encoder!r} has none")
+
+    def plan(self, geometry: Geometry) -> Plan:
+        network, hidden = _NETWORKS[self.encoder], geometry.hidden
+        if self.hidden_size is None and hidden % network.narrow:
+            raise ValueError(f"{self.encoder}: the hidden size {hidden} is no multiple of {network.narrow}")
+        size = self.hidden_size or hidden // network.narrow
+        sizes = {"P": self.length, "H": hidden, "S": size, "M": network.middle * size}
+        settings: dict[str, Json] = {"non_linearity": "relu", "layers": network.linear or self.layers}
+        if not network.linear:
+            settings["dropout"] = self.dropout
+        return Plan(_input_slot(geometry, self.stack), sizes, network.kind, settings)
+
+
+@dataclass(frozen=True)
+class MLP:
+    """The perceptron of a reparameterised prefix: an embedding [P, E], linear E -> M -> W.
+
+    Attributes:
+        bottleneck_size: M; 512 is the paper's, and AdapterHub's default. PEFT's is K·D.
+        embedding_size: E; None: H, as in the paper and AdapterHub. PEFT's is K·D.
+        non_linearity: transformers' name of an activation, or ``leakyrelu``.
+        dropout: rate, on the keys and values, in training only.
+    """
+
+    bottleneck_size: int = 512
+    embedding_size: int | None = None
+    non_linearity: str = "tanh"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        _need_counts(self, "bottleneck_size", *(["embedding_size"] if self.embedding_size is not None else []))
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout: a rate below 1, not {self.dropout}")
+
+
+@dataclass(frozen=True)
+class PrefixTuning(Method):
+    """Prefix tuning: keys and values of every layer, made by a perceptron or trained themselves.
+
+    For each site, with W = 2·L·K·D: P·W numbers if flat; P·E + M·E + M + W·M + W with the perceptron (its E, M).
+
+    Attributes:
+        length: P; the paper's for table-to-text.
+        reparameterisation: the perceptron, as in the paper, or None for a flat prefix.
+        sites: where; see `Sites`. The paper prefixes all sites of an encoder-decoder model, PEFT ``("self",)``.
+    """
+
+    paper: ClassVar = Paper(
+        "Prefix-Tuning: Optimizing Continuous Prompts for Generation", "Li, Liang", 2021, "2101.00190"
+    )
+
+    length: int = 10
+    reparameterisation: MLP | None = MLP()
+    sites: Sites = None
+
+    def __post_init__(self) -> None:
+        _need_counts(self, "length")
+        _freeze(self)
+
+    def plan(self, geometry: Geometry) -> Plan:
+        slots, mlp = _prefix_slots(geometry, self.sites), self.reparameterisation
+        if mlp is None:
+            return Plan(slots, {"P": self.length})
+        sizes = {"P": self.length, "E": mlp.embedding_size or geometry.hidden, "M": mlp.bottleneck_size}
+        names = ("non_linearity", "dropout", "bottleneck_size")
+        return Plan(slots, sizes, "mlp", {name: getattr(mlp, name) for name in names})
+
+
+Task: TypeAlias = Literal["sequence-classification", "token-classification", "question-answering"]
+
+_HEAD_MODULES: Mapping[Task, str] = {
+    "sequence-classification": "classifier",
+    "token-classification": "classifier",
+    "question-answering": "qa_outputs",
+}
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """The linear layer that P-tuning v2 trains with the prefix: ``{module}.weight`` [C, H], ``{module}.bias`` [C].
+
+    Attributes:
+        task: what it is for.
+        labels: C; 2 in question answering (start and end).
+        module: its name in the model; None: that of the published code, which BERT has too: ``classifier``, or
+            ``qa_outputs``.
+        bias: whether it has one (decoders' ``score`` has none).
+    """
+
+    task: Task = "sequence-classification"
+    labels: int = 2
+    module: str | None = None
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        _need_counts(self, "labels")
+        if self.task not in _HEAD_MODULES:
+            raise ValueError(f"task: one of {', '.join(_HEAD_MODULES)}, not {self.task!r}")
+        if self.task == "question-answering" and self.labels != 2:
+            raise ValueError(f"labels: question answering has 2, the start and the end, not {self.labels}")
+
+    def shapes(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        """Its tensors: name -> shape."""
+        module = self.module or _HEAD_MODULES[self.task]
+        bias = {f"{module}.bias": (self.labels,)} if self.bias else {}
+        return {f"{module}.weight": (self.labels, geometry.hidden), **bias}
+
+
+@dataclass(frozen=True)
+class PTuningV2(Method):
+    """P-tuning v2: keys and values of every layer are trained themselves, and a task head with them.
+
+    Σ P·2·L·K·D over the sites, and C·H + C for the head, which rides in `SoftPrompt.head`.
+
+    Attributes:
+        length: P; the published code's default. The paper uses up to 20 for classification, 100 for labelling.
+        head: the task head, or None where the model's own does (a language model's).
+        sites: where; see `Sites`.
+    """
+
+    paper: ClassVar = Paper(
+        "P-Tuning v2: Prompt Tuning Can Be Comparable to Fine-tuning Universally Across Scales and Tasks",
+        "Liu, Ji, Fu, Tam, Du, Yang, Tang",
+        2022,
+        "2110.07602",
+    )
+
+    length: int = 4
+    head: TaskHead | None = None
+    sites: Sites = None
+
+    def __post_init__(self) -> None:
+        _need_counts(self, "length")
+        _freeze(self)
+
+    def plan(self, geometry: Geometry) -> Plan:
+        head = {} if self.head is None else self.head.shapes(geometry)
+        return Plan(_prefix_slots(geometry, self.sites), {"P": self.length}, head=head)
+
+
+@dataclass(frozen=True)
+class MultitaskPromptTuning(Method):
+    """Multitask prompt tuning: a shared prompt times a low-rank matrix for each task, elementwise.
+
+    P·H + N·R·(P + H) numbers. The prompt is that of task 0 at first; `rematerialise` gives the others. The matrices
+    start with standard deviation 0.02, as PEFT's do, so that every prompt starts near 0.
+
+    Attributes:
+        tasks: N.
+        ranks: R; the paper's.
+        length: P; the paper's.
+        stack: which input; None: the encoder's, where there is one.
+    """
+
+    paper: ClassVar = Paper(
+        "Multitask Prompt Tuning Enables Parameter-Efficient Transfer Learning",
+        "Wang, Panda, Karlinsky, Feris, Sun, Kim",
+        2023,
+        "2303.02861",
+    )
+
+    tasks: int
+    ranks: int = 1
+    length: int = 100
+    stack: Stack | None = None
+
+    def __post_init__(self) -> None:
+        _need_counts(self, "tasks", "ranks", "length")
+
+    def plan(self, geometry: Geometry) -> Plan:
+        sizes = {"P": self.length, "H": geometry.hidden, "N": self.tasks, "R": self.ranks}
+        return Plan(_input_slot(geometry, self.stack), sizes, "multitask", {"task": 0})
+
+
+@dataclass(frozen=True)
+class ContextAwarePromptTuning(Method):
+    """Context-aware prompt tuning (CPT): the embedding of examples in text, frozen, plus a bounded delta.
+
+    P·H numbers (the delta; rows of labels are among them, though they get no gradient). The row of a virtual token is
+    scaled down to a norm by its type, times sqrt(H / 2048). A trainer stores the projected delta after each step.
+
+    Attributes:
+        token_types: one for each of the P tokens of the text. Modulo 4: 1 template of an input, 2 input, 3 template of
+            a label, 0 label, whose delta vanishes (1e-10). The n-th example counts on from 4·(n - 1).
+        epsilon: the largest norm of an input's delta.
+        format_epsilon: the largest norm of a template's.
+        stack: which input; None: the encoder's, where there is one.
+    """
+
+    paper: ClassVar = Paper(
+        "Context-aware Prompt Tuning: Advancing In-Context Learning with Adversarial Methods",
+        "Blau, Kimhi, Belinkov, Bronstein, Baskin",
+        2024,
+        "2410.17222",
+    )
+
+    token_types: Sequence[int]
+    epsilon: float = 0.1
+    format_epsilon: float = 0.1
+    stack: Stack | None = None
+
+    def __post_init__(self) -> None:
+        _freeze(self, "token_types")
+        if not self.token_types or not all(type(kind) is int for kind in self.token_types):
+            raise ValueError(f"token_types: at least one whole number, not {self.token_types!r:.80}")
+        for name in ("epsilon", "format_epsilon"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}: a number from 0, not {getattr(self, name)}")
+
+    def plan(self, geometry: Geometry) -> Plan:
+        names = ("epsilon", "format_epsilon")
+        settings = {name: getattr(self, name) for name in names} | {"token_types": list(self.token_types)}
+        return Plan(_input_slot(geometry, self.stack), {"H": geometry.hidden}, "context-aware", settings)
+
+    def initialise(self, geometry: Geometry, seed: int = 0, text: SoftPrompt | None = None) -> SoftPrompt:
+        """See `Method.initialise`. The delta starts at 0.
+
+        Args:
+            geometry: of the base model.
+            seed: of the random embedding that stands in for the text's, if that is not given.
+            text: the word embeddings of the text as an input prompt of the same length; taken in float32.
+
+        Raises:
+            ValueError: the method does not fit the base model, or the text is of another length or no input prompt.
+        """
+        if text is not None and len(text.inputs) != 1:
+            raise ValueError("text: a prompt with vectors in one input")
+        given = {} if text is None else {"embedding": text.inputs[0].vectors.astype(np.float32)}
+        return _initialise(self.plan(geometry), geometry, seed, given)
+
+
+@dataclass(frozen=True)
+class Cartridge(Method):
+    """Cartridges: keys and values of every layer, which start as those of a text; the first positions stay frozen.
+
+    Σ (P - frozen)·2·L·K·D numbers over the sites.
+
+    Attributes:
+        length: P; the paper's go from 128 to 8192.
+        frozen: how many positions at the beginning are not trained; one, as an attention sink, in the paper.
+        sites: where; see `Sites`.
+    """
+
+    paper: ClassVar = Paper(
+        "Cartridges: Lightweight and general-purpose long context representations via self-study",
+        "Eyuboglu, Ehrlich, Arora, Guha, Zinsley, Liu, Tennien, Rudra, Zou, Mirhoseini, Ré",
+        2025,
+        "2506.06266",
+    )
+
+    length: int
+    frozen: int = 1
+    sites: Sites = None
+
+    def __post_init__(self) -> None:
+        _need_counts(self, "length")
+        _need_counts(self, "frozen", least=0)
+        _freeze(self)
+        if self.frozen >= self.length:
+            raise ValueError(f"Cartridge: frozen is {self.frozen} of {self.length} positions, nothing would be trained")
+
+    def plan(self, geometry: Geometry) -> Plan:
+        sizes = {"Q": self.length - self.frozen}
+        return Plan(_prefix_slots(geometry, self.sites), sizes, "cartridge", {"frozen": self.frozen})
+
+    def initialise(self, geometry: Geometry, seed: int = 0, text: SoftPrompt | None = None) -> SoftPrompt:
+        """See `Method.initialise`.
+
+        Args:
+            geometry: of the base model.
+            seed: of random keys and values, if no text is given.
+            text: a prefix of the same length, sites and layers: the cache of a text.
+
+        Raises:
+            ValueError: the method does not fit the base model, or the text's prefix is another.
+        """
+        given: dict[str, Array] = {}
+        for part in () if text is None else text.prefixes:
+            flat = part.flat()
+            given[f"{part.site}.frozen"], given[f"{part.site}.trained"] = flat[: self.frozen], flat[self.frozen :]
+        prompt = _initialise(self.plan(geometry), geometry, seed, given)
+        if text is not None and {p.site: p for p in prompt.prefixes} != {p.site: p for p in text.prefixes}:
+            raise ValueError("text: its prefix is for other sites or layers than the cartridge")
+        return prompt
+
+
+#: All of them, in the order of their papers.
+METHODS: tuple[type[Method], ...] = (
+    PrefixTuning,
+    PTuning,
+    PromptTuning,
+    PTuningV2,
+    MultitaskPromptTuning,
+    ContextAwarePromptTuning,
+    Cartridge,
+)
