@@ -56,3 +56,17 @@ def test_the_stacks_are_the_ones_that_are_built() -> None:
         version = re.search(r"^transformers==(.*)$", pins, re.MULTILINE)
         assert version is not None
         assert f"transformers {version.group(1)}" in section("Develop")
+
+
+def test_the_example_of_methods_and_tools_runs() -> None:
+    import torch
+
+    from softbridge.base import BaseModel
+    from softbridge.testing import tiny_model
+
+    model = tiny_model("llama", torch.float32)
+    given = {"model": model, "geometry": BaseModel.resolve(model).geometry, "token_ids": list(range(5, 25))}
+    code = section("Methods, starts and tools").split("```python\n")[1].split("```")[0]
+    exec(compile(code, "README.md", "exec"), given)
+    assert given["a"].training is not None
+    assert given["b"].parts[0].length == 20

@@ -14,7 +14,8 @@ from softbridge.prompt import Array, SoftPrompt
 from softbridge.registry import engine_named, engines
 from softbridge.tensors import from_torch
 
-_ATTACHED = "_softbridge_attached"
+#: The attribute of an attached model that says so.
+ATTACHED = "_softbridge_attached"
 
 
 @dataclass(frozen=True)
@@ -57,7 +58,7 @@ def attach(model: Any, prompt: SoftPrompt, engine: str = "native") -> Any:
     except BaseException:
         restore_head(model, displaced)
         raise
-    setattr(running, _ATTACHED, _Attached(engine, prompt.head, displaced))
+    setattr(running, ATTACHED, _Attached(engine, prompt.head, displaced))
     return running
 
 
@@ -85,14 +86,14 @@ def detach(model: Any) -> Any:
         EngineError: nothing is attached.
     """
     attached = _attached(model)
-    delattr(model, _ATTACHED)
+    delattr(model, ATTACHED)
     detached = engine_named(attached.engine).detach(model)
     restore_head(detached, attached.displaced)
     return detached
 
 
 def _attached(model: Any) -> _Attached:
-    found = getattr(model, _ATTACHED, None)
+    found = getattr(model, ATTACHED, None)
     if not isinstance(found, _Attached):
         raise EngineError(
             f"no prompt is attached to this {type(model).__name__}",

@@ -362,7 +362,8 @@ def _positions_of(files: untrusted.Files, form: Format, prompt: SoftPrompt) -> P
     """The positions that a manifest tells, after checking that it belongs to these files."""
     manifest = files.json(MANIFEST)
     remedy = f"remove {MANIFEST} if it does not belong here, or convert again"
-    data = [name for name in files.names if name not in (MANIFEST, CERTIFICATE) and files.kind(name) != "unknown"]
+    # Weights that the manifest does not name could be read instead of those that it does.
+    weights = [name for name in files.names if files.kind(name) in ("safetensors", "pickle")]
     if manifest.get("softbridge") != MANIFEST_VERSION or manifest.get("format") != form.name:
         raise CheckpointError(
             f"{MANIFEST} is of version {manifest.get('softbridge')!r} and for format {manifest.get('format')!r}",
@@ -371,7 +372,7 @@ def _positions_of(files: untrusted.Files, form: Format, prompt: SoftPrompt) -> P
         )
     recorded = manifest.get("files")
     named: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
-    stale = [name for name in data if name not in named]
+    stale = [name for name in weights if name not in named]
     stale += [
         name
         for name, digest in named.items()

@@ -49,7 +49,7 @@ class Geometry:
         vocabulary: rows of the word embedding.
         encoder: the encoder's attention, or None in a decoder-only model.
         decoder: the decoder's attention, or None in an encoder-only model.
-        embedding: the width of a vector in the input sequence where that is not H (ALBERT, ELECTRA, some OPT), else None.
+        embedding: the width of a vector in the input sequence where that is not H (ALBERT, ELECTRA), else None.
     """
 
     model_type: str

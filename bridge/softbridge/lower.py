@@ -318,7 +318,7 @@ def _start(prompt: SoftPrompt, target: Target) -> Result:
     for stack, shift in shifts.items():
         have, want = prompt.positions.start[stack], wanted[stack]
         if scheme.kind == "rotary":
-            prompt = _turn(prompt, stack, scheme.rotation(shift))
+            prompt = turn(prompt, stack, scheme.rotation(shift))
             note = f"keys turned by {shift:+d} positions with the model's own rotation; orthogonal, float32 rounding"
             if any(part.site != "cross" for part in prompt.prefixes):
                 steps.append(Step("rotate", "rounding", note))
@@ -356,7 +356,7 @@ def _can_be_told(prompt: SoftPrompt, stack: Stack, target: Target) -> bool:
     return target.capabilities.positions_told and all(part.stack != stack for part in prompt.inputs)
 
 
-def _turn(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftPrompt:
+def turn(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftPrompt:
     """Apply layer -> M [D, D] to every key row of the stack's own prefix, in float64.
 
     The result is stored in the keys' dtype, in float32 if that is narrower: rounding a turned key to bfloat16 would

@@ -16,11 +16,11 @@ from typing import Any, Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from softbridge.attachment import _ATTACHED, attach, detach
+from softbridge.attachment import ATTACHED, attach, detach
 from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError, EngineError, LoweringError, Obstacle, SoftbridgeError
 from softbridge.geometry import Stack, stack_of
-from softbridge.lower import _turn, check_fits
+from softbridge.lower import check_fits, turn
 from softbridge.prompt import Array, BaseId, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt, same_array
 from softbridge.tensors import from_torch
 
@@ -102,7 +102,7 @@ def check_bare(model: Any) -> None:
     Raises:
         EngineError: a prompt is attached.
     """
-    if hasattr(model, _ATTACHED):
+    if hasattr(model, ATTACHED):
         raise EngineError(
             f"a prompt is attached to this {type(model).__name__}",
             "a model without one",
@@ -380,7 +380,7 @@ def _moved(
                 reason = "the model's rotary frequencies change with the length of the text: exact within one regime"
                 remedy = "accept the bound on the text's length"
                 raise LoweringError("concatenate", [Obstacle("length", reason, remedy, acceptable=True)])
-            return _turn(b, stack, scheme.rotation(shift))
+            return turn(b, stack, scheme.rotation(shift))
         case "relative" if b.positions.start[stack] != needed:
             raise refusal(
                 f"real tokens at {b.positions.start[stack]} in the second prompt",
@@ -454,7 +454,7 @@ def slice(
     for stack, shift in turns.items():
         scheme = _need(base, "keys are turned").positions
         if scheme.kind == "rotary":
-            prompt = _turn(prompt, stack, scheme.rotation(shift))
+            prompt = turn(prompt, stack, scheme.rotation(shift))
 
     def cut(part: Part) -> Part | None:
         if isinstance(part, InputPrompt):

@@ -321,6 +321,17 @@ def _longer(prompt: SoftPrompt) -> SoftPrompt:
     return replace(prompt, parts=(KeyValuePrefix(first.site, pairs), *others))
 
 
+def moved(prompt: SoftPrompt, start: int, bias: str) -> SoftPrompt:
+    """The tokens of every stack at `start`, under a policy for the bias."""
+    starts = dict.fromkeys(prompt.positions.start, start)
+    return replace(prompt, positions=Positions(starts, bias, "pinned"))  # type: ignore[arg-type]
+
+
+def at_encoder(prompt: SoftPrompt, part: KeyValuePrefix | InputPrompt) -> SoftPrompt:
+    """One part in the encoder instead of all."""
+    return replace(prompt, parts=(part,), positions=Positions({"encoder": 0}, "skewed", "pinned"))
+
+
 def _ragged(prompt: SoftPrompt) -> SoftPrompt:
     part = prompt.prefixes[0]
     pair = KeyValue(part.layers[1].keys[..., :4], part.layers[1].values[..., :4])
@@ -338,11 +349,11 @@ def _ragged(prompt: SoftPrompt) -> SoftPrompt:
         (GEOMETRIES["bart"], lambda p: without(p, "cross", 1), "layers"),
         (GEOMETRIES["bart"], lambda p: replace(p, parts=p.parts[2:], positions=Positions({})), "layers"),
         (GEOMETRIES["t5"], lambda p: without(p, "encoder", 1), "layers"),
-        (GEOMETRIES["gpt2"], lambda p: replace(p, parts=(KeyValuePrefix("encoder", p.parts[0].layers),)), "sites"),
+        (GEOMETRIES["gpt2"], lambda p: at_encoder(p, KeyValuePrefix("encoder", p.parts[0].layers)), "sites"),
         (GEOMETRIES["gpt2"], lambda p: replace(p, parts=(InputPrompt(np.ones((2, 32)), "decoder"),)), "input-prompt"),
-        (GEOMETRIES["t5"], lambda p: replace(p, positions=Positions({"decoder": P})), "relative-bias"),
-        (GEOMETRIES["t5"], lambda p: replace(p, positions=Positions({"decoder": 0})), "relative-bias"),
-        (GEOMETRIES["bart"], lambda p: replace(p, positions=Positions({"decoder": P})), "positions"),
+        (GEOMETRIES["t5"], lambda p: moved(p, P, "skewed"), "relative-bias"),
+        (GEOMETRIES["t5"], lambda p: moved(p, 0, "plain"), "relative-bias"),
+        (GEOMETRIES["bart"], lambda p: moved(p, P, "skewed"), "positions"),
     ],
 )
 def test_obstacles(geometry: Geometry, change: Callable[[SoftPrompt], SoftPrompt], name: str) -> None:
@@ -785,9 +796,10 @@ def test_loading_is_refused_by_name(adapters: Any, tmp_path: Path, monkeypatch: 
     with pytest.raises(EngineError, match="no weights"):
         ENGINE.load(copy.deepcopy(model), prompt, tmp_path)
     described, tensors = handmade(geometry, flat=True)
+    described["version"] = "adapters.1.3.1"
     renamed = {name.replace("self_prefix", "other_prefix"): array for name, array in tensors.items()}
     put(tmp_path / "x", written(described, renamed))
-    with pytest.raises(EngineError, match="does not find .*self_prefix"):
+    with pytest.raises(EngineError, match=r"does not find .*self_prefix"):
         ENGINE.load(copy.deepcopy(model), prompt, tmp_path / "x")
     with pytest.raises(EngineError, match=r"\[sites\]"):
         ENGINE.load(model_of("bert"), prompt, tmp_path / "x")
@@ -813,7 +825,7 @@ def test_refusals(adapters: Any, tmp_path: Path) -> None:
     for wrong, message in [
         (replace(prompt, positions=Positions({"encoder": P, "decoder": P})), "relative-bias"),
         (without(prompt, "encoder", 0), "layers"),
-        (replace(prompt, parts=(InputPrompt(np.ones((2, 24)), "encoder"),)), "input-prompt"),
+        (at_encoder(prompt, InputPrompt(np.ones((2, 24)), "encoder")), "input-prompt"),
         (changed(prompt, lambda pair: KeyValue(pair.keys[..., :4], pair.values[..., :4])), "shape"),
     ]:
         with pytest.raises(EngineError, match=rf"\[{message}\]"):

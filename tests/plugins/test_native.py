@@ -27,7 +27,7 @@ from transformers import (
 
 from softbridge.base import BaseModel, build
 from softbridge.errors import EngineError
-from softbridge.geometry import Geometry, StackGeometry, read_geometry
+from softbridge.geometry import read_geometry
 from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt, Training
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files
@@ -588,18 +588,13 @@ def test_an_attention_module_knows_whether_it_is_causal(decoder: bool, implement
     """bert-generation is one or the other. Without a mask, ours fills in the module's own."""
     settings = {**TINY["bert"], "is_decoder": decoder, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model("bert-generation", **settings)
-    model = BertGenerationDecoder._from_config(config, attn_implementation=implementation).double().eval()
+    model = BertGenerationDecoder._from_config(config, attn_implementation="eager").double().eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(parameter.numel()))
-    shape = StackGeometry(3, 4, 4, 8)
-    geometry = (
-        Geometry("bert-generation", 32, 96, None, shape) if decoder else Geometry("bert-generation", 32, 96, shape)
-    )
-    if read_geometry(model.config) != geometry:
-        geometry = Geometry("bert-generation", 32, 96, None, shape)
-    prompt = random_prefix(geometry, P)
+    prompt = random_prefix(read_geometry(model.config), P)
     if ENGINE.obstacles(prompt, model):
         pytest.skip("bert-generation does not dispatch here")
+    model.set_attn_implementation(implementation)
     ours = ENGINE.attach(model, prompt)
     ids, other = tokens(), tokens()
     other[:, -1] = 3 + (other[:, -1] - 2) % 90
@@ -610,6 +605,24 @@ def test_an_attention_module_knows_whether_it_is_causal(decoder: bool, implement
         assert difference(logits(ours, out, mask)[:, :T], alone) <= 1e-6 * float(alone.abs().max())
         # Whether the first token sees the last.
         assert (difference(logits(ours, other)[:, 0], alone[:, 0]) == 0) == decoder
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_without_a_mask_the_module_says_whether_it_is_causal(causal: bool) -> None:
+    model = token_model("llama")
+    module = model.model.layers[1].self_attn
+    module.is_causal = causal
+    ENGINE.attach(model, make_prompt(model, "prefix"))
+    torch.manual_seed(0)
+    query = torch.randn(1, 4, T, 8, dtype=torch.float64)
+    key, value = (torch.randn(1, 2, T, 8, dtype=torch.float64) for _ in range(2))
+    past = torch.ones(1, 1, T, T, dtype=torch.bool).tril()
+    both_ways = torch.ones_like(past)
+    masks = (None, past, both_ways) if causal else (None, both_ways, past)
+    function = AttentionInterface()["softbridge_sdpa"]
+    found, expected, other = (function(module, query, key, value, mask)[0] for mask in masks)
+    assert difference(found, expected) <= 1e-12
+    assert difference(found, other) > FAR
 
 
 def test_some_layers_only() -> None:
