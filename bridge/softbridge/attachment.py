@@ -73,8 +73,8 @@ def extract(model: Any) -> SoftPrompt:
     # An engine that works in place leaves the head where it is; a wrapper that copied it returns its own.
     parameters = dict(model.named_parameters())
     head = {
-        name: from_torch(parameters[name]).astype(array.dtype) if name in parameters else prompt.head.get(name, array)
-        for name, array in attached.head.items()
+        name: from_torch(parameters[name]).astype(array.dtype) if name in parameters else array
+        for name, array in {**attached.head, **prompt.head}.items()
     }
     return replace(prompt, head=head)
 

@@ -12,7 +12,7 @@ import torch
 
 import softbridge as sb
 from softbridge.base import BaseModel
-from softbridge.errors import BaseModelError, EngineError
+from softbridge.errors import BaseModelError, EngineError, SoftbridgeError
 from softbridge.prompt import Positions, SoftPrompt
 from softbridge.registry import engines
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
@@ -104,3 +104,28 @@ def test_mistakes_have_answers() -> None:
     sb.attach(model, prefix("gpt2"))
     with pytest.raises(EngineError, match="attached already"):
         sb.attach(model, prefix("gpt2"))
+
+
+@pytest.mark.parametrize("name", [name for name in USABLE if name != "adapterhub"])
+def test_a_trained_head_is_extracted_as_it_is_now(name: str) -> None:
+    model = tiny_model("bert")
+    prompt = random_input_prompt(BaseModel.resolve(model).geometry)
+    weight = np.random.default_rng(0).normal(0, 1, (5, 32))
+    running = sb.attach(model, replace(prompt, head={"classifier.weight": weight}), engine=name)
+    with torch.no_grad():
+        for key, parameter in running.named_parameters():
+            if "classifier" in key and key.endswith("weight"):
+                parameter.fill_(9.0)
+    assert np.array_equal(sb.extract(running).head["classifier.weight"], np.full((5, 32), 9.0))
+
+
+def test_a_refused_attachment_leaves_the_model_alone() -> None:
+    model = tiny_model("bert")
+    bare = logits(model)
+    prompt = random_input_prompt(BaseModel.resolve(model).geometry)
+    impossible = replace(
+        prompt, parts=(replace(prompt.inputs[0], entry="after"),), head={"classifier.weight": np.ones((5, 32))}
+    )
+    with pytest.raises(SoftbridgeError):
+        sb.attach(model, impossible)
+    assert torch.equal(logits(model), bare)
