@@ -27,6 +27,7 @@ class Capabilities:
         relative_bias: how a T5-like bias sees the prefix, or None for any.
         window: whether a sliding window drops virtual tokens, or None for any.
         training: kinds of parameterisation that are kept, or None for any.
+        dtypes: names of the dtypes that the toolkit keeps when it loads a prompt, or None for any.
         head: whether tensors that ride along are kept.
         model_types: families that the toolkit can run at all, or None if it names none.
     """
@@ -39,9 +40,13 @@ class Capabilities:
     relative_bias: RelativeBias | None = None
     window: Window | None = None
     training: frozenset[str] | None = frozenset()
+    dtypes: frozenset[str] | None = None
     head: bool = False
     model_types: frozenset[str] | None = None
 
+
+#: What a toolkit keeps that loads every prompt into float32 parameters.
+UP_TO_FLOAT32 = frozenset({"bfloat16", "float16", "float32"})
 
 #: Everything that the canonical form can say.
 EVERYTHING = Capabilities(

@@ -14,17 +14,19 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from softbridge import untrusted
 from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError, CheckpointError, OutputError, UnknownFormatError
 from softbridge.geometry import Geometry
 from softbridge.hookspecs import Format
-from softbridge.lower import Lowering, Step, Target, check_fits, lower, native_positions
+from softbridge.lower import Lowering, Step, Target, as_dtype, check_fits, lower, native_positions
 from softbridge.prompt import BaseId, Origin, Positions, SoftPrompt, same_array
 from softbridge.registry import format_named, formats
 
 if TYPE_CHECKING:
-    from softbridge.verification import Certificate
+    from softbridge.verification import Certificate, Subject
 
 MANIFEST = "softbridge.json"
 MANIFEST_VERSION = 1
@@ -217,7 +219,7 @@ def convert(
             staged = Path(scratch) / "staged"
             untrusted.write(staged, content)
             certificate = verify_prompts(
-                Subject(str(loaded.path), loaded.prompt, loaded.format.engine, loaded.path),
+                _reference(loaded, lowering),
                 Subject(
                     str(target), told, form.engine, staged if told.head.keys() == lowering.prompt.head.keys() else None
                 ),
@@ -235,6 +237,16 @@ def convert(
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
     _write(Path(target), content, lowering, form, overwrite, loaded)
     return Report(loaded, to, Path(target), lowering, certificate)
+
+
+def _reference(loaded: Loaded, lowering: Lowering) -> Subject:
+    """The source. Where rounding to the target's dtype was accepted, the source rounded so: the rest must be exact."""
+    from softbridge.verification import Subject
+
+    if "dtype" not in _conditions(lowering):
+        return Subject(str(loaded.path), loaded.prompt, loaded.format.engine, loaded.path)
+    rounded = as_dtype(loaded.prompt, np.dtype(np.float32))
+    return Subject(f"{loaded.path}, rounded to float32", rounded, loaded.format.engine)
 
 
 def _apart(source: Path, target: Path) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -20,7 +20,7 @@ from softbridge.geometry import Geometry, Stack, stack_of
 from softbridge.prompt import Array, InputPrompt, KeyValue, KeyValuePrefix, Part, Positions, SoftPrompt
 
 #: Names of the conditions that a caller can accept.
-CONDITIONS = frozenset({"positions", "window", "length", "head"})
+CONDITIONS = frozenset({"positions", "window", "length", "head", "dtype"})
 
 Exactness = Literal["exact", "rounding", "conditional"]
 Outcome = Literal["exact", "rounding", "conditional", "impossible"]
@@ -356,6 +356,45 @@ def _can_be_told(prompt: SoftPrompt, stack: Stack, target: Target) -> bool:
     return target.capabilities.positions_told and all(part.stack != stack for part in prompt.inputs)
 
 
+def _dtype(prompt: SoftPrompt, target: Target) -> Result:
+    """Store numbers in a dtype that the target keeps: wider is exact, narrower is a condition with its error."""
+    kept = target.capabilities.dtypes
+    arrays = [array for part in prompt.parts for _, array in part.arrays()]
+    lost = [array for array in arrays if kept is not None and array.dtype.name not in kept]
+    if not lost:
+        return prompt, [], []
+    narrow = as_dtype(prompt, np.dtype(np.float32))
+    error = max(_relative_error(array) for array in lost)
+    if error == 0:
+        return narrow, [Step("dtype", "exact", "stored in float32, which holds every number")], []
+    reason = (
+        f"{target.name} keeps float32, and the prompt's {lost[0].dtype.name} numbers would be rounded, "
+        f"by {error:.1e} of themselves at worst"
+    )
+    return narrow, [], [Obstacle("dtype", reason, "accept the rounding", True)]
+
+
+def as_dtype(prompt: SoftPrompt, dtype: np.dtype[Any]) -> SoftPrompt:
+    """The prompt with the numbers of its parts converted to `dtype`. What trained them is left out: it has its own."""
+
+    def converted(part: Part) -> Part:
+        if isinstance(part, InputPrompt):
+            return replace(part, vectors=part.vectors.astype(dtype))
+        layers = {n: KeyValue(pair.keys.astype(dtype), pair.values.astype(dtype)) for n, pair in part.layers.items()}
+        return KeyValuePrefix(part.site, layers)
+
+    return replace(prompt, parts=tuple(converted(part) for part in prompt.parts), training=None)
+
+
+def _relative_error(array: Array) -> float:
+    """The largest relative change of a number that is stored in float32; infinite if one no longer fits."""
+    exact = array.astype(np.float64)
+    with np.errstate(over="ignore"):
+        change = np.abs(exact.astype(np.float32).astype(np.float64) - exact)
+    size = np.abs(exact)
+    return float(np.max(np.divide(change, size, out=np.zeros_like(change), where=size > 0), initial=0.0))
+
+
 def turn(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftPrompt:
     """Apply layer -> M [D, D] to every key row of the stack's own prefix, in float64.
 
@@ -376,4 +415,4 @@ def turn(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftPrompt
     return replace(prompt, parts=tuple(turned(part) for part in prompt.parts))
 
 
-PASSES: tuple[Pass, ...] = (_fit_family, _fit_parts, _keep_head, _eject, _relative_bias, _window, _start)
+PASSES: tuple[Pass, ...] = (_fit_family, _fit_parts, _keep_head, _eject, _relative_bias, _window, _start, _dtype)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from softbridge import untrusted
-from softbridge.capabilities import Capabilities
+from softbridge.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
 from softbridge.geometry import Geometry, Site, stack_of
 from softbridge.methods import MLP_TENSORS, activation, materialise
@@ -44,6 +44,7 @@ CAPABILITIES = Capabilities(
     relative_bias="skewed",
     window="pinned",
     training=frozenset(("mlp",)),
+    dtypes=UP_TO_FLOAT32,
     model_types=facts.MODEL_TYPES,
 )
 

@@ -14,7 +14,7 @@ from typing import Any, get_args
 import numpy as np
 
 from softbridge import untrusted
-from softbridge.capabilities import Capabilities
+from softbridge.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
 from softbridge.geometry import Geometry, Site, Stack
 from softbridge.lower import check_fits
@@ -51,6 +51,7 @@ class PeftFormat:
         relative_bias="plain",
         window="slides",
         training=frozenset(),
+        dtypes=UP_TO_FLOAT32,
         head=True,
     )
 

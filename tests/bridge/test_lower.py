@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import softbridge as sb
 from softbridge.base import BaseModel
 from softbridge.capabilities import EVERYTHING, Capabilities
 from softbridge.errors import BaseModelError, LoweringError, SoftbridgeError
-from softbridge.lower import Target, lower, native_positions
+from softbridge.lower import Target, as_dtype, lower, native_positions
 from softbridge.prompt import KeyValue, KeyValuePrefix, Positions, Training
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config
 
@@ -238,3 +240,38 @@ def test_a_window_shorter_than_the_prefix_is_no_condition() -> None:
 def test_unknown_conditions_are_refused() -> None:
     with pytest.raises(SoftbridgeError, match="no condition is called 'nonsense'"):
         lower(random_prefix(base("llama").geometry), Target("x", COUNTED), accept=["nonsense"])
+
+
+def test_what_a_target_would_round_is_a_condition_with_its_error() -> None:
+    model = base("gpt2")
+    prompt = as_dtype(random_prefix(model.geometry), np.dtype(np.float64))
+    short = replace(COUNTED, dtypes=frozenset({"float32"}))
+    fits = lower(prompt, Target("x", short, model))
+    assert [(step.name, step.exactness) for step in fits.steps] == [("dtype", "exact")]
+    assert {array.dtype for _, array in fits.prompt.arrays()} == {np.dtype(np.float32)}
+    thirds = replace(
+        prompt,
+        parts=(
+            KeyValuePrefix("self", {n: KeyValue(p.keys / 3, p.values) for n, p in prompt.prefixes[0].layers.items()}),
+        ),
+    )
+    with pytest.raises(LoweringError, match=r"by \d\.\de-08 of themselves") as refused:
+        lower(thirds, Target("x", short, model))
+    assert obstacles(refused) == {"dtype": True}
+    rounded = lower(thirds, Target("x", short, model), accept=["dtype"])
+    assert [(step.name, step.exactness) for step in rounded.steps] == [("dtype", "conditional")]
+
+
+def test_a_rounding_that_was_accepted_is_the_only_difference(tmp_path: Path) -> None:
+    config = tiny_config("gpt2")
+    prompt = as_dtype(random_prefix(BaseModel(config).geometry), np.dtype(np.float64))
+    layers = {n: KeyValue(p.keys / 3, p.values) for n, p in prompt.prefixes[0].layers.items()}
+    sb.save(replace(prompt, parts=(KeyValuePrefix("self", layers),)), tmp_path / "a", "softbridge", config)
+    with pytest.raises(LoweringError, match="--accept dtype"):
+        sb.convert(tmp_path / "a", tmp_path / "b", "peft", config)
+    report = sb.convert(tmp_path / "a", tmp_path / "b", "peft", config, accept=["dtype"], verify=True)
+    assert report.certificate is not None
+    assert report.certificate.verdict == "bitwise"
+    assert report.certificate.conditions == ("dtype",)
+    assert "rounded to float32" in report.certificate.source.path
+    assert not sb.verify(tmp_path / "a", tmp_path / "b", config).same, "the rounding is seen if it is not accepted"
