@@ -211,7 +211,7 @@ def verify_prompts(
         seed=seed,
         dtype=dtype,
         conditions=tuple(conditions),
-        longest=max(probe.real.shape[1] for probe in bench.probes),
+        longest=max(probe.inputs["input_ids"].shape[1] for probe in bench.probes),
         scale=scale,
         islands=islands,
         bound=bound,
