@@ -282,7 +282,9 @@ def _filled(
         )
     if not sites:
         stack = stack or _default_stack(geometry)
-        prompt = SoftPrompt((InputPrompt(numbers((length, geometry.hidden)), stack),), Positions({stack: length}), here)
+        prompt = SoftPrompt(
+            (InputPrompt(numbers((length, geometry.input_width)), stack),), Positions({stack: length}), here
+        )
         check_fits(prompt, geometry)
         return prompt
     parts: list[Part] = []

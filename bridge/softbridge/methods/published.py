@@ -9,6 +9,7 @@ counting and drawing a random start are written once, in `Method`. Sizes have th
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, NamedTuple, TypeAlias, get_args
@@ -94,18 +95,18 @@ class Plan:
                 yield f"{slot.site}.{name}" if slot.site else name, tensor, {**self.sizes, "W": slot.width}
 
 
-class Method:
+class Method(ABC):
     """What all methods have in common. Each says in `plan` what it is."""
 
     paper: ClassVar[Paper]
 
+    @abstractmethod
     def plan(self, geometry: Geometry) -> Plan:
         """What the method comes to on a base model.
 
         Raises:
             ValueError: it does not fit the base model, which has no such stack, site or layer.
         """
-        raise NotImplementedError
 
     def parameters(self, geometry: Geometry) -> int:
         """How many numbers are trained.
@@ -156,7 +157,7 @@ def _input_slot(geometry: Geometry, stack: Stack | None) -> tuple[Slot, ...]:
     place: Stack = stack or ("decoder" if geometry.encoder is None else "encoder")
     if place not in get_args(Stack) or geometry.stack(place) is None:
         raise ValueError(f"stack: {geometry.model_type} has no {place!r}")
-    return (Slot(place, None, geometry.hidden, lambda vectors: InputPrompt(vectors, place)),)
+    return (Slot(place, None, geometry.input_width, lambda vectors: InputPrompt(vectors, place)),)
 
 
 def _prefix_slots(geometry: Geometry, sites: Sites) -> tuple[Slot, ...]:
@@ -295,7 +296,7 @@ class PTuning(Method):
             raise ValueError(f"layers and dropout are the LSTM's, and {self.encoder!r} has none")
 
     def plan(self, geometry: Geometry) -> Plan:
-        network, hidden = _NETWORKS[self.encoder], geometry.hidden
+        network, hidden = _NETWORKS[self.encoder], geometry.input_width
         if self.hidden_size is None and hidden % network.narrow:
             raise ValueError(f"{self.encoder}: the hidden size {hidden} is no multiple of {network.narrow}")
         size = self.hidden_size or hidden // network.narrow
@@ -463,7 +464,7 @@ class MultitaskPromptTuning(Method):
         _need_counts(self, "tasks", "ranks", "length")
 
     def plan(self, geometry: Geometry) -> Plan:
-        sizes = {"P": self.length, "H": geometry.hidden, "N": self.tasks, "R": self.ranks}
+        sizes = {"P": self.length, "H": geometry.input_width, "N": self.tasks, "R": self.ranks}
         return Plan(_input_slot(geometry, self.stack), sizes, "multitask", {"task": 0})
 
 
@@ -505,7 +506,7 @@ class ContextAwarePromptTuning(Method):
     def plan(self, geometry: Geometry) -> Plan:
         names = ("epsilon", "format_epsilon")
         settings = {name: getattr(self, name) for name in names} | {"token_types": list(self.token_types)}
-        return Plan(_input_slot(geometry, self.stack), {"H": geometry.hidden}, "context-aware", settings)
+        return Plan(_input_slot(geometry, self.stack), {"H": geometry.input_width}, "context-aware", settings)
 
     def initialise(self, geometry: Geometry, seed: int = 0, text: SoftPrompt | None = None) -> SoftPrompt:
         """See `Method.initialise`. The delta starts at 0.
