@@ -192,16 +192,13 @@ def convert(
     Raises:
         SoftbridgeError: see `read`, `save` and `softbridge.verify`. Nothing is written.
     """
-    from softbridge.verification import Subject, verify_prompts
-
     resolved = None if base is None else BaseModel.resolve(base)
     _apart(Path(source), Path(target))
     loaded = read(source, resolved, format)
     form = format_named(to)
     lowering, content = _prepare(loaded.prompt, form, resolved, accept, encoding)
+    lowering = replace(lowering, steps=(*_notes(loaded.prompt), *lowering.steps))
     single = _is_file(Path(target), content)
-    if source_notes := _notes(loaded.prompt):
-        lowering = replace(lowering, steps=(*source_notes, *lowering.steps))
     certificate = None
     if verify:
         if resolved is None:
@@ -210,33 +207,49 @@ def convert(
                 "the base model's configuration, directory or hub id",
                 "give it with --base (base=... in Python)",
             )
-        naive = replace(loaded.prompt, positions=native_positions(loaded.prompt, form.capabilities))
-        # Where the head was left out on request, the caller loads it: the comparison does so too.
-        told = replace(lowering.prompt, head=loaded.prompt.head)
-        written = {name: _sha256(data) for name, data in content.items()}
-        told = replace(told, origin=Origin(form.name, digests=written))
-        with tempfile.TemporaryDirectory() as scratch:
-            staged = Path(scratch) / "staged"
-            untrusted.write(staged, content)
-            certificate = verify_prompts(
-                _reference(loaded, lowering),
-                Subject(
-                    str(target), told, form.engine, staged if told.head.keys() == lowering.prompt.head.keys() else None
-                ),
-                resolved,
-                naive=naive if naive.positions != lowering.prompt.positions or _turned(lowering) else None,
-                conditions=_conditions(lowering),
-            )
-        if not certificate.same:
-            raise OutputError(
-                f"verification found the converted prompt {certificate.verdict}: {certificate.summary()}",
-                "the same outputs from source and target",
-                "report this as a defect of softbridge, with the two files; nothing was written",
-            )
+        certificate = _certify(loaded, lowering, content, form, str(target), resolved)
         if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
     _write(Path(target), content, lowering, form, overwrite, loaded)
     return Report(loaded, to, Path(target), lowering, certificate)
+
+
+def _certify(
+    loaded: Loaded, lowering: Lowering, content: Mapping[str, bytes], form: Format, target: str, base: BaseModel
+) -> Certificate:
+    """Compare the source's files with what is about to be written.
+
+    Raises:
+        OutputError: they are not the same.
+    """
+    from softbridge.verification import Subject, verify_prompts
+
+    # Where the head was left out on request, the caller loads it: so does the comparison, and no file stands for it.
+    prompt = replace(
+        lowering.prompt,
+        head=loaded.prompt.head,
+        origin=Origin(form.name, digests={name: _sha256(data) for name, data in content.items()}),
+    )
+    whole = prompt.head.keys() == lowering.prompt.head.keys()
+    naive = replace(loaded.prompt, positions=native_positions(loaded.prompt, form.capabilities))
+    copying_is_wrong = naive.positions != lowering.prompt.positions or _turned(lowering)
+    with tempfile.TemporaryDirectory() as scratch:
+        staged = Path(scratch) / "staged"
+        untrusted.write(staged, content)
+        certificate = verify_prompts(
+            _reference(loaded, lowering),
+            Subject(target, prompt, form.engine, staged if whole else None),
+            base,
+            naive=naive if copying_is_wrong else None,
+            conditions=_conditions(lowering),
+        )
+    if not certificate.same:
+        raise OutputError(
+            f"verification found the converted prompt {certificate.verdict}: {certificate.summary()}",
+            "the same outputs from source and target",
+            "report this as a defect of softbridge, with the two files; nothing was written",
+        )
+    return certificate
 
 
 def _reference(loaded: Loaded, lowering: Lowering) -> Subject:
