@@ -59,3 +59,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module 'softbridge' has no attribute '{name}'")
     return getattr(import_module(f"softbridge.{_HOME[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return list(__all__)

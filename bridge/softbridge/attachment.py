@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from softbridge.base import BaseModel
@@ -27,7 +28,7 @@ class _Attached:
     displaced: Mapping[str, Any]
 
 
-def attach(model: Any, prompt: SoftPrompt, engine: str = "native") -> Any:
+def attach(model: Any, prompt: SoftPrompt | str | Path, engine: str = "native") -> Any:
     """Make a transformers model run with a soft prompt.
 
     The prompt is lowered to what the engine can run on this model (with rotary positions: its keys are turned where
@@ -35,7 +36,7 @@ def attach(model: Any, prompt: SoftPrompt, engine: str = "native") -> Any:
 
     Args:
         model: a `PreTrainedModel`.
-        prompt: for a base model of this geometry.
+        prompt: for a base model of this geometry; or the path of its file or directory.
         engine: the name of an engine.
 
     Returns:
@@ -48,6 +49,10 @@ def attach(model: Any, prompt: SoftPrompt, engine: str = "native") -> Any:
     """
     chosen = engine_named(engine)
     base = BaseModel.resolve(model)
+    if isinstance(prompt, (str, Path)):
+        from softbridge.conversion import load
+
+        prompt = load(prompt, base)
     check_fits(prompt, base.geometry)
     if chosen.obstacles(prompt, model):
         lowered = lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions",))

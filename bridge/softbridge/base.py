@@ -125,7 +125,7 @@ class BaseModel:
 
         if self._model is not None:
             return copy.deepcopy(self._model).to(dtype).eval()
-        if self.name is None:
+        if self.name is None or self.name.endswith(".json"):
             raise BaseModelError(
                 "the base model was given as a configuration only",
                 "a model with weights",
@@ -215,6 +215,13 @@ def build(config: Any, task: Task, dtype: Any, seed: int) -> Any:
 def _load_config(base: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
+    path = Path(base).expanduser()
+    if not path.exists() and (
+        path.is_absolute() or base[:1] in ".~" or base.endswith(("/", ".json")) or base.count("/") > 1
+    ):
+        raise BaseModelError(
+            f"there is no '{base}'", "a directory with config.json, a config.json, or a hub id", "check the spelling"
+        )
     try:
         return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as error:  # configuration classes raise what they like

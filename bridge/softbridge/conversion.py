@@ -38,11 +38,16 @@ FILE_SUFFIXES = frozenset((".npy", ".safetensors", ".bin", ".pt", ".pth", ".ckpt
 
 @dataclass(frozen=True)
 class Loaded:
-    """A prompt with the format and the files that it was read from."""
+    """A prompt with the format and the files that it was read from.
+
+    Attributes:
+        conditions: names of the conditions under which it was written, as its manifest says.
+    """
 
     prompt: SoftPrompt
     format: Format
     path: Path
+    conditions: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class Report:
         target: name of the format that was written.
         path: the directory or file that was written.
         lowering: the prompt as it was written, and the steps that led to it.
+        advice: what whoever runs the files in the toolkit itself must do.
         certificate: what verification found, if it was asked for.
     """
 
@@ -61,6 +67,7 @@ class Report:
     target: str
     path: Path
     lowering: Lowering
+    advice: tuple[str, ...] = ()
     certificate: Certificate | None = None
 
     @property
@@ -122,11 +129,13 @@ def _read(files: untrusted.Files, form: Format, geometry: Geometry | None) -> Lo
             )
         check_fits(prompt, geometry)
         prompt = replace(prompt, base=replace(prompt.base, geometry=geometry))
+    conditions: tuple[str, ...] = ()
     if MANIFEST in files:
-        prompt = replace(prompt, positions=_positions_of(files, form, prompt))
+        positions, conditions = _manifest_of(files, form, prompt)
+        prompt = replace(prompt, positions=positions)
     digests = {name: files.digest(name) for name in files.names}
     origin = prompt.origin if prompt.origin is not None else Origin(form.name)
-    return Loaded(replace(prompt, origin=replace(origin, digests=digests)), form, files.path)
+    return Loaded(replace(prompt, origin=replace(origin, digests=digests)), form, files.path, conditions)
 
 
 def load(path: str | Path, base: Any = None, format: str | None = None) -> SoftPrompt:
@@ -211,7 +220,7 @@ def convert(
         if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
     _write(Path(target), content, lowering, form, overwrite, loaded)
-    return Report(loaded, to, Path(target), lowering, certificate)
+    return Report(loaded, to, Path(target), lowering, _advice(lowering, form), certificate)
 
 
 def _certify(
@@ -275,6 +284,10 @@ def _notes(prompt: SoftPrompt) -> list[Step]:
     return [Step("read", "exact", str(note)) for note in notes]
 
 
+def _advice(lowering: Lowering, form: Format) -> tuple[str, ...]:
+    return tuple(form.advice(lowering.prompt, lowering.prompt.base.geometry))
+
+
 def _conditions(lowering: Lowering) -> tuple[str, ...]:
     return tuple(step.name for step in lowering.steps if step.exactness == "conditional")
 
@@ -314,6 +327,20 @@ def _known(recorded: BaseId, base: BaseModel) -> BaseId:
     """
     name = base.name if base.name is not None and not base.name.endswith(".json") else None
     return BaseId(recorded.name or name, base.geometry)
+
+
+def _check_replaceable(target: Path) -> None:
+    """Refuse to replace what is no prompt: a base model, somebody's folder."""
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    files = untrusted.Files(target)
+    written = MANIFEST in files and files.names == tuple(name for name in files.names if "/" not in name)
+    if not written and not (files.is_file and any(form.sniff(files) for form in formats().values())):
+        raise OutputError(
+            f"{target} was not written by softbridge, and replacing it would delete {', '.join(files.names[:6])}",
+            f"a folder with {MANIFEST} and no sub-folders, or one file that is a prompt",
+            "choose another target, or remove it yourself",
+        )
 
 
 def _is_file(target: Path, content: Mapping[str, bytes]) -> bool:
@@ -357,6 +384,8 @@ def _write(
             )
 
     conditions = _conditions(lowering)
+    if overwrite:
+        _check_replaceable(target)
     if _is_file(target, content):
         if conditions:
             raise OutputError(
@@ -371,6 +400,7 @@ def _write(
         "format": form.name,
         "positions": _positions_json(lowering.prompt.positions),
         "conditions": list(conditions),
+        "advice": list(_advice(lowering, form)),
         "steps": [asdict(step) for step in lowering.steps],
         "files": {name: _sha256(data) for name, data in content.items()},
     }
@@ -383,8 +413,8 @@ def _positions_json(positions: Positions) -> dict[str, Any]:
     return {**asdict(positions), "start": dict(positions.start)}
 
 
-def _positions_of(files: untrusted.Files, form: Format, prompt: SoftPrompt) -> Positions:
-    """The positions that a manifest tells, after checking that it belongs to these files."""
+def _manifest_of(files: untrusted.Files, form: Format, prompt: SoftPrompt) -> tuple[Positions, tuple[str, ...]]:
+    """The positions and conditions that a manifest tells, after checking that it belongs to these files."""
     manifest = files.json(MANIFEST)
     remedy = f"remove {MANIFEST} if it does not belong here, or convert again"
     # Weights that the manifest does not name could be read instead of those that it does.
@@ -416,4 +446,7 @@ def _positions_of(files: untrusted.Files, form: Format, prompt: SoftPrompt) -> P
         raise CheckpointError(
             f"{MANIFEST} has no valid 'positions': {error!r}", "start, relative_bias and window", remedy
         ) from error
-    return positions
+    conditions = manifest.get("conditions")
+    if not isinstance(conditions, list) or not all(isinstance(name, str) for name in conditions):
+        raise CheckpointError(f"{MANIFEST} has conditions {conditions!r:.80}", "a list of names", remedy)
+    return positions, tuple(conditions)

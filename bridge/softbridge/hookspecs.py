@@ -62,6 +62,13 @@ class Format(Protocol):
         """
         ...
 
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[str]:
+        """What whoever runs the written files in the toolkit itself must do, so that it computes this prompt.
+
+        Empty where the toolkit's own defaults do. Printed by ``convert`` and written into the manifest.
+        """
+        ...
+
 
 class Engine(Protocol):
     """Runs a soft prompt on a transformers model."""

@@ -342,7 +342,10 @@ def _ids(tokens: Tokens, tokenizer: Any) -> list[int]:
         if tokenizer is None:
             raise tools.refusal(f"the text {tokens!r:.40}", "token ids, or a tokenizer", "give tokenizer=...")
         tokens = tokenizer(tokens, add_special_tokens=False)["input_ids"]
-    ids = [int(token) for token in tokens]
+    given: Any = tokens
+    if getattr(given, "ndim", 1) == 2 and len(given) == 1:  # what a tokenizer returns for one text
+        given = given[0]
+    ids = [int(token) for token in given]
     if not ids:
         raise tools.refusal("no tokens", "at least one", "give a text that is not empty")
     return ids

@@ -73,6 +73,10 @@ def _same_arrays(a: Mapping[Any, Array], b: Mapping[Any, Array]) -> bool:
     return a.keys() == b.keys() and all(same_array(a[name], b[name]) for name in a)
 
 
+def _shapes(arrays: Mapping[str, Array]) -> str:
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())
+
+
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise ValueError(message)
@@ -122,7 +126,7 @@ def _json(value: object, here: str) -> Json:
             raise ValueError(f"{here}: {type(value).__name__}, which is no JSON value")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class InputPrompt:
     """Vectors that stand in the input sequence of one stack.
 
@@ -155,6 +159,10 @@ class InputPrompt:
         """All arrays with a name that is unique within the part."""
         yield "vectors", self.vectors
 
+    def __repr__(self) -> str:
+        shape = list(self.vectors.shape)
+        return f"InputPrompt({shape} {self.vectors.dtype}, {self.stack}, {self.entry}, {self.placement})"
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, InputPrompt):
             return NotImplemented
@@ -166,7 +174,7 @@ class InputPrompt:
         return hash((self.stack, self.entry, self.placement, self.vectors.shape))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KeyValue:
     """The prefix of one attention layer: keys [K, P, D] and values [K, P, D], as they enter the dot product."""
 
@@ -180,6 +188,9 @@ class KeyValue:
         _require(self.keys.ndim == 3 and min(shape) > 0, f"keys: [K, P, D], not {shape}")
         _require(self.values.shape == shape, f"values: {shape} like the keys, not {self.values.shape}")
 
+    def __repr__(self) -> str:
+        return f"KeyValue({list(self.keys.shape)} {self.keys.dtype})"
+
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, KeyValue):
             return NotImplemented
@@ -189,7 +200,7 @@ class KeyValue:
         return hash((self.keys.shape, self.keys.dtype))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class KeyValuePrefix:
     """Keys and values that stand before the real ones in the attention of named layers.
 
@@ -240,6 +251,10 @@ class KeyValuePrefix:
         """[P, 2·L·K·D], the inverse of `from_flat` for the layers that are there, in rising order."""
         pairs = np.stack([np.stack([pair.keys, pair.values]) for pair in self.layers.values()])
         return np.ascontiguousarray(pairs.transpose(3, 0, 1, 2, 4)).reshape(self.length, -1)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(map(repr, self.layers.values())))
+        return f"KeyValuePrefix({self.site}, layers {list(self.layers)}, {kinds})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, KeyValuePrefix):
@@ -294,7 +309,7 @@ class BaseId:
     geometry: Geometry | None = None
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class Training:
     """The parameterisation's own tensors, so that training can go on. Running a prompt needs none of it.
 
@@ -314,6 +329,9 @@ class Training:
         object.__setattr__(
             self, "tensors", FrozenMap({name: frozen(self.tensors[name]) for name in sorted(self.tensors)})
         )
+
+    def __repr__(self) -> str:
+        return f"Training({self.kind}, {self.settings}, {_shapes(self.tensors)})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Training):
@@ -345,7 +363,7 @@ class Origin:
         object.__setattr__(self, "digests", FrozenMap(self.digests))
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class SoftPrompt:
     """A trained soft prompt: everything that a model ever sees of it, and what is known beside.
 
@@ -413,6 +431,12 @@ class SoftPrompt:
         from softbridge.container import pack
 
         return hashlib.sha256(pack(SoftPrompt(self.parts, self.positions))).hexdigest()
+
+    def __repr__(self) -> str:
+        more = f", head {_shapes(self.head)}" if self.head else ""
+        more += f", {self.training}" if self.training is not None else ""
+        more += f", from {self.origin.format}" if self.origin is not None else ""
+        return f"SoftPrompt({list(self.parts)}, {self.positions}, {self.base}{more})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, SoftPrompt):

@@ -126,7 +126,9 @@ def engine_named(name: str) -> Engine:
     reason = engine.unavailable()
     if reason is not None:
         raise EngineError(
-            f"engine '{name}' cannot be used here: {reason}", "an environment that holds its toolkit", "install it"
+            f"engine '{name}' cannot be used here: {reason}",
+            "an environment that holds its toolkit",
+            "install the extra that brings it",
         )
     return engine
 

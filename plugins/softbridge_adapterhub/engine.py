@@ -49,9 +49,7 @@ class AdapterHubEngine:
     def unavailable(self) -> str | None:
         # Once imported, the package has no spec to be found.
         if "adapters" not in sys.modules and importlib.util.find_spec("adapters") is None:
-            return (
-                "AdapterHub is not installed: pip install 'softbridge[adapterhub]' (it pins a release of transformers)"
-            )
+            return "AdapterHub is not installed (the extra 'adapterhub' brings it; it pins a release of transformers)"
         return None
 
     def obstacles(self, prompt: SoftPrompt, model: Any) -> Sequence[Obstacle]:

@@ -76,6 +76,10 @@ OTHER_MODEL_TYPES = {
 #: it is zero from there on. No canonical prompt says that, so a stack is prefixed in all layers or in none.
 RELATIVE_BIAS = frozenset(("mt5", "t5"))
 
+#: Families whose key/value cache AdapterHub never fills (see `softbridge_compat.adapterhub_defects`). The engine
+#: measures it; this is for advice where the toolkit is not installed, and a test compares the two.
+CACHE_STAYS_EMPTY = frozenset(("llama", "mistral"))
+
 #: Family -> (end of the name of the modules that receive positions, index or name of that argument).
 #: A pre-hook there moves the tokens whatever the caller, the padding and the cache make of their positions.
 POSITION_INPUTS: Mapping[str, tuple[str, int | str]] = {

@@ -189,6 +189,19 @@ class AdapterHubFormat:
         )
         return {facts.CONFIG_FILE: untrusted.json_bytes(document), **weights}
 
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[str]:
+        """Eager attention, no cache where none is filled, positions. See `Format.advice`."""
+        advice = ["load the model with attn_implementation='eager': otherwise AdapterHub's prefix is another function"]
+        if geometry is not None and geometry.model_type in facts.CACHE_STAYS_EMPTY:
+            advice.append("pass use_cache=False to forward and generate: AdapterHub never fills this model's cache")
+        advice += [
+            f"pass position_ids = torch.arange(T) + {start} for T unpadded tokens, in every call: the first real token "
+            f"of the {stack} stands at {start}"
+            for stack, start in prompt.positions.start.items()
+            if start != 0
+        ]
+        return advice
+
 
 FORMAT = AdapterHubFormat()
 

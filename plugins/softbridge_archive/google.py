@@ -66,6 +66,9 @@ class GoogleFormat:
     def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
         return {FILE: untrusted.npy_bytes(prompt.inputs[0].vectors)}
 
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[str]:
+        return ()
+
 
 def _array_of(files: untrusted.Files) -> str | None:
     arrays = [name for name in files.names if files.kind(name) == "npy"]

@@ -40,6 +40,10 @@ class NativeFormat:
         """The one file."""
         return {FILE: pack(prompt)}
 
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[str]:
+        """Nothing: the engine reads the positions in the file."""
+        return ()
+
 
 def _file(files: Files) -> str | None:
     """``prompt.safetensors`` of a folder, or the one file if that is a safetensors file."""

@@ -48,7 +48,7 @@ class PeftEngine:
     capabilities = replace(FORMAT.capabilities, prefix_start=None)
 
     def unavailable(self) -> str | None:
-        return None if find_spec("peft") is not None else "PEFT is not installed: pip install 'softbridge[peft]'"
+        return None if find_spec("peft") is not None else "PEFT is not installed (softbridge's extra 'peft' brings it)"
 
     def obstacles(self, prompt: SoftPrompt, model: Any) -> Sequence[Obstacle]:
         geometry = read_geometry(model.config)

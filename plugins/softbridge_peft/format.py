@@ -93,6 +93,15 @@ class PeftFormat:
         )
         return {facts.CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(), **weights}
 
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[str]:
+        told = [
+            f"pass position_ids = torch.arange(T) - {counted - start} for T unpadded tokens, in every call: PEFT adds "
+            f"the prefix length {counted} to them, and the first real token stands at {start}"
+            for stack, counted in prompt.counted().items()
+            if prompt.prefixes and (start := prompt.positions.start[stack]) != counted
+        ]
+        return [*told, "pad batches on the right: PEFT puts virtual tokens before the pads of a left-padded row"]
+
 
 FORMAT = PeftFormat()
 

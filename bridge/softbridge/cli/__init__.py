@@ -92,7 +92,11 @@ def _out() -> Console:
     return _Console(width=None if Console().is_terminal else 120)
 
 
-def _refuse(error: SoftbridgeError) -> NoReturn:
+def _refuse(error: SoftbridgeError, as_json: bool) -> NoReturn:
+    if as_json:
+        refused = {"kind": type(error).__name__, "found": error.found, "expected": error.expected}
+        obstacles = [vars(obstacle) for obstacle in getattr(error, "obstacles", ())]
+        _print_json({"refused": {**refused, "remedy": error.remedy, "obstacles": obstacles}})
     message = Text.assemble(("refused:", "bold red"), " ", shown_lines(str(error)))
     Console(stderr=True, soft_wrap=True).print(message)
     raise typer.Exit(REFUSED)
@@ -113,6 +117,23 @@ def main() -> None:
         lines = shown_lines(traceback.format_exc()).plain
         print(f"{lines}this is a defect of softbridge: please report it, with the lines above", file=sys.stderr)
         sys.exit(DEFECT)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from softbridge_compat import versions
+
+        _out().out(" ".join(f"{name} {version}" for name, version in versions().items()), highlight=False)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Versions of what can change a result.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
 
 
 @contextmanager
@@ -138,7 +159,7 @@ def inspect(
     try:
         found = inspection(path, base)
     except SoftbridgeError as error:
-        _refuse(error)
+        _refuse(error, as_json)
     if as_json:
         _print_json(found)
     else:
@@ -187,13 +208,14 @@ def convert(
                 overwrite=overwrite,
             )
     except SoftbridgeError as error:
-        _refuse(error)
+        _refuse(error, as_json)
     if as_json:
         _print_json(
             {
                 "source": {"path": str(report.source.path), "format": report.source.format.name},
                 "target": {"path": str(report.path), "format": report.target},
                 "steps": [vars(step) for step in report.steps],
+                "advice": list(report.advice),
                 "certificate": None if report.certificate is None else report.certificate.to_json(),
             }
         )
@@ -207,6 +229,10 @@ def convert(
     console.print(steps_table(report.steps))
     if report.certificate is not None:
         console.print(certificate_table(report.certificate))
+    if report.advice:
+        console.print(Text.assemble("to run it in ", shown(report.target), " itself:"))
+        for line in report.advice:
+            console.print(Text.assemble("- ", shown(line)))
 
 
 @app.command()
@@ -225,7 +251,7 @@ def explain(
     try:
         found = explanations(source, target, method, base)
     except SoftbridgeError as error:
-        _refuse(error)
+        _refuse(error, as_json)
     if as_json:
         _print_json([{"base": name, **explanation.to_json()} for name, explanation in found])
     else:
@@ -255,7 +281,7 @@ def verify(
         with _quiet():
             certificate: Certificate = run(a, b, base, weights=weights, dtype=dtype.value, seed=seed)
     except SoftbridgeError as error:
-        _refuse(error)
+        _refuse(error, as_json)
     if as_json:
         _print_json(certificate.to_json())
     else:
@@ -285,7 +311,7 @@ def _list(make: Any, as_json: bool) -> None:
     try:
         table, rows = make()
     except SoftbridgeError as error:
-        _refuse(error)
+        _refuse(error, as_json)
     if as_json:
         _print_json(rows)
     else:
@@ -308,7 +334,7 @@ def demo(
         with _quiet():
             certificate = run(source, target, directory, _Console(quiet=True) if as_json else _out())
     except SoftbridgeError as error:
-        _refuse(error)
+        _refuse(error, as_json)
     if as_json:
         _print_json(certificate.to_json())
     raise typer.Exit(certificate.exit_status)

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from softbridge.errors import BaseModelError
+from softbridge.explain import LENGTH
 from softbridge.prompt import InputPrompt, SoftPrompt
 from softbridge.registry import engines, formats, owners
 from softbridge.untrusted import Files
@@ -97,13 +98,13 @@ def inspection(path: Path, base: str | None) -> dict[str, Any]:
     for name in files.names:
         found["files"][name] = {"sha256": files.digest(name)}
     try:
-        prompt = read(path, base).prompt
+        loaded = read(path, base)
     except BaseModelError as error:
         if base is not None:
             raise
         found["needs_base"] = error.found
         return found
-    return {**found, **_describe(prompt)}
+    return {**found, "conditions": list(loaded.conditions), **_describe(loaded.prompt)}
 
 
 def _describe(prompt: SoftPrompt) -> dict[str, Any]:
@@ -156,6 +157,8 @@ def prompt_table(found: dict[str, Any]) -> Group:
         _row(parts, what, where, part["length"], shape, part["dtype"], f"{part['std']:.3g}", f"{part['largest']:.3g}")
     start = ", ".join(f"{stack} {position}" for stack, position in found["positions"]["start"].items())
     facts = [f"the first real token stands at: {start or 'no stack is moved'}"]
+    if found["conditions"]:
+        facts.append(f"written under the conditions: {', '.join(found['conditions'])}")
     if found["training"]:
         facts.append(f"training can go on: {found['training']} reparameterisation")
     if found["head"]:
@@ -175,7 +178,7 @@ def steps_table(steps: Sequence[Step]) -> Table | Text:
 
 def explanation_table(explanations: Sequence[tuple[str, Explanation]]) -> Table:
     """What `softbridge explain` shows."""
-    table = _table("base model", "method", "outcome", "why")
+    table = _table("base model", "method", "outcome", f"why (for a prompt of {LENGTH} virtual tokens, say)")
     for base, found in explanations:
         reasons = [f"{step.name}: {step.note}" for step in found.steps]
         reasons += [f"{obstacle.name}: {obstacle.reason}" for obstacle in found.obstacles]
@@ -204,7 +207,7 @@ def certificate_table(certificate: Certificate) -> Group:
             values = ["the same tokens" if value == 0 else "other tokens" for value in (figure.float64, figure.working)]
         else:
             values = [f"{figure.float64:.1e}", f"{figure.working:.1e}"]
-        _row(effects, f"difference: {figure.probe}", *values, figure.note if not figure.judged else "")
+        _row(effects, f"difference: {figure.probe}", *values, f"not judged: {figure.note}" if not figure.judged else "")
     verdict = {
         "bitwise": "the same, bit for bit",
         "exact": "the same function",

@@ -17,6 +17,7 @@ import numpy as np
 from softbridge.base import BaseModel
 from softbridge.head import load_head
 from softbridge.hookspecs import Engine, Loader
+from softbridge.lower import as_dtype
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.verification.certificate import Certificate, Fault, Figure, Side
 from softbridge.verification.mutations import mutations
@@ -76,11 +77,20 @@ def verify(
     from softbridge.conversion import read
 
     resolved = BaseModel.resolve(base)
-    subjects = [
-        Subject(str(loaded.path), loaded.prompt, loaded.format.engine, loaded.path)
-        for loaded in (read(a, resolved), read(b, resolved))
-    ]
-    return verify_prompts(subjects[0], subjects[1], resolved, weights=weights, dtype=dtype, seed=seed)
+    files = [read(a, resolved), read(b, resolved)]
+    conditions = tuple(dict.fromkeys(name for loaded in files for name in loaded.conditions))
+    subjects = [Subject(str(one.path), one.prompt, one.format.engine, one.path) for one in files]
+    if "head" in conditions:  # one side left it to its caller: the comparison gives it the other's
+        head = next((one.prompt.head for one in files if one.prompt.head), {})
+        subjects = [
+            one if one.prompt.head else replace(one, prompt=replace(one.prompt, head=head), directory=None)
+            for one in subjects
+        ]
+    if "dtype" in conditions:  # one side was rounded
+        subjects = [replace(one, prompt=as_dtype(one.prompt, np.dtype(np.float32)), directory=None) for one in subjects]
+    return verify_prompts(
+        subjects[0], subjects[1], resolved, conditions=conditions, weights=weights, dtype=dtype, seed=seed
+    )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,171 @@
+"""What a user does next with a converted prompt in the toolkit itself, and the mistakes that are easy to make."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import softbridge as sb
+from softbridge.base import BaseModel
+from softbridge.cli import app
+from softbridge.errors import BaseModelError, OutputError
+from softbridge.registry import engines
+from softbridge.testing import random_prefix, tiny_config, tiny_model
+
+IDS = torch.tensor([[5, 9, 17, 33, 21]])
+
+
+def logits(model: Any, **more: Any) -> torch.Tensor:
+    with torch.no_grad():
+        out: torch.Tensor = model(input_ids=IDS, **more).logits
+    return out
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_advice_is_what_it_takes_in_adapterhub(family: str, tmp_path: Path) -> None:
+    adapters = pytest.importorskip("adapters")
+    config = tiny_config(family)
+    prompt = random_prefix(BaseModel(config).geometry)
+    sb.save(prompt, tmp_path / "peft", "peft", config)
+    report = sb.convert(tmp_path / "peft", tmp_path / "out", "adapterhub", config, accept=["positions"])
+    advice = " ".join(report.advice)
+    assert "attn_implementation='eager'" in advice
+    assert ("use_cache=False" in advice) == (family == "llama")
+    assert ("torch.arange(T) + 5" in advice) == (family == "gpt2")
+    manifest = json.loads((tmp_path / "out" / "softbridge.json").read_text())
+    assert manifest["advice"] == list(report.advice)
+
+    expected = logits(sb.attach(tiny_model(family), prompt))
+
+    def by_hand(attention: str, **more: Any) -> float:
+        model = tiny_model(family)
+        model.config._attn_implementation = attention
+        adapters.init(model)
+        model.load_adapter(str(tmp_path / "out"), set_active=True)
+        return float((logits(model, **more) - expected).abs().max())
+
+    right = {"position_ids": torch.arange(5)[None] + 5} if family == "gpt2" else {"use_cache": False}
+    assert by_hand("eager", **right) < (1e-5 if family == "llama" else 1e-6)
+    assert by_hand("sdpa", **right) > 0.1, "the first piece of advice matters"
+    if family == "gpt2":
+        assert by_hand("eager") > 0.1, "and so does the last"
+
+
+def test_the_advice_is_what_it_takes_in_peft(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    config = tiny_config("gpt2")
+    prompt = random_prefix(BaseModel(config).geometry)
+    prompt = replace(prompt, positions=replace(prompt.positions, start={"decoder": 0}))
+    sb.save(prompt, tmp_path / "ours", "softbridge", config)
+    report = sb.convert(tmp_path / "ours", tmp_path / "out", "peft", config, accept=["positions"])
+    assert "torch.arange(T) - 5" in report.advice[0]
+    expected = logits(sb.attach(tiny_model("gpt2"), tmp_path / "ours"))
+    model = peft.PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path / "out").eval()
+    assert (logits(model, position_ids=torch.arange(5)[None] - 5) - expected).abs().max() < 1e-12
+    assert (logits(model) - expected).abs().max() > 0.1
+
+
+def test_the_caches_that_stay_empty_are_the_ones_of_the_advice() -> None:
+    adapters = pytest.importorskip("adapters")
+    from softbridge_adapterhub import facts
+
+    for family in ("gpt2", "llama"):
+        model = tiny_model(family)
+        adapters.init(model)
+        with torch.no_grad():
+            cache = model(input_ids=IDS, use_cache=True).past_key_values
+        assert (cache.get_seq_length() == 0) == (family in facts.CACHE_STAYS_EMPTY)
+
+
+def test_verify_repeats_what_convert_certified_with_its_conditions(tmp_path: Path) -> None:
+    engine = engines()["peft"]
+    if engine.unavailable() is not None:
+        pytest.skip("PEFT is not installed")
+    config = tiny_config("bert")
+    model = tiny_model("bert", torch.float32)
+    engine.train_example(model, "prefix-tuning", tmp_path / "a", length=5, steps=2, seed=0)
+    accept = ["head", "positions"]
+    report = sb.convert(tmp_path / "a", tmp_path / "b", "adapterhub", config, accept=accept, verify=True)
+    assert report.certificate is not None
+    assert set(report.certificate.conditions) == set(accept)
+    again = sb.verify(tmp_path / "a", tmp_path / "b", config)
+    assert again.same
+    assert set(again.conditions) == set(accept)
+    found = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "b"), "--json"]).output)
+    assert "needs_base" in found
+
+
+def test_overwriting_replaces_prompts_only(tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    prompt = random_prefix(BaseModel(config).geometry)
+    base = tmp_path / "base"
+    tiny_model("llama", torch.float32).save_pretrained(base)
+    before = {path.name: path.read_bytes() for path in base.iterdir()}
+    for target in (base, base / "model.safetensors"):
+        with pytest.raises(OutputError, match=r"was not written by softbridge(.|\n)*remove it yourself"):
+            sb.save(prompt, target, "softbridge", config, overwrite=True)
+    assert {path.name: path.read_bytes() for path in base.iterdir()} == before
+    sb.save(prompt, tmp_path / "out", "peft", config)
+    sb.save(prompt, tmp_path / "out", "softbridge", config, overwrite=True)
+    assert sb.load(tmp_path / "out") == sb.load(tmp_path / "out", config)
+    (tmp_path / "out" / "notes").mkdir()
+    (tmp_path / "out" / "notes" / "thesis.txt").write_text("years of work")
+    with pytest.raises(OutputError, match=r"notes/thesis\.txt"):
+        sb.save(prompt, tmp_path / "out", "softbridge", config, overwrite=True)
+    sb.save(prompt, tmp_path / "one.safetensors", "softbridge", config)
+    sb.save(prompt, tmp_path / "one.safetensors", "softbridge", config, overwrite=True)
+
+
+def test_paths_are_taken_where_prompts_are(tmp_path: Path) -> None:
+    prompt = random_prefix(BaseModel(tiny_config("gpt2")).geometry)
+    sb.save(prompt, tmp_path / "p", "peft", tiny_config("gpt2"))
+    assert torch.equal(
+        logits(sb.attach(tiny_model("gpt2"), tmp_path / "p")), logits(sb.attach(tiny_model("gpt2"), prompt))
+    )
+
+
+@pytest.mark.parametrize("base", ["./nope", "/nope/there", "nope/", "nope/config.json", "~/nope/x"])
+def test_a_path_that_is_not_there_is_not_looked_up_on_a_hub(base: str) -> None:
+    with pytest.raises(BaseModelError, match="there is no"):
+        BaseModel.resolve(base)
+
+
+def test_weights_are_not_looked_for_in_a_configuration(tmp_path: Path) -> None:
+    config = tiny_config("gpt2")
+    config.save_pretrained(tmp_path / "base")
+    prompt = random_prefix(BaseModel(config).geometry)
+    sb.save(prompt, tmp_path / "p", "softbridge", config)
+    with pytest.raises(BaseModelError, match="configuration only"):
+        sb.verify(tmp_path / "p", tmp_path / "p", tmp_path / "base" / "config.json", weights=True)
+
+
+def test_programs_are_refused_in_json(tmp_path: Path) -> None:
+    prompt = random_prefix(BaseModel(tiny_config("gpt2")).geometry)
+    sb.save(prompt, tmp_path / "p", "peft", tiny_config("gpt2"))
+    tiny_config("gpt2").save_pretrained(tmp_path / "base")
+    arguments = ["convert", str(tmp_path / "p"), str(tmp_path / "out"), "--to", "adapterhub", "--json"]
+    result = CliRunner().invoke(app, [*arguments, "--base", str(tmp_path / "base")])
+    assert result.exit_code == 2
+    refused = json.loads(result.stdout)["refused"]
+    assert refused["kind"] == "LoweringError"
+    assert [(o["name"], o["acceptable"]) for o in refused["obstacles"]] == [("positions", True)]
+    assert all(refused[name] for name in ("found", "expected", "remedy"))
+
+
+def test_a_prompt_prints_in_a_line() -> None:
+    prompt = random_prefix(BaseModel(tiny_config("llama")).geometry)
+    assert len(repr(prompt)) < 700
+    assert "KeyValuePrefix(self, layers [0, 1, 2], KeyValue([2, 5, 8] float32))" in repr(prompt)
+
+
+def test_the_version_is_told() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    assert result.exit_code == 0
+    assert "softbridge " in result.output
+    assert "torch " in result.output
