@@ -389,7 +389,7 @@ def test_the_plugin_imports_nothing_heavy() -> None:
 def test_an_engine_without_its_toolkit_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(sys.modules, "adapters", raising=False)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(EngineError, match=r"softbridge\[adapterhub\]"):
+    with pytest.raises(EngineError, match=r"the extra 'adapterhub'"):
         ENGINE.attach(object(), prefix_for(GEOMETRIES["gpt2"]))
 
 
