@@ -1,5 +1,6 @@
 # make demo    the whole job on a tiny model: train with PEFT, convert to AdapterHub, run both, print the certificate
 # make test    lint, types, and the whole suite on both stacks of compat/matrix.toml
+# make test-long  the tests of foreign bytes with a hundred times as many examples, on the newer stack
 # make format  let ruff rewrite what it can
 # make clean   remove environments and caches
 #
@@ -18,7 +19,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test demo lint format clean $(addprefix test-,$(STACKS))
+.PHONY: test test-long demo lint format clean $(addprefix test-,$(STACKS))
 
 test: lint $(addprefix test-,$(STACKS))
 
@@ -29,6 +30,11 @@ test-transformers4: $(ENV4)/ready
 test-transformers5: export OMP_NUM_THREADS := 1
 test-transformers5: $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST)
+
+test-long: export OMP_NUM_THREADS := 1
+test-long: export SOFTBRIDGE_PROFILE := long
+test-long: $(ENV5)/ready
+	$(ENV5)/bin/python $(PYTEST) tests/bridge/test_untrusted_reading.py tests/bridge/test_container.py
 
 lint: $(ENV5)/ready
 	$(ENV5)/bin/ruff check $(CODE)
