@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 import softbridge as sb
 from softbridge.base import BaseModel
 from softbridge.cli import app
-from softbridge.errors import BaseModelError, OutputError
+from softbridge.errors import BaseModelError, CheckpointError, OutputError
 from softbridge.registry import engines
 from softbridge.testing import random_prefix, tiny_config, tiny_model
 
@@ -169,3 +169,14 @@ def test_the_version_is_told() -> None:
     assert result.exit_code == 0
     assert "softbridge " in result.output
     assert "torch " in result.output
+
+
+def test_a_folder_inside_an_earlier_output_is_left_alone(tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    prompt = random_prefix(BaseModel(config).geometry)
+    sb.save(prompt, tmp_path / "out", "peft", config)
+    sb.save(prompt, tmp_path / "out" / "more", "peft", config)
+    assert sb.load(tmp_path / "out", config).parts == prompt.parts
+    (tmp_path / "out" / "adapter_model.bin").write_bytes((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
+    with pytest.raises(CheckpointError, match=r"describes other files than those beside it: adapter_model\.bin"):
+        sb.load(tmp_path / "out", config)

@@ -418,7 +418,8 @@ def _manifest_of(files: untrusted.Files, form: Format, prompt: SoftPrompt) -> tu
     manifest = files.json(MANIFEST)
     remedy = f"remove {MANIFEST} if it does not belong here, or convert again"
     # Weights that the manifest does not name could be read instead of those that it does.
-    weights = [name for name in files.names if files.kind(name) in ("safetensors", "pickle")]
+    here = [name for name in files.names if "/" not in name]
+    weights = [name for name in here if files.kind(name) in ("safetensors", "pickle")]
     if manifest.get("softbridge") != MANIFEST_VERSION or manifest.get("format") != form.name:
         raise CheckpointError(
             f"{MANIFEST} is of version {manifest.get('softbridge')!r} and for format {manifest.get('format')!r}",

@@ -108,6 +108,7 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         kv_heads = 1
     head_dim = _optional_count(config, "head_dim", "d_kv")
+    hidden = _optional_count(config, "true_hidden_size") or hidden  # MobileBERT attends in a bottleneck
     if head_dim is None:
         if hidden % heads:
             raise BaseModelError(

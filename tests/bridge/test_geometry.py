@@ -131,3 +131,29 @@ def test_what_is_no_base_model_is_refused() -> None:
         BaseModel.resolve(3)
     base = BaseModel(tiny_config("gpt2"))
     assert BaseModel.resolve(base) is base
+
+
+def test_the_width_of_the_input_is_the_embeddings_own() -> None:
+    for family in ("electra", "albert"):
+        geometry = read_geometry(config_of(family, {"embedding_size": 16}))
+        assert (geometry.hidden, geometry.input_width) == (48, 16)
+        model = build(config_of(family, {"embedding_size": 16}), "sequence-classification", torch.float32, 0)
+        assert model.get_input_embeddings().weight.shape == (96, geometry.input_width)
+    assert read_geometry(config_of("bert", {})).input_width == 48
+
+
+def test_mobilebert_attends_in_a_bottleneck() -> None:
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model("mobilebert", hidden_size=64, intra_bottleneck_size=32, vocab_size=96)
+    assert read_geometry(config).encoder.head_dim == 8  # type: ignore[union-attr]
+
+
+def test_falcons_new_architecture_has_several_key_value_heads() -> None:
+    changes = {"multi_query": True, "new_decoder_architecture": True, "num_kv_heads": 2}
+    assert read_geometry(config_of("falcon", changes)).decoder.kv_heads == 2  # type: ignore[union-attr]
+
+
+def test_an_encoder_with_a_causal_class_is_an_encoder() -> None:
+    assert read_geometry(config_of("bert-generation", {})).decoder is None
+    assert read_geometry(config_of("bert-generation", {"is_decoder": True})).encoder is None
