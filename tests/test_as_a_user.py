@@ -180,3 +180,12 @@ def test_a_folder_inside_an_earlier_output_is_left_alone(tmp_path: Path) -> None
     (tmp_path / "out" / "adapter_model.bin").write_bytes((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"describes other files than those beside it: adapter_model\.bin"):
         sb.load(tmp_path / "out", config)
+
+
+def test_a_target_that_is_taken_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny_config("llama")
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "a", "peft", config)
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "out", "peft", config)
+    monkeypatch.setattr("softbridge.verification.verify_prompts", lambda *a, **k: pytest.fail("verified in vain"))
+    with pytest.raises(OutputError, match="is there already"):
+        sb.convert(tmp_path / "a", tmp_path / "out", "softbridge", config, verify=True)

@@ -203,6 +203,7 @@ def convert(
     """
     resolved = None if base is None else BaseModel.resolve(base)
     _apart(Path(source), Path(target))
+    _check_target(Path(target), overwrite)  # before the work, and again when it is written
     loaded = read(source, resolved, format)
     form = format_named(to)
     lowering, content = _prepare(loaded.prompt, form, resolved, accept, encoding)
@@ -329,8 +330,11 @@ def _known(recorded: BaseId, base: BaseModel) -> BaseId:
     return BaseId(recorded.name or name, base.geometry)
 
 
-def _check_replaceable(target: Path) -> None:
-    """Refuse to replace what is no prompt: a base model, somebody's folder."""
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that is there already; when told to overwrite, one that is no prompt: a model, a folder."""
+    if not overwrite:
+        untrusted.check_vacant(target)
+        return
     if not target.exists() or (target.is_dir() and not any(target.iterdir())):
         return
     files = untrusted.Files(target)
@@ -384,8 +388,7 @@ def _write(
             )
 
     conditions = _conditions(lowering)
-    if overwrite:
-        _check_replaceable(target)
+    _check_target(target, overwrite)
     if _is_file(target, content):
         if conditions:
             raise OutputError(

@@ -14,7 +14,7 @@ import softbridge as sb
 from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError, EngineError
 from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
-from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.verification import Certificate, Fault, Figure, Subject, verify_prompts
 from softbridge.verification.probes import make_probes
 from softbridge.verification.run import choose_engine, find_islands
@@ -151,3 +151,27 @@ def test_the_structure_shrinks_what_attention_does_not_see() -> None:
     assert model.config.bos_token_id == 0
     assert replace(BaseModel.resolve(model).geometry, vocabulary=0) == replace(base.geometry, vocabulary=0)
     assert config.vocab_size == 50000
+
+
+def test_what_a_sliding_window_does_to_a_prefix_is_seen_unless_it_is_a_condition() -> None:
+    """The window is far longer than any probe; the structure shortens it."""
+    from transformers import AutoConfig
+
+    sizes = {**TINY["llama"], "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    base = BaseModel(AutoConfig.for_model("mistral", **sizes, sliding_window=64))
+    slides = random_prefix(base.geometry)
+    pinned = replace(slides, positions=replace(slides.positions, window="pinned"))
+    subjects = Subject("a", slides, "native"), Subject("b", pinned, "native")
+    assert verify_prompts(*subjects, base).verdict == "different"
+    assert verify_prompts(*subjects, base, conditions=["window"]).same
+    assert verify_prompts(subjects[0], subjects[0], base).same
+
+
+def test_a_head_on_either_side_decides_the_number_of_labels() -> None:
+    base = BaseModel(tiny_config("bert", num_labels=2))
+    prompt = random_input_prompt(base.geometry)
+    with_head = replace(prompt, head={"classifier.weight": np.ones((7, 32)), "classifier.bias": np.arange(7.0)})
+    a, b = Subject("a", prompt, "native"), Subject("b", with_head, "native")
+    assert verify_prompts(b, b, base).same
+    for pair in ((a, b), (b, a)):
+        assert verify_prompts(*pair, base).verdict == "different"

@@ -21,7 +21,7 @@ from __future__ import annotations
 from softbridge.untrusted.claims import DEPTH, DTYPE_CODES, LIMIT, MEMBERS, is_safe_name, parse_json
 from softbridge.untrusted.content import json_bytes, little_endian, npy_bytes, pickle_bytes, safetensors_bytes
 from softbridge.untrusted.files import Files, Kind
-from softbridge.untrusted.output import write, write_file
+from softbridge.untrusted.output import check_vacant, write, write_file
 
 __all__ = [
     "DEPTH",
@@ -30,6 +30,7 @@ __all__ = [
     "MEMBERS",
     "Files",
     "Kind",
+    "check_vacant",
     "is_safe_name",
     "json_bytes",
     "little_endian",

@@ -42,8 +42,8 @@ def write(
     target = Path(os.path.realpath(target))
     if target.is_dir():
         _keep_away_from(target)
-    if not overwrite and (target.is_file() or (target.is_dir() and any(target.iterdir()))):
-        _occupied(target)
+    if not overwrite:
+        check_vacant(target)
     if target.exists() and not target.is_dir():
         raise OutputError(f"'{target}' is a file", "a folder, or nothing yet", "name another target, or move the file")
     with _staged(target, files, check) as staged:
@@ -75,6 +75,12 @@ def write_file(
             _occupied(target)
         except OSError:  # no hard links on this file system
             os.replace(staged / target.name, target)
+
+
+def check_vacant(target: Path) -> None:
+    """Refuse a target that is there already; an empty folder may be filled."""
+    if target.is_file() or (target.is_dir() and any(target.iterdir())):
+        _occupied(target)
 
 
 def _occupied(target: Path) -> NoReturn:

@@ -87,10 +87,17 @@ def verify(
             for one in subjects
         ]
     if "dtype" in conditions:  # one side was rounded
-        subjects = [replace(one, prompt=as_dtype(one.prompt, np.dtype(np.float32)), directory=None) for one in subjects]
+        subjects = [
+            replace(one, prompt=as_dtype(one.prompt, np.dtype(np.float32)), directory=None) if _is_wide(one) else one
+            for one in subjects
+        ]
     return verify_prompts(
         subjects[0], subjects[1], resolved, conditions=conditions, weights=weights, dtype=dtype, seed=seed
     )
+
+
+def _is_wide(subject: Subject) -> bool:
+    return any(array.dtype.itemsize > 4 for part in subject.prompt.parts for _, array in part.arrays())
 
 
 @dataclass(frozen=True)
@@ -166,9 +173,9 @@ def verify_prompts(
     """
     from softbridge_compat import versions
 
-    base = base.with_head(a.prompt.head)
+    base = base.with_head(a.prompt.head or b.prompt.head)
     window = None
-    if a.prompt.positions.window == b.prompt.positions.window:  # they must agree beyond it, too
+    if "window" not in conditions:  # they must agree beyond it, too
         window = max(a.prompt.counted().values(), default=0) + LENGTHS[0] // 2
     bench = _Bench(base, weights, seed, window, ())
     model = bench.model()
