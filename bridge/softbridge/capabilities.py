@@ -17,11 +17,15 @@ class Capabilities:
 
     Attributes:
         inputs: (stack, entry, placement) of the input prompts that can be expressed.
-        input_start: where the first real token stands when the toolkit runs an input prompt that enters before the
-            embedding block: at P (``counted``), or wherever the prompt says (None).
+        input_start: where the first real token stands when the toolkit runs an input prompt: at P (``counted``), at 0
+            (``zero``), or wherever the prompt says (None).
         prefix_sites: sites of the key/value prefixes that can be expressed.
         prefix_start: where the first real token stands when the toolkit runs a prefix: at P (``counted``), at 0
             (``zero``), or wherever the prompt says (None).
+        gates: whether a prefix may have gates.
+        every_layer: whether a prefix must have every layer of its site.
+        ragged: whether layers may differ in the number and the size of their heads.
+        parts: how many parts there may be at once, or None for any number.
         positions_told: whether the toolkit lets its caller move the tokens (``position_ids``), so that another start
             is a condition on the caller and not an impossibility.
         relative_bias: how a T5-like bias sees the prefix, or None for any.
@@ -36,6 +40,10 @@ class Capabilities:
     input_start: Start | None = None
     prefix_sites: frozenset[Site] = frozenset()
     prefix_start: Start | None = None
+    gates: bool = False
+    every_layer: bool = False
+    ragged: bool = False
+    parts: int | None = None
     positions_told: bool = True
     relative_bias: RelativeBias | None = None
     window: Window | None = None
@@ -54,9 +62,12 @@ EVERYTHING = Capabilities(
         (stack, entry, placement)
         for stack in ("encoder", "decoder")
         for entry in ("before", "after")
-        for placement in ("before-sequence", "after-first-token")
+        for placement in ("before-sequence", "after-first-token", "template")
+        if (entry, placement) != ("after", "template")
     ),
     prefix_sites=frozenset(("encoder", "self", "cross")),
+    gates=True,
+    ragged=True,
     training=None,
     head=True,
 )

@@ -3,7 +3,7 @@
 **The file.** A safetensors file whose metadata has one entry, ``softbridge``, a JSON object; every array of the prompt
 is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The same prompt is always the same bytes.
 
-**The description**, all keys required:
+**The description**, all keys required but for two that a part may have:
 
 - ``version``: 1.
 - ``parts``: a list. The part at place n is one of
@@ -11,10 +11,15 @@ is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The
   "placement": "before-sequence" | "after-first-token"}``, with the tensor ``parts.n.vectors`` [P, H], or
   ``{"kind": "prefix", "site": "self" | "encoder" | "cross", "layers": [numbers, rising]}``, with the tensors
   ``parts.n.layers.l.keys`` and ``parts.n.layers.l.values`` [K, P, D] for every layer l.
+  Two keys are there only where they say something: ``"gates": [numbers of the layers that have one, rising]``, with the
+  tensors ``parts.n.layers.l.gate.weight`` [G, H] and ``parts.n.layers.l.gate.bias`` [G]; and ``"template": TEMPLATE``,
+  with the placement ``"template"``. TEMPLATE is ``{"pieces": [PIECE, ...], "verbaliser": null | [[class, [ids]], ...]}``
+  and PIECE is ``{"virtual": number} | {"field": name} | {"words": [ids]} | {"slot": true}``.
 - ``positions``: ``{"start": {stack: number}, "relative_bias": "plain" | "skewed", "window": "slides" | "pinned"}``.
 - ``base``: ``{"name": text | null, "geometry": null | {"model_type", "hidden", "vocabulary", "encoder", "decoder",
   "embedding": number | null}}``, where a stack is null or
-  ``{"layers", "heads", "kv_heads", "head_dim", "window": number | null}``.
+  ``{"layers", "heads", "kv_heads", "head_dim", "window": number | null}``, and ``"shapes": [[K, D], ...]`` where the
+  layers differ.
 - ``head``: names, sorted; ``head.NAME`` is the tensor.
 - ``training``: null or ``{"kind": text, "settings": {...}, "tensors": names, sorted}``; the tensors are
   ``training.NAME``.
@@ -43,6 +48,7 @@ from softbridge.geometry import Geometry, StackGeometry
 from softbridge.prompt import (
     Array,
     BaseId,
+    Gate,
     InputPrompt,
     KeyValue,
     KeyValuePrefix,
@@ -52,6 +58,7 @@ from softbridge.prompt import (
     SoftPrompt,
     Training,
 )
+from softbridge.template import Template
 from softbridge.untrusted import DTYPE_CODES, Files, little_endian, parse_json, safetensors_bytes
 
 Made = TypeVar("Made")
@@ -142,7 +149,7 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
         },
         "base": {
             "name": prompt.base.name,
-            "geometry": None if prompt.base.geometry is None else asdict(prompt.base.geometry),
+            "geometry": None if prompt.base.geometry is None else _describe_geometry(prompt.base.geometry),
         },
         "head": list(prompt.head),
         "training": None
@@ -154,10 +161,21 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
     }
 
 
+def _describe_geometry(geometry: Geometry) -> dict[str, Any]:
+    described = asdict(geometry)
+    for name in ("encoder", "decoder"):
+        if described[name] is not None and described[name]["shapes"] is None:
+            del described[name]["shapes"]
+    return described
+
+
 def _describe_part(part: Part) -> dict[str, Any]:
     if isinstance(part, InputPrompt):
-        return {"kind": "input", "stack": part.stack, "entry": part.entry, "placement": part.placement}
-    return {"kind": "prefix", "site": part.site, "layers": list(part.layers)}
+        template = {} if part.template is None else {"template": part.template.to_json()}
+        return {"kind": "input", "stack": part.stack, "entry": part.entry, "placement": part.placement, **template}
+    gated = [layer for layer, pair in part.layers.items() if pair.gate is not None]
+    gates = {"gates": gated} if gated else {}
+    return {"kind": "prefix", "site": part.site, "layers": list(part.layers), **gates}
 
 
 class _Reader:
@@ -199,28 +217,41 @@ class _Reader:
         here = f"parts.{number}"
         kind = value.get("kind") if isinstance(value, dict) else None
         if kind == "input":
-            fields = self.fields(value, here, {"kind", "stack", "entry", "placement"})
+            extra = {"template"} & value.keys()
+            fields = self.fields(value, here, {"kind", "stack", "entry", "placement", *extra})
             vectors = self.take(f"{here}.vectors")
             del fields["kind"]
+            if extra:
+                fields["template"] = self.build(f"{here}.template", Template.from_json, {"value": fields["template"]})
             return None if vectors is None else self.build(here, InputPrompt, {**fields, "vectors": vectors})
         if kind == "prefix":
-            fields = self.fields(value, here, {"kind", "site", "layers"})
-            numbers = self.items(fields["layers"], f"{here}.layers")
-            if not all(map(_is_count, numbers)) or numbers != sorted(set(numbers)):
-                self.problems.append(f"{here}.layers: {numbers!r:.80}, not rising numbers from 0")
-                return None
-            layers = {layer: self.layer(f"{here}.layers.{layer}") for layer in numbers}
+            extra = {"gates"} & value.keys()
+            fields = self.fields(value, here, {"kind", "site", "layers", *extra})
+            numbers = self.rising(fields["layers"], f"{here}.layers")
+            gates = self.rising(fields["gates"], f"{here}.gates") if extra else []
+            if extra and (not gates or not set(gates) <= set(numbers)):
+                self.problems.append(f"{here}.gates: {gates!r:.80}, not some of the layers")
+            layers = {layer: self.layer(f"{here}.layers.{layer}", layer in gates) for layer in numbers}
             if None in layers.values():
                 return None
             return self.build(here, KeyValuePrefix, {"site": fields["site"], "layers": layers})
         self.problems.append(f"{here}: neither an input prompt nor a prefix: {value!r:.80}")
         return None
 
-    def layer(self, here: str) -> KeyValue | None:
-        keys, values = self.take(f"{here}.keys"), self.take(f"{here}.values")
-        if keys is None or values is None:
+    def layer(self, here: str, gated: bool) -> KeyValue | None:
+        arrays = {name: self.take(f"{here}.{name}") for name in ("keys", "values")}
+        gate = {name: self.take(f"{here}.gate.{name}") for name in ("weight", "bias")} if gated else {}
+        if any(array is None for array in (*arrays.values(), *gate.values())):
             return None
-        return self.build(here, KeyValue, {"keys": keys, "values": values})
+        made = self.build(f"{here}.gate", Gate, gate) if gated else None
+        return self.build(here, KeyValue, {**arrays, "gate": made})
+
+    def rising(self, value: Any, here: str) -> list[int]:
+        numbers = self.items(value, here)
+        if all(map(_is_count, numbers)) and numbers == sorted(set(numbers)):
+            return numbers
+        self.problems.append(f"{here}: {numbers!r:.80}, not rising numbers from 0")
+        return []
 
     def positions(self, value: Any) -> dict[str, Any]:
         fields = self.fields(value, "positions", {"start", "relative_bias", "window"})
@@ -254,11 +285,19 @@ class _Reader:
         if value is None:
             return None
         counts = ("layers", "heads", "kv_heads", "head_dim")
-        fields = self.fields(value, here, {*counts, "window"})
+        extra = {"shapes"} & value.keys() if isinstance(value, dict) else set()
+        fields = self.fields(value, here, {*counts, "window", *extra})
         window = fields["window"]
+        shapes = [
+            tuple(self.count(size, f"{here}.shapes") for size in self.items(pair, f"{here}.shapes"))
+            for pair in (self.items(fields["shapes"], f"{here}.shapes") if extra else ())
+        ]
+        if extra and (len(shapes) != fields["layers"] or any(len(pair) != 2 for pair in shapes)):
+            self.problems.append(f"{here}.shapes: not a pair for each of the layers")
         return StackGeometry(
             **{name: self.count(fields[name], f"{here}.{name}") for name in counts},
             window=None if window is None else self.count(window, f"{here}.window"),
+            shapes=cast("Any", tuple(shapes)) if extra else None,
         )
 
     def training(self, value: Any) -> Training | None:

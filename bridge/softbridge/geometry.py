@@ -30,6 +30,8 @@ class StackGeometry:
         kv_heads: K, key/value heads (fewer than `heads` under grouped-query attention).
         head_dim: D, which need not be H / heads.
         window: length of the shortest sliding window, in tokens, or None.
+        shapes: (K, D) of every layer where they differ (Gemma 4), else None; `kv_heads` and `head_dim` are then those
+            of the first layer.
     """
 
     layers: int
@@ -37,6 +39,11 @@ class StackGeometry:
     kv_heads: int
     head_dim: int
     window: int | None = None
+    shapes: tuple[tuple[int, int], ...] | None = None
+
+    def shape(self, layer: int) -> tuple[int, int]:
+        """(K, D) of a layer."""
+        return (self.kv_heads, self.head_dim) if self.shapes is None else self.shapes[layer]
 
 
 @dataclass(frozen=True)
@@ -121,6 +128,13 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
     window = _optional_count(config, "sliding_window", "attention_chunk_size", "local_attention", "window_size")
     if getattr(config, "use_sliding_window", True) is False:
         window = None
+    single = getattr(config, "per_layer_config", None) if not prefix else None
+    shapes = tuple(
+        (_optional_count(one, "num_key_value_heads") or kv_heads, _optional_count(one, "head_dim") or head_dim)
+        for one in single or ()
+    )
+    if len(set(shapes)) > 1:
+        return StackGeometry(layers, heads, *shapes[0], window, shapes)
     return StackGeometry(layers, heads, kv_heads, head_dim, window)
 
 

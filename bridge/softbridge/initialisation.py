@@ -210,18 +210,19 @@ def text_cache(model: Any, ids: Tokens, length: int | None = None, *, tokenizer:
     cache = DynamicCache()
     with tools.evaluating(model):
         model.base_model(given, attention_mask=torch.ones_like(given), past_key_values=cache, use_cache=True)
-    expected = (base.geometry.decoder.kv_heads, len(tokens), base.geometry.decoder.head_dim)
+    decoder = base.geometry.decoder
+    expected = [(heads, len(tokens), width) for heads, width in map(decoder.shape, range(decoder.layers))]
     held: list[tuple[Any, Any]] = [
         (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
     ]
     shapes = [tuple(None if half is None else tuple(half.shape[1:]) for half in pair) for pair in held]
-    if shapes != [(expected, expected)] * base.geometry.decoder.layers:
+    if shapes != [(each, each) for each in expected]:
         raise BaseModelError(
             f"the cache of {base.geometry.model_type} holds {shapes}",
-            f"keys and values {expected} in each of {base.geometry.decoder.layers} layers",
+            f"keys and values {expected}, layer by layer",
             "start the prefix from another prompt or from random numbers",
         )
-    layers = {number: KeyValue(*(from_torch(half[0]) for half in pair)) for number, pair in enumerate(held)}
+    layers = {n: KeyValue(from_torch(keys[0]), from_torch(values[0])) for n, (keys, values) in enumerate(held)}
     return SoftPrompt((KeyValuePrefix("self", layers),), Positions({"decoder": len(tokens)}), base.id)
 
 

@@ -17,7 +17,7 @@ from softbridge.base import BaseModel
 from softbridge.capabilities import Capabilities
 from softbridge.errors import BaseModelError, LoweringError, Obstacle, SoftbridgeError
 from softbridge.geometry import Geometry, Stack, stack_of
-from softbridge.prompt import Array, InputPrompt, KeyValue, KeyValuePrefix, Part, Positions, SoftPrompt
+from softbridge.prompt import Array, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part, Positions, SoftPrompt
 
 #: Names of the conditions that a caller can accept.
 CONDITIONS = frozenset({"positions", "window", "length", "head", "dtype"})
@@ -202,11 +202,15 @@ def check_fits(prompt: SoftPrompt, geometry: Geometry) -> None:
             heads, _, width = pair.keys.shape
             if layer >= shape.layers:
                 problems.append(f"a prefix for layer {layer}, the model has {shape.layers} layers")
-            if (heads, width) != (shape.kv_heads, shape.head_dim):
+                continue
+            theirs = shape.shape(layer)
+            if (heads, width) != theirs:
                 problems.append(
                     f"{heads} key/value heads of size {width} in layer {layer}, "
-                    f"the model has {shape.kv_heads} of size {shape.head_dim}"
+                    f"the model has {theirs[0]} of size {theirs[1]}"
                 )
+            if pair.gate is not None and pair.gate.weight.shape[1] != geometry.hidden:
+                problems.append(f"a gate for inputs of width {pair.gate.weight.shape[1]} in layer {layer}")
     if problems:
         raise BaseModelError(
             f"the prompt does not fit the base model ({geometry.model_type}): " + "; ".join(problems),
@@ -380,10 +384,14 @@ def as_dtype(prompt: SoftPrompt, dtype: np.dtype[Any]) -> SoftPrompt:
     def converted(part: Part) -> Part:
         if isinstance(part, InputPrompt):
             return replace(part, vectors=part.vectors.astype(dtype))
-        layers = {n: KeyValue(pair.keys.astype(dtype), pair.values.astype(dtype)) for n, pair in part.layers.items()}
-        return KeyValuePrefix(part.site, layers)
+        return replace(part, layers={layer: _pair_as_dtype(pair, dtype) for layer, pair in part.layers.items()})
 
     return replace(prompt, parts=tuple(converted(part) for part in prompt.parts), training=None)
+
+
+def _pair_as_dtype(pair: KeyValue, dtype: np.dtype[Any]) -> KeyValue:
+    gate = None if pair.gate is None else Gate(pair.gate.weight.astype(dtype), pair.gate.bias.astype(dtype))
+    return KeyValue(pair.keys.astype(dtype), pair.values.astype(dtype), gate)
 
 
 def _relative_error(array: Array) -> float:
@@ -409,8 +417,8 @@ def turn(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftPrompt
         for layer, pair in part.layers.items():
             dtype = np.promote_types(pair.keys.dtype, np.float32)
             keys = (pair.keys.astype(np.float64) @ maps[layer]).astype(dtype)
-            layers[layer] = KeyValue(keys, pair.values.astype(dtype))
-        return KeyValuePrefix(part.site, layers)
+            layers[layer] = replace(pair, keys=keys, values=pair.values.astype(dtype))
+        return replace(part, layers=layers)
 
     return replace(prompt, parts=tuple(turned(part) for part in prompt.parts))
 

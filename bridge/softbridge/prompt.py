@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 
 from softbridge.geometry import Geometry, Site, Stack, stack_of
+from softbridge.template import Template
 
 Array: TypeAlias = npt.NDArray[Any]
 Json: TypeAlias = Any
@@ -31,7 +32,7 @@ Name = TypeVar("Name")
 Value = TypeVar("Value")
 
 Entry = Literal["before", "after"]
-Placement = Literal["before-sequence", "after-first-token"]
+Placement = Literal["before-sequence", "after-first-token", "template"]
 RelativeBias = Literal["plain", "skewed"]
 Window = Literal["slides", "pinned"]
 
@@ -135,13 +136,16 @@ class InputPrompt:
         stack: ``encoder`` or ``decoder`` (a decoder-only model has a decoder).
         entry: ``before`` the embedding block's own position, token-type and LayerNorm step (what
             ``inputs_embeds`` means in transformers), or ``after`` it.
-        placement: ``before-sequence``, or ``after-first-token`` (after a [CLS] or <s>).
+        placement: ``before-sequence``, ``after-first-token`` (after a [CLS] or <s>), or where a ``template`` has them.
+        template: the template, if that is the placement, else None. The n-th vector stands in the place of the n-th
+            `softbridge.template.PLACEHOLDER` of a row.
     """
 
     vectors: Array
     stack: Stack
     entry: Entry = "before"
     placement: Placement = "before-sequence"
+    template: Template | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vectors", frozen(self.vectors))
@@ -149,11 +153,20 @@ class InputPrompt:
         _require(self.stack in get_args(Stack), f"stack: {self.stack!r}")
         _require(self.entry in get_args(Entry), f"entry: {self.entry!r}")
         _require(self.placement in get_args(Placement), f"placement: {self.placement!r}")
+        _require((self.placement == "template") == (self.template is not None), "template: where it is the placement")
+        if self.template is not None:
+            _require(self.entry == "before", "entry: the virtual tokens of a template enter before the embedding block")
+            same = self.template.length == self.length
+            _require(same, f"template: of {self.length} virtual tokens, like the vectors, not {self.template.length}")
 
     @property
     def length(self) -> int:
         """P, the number of virtual tokens."""
         return int(self.vectors.shape[0])
+
+    @property
+    def _kind(self) -> tuple[Any, ...]:
+        return (self.stack, self.entry, self.placement, self.template)
 
     def arrays(self) -> Iterator[tuple[str, Array]]:
         """All arrays with a name that is unique within the part."""
@@ -166,20 +179,59 @@ class InputPrompt:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, InputPrompt):
             return NotImplemented
-        return (self.stack, self.entry, self.placement) == (other.stack, other.entry, other.placement) and same_array(
-            self.vectors, other.vectors
-        )
+        return self._kind == other._kind and same_array(self.vectors, other.vectors)
 
     def __hash__(self) -> int:
-        return hash((self.stack, self.entry, self.placement, self.vectors.shape))
+        return hash((self._kind, self.vectors.shape))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Gate:
+    """A gate on the prefix of one attention layer, which depends on the input (UniPELT, Mao et al. 2022).
+
+    In every call the layer's keys are multiplied by g[0] and its values by g[-1], where g [G] is the mean, over all
+    positions of the call, of sigmoid(weight · x + bias), and x [H] is what enters the attention module. The mean goes
+    over pads, too, and in cached decoding over the one new token: so the toolkit that has it (AdapterHub) computes it.
+
+    Attributes:
+        weight: [G, H]; G is 1, or 2 for a gate of the values of their own.
+        bias: [G].
+    """
+
+    weight: Array
+    bias: Array
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "weight", frozen(self.weight))
+        object.__setattr__(self, "bias", frozen(self.bias))
+        shape = self.weight.shape
+        _require(
+            self.weight.ndim == 2 and shape[0] in (1, 2) and shape[1] > 0, f"gate: weight [1 or 2, H], not {shape}"
+        )
+        _require(self.bias.shape == shape[:1], f"gate: bias {list(shape[:1])}, not {list(self.bias.shape)}")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Gate):
+            return NotImplemented
+        return same_array(self.weight, other.weight) and same_array(self.bias, other.bias)
+
+    def __hash__(self) -> int:
+        return hash((self.weight.shape, self.weight.dtype))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class KeyValue:
-    """The prefix of one attention layer: keys [K, P, D] and values [K, P, D], as they enter the dot product."""
+    """The prefix of one attention layer: keys [K, P, D] and values [K, P, D], as they enter the dot product.
+
+    Attributes:
+        keys: [K, P, D].
+        values: [K, P, D].
+        gate: what multiplies them, or None.
+    """
 
     keys: Array
     values: Array
+    gate: Gate | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "keys", frozen(self.keys))
@@ -189,12 +241,13 @@ class KeyValue:
         _require(self.values.shape == shape, f"values: {shape} like the keys, not {self.values.shape}")
 
     def __repr__(self) -> str:
-        return f"KeyValue({list(self.keys.shape)} {self.keys.dtype})"
+        return f"KeyValue({list(self.keys.shape)} {self.keys.dtype}{', gated' if self.gate is not None else ''})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, KeyValue):
             return NotImplemented
-        return same_array(self.keys, other.keys) and same_array(self.values, other.values)
+        same = same_array(self.keys, other.keys) and same_array(self.values, other.values)
+        return same and self.gate == other.gate
 
     def __hash__(self) -> int:
         return hash((self.keys.shape, self.keys.dtype))
@@ -232,6 +285,14 @@ class KeyValuePrefix:
         for layer, pair in self.layers.items():
             yield f"layers.{layer}.keys", pair.keys
             yield f"layers.{layer}.values", pair.values
+            if pair.gate is not None:
+                yield f"layers.{layer}.gate.weight", pair.gate.weight
+                yield f"layers.{layer}.gate.bias", pair.gate.bias
+
+    @property
+    def gated(self) -> bool:
+        """Whether any layer has a gate."""
+        return any(pair.gate is not None for pair in self.layers.values())
 
     @classmethod
     def from_flat(
@@ -244,13 +305,23 @@ class KeyValuePrefix:
                 channel (Li & Liang 2021, and after them PEFT, AdapterHub, P-tuning v2, ChatGLM).
             layers: the L layer numbers, in the file's order.
         """
-        pairs = np.asarray(flat).reshape(-1, len(layers), 2, kv_heads, head_dim).transpose(1, 2, 3, 0, 4)
-        return cls(site, {layer: KeyValue(pairs[i, 0], pairs[i, 1]) for i, layer in enumerate(layers)})
+        return cls.from_rows(site, flat, dict.fromkeys(layers, (kv_heads, head_dim)))
+
+    @classmethod
+    def from_rows(cls, site: Site, flat: Array, shapes: Mapping[int, tuple[int, int]]) -> KeyValuePrefix:
+        """`from_flat` where layers differ: layer -> (K, D), in the file's order; flat is [P, Σ 2·K·D]."""
+        rows = np.asarray(flat).reshape(-1, sum(2 * heads * width for heads, width in shapes.values()))
+        layers, at = {}, 0
+        for layer, (heads, width) in shapes.items():
+            pair = rows[:, at : at + 2 * heads * width].reshape(-1, 2, heads, width).transpose(1, 2, 0, 3)
+            layers[layer] = KeyValue(pair[0], pair[1])
+            at += 2 * heads * width
+        return cls(site, layers)
 
     def flat(self) -> Array:
-        """[P, 2·L·K·D], the inverse of `from_flat` for the layers that are there, in rising order."""
-        pairs = np.stack([np.stack([pair.keys, pair.values]) for pair in self.layers.values()])
-        return np.ascontiguousarray(pairs.transpose(3, 0, 1, 2, 4)).reshape(self.length, -1)
+        """[P, 2·L·K·D], the inverse of `from_flat` for the layers that are there, in rising order; without gates."""
+        halves = [half for pair in self.layers.values() for half in (pair.keys, pair.values)]
+        return np.concatenate([half.transpose(1, 0, 2).reshape(self.length, -1) for half in halves], axis=1)
 
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(map(repr, self.layers.values())))
@@ -277,7 +348,9 @@ class Positions:
             sequence, *counts* the virtual tokens: the first real token stands at P. One that concatenates inside
             attention does not: 0. Prefix keys carry no position of their own; with rotary positions the start is
             therefore also the frame in which the keys are stored. A stack that is absent has no real tokens'
-            positions to speak of (only cross-attention is prefixed).
+            positions to speak of (only cross-attention is prefixed). Virtual tokens after the first real one count as
+            if they stood before it: that one is at start - P, the second at start + 1. With a template, it is where
+            the row starts that holds virtual and real tokens.
         relative_bias: how a T5-like bias sees the prefix: ``plain`` (a real token i stands at start + i, virtual token
             j at j) or ``skewed`` (AdapterHub's T5: queries count from 0, keys count the prefix, so that the bias
             between real tokens, too, is shifted by P).
@@ -404,8 +477,11 @@ class SoftPrompt:
         return next((part for part in self.prefixes if part.site == site), None)
 
     def counted(self) -> dict[Stack, int]:
-        """Where each stack's first real token stands if the virtual tokens are counted: stack -> P."""
-        lengths: dict[Stack, int] = {part.stack: part.length for part in self.inputs}
+        """Where each stack's first real token stands if the virtual tokens are counted: stack -> P.
+
+        The virtual tokens of a template stand among the real ones, and the row that holds both starts at 0.
+        """
+        lengths: dict[Stack, int] = {p.stack: 0 if p.template is not None else p.length for p in self.inputs}
         for part in self.prefixes:
             if part.site != "cross":
                 stack = stack_of(part.site)

@@ -86,11 +86,12 @@ def random_prefix(
         shape = geometry.site(site)
         if shape is None:
             raise ValueError(f"{geometry.model_type} has no site {site!r}")
-        size = (shape.kv_heads, length, shape.head_dim)
-        layers = {
-            layer: KeyValue(*(generator.normal(0, std, size).astype(np.float32) for _ in range(2)))
-            for layer in range(shape.layers)
-        }
+        layers = {}
+        for layer in range(shape.layers):
+            kv_heads, head_dim = shape.shape(layer)
+            size = (kv_heads, length, head_dim)
+            keys, values = (generator.normal(0, std, size).astype(np.float32) for _ in range(2))
+            layers[layer] = KeyValue(keys, values)
         parts.append(KeyValuePrefix(site, layers))
     start = {stack_of(site): length for site in sites if site != "cross"}
     return SoftPrompt(tuple(parts), positions or Positions(start), BaseId(None, geometry))

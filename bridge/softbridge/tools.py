@@ -21,7 +21,7 @@ from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError, EngineError, LoweringError, Obstacle, SoftbridgeError
 from softbridge.geometry import Stack, stack_of
 from softbridge.lower import check_fits, turn
-from softbridge.prompt import Array, BaseId, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt, same_array
+from softbridge.prompt import Array, BaseId, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt, same_array
 from softbridge.tensors import from_torch
 
 Measure = Literal["average", "pairwise"]
@@ -324,6 +324,9 @@ def concatenate(prompts: Sequence[SoftPrompt], base: Any = None, accept: Collect
 def _join(a: SoftPrompt, b: SoftPrompt, base: BaseModel | None, accept: Collection[str]) -> SoftPrompt:
     for prompt in (a, b):
         _one_kind(prompt)
+        _no_template(prompt)
+        if any(part.gated for part in prompt.prefixes):
+            raise refusal("gates, which weigh all virtual tokens of a layer alike", "no gates", "join ungated prompts")
         if prompt.positions.relative_bias == "skewed" and prompt.prefixes:
             raise refusal(
                 "a skewed relative bias, under which the bias between real tokens depends on the prefix length",
@@ -437,6 +440,7 @@ def slice(
     turns: dict[Stack, int] = {}
     if (start, stop) != (0, length):
         _one_kind(prompt)
+        _no_template(prompt)
         for part in prompt.inputs:
             if places.get(part.stack, 0) >= length:
                 places[part.stack] -= length - (stop - start)
@@ -460,11 +464,11 @@ def slice(
         if isinstance(part, InputPrompt):
             return replace(part, vectors=part.vectors[start:stop])
         kept = {
-            layer: KeyValue(pair.keys[:, start:stop], pair.values[:, start:stop])
+            layer: replace(pair, keys=pair.keys[:, start:stop], values=pair.values[:, start:stop])
             for layer, pair in part.layers.items()
             if layers is None or layer in layers
         }
-        return KeyValuePrefix(part.site, kept) if kept else None
+        return replace(part, layers=kept) if kept else None
 
     if (start, stop) == (0, length):
         start, stop = 0, None
@@ -572,7 +576,8 @@ def _key(part: Part) -> tuple[str, str]:
 
 def _name(part: Part) -> str:
     if isinstance(part, InputPrompt):
-        return f"{part.stack} input vectors ({part.entry} the embedding block, {part.placement})"
+        place = part.template or part.placement
+        return f"{part.stack} input vectors ({part.entry} the embedding block, {place})"
     return f"a prefix ('{part.site}')"
 
 
@@ -582,7 +587,7 @@ def _layout(prompt: SoftPrompt, lengths: bool, dtypes: bool) -> dict[str, str]:
     for part in prompt.parts:
         for name, array in part.arrays():
             shape = list(array.shape)
-            if not lengths:
+            if not lengths and ".gate." not in name:
                 shape[-2] = 0
             words = "x".join("P" if size == 0 else str(size) for size in shape)
             layout[f"{_name(part)} {name}"] = f"{words} {array.dtype}" if dtypes else words
@@ -651,7 +656,9 @@ def _combined(parts: Sequence[Part], combine: Any) -> Part:
     layers = {}
     for layer in first.layers:
         pairs = [part.layers[layer] for part in prefixes]
-        layers[layer] = KeyValue(combine([pair.keys for pair in pairs]), combine([pair.values for pair in pairs]))
+        gates = [pair.gate for pair in pairs if pair.gate is not None]
+        gate = Gate(combine([g.weight for g in gates]), combine([g.bias for g in gates])) if gates else None
+        layers[layer] = KeyValue(combine([pair.keys for pair in pairs]), combine([pair.values for pair in pairs]), gate)
     return KeyValuePrefix(first.site, layers)
 
 
@@ -683,6 +690,11 @@ def _one_kind(prompt: SoftPrompt) -> None:
             "one of them, so that it is clear which virtual token stands behind which",
             "take the parts one by one",
         )
+
+
+def _no_template(prompt: SoftPrompt) -> None:
+    if any(part.template is not None for part in prompt.inputs):
+        raise refusal("a template, which has a place for every vector", "none", "make a template of another length")
 
 
 def _need(base: Any, why: str) -> BaseModel:

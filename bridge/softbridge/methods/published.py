@@ -172,16 +172,16 @@ def _prefix_slots(geometry: Geometry, sites: Sites) -> tuple[Slot, ...]:
         layers = tuple(sorted(sites[site])) if isinstance(sites, Mapping) else tuple(range(shape.layers))
         if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(shape.layers)):
             raise ValueError(f"sites: layers {list(layers)} at site {site!r}, which has layers 0 to {shape.layers - 1}")
-        slots.append(_prefix_slot(site, layers, shape.kv_heads, shape.head_dim))
+        slots.append(_prefix_slot(site, {layer: shape.shape(layer) for layer in layers}))
     if not slots or len({slot.site for slot in slots}) < len(slots):
         raise ValueError(f"sites: at least one, and each of them once, not {list(sites)}")
     return tuple(slots)
 
 
-def _prefix_slot(site: Site, layers: tuple[int, ...], kv_heads: int, head_dim: int) -> Slot:
-    width = 2 * len(layers) * kv_heads * head_dim
+def _prefix_slot(site: Site, shapes: Mapping[int, tuple[int, int]]) -> Slot:
+    width = sum(2 * kv_heads * head_dim for kv_heads, head_dim in shapes.values())
     stack = None if site == "cross" else stack_of(site)
-    return Slot(stack, site, width, lambda flat: KeyValuePrefix.from_flat(site, flat, layers, kv_heads, head_dim))
+    return Slot(stack, site, width, lambda flat: KeyValuePrefix.from_rows(site, flat, shapes))
 
 
 def _freeze(method: object, name: str = "sites") -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from softbridge.positions import PositionScheme
-from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
+from softbridge.prompt import InputPrompt, KeyValuePrefix, Part, SoftPrompt
 
 
 def mutations(prompt: SoftPrompt, scheme: PositionScheme) -> Iterator[tuple[str, SoftPrompt | None]]:
@@ -39,7 +39,9 @@ def _each(prompt: SoftPrompt, change: Callable[[Part], Part]) -> SoftPrompt:
 def _swap_keys_and_values(part: Part) -> Part:
     if isinstance(part, InputPrompt):
         return part
-    return KeyValuePrefix(part.site, {layer: KeyValue(pair.values, pair.keys) for layer, pair in part.layers.items()})
+    return replace(
+        part, layers={n: replace(pair, keys=pair.values, values=pair.keys) for n, pair in part.layers.items()}
+    )
 
 
 def _swap_layers(part: Part) -> Part:
@@ -55,7 +57,7 @@ def _roll(part: Part) -> Part:
     if isinstance(part, InputPrompt):
         return replace(part, vectors=np.roll(part.vectors, 1, axis=0))
     layers = {
-        layer: KeyValue(np.roll(pair.keys, 1, axis=1), np.roll(pair.values, 1, axis=1))
+        layer: replace(pair, keys=np.roll(pair.keys, 1, axis=1), values=np.roll(pair.values, 1, axis=1))
         for layer, pair in part.layers.items()
     }
     return KeyValuePrefix(part.site, layers)
