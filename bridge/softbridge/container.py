@@ -13,8 +13,9 @@ is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The
   ``parts.n.layers.l.keys`` and ``parts.n.layers.l.values`` [K, P, D] for every layer l.
   Two keys are there only where they say something: ``"gates": [numbers of the layers that have one, rising]``, with the
   tensors ``parts.n.layers.l.gate.weight`` [G, H] and ``parts.n.layers.l.gate.bias`` [G]; and ``"template": TEMPLATE``,
-  with the placement ``"template"``. TEMPLATE is ``{"pieces": [PIECE, ...], "verbaliser": null | [[class, [ids]], ...]}``
-  and PIECE is ``{"virtual": number} | {"field": name} | {"words": [ids]} | {"slot": true}``.
+  with the placement ``"template"``. TEMPLATE is
+  ``{"pieces": [PIECE, ...], "verbaliser": null | [[class, [ids]], ...]}`` and PIECE is
+  ``{"virtual": number} | {"field": name} | {"words": [ids]} | {"slot": true}``.
 - ``positions``: ``{"start": {stack: number}, "relative_bias": "plain" | "skewed", "window": "slides" | "pinned"}``.
 - ``base``: ``{"name": text | null, "geometry": null | {"model_type", "hidden", "vocabulary", "encoder", "decoder",
   "embedding": number | null}}``, where a stack is null or

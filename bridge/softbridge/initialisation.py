@@ -293,8 +293,8 @@ def _filled(
         shape = geometry.site(site)
         if shape is None:
             raise BaseModelError(f"{geometry.model_type} has no site '{site}'", "a site of the model", "choose another")
-        size = (shape.kv_heads, length, shape.head_dim)
-        layers = {layer: KeyValue(numbers(size), numbers(size)) for layer in range(shape.layers)}
+        sizes = [(heads, length, width) for heads, width in map(shape.shape, range(shape.layers))]
+        layers = {layer: KeyValue(numbers(size), numbers(size)) for layer, size in enumerate(sizes)}
         parts.append(KeyValuePrefix(site, layers))
     return SoftPrompt(tuple(parts), Positions({stack_of(site): length for site in sites if site != "cross"}), here)
 
