@@ -11,6 +11,7 @@ from softbridge.base import BaseModel
 from softbridge.errors import EngineError
 from softbridge.head import load_head, restore_head
 from softbridge.lower import Target, check_fits, lower
+from softbridge.passes import inexpressible
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.registry import engine_named, engines
 from softbridge.tensors import from_torch
@@ -54,7 +55,7 @@ def attach(model: Any, prompt: SoftPrompt | str | Path, engine: str = "native") 
 
         prompt = load(prompt, base)
     check_fits(prompt, base.geometry)
-    if chosen.obstacles(prompt, model):
+    if inexpressible(prompt, chosen.capabilities, base) or chosen.obstacles(prompt, model):
         lowered = lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions",))
         prompt = lowered.prompt
     displaced = load_head(model, prompt.head)

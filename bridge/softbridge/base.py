@@ -33,11 +33,20 @@ class BaseModel:
         name: what to call it (a path or a hub id), or None.
     """
 
-    def __init__(self, config: Any, name: str | None = None, model: Any = None, head: Mapping[str, Array] = {}) -> None:
+    def __init__(
+        self,
+        config: Any,
+        name: str | None = None,
+        model: Any = None,
+        head: Mapping[str, Array] = {},
+        *,
+        imagined: bool = False,
+    ) -> None:
         self.config = config
         self.name = name
         self._model = model
         self._head = head
+        self._imagined = imagined
 
     @classmethod
     def resolve(cls, base: Any, *, trust_remote_code: bool = False) -> BaseModel:
@@ -86,7 +95,11 @@ class BaseModel:
             return self
         config = copy.deepcopy(self.config)
         config.num_labels = rows[-1]
-        return BaseModel(config, self.name, self._model, head)
+        return BaseModel(config, self.name, self._model, head, imagined=self._imagined)
+
+    def imagine(self) -> BaseModel:
+        """The same, with random weights for its own: for whoever asks what would be done, and not for the numbers."""
+        return self if self._imagined else BaseModel(self.config, self.name, head=self._head, imagined=True)
 
     @property
     def task(self) -> Task:
@@ -123,6 +136,8 @@ class BaseModel:
         """
         import torch
 
+        if self._imagined:
+            return self.structure(dtype)
         if self._model is not None:
             return copy.deepcopy(self._model).to(dtype).eval()
         if self.name is None or self.name.endswith(".json"):

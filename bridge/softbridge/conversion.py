@@ -9,24 +9,24 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
-
-from softbridge import untrusted
+from softbridge import parts, untrusted
 from softbridge.base import BaseModel
-from softbridge.errors import BaseModelError, CheckpointError, OutputError, UnknownFormatError
+from softbridge.errors import BaseModelError, CheckpointError, OutputError, SoftbridgeError, UnknownFormatError
 from softbridge.geometry import Geometry
 from softbridge.hookspecs import Format
-from softbridge.lower import Lowering, Step, Target, as_dtype, check_fits, lower, native_positions
+from softbridge.lower import Lowering, Step, Target, as_dtype, check_fits, copied, lower, native_positions
+from softbridge.methods import rematerialise
+from softbridge.passes import DTYPES, Exactness
 from softbridge.prompt import BaseId, Origin, Positions, SoftPrompt, same_array
 from softbridge.registry import format_named, formats
 
 if TYPE_CHECKING:
-    from softbridge.verification import Certificate, Subject
+    from softbridge.verification import Certificate
 
 MANIFEST = "softbridge.json"
 MANIFEST_VERSION = 1
@@ -41,13 +41,20 @@ class Loaded:
     """A prompt with the format and the files that it was read from.
 
     Attributes:
-        conditions: names of the conditions under which it was written, as its manifest says.
+        steps: that led to it, as its manifest says.
+        dtype: what its numbers were rounded to on request, as its manifest says.
     """
 
     prompt: SoftPrompt
     format: Format
     path: Path
-    conditions: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
+    dtype: str | None = None
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions under which it was written."""
+        return _named(self.steps, "conditional")
 
 
 @dataclass(frozen=True)
@@ -129,13 +136,14 @@ def _read(files: untrusted.Files, form: Format, geometry: Geometry | None) -> Lo
             )
         check_fits(prompt, geometry)
         prompt = replace(prompt, base=replace(prompt.base, geometry=geometry))
-    conditions: tuple[str, ...] = ()
+    steps: tuple[Step, ...] = ()
+    dtype = None
     if MANIFEST in files:
-        positions, conditions = _manifest_of(files, form, prompt)
+        positions, steps, dtype = _manifest_of(files, form, prompt)
         prompt = replace(prompt, positions=positions)
     digests = {name: files.digest(name) for name in files.names}
     origin = prompt.origin if prompt.origin is not None else Origin(form.name)
-    return Loaded(replace(prompt, origin=replace(origin, digests=digests)), form, files.path, conditions)
+    return Loaded(replace(prompt, origin=replace(origin, digests=digests)), form, files.path, steps, dtype)
 
 
 def load(path: str | Path, base: Any = None, format: str | None = None) -> SoftPrompt:
@@ -151,6 +159,7 @@ def save(
     *,
     accept: Collection[str] = (),
     encoding: str | None = None,
+    dtype: str | None = None,
     overwrite: bool = False,
 ) -> Lowering:
     """Lower a prompt to a format and write it: a directory, or one file if the path has that file's suffix.
@@ -160,6 +169,7 @@ def save(
     Args:
         accept: names of the conditions that the caller accepts (see `LoweringError`).
         encoding: one of the format's `encodings`, or None for the toolkit's own default.
+        dtype: name of the dtype to store the numbers in, None: as they are. What that rounds is in the lowering.
 
     Raises:
         LoweringError: the format cannot express the prompt as the same function; nothing is written.
@@ -167,8 +177,8 @@ def save(
     """
     resolved = None if base is None else BaseModel.resolve(base)
     form = format_named(format)
-    lowering, content = _prepare(prompt, form, resolved, accept, encoding)
-    _write(Path(path), content, lowering, form, overwrite)
+    lowering, content = _prepare(prompt, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
+    _write(Path(path), content, lowering, form, overwrite, dtype=dtype)
     return lowering
 
 
@@ -181,6 +191,9 @@ def convert(
     format: str | None = None,
     accept: Collection[str] = (),
     encoding: str | None = None,
+    dtype: str | None = None,
+    task: int | None = None,
+    part: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
 ) -> Report:
@@ -194,6 +207,9 @@ def convert(
         format: name of the source's format, recognised by content if None.
         accept: names of accepted conditions.
         encoding: one of the target format's `encodings`, or None for the toolkit's own default.
+        dtype: name of the dtype to store the numbers in, None: as they are. The report says what that rounds.
+        task: which task of a multitask prompt to convert, alone; the matrices of all tasks stay behind.
+        part: which part of a prompt to convert, by its name (`softbridge.parts.name_of`); the others stay behind.
         verify: run both through their own toolkits where installed, write the certificate beside the files, and write
             nothing if they differ.
         overwrite: replace an existing target.
@@ -205,9 +221,11 @@ def convert(
     _apart(Path(source), Path(target))
     _check_target(Path(target), overwrite)  # before the work, and again when it is written
     loaded = read(source, resolved, format)
+    chosen = _choose(loaded.prompt, task, part)
     form = format_named(to)
-    lowering, content = _prepare(loaded.prompt, form, resolved, accept, encoding)
-    lowering = replace(lowering, steps=(*_notes(loaded.prompt), *lowering.steps))
+    wanted = Target(form.name, form.capabilities, resolved, dtype)
+    lowering, content = _prepare(chosen, form, wanted, accept, encoding)
+    lowering = replace(lowering, steps=(*_notes(loaded.prompt), *_choice(task, part), *lowering.steps))
     single = _is_file(Path(target), content)
     certificate = None
     if verify:
@@ -217,41 +235,80 @@ def convert(
                 "the base model's configuration, directory or hub id",
                 "give it with --base (base=... in Python)",
             )
-        certificate = _certify(loaded, lowering, content, form, str(target), resolved)
+        certificate = _certify(loaded, chosen, lowering, content, form, str(target), wanted)
         if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
-    _write(Path(target), content, lowering, form, overwrite, loaded)
+    _write(Path(target), content, lowering, form, overwrite, loaded, dtype)
     return Report(loaded, to, Path(target), lowering, _advice(lowering, form), certificate)
 
 
+def _choose(prompt: SoftPrompt, task: int | None, part: str | None) -> SoftPrompt:
+    """What the caller wants of the source."""
+    if task is not None:
+        try:
+            prompt = replace(rematerialise(prompt, task), training=None)
+        except ValueError as error:
+            raise SoftbridgeError(
+                str(error), "a task of a multitask prompt", "correct --task, or leave it out"
+            ) from error
+    return prompt if part is None else parts.choose(prompt, part)
+
+
+def _choice(task: int | None, part: str | None) -> list[Step]:
+    chosen = {"task": task, "part": part}
+    return [
+        Step(name, "exact", f"{name} {value}, as asked; others are left out")
+        for name, value in chosen.items()
+        if value is not None
+    ]
+
+
 def _certify(
-    loaded: Loaded, lowering: Lowering, content: Mapping[str, bytes], form: Format, target: str, base: BaseModel
+    loaded: Loaded,
+    chosen: SoftPrompt,
+    lowering: Lowering,
+    content: Mapping[str, bytes],
+    form: Format,
+    path: str,
+    target: Target,
 ) -> Certificate:
-    """Compare the source's files with what is about to be written.
+    """Compare what was chosen of the source with what is about to be written.
 
     Raises:
         OutputError: they are not the same.
     """
     from softbridge.verification import Subject, verify_prompts
 
+    conditions, rounded = _named(lowering.steps, "conditional"), _named(lowering.steps, "rounding")
+    base = target.need_base("both are run on it")
+    untold = Target(form.name, form.capabilities, base)
+    source = Subject(str(loaded.path), chosen, loaded.format.engine, loaded.path if chosen is loaded.prompt else None)
     # Where the head was left out on request, the caller loads it: so does the comparison, and no file stands for it.
     prompt = replace(
         lowering.prompt,
-        head=loaded.prompt.head,
+        head=chosen.head,
         origin=Origin(form.name, digests={name: _sha256(data) for name, data in content.items()}),
     )
     whole = prompt.head.keys() == lowering.prompt.head.keys()
-    naive = replace(loaded.prompt, positions=native_positions(loaded.prompt, form.capabilities))
-    copying_is_wrong = naive.positions != lowering.prompt.positions or _turned(lowering)
+    if "narrow" in rounded and len(rounded) > 1:
+        # Numbers that were computed and then rounded: what is shown is the same function is what was rounded.
+        wide = lower(chosen, untold, conditions).prompt
+        prompt, whole = replace(prompt, parts=wide.parts), False
+    elif "narrow" in rounded or "dtype" in conditions:  # rounded alike, the two must be the same
+        kind = DTYPES[target.dtype or "float32"]
+        source = Subject(f"{loaded.path}, rounded to {kind.name}", as_dtype(chosen, kind), loaded.format.engine)
+    naive = copied(chosen, untold)
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "staged"
         untrusted.write(staged, content)
         certificate = verify_prompts(
-            _reference(loaded, lowering),
-            Subject(target, prompt, form.engine, staged if whole else None),
+            source,
+            Subject(path, prompt, form.engine, staged if whole else None),
             base,
-            naive=naive if copying_is_wrong else None,
-            conditions=_conditions(lowering),
+            naive=None if naive is None or _same_function(naive, lowering.prompt) else naive,
+            conditions=conditions,
+            rounded=tuple(name for name in rounded if name != "narrow"),
+            weights="entry" in rounded,
         )
     if not certificate.same:
         raise OutputError(
@@ -262,14 +319,11 @@ def _certify(
     return certificate
 
 
-def _reference(loaded: Loaded, lowering: Lowering) -> Subject:
-    """The source. Where rounding to the target's dtype was accepted, the source rounded so: the rest must be exact."""
-    from softbridge.verification import Subject
-
-    if "dtype" not in _conditions(lowering):
-        return Subject(str(loaded.path), loaded.prompt, loaded.format.engine, loaded.path)
-    rounded = as_dtype(loaded.prompt, np.dtype(np.float32))
-    return Subject(f"{loaded.path}, rounded to float32", rounded, loaded.format.engine)
+def _same_function(naive: SoftPrompt, right: SoftPrompt) -> bool:
+    """Whether copying the numbers would have done."""
+    ours, theirs = ({name: array for part in p.parts for name, array in part.arrays()} for p in (naive, right))
+    same = ours.keys() == theirs.keys() and all(same_array(ours[n].astype(theirs[n].dtype), theirs[n]) for n in ours)
+    return same and naive.positions == right.positions
 
 
 def _apart(source: Path, target: Path) -> None:
@@ -289,16 +343,12 @@ def _advice(lowering: Lowering, form: Format) -> tuple[str, ...]:
     return tuple(form.advice(lowering.prompt, lowering.prompt.base.geometry))
 
 
-def _conditions(lowering: Lowering) -> tuple[str, ...]:
-    return tuple(step.name for step in lowering.steps if step.exactness == "conditional")
+def _named(steps: Sequence[Step], exactness: Exactness) -> tuple[str, ...]:
+    return tuple(step.name for step in steps if step.exactness == exactness)
 
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-
-def _turned(lowering: Lowering) -> bool:
-    return any(step.name == "rotate" for step in lowering.steps)
 
 
 def _same_attention(a: Geometry, b: Geometry) -> bool:
@@ -307,7 +357,7 @@ def _same_attention(a: Geometry, b: Geometry) -> bool:
 
 
 def _prepare(
-    prompt: SoftPrompt, form: Format, base: BaseModel | None, accept: Collection[str], encoding: str | None
+    prompt: SoftPrompt, form: Format, target: Target, accept: Collection[str], encoding: str | None
 ) -> tuple[Lowering, Mapping[str, bytes]]:
     if encoding is not None and encoding not in form.encodings:
         raise OutputError(
@@ -315,9 +365,9 @@ def _prepare(
             f"one of {', '.join(form.encodings)}",
             "leave --encoding out for the toolkit's own default",
         )
-    lowering = lower(prompt, Target(form.name, form.capabilities, base), accept, form.obstacles)
-    if base is not None:
-        lowering = replace(lowering, prompt=replace(lowering.prompt, base=_known(lowering.prompt.base, base)))
+    lowering = lower(prompt, target, accept, form.obstacles)
+    if target.base is not None:
+        lowering = replace(lowering, prompt=replace(lowering.prompt, base=_known(lowering.prompt.base, target.base)))
     return lowering, form.write(lowering.prompt, lowering.prompt.base.geometry, encoding)
 
 
@@ -372,6 +422,7 @@ def _write(
     form: Format,
     overwrite: bool,
     source: Loaded | None = None,
+    dtype: str | None = None,
 ) -> None:
     def check(written: Path) -> None:
         again = _read(untrusted.Files(written), form, lowering.prompt.base.geometry).prompt
@@ -387,7 +438,7 @@ def _write(
                 "report this as a defect of softbridge; nothing was written",
             )
 
-    conditions = _conditions(lowering)
+    conditions = _named(lowering.steps, "conditional")
     _check_target(target, overwrite)
     if _is_file(target, content):
         if conditions:
@@ -405,6 +456,7 @@ def _write(
         "conditions": list(conditions),
         "advice": list(_advice(lowering, form)),
         "steps": [asdict(step) for step in lowering.steps],
+        "dtype": dtype,
         "files": {name: _sha256(data) for name, data in content.items()},
     }
     if source is not None and source.prompt.origin is not None:
@@ -416,8 +468,10 @@ def _positions_json(positions: Positions) -> dict[str, Any]:
     return {**asdict(positions), "start": dict(positions.start)}
 
 
-def _manifest_of(files: untrusted.Files, form: Format, prompt: SoftPrompt) -> tuple[Positions, tuple[str, ...]]:
-    """The positions and conditions that a manifest tells, after checking that it belongs to these files."""
+def _manifest_of(
+    files: untrusted.Files, form: Format, prompt: SoftPrompt
+) -> tuple[Positions, tuple[Step, ...], str | None]:
+    """The positions, steps and dtype that a manifest tells, after checking that it belongs to these files."""
     manifest = files.json(MANIFEST)
     remedy = f"remove {MANIFEST} if it does not belong here, or convert again"
     # Weights that the manifest does not name could be read instead of those that it does.
@@ -450,7 +504,16 @@ def _manifest_of(files: untrusted.Files, form: Format, prompt: SoftPrompt) -> tu
         raise CheckpointError(
             f"{MANIFEST} has no valid 'positions': {error!r}", "start, relative_bias and window", remedy
         ) from error
-    conditions = manifest.get("conditions")
-    if not isinstance(conditions, list) or not all(isinstance(name, str) for name in conditions):
-        raise CheckpointError(f"{MANIFEST} has conditions {conditions!r:.80}", "a list of names", remedy)
-    return positions, tuple(conditions)
+    steps, dtype = manifest.get("steps"), manifest.get("dtype")
+    kinds = get_args(Exactness)
+    if not isinstance(steps, list) or not all(
+        isinstance(step, dict)
+        and step.keys() == {"name", "exactness", "note"}
+        and all(isinstance(text, str) for text in step.values())
+        and step["exactness"] in kinds
+        for step in steps
+    ):
+        raise CheckpointError(f"{MANIFEST} has steps {steps!r:.80}", "a list of steps as softbridge wrote it", remedy)
+    if dtype is not None and dtype not in DTYPES:
+        raise CheckpointError(f"{MANIFEST} has the dtype {dtype!r:.40}", f"null or one of {', '.join(DTYPES)}", remedy)
+    return positions, tuple(Step(**step) for step in steps), dtype

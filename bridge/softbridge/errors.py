@@ -62,12 +62,14 @@ class Obstacle:
         reason: a sentence for a person.
         acceptable: whether a caller may accept the consequences by name; such an obstacle is a *condition*.
         remedy: the way out.
+        accidental: whether it depends on the prompt's own numbers, so that another of the same kind need not meet it.
     """
 
     name: str
     reason: str
     remedy: str
     acceptable: bool = False
+    accidental: bool = False
 
 
 class LoweringError(SoftbridgeError):

@@ -346,6 +346,7 @@ def table_of(**changes: object) -> str:
         "weights": "random",
         "dtype": "float32",
         "islands": (),
+        "rounded": (),
         "bound": 1e-12,
         "figures": (SimpleNamespace(probe="alone", float64=0.0, working=1e-6, judged=True, note=""),),
         "faults": (SimpleNamespace(name="dropped", moved=1.0, noticed=True),),

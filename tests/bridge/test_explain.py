@@ -11,12 +11,14 @@ from typer.testing import CliRunner
 
 from softbridge.cli import app
 from softbridge.errors import SoftbridgeError, UnknownFormatError
-from softbridge.explain import Method, explain, explanations
+from softbridge.examples import METHODS as ALL
+from softbridge.explain import explain, explanations
+from softbridge.matrix import markdown, matrix
 from softbridge.testing import TINY, tiny_config
 
 FORMATS = ("softbridge", "peft", "adapterhub", "google")
 MARKS = {"exact": "b", "rounding": "e", "conditional": "c", "impossible": "."}
-METHODS: dict[Method, str] = {"prompt-tuning": "prompt", "prefix-tuning": "prefix"}
+METHODS = {"prompt-tuning": "prompt", "prefix-tuning": "prefix"}
 
 
 def claims() -> list[str]:
@@ -56,7 +58,7 @@ def test_without_a_base_model_each_kind_of_positions_is_explained() -> None:
     found = dict(explanations("peft", "adapterhub", "prefix-tuning", None))
     outcomes = {name.split("(")[1].rstrip(")"): explanation.outcome for name, explanation in found.items()}
     assert outcomes == {"gpt2": "conditional", "bert": "conditional", "llama": "rounding", "t5": "impossible"}
-    assert len(explanations("peft", "adapterhub", None, None)) == 8
+    assert len(explanations("peft", "adapterhub", None, None)) == 4 * len(ALL)
 
 
 def test_unknown_words_are_refused() -> None:
@@ -73,8 +75,19 @@ def test_the_command(tmp_path: Path) -> None:
     assert result.exit_code == 0
     assert "rotate: keys turned by -5 positions" in " ".join(result.output.split())
     rows = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
-    assert [(row["method"], row["outcome"]) for row in rows] == [
-        ("prompt-tuning", "impossible"),
-        ("prefix-tuning", "rounding"),
-    ]
+    outcomes = {row["method"]: row["outcome"] for row in rows}
+    assert outcomes.keys() == ALL.keys()
+    assert outcomes["prompt-tuning"] == "impossible"
+    assert outcomes["prefix-tuning"] == "rounding"
     assert CliRunner().invoke(app, ["explain", "--from", "peft", "--to", "onnx"]).exit_code == 2
+
+
+def test_the_matrix_in_the_readme_is_what_the_declarations_generate() -> None:
+    """Every cell of it is proven in `tests/test_matrix.py`."""
+    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    generated = markdown(matrix())
+    assert generated in readme, "run 'softbridge matrix' and put its output into the README"
+    assert CliRunner().invoke(app, ["matrix"]).output == generated
+    rows = json.loads(CliRunner().invoke(app, ["matrix", "--json"]).output)
+    assert len(rows) == len(ALL) * 12 * 4
+    assert {row["outcome"] for row in rows} == {"exact", "rounding", "conditional", "impossible"}

@@ -204,7 +204,7 @@ def test_input_prompts_are_counted_in_the_sequence_and_nobody_can_tell_otherwise
             assert obstacles(refused) == {"positions": False}
         else:  # the whole sequence moves: nothing turns, nothing changes
             lowering = lower(prompt, Target("x", able, model))
-            assert lowering.steps == ()
+            assert [(step.name, step.exactness) for step in lowering.steps] == [("positions", "exact")]
             assert lowering.prompt.parts == prompt.parts
             assert lowering.prompt.positions.start == {"decoder": 5}
 

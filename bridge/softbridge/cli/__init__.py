@@ -73,6 +73,15 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class StoredDtype(str, Enum):
+    """What numbers can be stored in."""
+
+    float64 = "float64"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
 Base = Annotated[
     str | None,
     typer.Option("--base", help="The base model: a directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG"),
@@ -185,6 +194,20 @@ def convert(
     encoding: Annotated[
         str | None, typer.Option("--encoding", help="How to store tensors; see 'softbridge formats'.", metavar="NAME")
     ] = None,
+    dtype: Annotated[
+        StoredDtype | None, typer.Option("--dtype", help="Store the numbers in this; the report says what it rounds.")
+    ] = None,
+    task: Annotated[
+        int | None, typer.Option("--task", help="Which task of a multitask prompt to convert.", min=0)
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part",
+            help="Convert one part only: encoder, self or cross (a prefix), encoder-input or decoder-input.",
+            metavar="NAME",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run both, and write nothing if they differ. Needs --base.")
     ] = False,
@@ -204,6 +227,9 @@ def convert(
                 format=source_format,
                 accept=accept or (),
                 encoding=encoding,
+                dtype=None if dtype is None else dtype.value,
+                task=task,
+                part=part,
                 verify=verify,
                 overwrite=overwrite,
             )
@@ -240,7 +266,8 @@ def explain(
     source: Annotated[str, typer.Option("--from", help="The format that is read.", metavar="FORMAT")],
     target: Annotated[str, typer.Option("--to", help="The format that is written.", metavar="FORMAT")],
     method: Annotated[
-        str | None, typer.Option("--method", help="prompt-tuning or prefix-tuning; both if left out.", metavar="NAME")
+        str | None,
+        typer.Option("--method", help="A method, as 'softbridge matrix' names it; all if left out.", metavar="NAME"),
     ] = None,
     base: Base = None,
     as_json: AsJson = False,
@@ -256,6 +283,22 @@ def explain(
         _print_json([{"base": name, **explanation.to_json()} for name, explanation in found])
     else:
         _out().print(explanation_table(found))
+
+
+@app.command()
+def matrix(as_json: AsJson = False) -> None:
+    """What every conversion of every method comes to: the README's tables, from what is installed here."""
+    from softbridge.matrix import markdown
+    from softbridge.matrix import matrix as run
+
+    try:
+        found = run()
+    except SoftbridgeError as error:
+        _refuse(error, as_json)
+    if as_json:
+        _print_json([{"base": family, **one.to_json()} for cell in found.values() for family, one in cell.items()])
+    else:
+        _out().out(markdown(found), end="", highlight=False)
 
 
 @app.command()

@@ -189,9 +189,11 @@ def explanation_table(explanations: Sequence[tuple[str, Explanation]]) -> Table:
 
 def certificate_table(certificate: Certificate) -> Group:
     """A certificate for a person."""
-    bound = f"bound {certificate.bound:.0e}"
-    if certificate.islands:
-        bound += f": the model computes in float32 inside {', '.join(certificate.islands)}"
+    reasons = [f"the model computes in float32 inside {', '.join(certificate.islands)}"] if certificate.islands else []
+    reasons += [f"the conversion stored in float32 what it computed ({', '.join(certificate.rounded)})"] * bool(
+        certificate.rounded
+    )
+    bound = f"bound {certificate.bound:.0e}" + (f": {'; '.join(reasons)}" if reasons else "")
     sides = _table("", "files", "loaded", "run by")
     for label, side in (("source", certificate.source), ("target", certificate.target)):
         loaded = "by its own loader" if side.loaded else "from what softbridge read"

@@ -15,20 +15,23 @@ from typing import Any, cast
 import numpy as np
 
 from softbridge.base import BaseModel
+from softbridge.errors import SoftbridgeError
 from softbridge.head import load_head
 from softbridge.hookspecs import Engine, Loader
 from softbridge.lower import as_dtype
+from softbridge.passes import DTYPES
 from softbridge.prompt import Array, SoftPrompt
+from softbridge.template import Template
 from softbridge.verification.certificate import Certificate, Fault, Figure, Side
 from softbridge.verification.mutations import mutations
 from softbridge.verification.probes import LENGTHS, Probe, make_probes
-from softbridge.verification.run import attached, choose_engine, find_islands, run
+from softbridge.verification.run import attached, choose_engine, find_islands, obstacles_of, run
 
 __all__ = ["Certificate", "Fault", "Figure", "Side", "Subject", "verify", "verify_prompts"]
 
 #: Relative to the largest logit. Float64 rounding of other summation orders stays below it on any depth we measured.
 BOUND = 1e-12
-#: Across a float32 island of the model itself.
+#: Across a float32 island of the model itself, or of numbers that the conversion computed and stored in float32.
 ISLAND_BOUND = 1e-5
 #: A fault counts as noticed if it moves the outputs this many times further than the bound allows.
 NOTICED = 100.0
@@ -79,6 +82,7 @@ def verify(
     resolved = BaseModel.resolve(base)
     files = [read(a, resolved), read(b, resolved)]
     conditions = tuple(dict.fromkeys(name for loaded in files for name in loaded.conditions))
+    steps = [step.name for loaded in files for step in loaded.steps if step.exactness == "rounding"]
     subjects = [Subject(str(one.path), one.prompt, one.format.engine, one.path) for one in files]
     if "head" in conditions:  # one side left it to its caller: the comparison gives it the other's
         head = next((one.prompt.head for one in files if one.prompt.head), {})
@@ -86,18 +90,28 @@ def verify(
             one if one.prompt.head else replace(one, prompt=replace(one.prompt, head=head), directory=None)
             for one in subjects
         ]
-    if "dtype" in conditions:  # one side was rounded
+    asked = next((one.dtype for one in files if one.dtype is not None), "float32" if "dtype" in conditions else None)
+    if asked is not None:  # one side was rounded
+        kind = DTYPES[asked]
         subjects = [
-            replace(one, prompt=as_dtype(one.prompt, np.dtype(np.float32)), directory=None) if _is_wide(one) else one
+            replace(one, prompt=as_dtype(one.prompt, kind), directory=None) if _is_wider(one, kind) else one
             for one in subjects
         ]
     return verify_prompts(
-        subjects[0], subjects[1], resolved, conditions=conditions, weights=weights, dtype=dtype, seed=seed
+        subjects[0],
+        subjects[1],
+        resolved,
+        conditions=conditions,
+        rounded=tuple(dict.fromkeys(name for name in steps if name != "narrow")),
+        weights=weights or "entry" in steps,  # what the embedding block makes of vectors depends on its weights
+        dtype=dtype,
+        seed=seed,
     )
 
 
-def _is_wide(subject: Subject) -> bool:
-    return any(array.dtype.itemsize > 4 for part in subject.prompt.parts for _, array in part.arrays())
+def _is_wider(subject: Subject, kind: np.dtype[Any]) -> bool:
+    arrays = [array for part in subject.prompt.parts for _, array in part.arrays()]
+    return any(array.dtype.itemsize > kind.itemsize for array in arrays)
 
 
 @dataclass(frozen=True)
@@ -110,13 +124,15 @@ class _Bench:
         seed: of random weights.
         window: what a sliding window is shortened to, so that the probes are longer, or None to leave it.
         probes: what is run.
+        bare: the same with the real tokens only, for prompts without the template.
     """
 
     base: BaseModel
     weights: bool
     seed: int
     window: int | None
-    probes: tuple[Probe, ...]
+    probes: tuple[Probe, ...] = ()
+    bare: tuple[Probe, ...] = ()
 
     def model(self, dtype: str = "float64") -> Any:
         import torch
@@ -124,27 +140,29 @@ class _Bench:
         kind = getattr(torch, dtype)
         return self.base.weights(kind) if self.weights else self.base.structure(kind, self.seed, self.window)
 
-    @property
-    def alone(self) -> list[Probe]:
-        return [probe for probe in self.probes if probe.name.startswith("alone")]
+    def probes_for(self, prompt: SoftPrompt | None) -> tuple[Probe, ...]:
+        return self.probes if prompt is not None and _template(prompt) is not None else self.bare
+
+    def alone(self, prompt: SoftPrompt | None) -> list[Probe]:
+        return [probe for probe in self.probes_for(prompt) if probe.name.startswith("alone")]
 
     def own(self, subject: Subject, engine: Engine, dtype: str = "float64") -> dict[str, Array]:
         """All probes, with the toolkit's own loader reading its own files where there are any."""
         model = self.model(dtype)
-        loader = _loader(subject, engine)
+        loader, probes = _loader(subject, engine), self.probes_for(subject.prompt)
         if loader is not None and subject.directory is not None:
-            return run(loader.load(model, subject.prompt, subject.directory), self.probes)
+            return run(loader.load(model, subject.prompt, subject.directory), probes)
         with attached(engine, model, subject.prompt) as running:
-            return run(running, self.probes)
+            return run(running, probes)
 
     def other(self, engine: Engine, prompt: SoftPrompt | None, head: Mapping[str, Array]) -> dict[str, Array]:
         """The texts alone, for another prompt (None: none, but the same head)."""
         model = self.model()
         if prompt is None:
             load_head(model, head)
-            return run(model, self.alone)
+            return run(model, self.alone(None))
         with attached(engine, model, prompt) as running:
-            return run(running, self.alone)
+            return run(running, self.alone(prompt))
 
 
 def _loader(subject: Subject, engine: Engine) -> Loader | None:
@@ -161,6 +179,7 @@ def verify_prompts(
     *,
     naive: SoftPrompt | None = None,
     conditions: Sequence[str] = (),
+    rounded: Sequence[str] = (),
     weights: bool = False,
     dtype: str = "float32",
     seed: int = 0,
@@ -170,6 +189,8 @@ def verify_prompts(
     Args:
         naive: the first prompt's numbers as the second side would run them untold; its difference is reported.
         conditions: names of the conditions that were accepted, for the certificate.
+        rounded: names of the conversion's steps that stored what they computed in float32, which bounds how closely
+            the two can agree.
     """
     from softbridge_compat import versions
 
@@ -177,12 +198,16 @@ def verify_prompts(
     window = None
     if "window" not in conditions:  # they must agree beyond it, too
         window = max(a.prompt.counted().values(), default=0) + LENGTHS[0] // 2
-    bench = _Bench(base, weights, seed, window, ())
+    bench = _Bench(base, weights, seed, window)
     model = bench.model()
-    bench = replace(bench, probes=make_probes(base.geometry, model.config, seed, base.task))
-    alone = [probe.name for probe in bench.alone]
-    islands = find_islands(model, bench.alone[0])
-    bound = ISLAND_BOUND if islands else BOUND
+    template = _common_template(a.prompt, b.prompt)
+    full, bare = (
+        make_probes(base.geometry, model.config, seed, base.task, template, placeholders=kept) for kept in (True, False)
+    )
+    bench = replace(bench, probes=full, bare=bare)
+    alone = [probe.name for probe in bench.alone(None)]
+    islands = find_islands(model, bench.alone(None)[0])
+    bound = ISLAND_BOUND if islands or rounded else BOUND
     engine_a, why_a = choose_engine(a.prompt, a.engine, model)
     engine_b, why_b = choose_engine(b.prompt, b.engine, model)
     del model
@@ -211,12 +236,12 @@ def verify_prompts(
 
     faults = []
     for fault, wrong in mutations(b.prompt, base.positions):
-        if wrong is not None and engine_b.obstacles(wrong, bench.model()):
+        if wrong is not None and obstacles_of(engine_b, wrong, bench.model()):
             continue
         moved = _apart(bench.other(engine_b, wrong, b.prompt.head), alone, exact_b, alone, scale)
         faults.append(Fault(fault, moved, not moved <= NOTICED * bound))  # what is not a number is noticed
     copied = None
-    if naive is not None and not engine_b.obstacles(naive, bench.model()):
+    if naive is not None and not obstacles_of(engine_b, naive, bench.model()):
         copied = _apart(bench.other(engine_b, naive, naive.head), alone, exact_a, alone, scale)
 
     return Certificate(
@@ -228,6 +253,7 @@ def verify_prompts(
         seed=seed,
         dtype=dtype,
         conditions=tuple(conditions),
+        rounded=tuple(rounded),
         longest=max(probe.inputs["input_ids"].shape[1] for probe in bench.probes),
         scale=scale,
         islands=islands,
@@ -237,6 +263,24 @@ def verify_prompts(
         naive=copied,
         versions=versions(),
     )
+
+
+def _template(prompt: SoftPrompt) -> Template | None:
+    return next((part.template for part in prompt.inputs if part.template is not None), None)
+
+
+def _common_template(a: SoftPrompt, b: SoftPrompt) -> Template | None:
+    """The template of the two, or of the one that has one.
+
+    Raises:
+        SoftbridgeError: they have different ones.
+    """
+    first, second = _template(a), _template(b)
+    if first is not None and second is not None and first.pieces != second.pieces:
+        raise SoftbridgeError(
+            "prompts with two different templates", "one template", "rows that one makes mean nothing to the other"
+        )
+    return first or second
 
 
 def _side(subject: Subject, engine: Engine, why: str) -> Side:

@@ -79,6 +79,7 @@ class Certificate:
         seed: of texts and random weights.
         dtype: the working precision.
         conditions: names of the conditions under which the two are the same, as the caller accepted them.
+        rounded: names of the conversion's steps that stored what they computed in float32.
         longest: tokens of the longest text that was run; nothing is shown beyond (a window or a table of frequencies
             that begins to matter later).
         scale: the largest logit of the source, in absolute value.
@@ -98,6 +99,7 @@ class Certificate:
     seed: int
     dtype: str
     conditions: tuple[str, ...]
+    rounded: tuple[str, ...]
     longest: int
     scale: float
     islands: tuple[str, ...]

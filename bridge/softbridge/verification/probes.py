@@ -11,6 +11,7 @@ import numpy as np
 from softbridge.base import Task
 from softbridge.geometry import Geometry
 from softbridge.prompt import Array
+from softbridge.template import PLACEHOLDER, Template
 
 #: Lengths of the texts. They differ, so that a batch of them needs padding.
 LENGTHS = (11, 7, 4)
@@ -35,7 +36,15 @@ class Probe:
     greedy: bool = False
 
 
-def make_probes(geometry: Geometry, config: Any, seed: int, task: Task) -> tuple[Probe, ...]:
+def make_probes(
+    geometry: Geometry,
+    config: Any,
+    seed: int,
+    task: Task,
+    template: Template | None = None,
+    *,
+    placeholders: bool = True,
+) -> tuple[Probe, ...]:
     """Every text alone, all together padded right and (decoders) left, and greedy decoding of one.
 
     Args:
@@ -43,11 +52,14 @@ def make_probes(geometry: Geometry, config: Any, seed: int, task: Task) -> tuple
         config: of the model that is run (its vocabulary may be shrunk); padding uses its `pad_token_id`.
         seed: of the texts.
         task: of the model that is run; a classifier does not generate.
+        template: that of the prompt, if it has one: each field gets a text.
+        placeholders: whether its virtual tokens stand in the rows. Without them the same real tokens are left, in the
+            same order, for a prompt without a template and for none at all.
     """
     generator = np.random.default_rng(seed)
     special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     ordinary = np.array([token for token in range(config.vocab_size) if token not in special])
-    texts = [generator.choice(ordinary, length) for length in LENGTHS]
+    texts = [_row(template, placeholders, generator, ordinary, length) for length in LENGTHS]
     answers = generator.choice(ordinary, (len(texts), DECODER_LENGTH)) if geometry.is_encoder_decoder else None
     pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
 
@@ -61,7 +73,7 @@ def make_probes(geometry: Geometry, config: Any, seed: int, task: Task) -> tuple
             mask[i, where] = 1
         inputs: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
         if answers is None:
-            return Probe(name, inputs, mask.astype(bool))
+            return Probe(name, inputs, mask.astype(bool) & (ids != PLACEHOLDER))
         inputs["decoder_input_ids"] = answers[rows]
         return Probe(name, inputs, np.ones((len(rows), DECODER_LENGTH), dtype=bool))
 
@@ -76,3 +88,15 @@ def make_probes(geometry: Geometry, config: Any, seed: int, task: Task) -> tuple
         inputs = {name: array for name, array in first.inputs.items() if name != "decoder_input_ids"}
         probes.append(Probe("greedy", inputs, first.real, greedy=True))
     return tuple(probes)
+
+
+def _row(
+    template: Template | None, placeholders: bool, generator: np.random.Generator, ordinary: Array, length: int
+) -> Array:
+    if template is None:
+        return generator.choice(ordinary, length)
+    texts = {name: generator.choice(ordinary, length).tolist() for name in template.fields}
+    vocabulary = int(ordinary.max()) + 1
+    row = np.array(template.fill(texts, int(generator.choice(ordinary))))
+    row = np.where(row == PLACEHOLDER, row, row % vocabulary)  # the model's vocabulary may be shrunk
+    return row if placeholders else row[row != PLACEHOLDER]

@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 
-from softbridge.errors import EngineError
+from softbridge.base import BaseModel
+from softbridge.errors import EngineError, Obstacle
 from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Engine
+from softbridge.passes import inexpressible
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.registry import engines
 from softbridge.verification.probes import GREEDY_TOKENS, Probe
@@ -33,7 +35,7 @@ def choose_engine(prompt: SoftPrompt, preferred: str, model: Any) -> tuple[Engin
             continue
         reason = known[name].unavailable()
         if reason is None:
-            obstacles = known[name].obstacles(prompt, model)
+            obstacles = obstacles_of(known[name], prompt, model)
             if not obstacles:
                 return known[name], "; ".join(reasons)
             reason = "; ".join(obstacle.reason for obstacle in obstacles)
@@ -43,6 +45,12 @@ def choose_engine(prompt: SoftPrompt, preferred: str, model: Any) -> tuple[Engin
         "one engine that can",
         "run it in an environment where the prompt's own toolkit is installed",
     )
+
+
+def obstacles_of(engine: Engine, prompt: SoftPrompt, model: Any) -> list[Obstacle]:
+    """What stands against running a prompt: what the engine declares, and what it finds."""
+    declared = inexpressible(prompt, engine.capabilities, BaseModel.resolve(model))
+    return declared or list(engine.obstacles(prompt, model))
 
 
 @contextmanager

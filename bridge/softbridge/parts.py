@@ -1,0 +1,91 @@
+"""Take the parts of a prompt apart, and put them together."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from softbridge.errors import SoftbridgeError
+from softbridge.geometry import Stack, stack_of
+from softbridge.prompt import InputPrompt, Part, Positions, SoftPrompt, Training
+
+
+def name_of(part: Part) -> str:
+    """``encoder-input`` or ``decoder-input``; of a prefix its site: ``encoder``, ``self`` or ``cross``."""
+    return f"{part.stack}-input" if isinstance(part, InputPrompt) else part.site
+
+
+def split(prompt: SoftPrompt) -> dict[str, SoftPrompt]:
+    """Each part as a prompt of its own: name of the part -> prompt.
+
+    Numbers and real tokens stay where they are, so that each is the prompt with its other parts hidden. The base and
+    the head go along with each; of the training state, what belongs to the part.
+    """
+    return {name_of(part): _alone(prompt, part) for part in prompt.parts}
+
+
+def choose(prompt: SoftPrompt, name: str) -> SoftPrompt:
+    """The part of that name, as a prompt of its own.
+
+    Raises:
+        SoftbridgeError: there is none.
+    """
+    parts = split(prompt)
+    if name not in parts:
+        raise SoftbridgeError(f"no part is called '{name}'", f"one of {', '.join(parts)}", "name one of these")
+    return parts[name]
+
+
+def join(prompts: Sequence[SoftPrompt]) -> SoftPrompt:
+    """The prompts as the parts of one: the inverse of `split`.
+
+    Raises:
+        ValueError: no prompts; two parts of one name; they disagree on where real tokens stand, on the base, on the
+            head or on the training state's kind.
+    """
+    if not prompts:
+        raise ValueError("join: at least one prompt")
+    first = prompts[0]
+    start: dict[Stack, int] = {}
+    for prompt in prompts:
+        told = prompt.positions
+        clash = any(start.setdefault(stack, place) != place for stack, place in told.start.items())
+        if clash or replace(told, start={}) != replace(first.positions, start={}):
+            raise ValueError(
+                f"join: positions that differ, {first.positions} and {told}: lower them to one target first"
+            )
+        if prompt.base != first.base or _other_head(prompt, first):
+            raise ValueError("join: prompts for one base model, with one head")
+    return SoftPrompt(
+        tuple(part for prompt in prompts for part in prompt.parts),
+        replace(first.positions, start=start),
+        first.base,
+        first.head,
+        _joined([prompt.training for prompt in prompts]),
+    )
+
+
+def _alone(prompt: SoftPrompt, part: Part) -> SoftPrompt:
+    stack = part.stack if isinstance(part, InputPrompt) else stack_of(part.site)
+    crosses = name_of(part) == "cross"
+    start = {} if crosses else {stack: prompt.positions.start[stack]}
+    positions = Positions(start, prompt.positions.relative_bias, prompt.positions.window)
+    training = prompt.training
+    if training is not None and len(prompt.parts) > 1:
+        # Only parameterisations of prefixes can have several parts: their tensors have the site in front.
+        own = {name: array for name, array in training.tensors.items() if name.startswith(f"{name_of(part)}.")}
+        training = replace(training, tensors=own) if own else None
+    return replace(prompt, parts=(part,), positions=positions, training=training)
+
+
+def _other_head(a: SoftPrompt, b: SoftPrompt) -> bool:
+    return replace(a, parts=b.parts, positions=b.positions, training=None, base=b.base) != replace(b, training=None)
+
+
+def _joined(states: Sequence[Training | None]) -> Training | None:
+    known = [state for state in states if state is not None]
+    if not known:
+        return None
+    if len(known) < len(states) or any((s.kind, s.settings) != (known[0].kind, known[0].settings) for s in known):
+        raise ValueError("join: training states of one kind and with one setting, or none")
+    return replace(known[0], tensors={name: array for state in known for name, array in state.tensors.items()})
