@@ -119,6 +119,10 @@ class BaseModel:
             seed: of the weights.
             window: what a longer sliding window is shortened to, so that short texts reach beyond it.
         """
+        return build(self.small_config(window), self.task, dtype, seed)
+
+    def small_config(self, window: int | None = None) -> Any:
+        """The configuration of `structure`."""
         config = copy.deepcopy(self.config)
         if window is not None:
             shrink(config, sliding_window=window)
@@ -126,7 +130,11 @@ class BaseModel:
         shrink(config, vocab_size=SMALL_VOCABULARY)
         shrink(config, intermediate_size=SMALL_FEED_FORWARD, n_inner=SMALL_FEED_FORWARD, d_ff=SMALL_FEED_FORWARD)
         shrink(config, encoder_ffn_dim=SMALL_FEED_FORWARD, decoder_ffn_dim=SMALL_FEED_FORWARD)
-        return build(config, self.task, dtype, seed)
+        return config
+
+    def with_config(self, config: Any) -> BaseModel:
+        """Another configuration under the same name and head, without weights."""
+        return BaseModel(config, self.name, head=self._head)
 
     def weights(self, dtype: Any) -> Any:
         """The model itself, with its weights, in `dtype`.

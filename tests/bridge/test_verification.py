@@ -45,7 +45,8 @@ def test_a_prompt_is_itself(prefix: SoftPrompt) -> None:
     assert certificate.exit_status == 0
     assert certificate.islands == ()
     assert certificate.bound == 1e-12
-    assert {figure.probe for figure in certificate.figures} == {"alone", "right-padded", "left-padded", "greedy"}
+    probes = {"alone", "right-padded", "left-padded", "greedy", "loss", "gradient"}
+    assert {figure.probe for figure in certificate.figures} == probes
     assert all(fault.noticed for fault in certificate.faults)
     assert len(certificate.faults) == 4
 

@@ -7,52 +7,26 @@ how far the outputs move when the prompt is dropped, shifted or scrambled.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 
 from softbridge.base import BaseModel
-from softbridge.errors import SoftbridgeError
-from softbridge.head import load_head
-from softbridge.hookspecs import Engine, Loader
+from softbridge.errors import EngineError
+from softbridge.hookspecs import Engine
 from softbridge.lower import as_dtype
 from softbridge.passes import DTYPES
-from softbridge.prompt import Array, SoftPrompt
-from softbridge.template import Template
+from softbridge.prompt import SoftPrompt
 from softbridge.verification.certificate import Certificate, Fault, Figure, Side
-from softbridge.verification.mutations import mutations
-from softbridge.verification.probes import LENGTHS, Probe, make_probes
-from softbridge.verification.run import attached, choose_engine, find_islands, obstacles_of, run
+from softbridge.verification.comparison import Bench, Subject, common_template, compare, loader_of
+from softbridge.verification.probes import LENGTHS
+from softbridge.verification.run import choose_engine
+from softbridge.verification.structure import BUDGET, Structure, bare_model, structures
 
 __all__ = ["Certificate", "Fault", "Figure", "Side", "Subject", "verify", "verify_prompts"]
-
-#: Relative to the largest logit. Float64 rounding of other summation orders stays below it on any depth we measured.
-BOUND = 1e-12
-#: Across a float32 island of the model itself, or of numbers that the conversion computed and stored in float32.
-ISLAND_BOUND = 1e-5
-#: A fault counts as noticed if it moves the outputs this many times further than the bound allows.
-NOTICED = 100.0
-
-
-@dataclass(frozen=True)
-class Subject:
-    """One of the two things that are compared.
-
-    Attributes:
-        path: what to call it.
-        prompt: what softbridge read, or is about to write.
-        engine: the engine that should run it: its own toolkit's.
-        directory: its files, for the toolkit's own loader to read; None if there are none, or not in a form that
-            stands for the whole prompt.
-    """
-
-    path: str
-    prompt: SoftPrompt
-    engine: str
-    directory: Path | None = None
 
 
 def verify(
@@ -63,6 +37,8 @@ def verify(
     weights: bool = False,
     dtype: str = "float32",
     seed: int = 0,
+    texts: Sequence[Sequence[int]] | None = None,
+    memory: int = BUDGET,
 ) -> Certificate:
     """Compare the prompts in two files or directories.
 
@@ -73,6 +49,8 @@ def verify(
         weights: use the base model's own weights instead of random ones of its structure.
         dtype: the working precision, reported beside float64.
         seed: of texts and weights.
+        texts: token ids to run instead of random ones.
+        memory: bytes that a model without weights may take; a larger one is run some layers at a time.
 
     Raises:
         SoftbridgeError: a file cannot be read, or no engine can run a prompt on this model.
@@ -106,70 +84,14 @@ def verify(
         weights=weights or "entry" in steps,  # what the embedding block makes of vectors depends on its weights
         dtype=dtype,
         seed=seed,
+        texts=texts,
+        memory=memory,
     )
 
 
 def _is_wider(subject: Subject, kind: np.dtype[Any]) -> bool:
     arrays = [array for part in subject.prompt.parts for _, array in part.arrays()]
     return any(array.dtype.itemsize > kind.itemsize for array in arrays)
-
-
-@dataclass(frozen=True)
-class _Bench:
-    """Builds a fresh model for every run, so that no run can leave anything behind for the next.
-
-    Attributes:
-        base: the base model, with the head that the prompts bring.
-        weights: whether its own weights are used.
-        seed: of random weights.
-        window: what a sliding window is shortened to, so that the probes are longer, or None to leave it.
-        probes: what is run.
-        bare: the same with the real tokens only, for prompts without the template.
-    """
-
-    base: BaseModel
-    weights: bool
-    seed: int
-    window: int | None
-    probes: tuple[Probe, ...] = ()
-    bare: tuple[Probe, ...] = ()
-
-    def model(self, dtype: str = "float64") -> Any:
-        import torch
-
-        kind = getattr(torch, dtype)
-        return self.base.weights(kind) if self.weights else self.base.structure(kind, self.seed, self.window)
-
-    def probes_for(self, prompt: SoftPrompt | None) -> tuple[Probe, ...]:
-        return self.probes if prompt is not None and _template(prompt) is not None else self.bare
-
-    def alone(self, prompt: SoftPrompt | None) -> list[Probe]:
-        return [probe for probe in self.probes_for(prompt) if probe.name.startswith("alone")]
-
-    def own(self, subject: Subject, engine: Engine, dtype: str = "float64") -> dict[str, Array]:
-        """All probes, with the toolkit's own loader reading its own files where there are any."""
-        model = self.model(dtype)
-        loader, probes = _loader(subject, engine), self.probes_for(subject.prompt)
-        if loader is not None and subject.directory is not None:
-            return run(loader.load(model, subject.prompt, subject.directory), probes)
-        with attached(engine, model, subject.prompt) as running:
-            return run(running, probes)
-
-    def other(self, engine: Engine, prompt: SoftPrompt | None, head: Mapping[str, Array]) -> dict[str, Array]:
-        """The texts alone, for another prompt (None: none, but the same head)."""
-        model = self.model()
-        if prompt is None:
-            load_head(model, head)
-            return run(model, self.alone(None))
-        with attached(engine, model, prompt) as running:
-            return run(running, self.alone(prompt))
-
-
-def _loader(subject: Subject, engine: Engine) -> Loader | None:
-    """The engine as a loader, if it is the toolkit of the files and they are there."""
-    if subject.directory is None or not subject.directory.is_dir() or engine.name != subject.engine:
-        return None
-    return cast("Loader", engine) if hasattr(engine, "load") else None
 
 
 def verify_prompts(
@@ -183,6 +105,8 @@ def verify_prompts(
     weights: bool = False,
     dtype: str = "float32",
     seed: int = 0,
+    texts: Sequence[Sequence[int]] | None = None,
+    memory: int = BUDGET,
 ) -> Certificate:
     """Compare two prompts; the first is the reference.
 
@@ -198,106 +122,89 @@ def verify_prompts(
     window = None
     if "window" not in conditions:  # they must agree beyond it, too
         window = max(a.prompt.counted().values(), default=0) + LENGTHS[0] // 2
-    bench = _Bench(base, weights, seed, window)
-    model = bench.model()
-    template = _common_template(a.prompt, b.prompt)
-    full, bare = (
-        make_probes(base.geometry, model.config, seed, base.task, template, placeholders=kept) for kept in (True, False)
-    )
-    bench = replace(bench, probes=full, bare=bare)
-    alone = [probe.name for probe in bench.alone(None)]
-    islands = find_islands(model, bench.alone(None)[0])
-    bound = ISLAND_BOUND if islands or rounded else BOUND
-    engine_a, why_a = choose_engine(a.prompt, a.engine, model)
-    engine_b, why_b = choose_engine(b.prompt, b.engine, model)
+    template = common_template(a.prompt, b.prompt)
+    model = base.weights(_float64()) if weights else bare_model(base) or base.structure(_float64())
+    (engine_a, why_a), (engine_b, why_b) = (choose_engine(one.prompt, one.engine, model) for one in (a, b))
     del model
 
-    exact_a, exact_b = bench.own(a, engine_a), bench.own(b, engine_b)
-    rough_a, rough_b = bench.own(a, engine_a, dtype), bench.own(b, engine_b, dtype)
-    scale = max(float(np.abs(exact_a[probe.name]).max()) for probe in bench.probes if not probe.greedy)
+    def runs(smaller: Any) -> bool:
+        try:
+            chosen = [choose_engine(one.prompt, one.engine, smaller)[0].name for one in (a, b)]
+        except EngineError:
+            return False
+        return chosen == [engine_a.name, engine_b.name]
 
-    figures = []
-    for group, members in _groups(bench.probes).items():
-        if members[0].greedy:
-            same = np.array_equal(exact_a[group], exact_b[group])
-            figures.append(Figure(group, float(not same), float(not np.array_equal(rough_a[group], rough_b[group]))))
+    pieces = [Structure(base)] if weights else list(structures(base, [a.prompt, b.prompt], runs, memory))
+    found = []
+    for piece in pieces:
+        subjects = [_fitted(piece, one) for one in (a, b)]
+        if any(one is None for one in subjects):
             continue
-        names = [probe.name for probe in members]
-        note = ""
-        if group == "left-padded":
-            variant = [
-                f"{engine.name} is not invariant to left padding by itself ({own:.1e})"
-                for engine, out in ((engine_a, exact_a), (engine_b, exact_b))
-                if not (own := _apart(out, ["left-padded"], out, alone, scale)) <= bound
-            ]
-            note = "; ".join(dict.fromkeys(variant))
-        apart, rough = (_apart(x, names, y, names, scale) for x, y in ((exact_a, exact_b), (rough_a, rough_b)))
-        figures.append(Figure(group, apart, rough, judged=not note, note=note))
-
-    faults = []
-    for fault, wrong in mutations(b.prompt, base.positions):
-        if wrong is not None and obstacles_of(engine_b, wrong, bench.model()):
-            continue
-        moved = _apart(bench.other(engine_b, wrong, b.prompt.head), alone, exact_b, alone, scale)
-        faults.append(Fault(fault, moved, not moved <= NOTICED * bound))  # what is not a number is noticed
-    copied = None
-    if naive is not None and not obstacles_of(engine_b, naive, bench.model()):
-        copied = _apart(bench.other(engine_b, naive, naive.head), alone, exact_a, alone, scale)
-
+        first, second = cast("tuple[Subject, Subject]", subjects)
+        bench = Bench(piece.base, weights, seed, window, texts, template)
+        copy = None if naive is None else piece.fit(naive)
+        found.append(compare(bench, first, second, (engine_a, engine_b), naive=copy, rounded=rounded, dtype=dtype))
     return Certificate(
         source=_side(a, engine_a, why_a),
         target=_side(b, engine_b, why_b),
         base=base.name,
         geometry=base.geometry,
-        weights="the model's own" if weights else f"random, seed {seed}; vocabulary and feed-forward shrunk",
+        weights="the model's own" if weights else f"random, seed {seed}; {pieces[0].note}",
         seed=seed,
         dtype=dtype,
         conditions=tuple(conditions),
         rounded=tuple(rounded),
-        longest=max(probe.inputs["input_ids"].shape[1] for probe in bench.probes),
-        scale=scale,
-        islands=islands,
-        bound=bound,
-        figures=tuple(figures),
-        faults=tuple(faults),
-        naive=copied,
+        longest=max(one.longest for one in found),
+        scale=max(one.scale for one in found),
+        islands=tuple(sorted({island for one in found for island in one.islands})),
+        bound=max(one.bound for one in found),
+        yardstick=max(one.yardstick for one in found),
+        figures=_worst([one.figures for one in found]),
+        faults=_least([one.faults for one in found]),
+        naive=max((one.naive for one in found if one.naive is not None), default=None),
         versions=versions(),
     )
 
 
-def _template(prompt: SoftPrompt) -> Template | None:
-    return next((part.template for part in prompt.inputs if part.template is not None), None)
+def _float64() -> Any:
+    import torch
+
+    return torch.float64
 
 
-def _common_template(a: SoftPrompt, b: SoftPrompt) -> Template | None:
-    """The template of the two, or of the one that has one.
+def _fitted(piece: Structure, subject: Subject) -> Subject | None:
+    """What of a subject these layers see. Its files stand for it only as a whole."""
+    prompt = piece.fit(subject.prompt)
+    if prompt is None:
+        return None
+    return subject if prompt is subject.prompt else replace(subject, prompt=prompt, directory=None)
 
-    Raises:
-        SoftbridgeError: they have different ones.
-    """
-    first, second = _template(a), _template(b)
-    if first is not None and second is not None and first.pieces != second.pieces:
-        raise SoftbridgeError(
-            "prompts with two different templates", "one template", "rows that one makes mean nothing to the other"
+
+def _worst(found: Sequence[Sequence[Figure]]) -> tuple[Figure, ...]:
+    """Of each probe the figures that are furthest apart; what is not judged on one piece is not judged."""
+    named: dict[str, list[Figure]] = {}
+    for figure in (figure for figures in found for figure in figures):
+        named.setdefault(figure.probe, []).append(figure)
+    return tuple(
+        replace(
+            figures[0],
+            float64=max(figure.float64 for figure in figures),
+            working=max(figure.working for figure in figures),
+            judged=all(figure.judged for figure in figures),
+            note="; ".join(dict.fromkeys(figure.note for figure in figures if figure.note)),
         )
-    return first or second
+        for figures in named.values()
+    )
+
+
+def _least(found: Sequence[Sequence[Fault]]) -> tuple[Fault, ...]:
+    """Of each fault the piece that notices it least."""
+    named: dict[str, list[Fault]] = {}
+    for fault in (fault for faults in found for fault in faults):
+        named.setdefault(fault.name, []).append(fault)
+    return tuple(min(faults, key=lambda fault: fault.moved) for faults in named.values())
 
 
 def _side(subject: Subject, engine: Engine, why: str) -> Side:
     files = {} if subject.prompt.origin is None else subject.prompt.origin.digests
-    return Side(subject.path, engine.name, why, _loader(subject, engine) is not None, subject.prompt.digest(), files)
-
-
-def _groups(probes: Sequence[Probe]) -> dict[str, list[Probe]]:
-    groups: dict[str, list[Probe]] = {}
-    for probe in probes:
-        groups.setdefault("alone" if probe.name.startswith("alone") else probe.name, []).append(probe)
-    return groups
-
-
-def _apart(
-    a: Mapping[str, Array], names_a: Sequence[str], b: Mapping[str, Array], names_b: Sequence[str], scale: float
-) -> float:
-    """The largest difference of logits, relative to `scale`. Rows of several probes follow one another."""
-    left, right = np.concatenate([a[name] for name in names_a]), np.concatenate([b[name] for name in names_b])
-    return float(np.abs(left - right).max()) / scale
+    return Side(subject.path, engine.name, why, loader_of(subject, engine) is not None, subject.prompt.digest(), files)

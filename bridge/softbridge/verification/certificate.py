@@ -85,6 +85,8 @@ class Certificate:
         scale: the largest logit of the source, in absolute value.
         islands: modules of the model that compute in less than float64.
         bound: what counts as exact.
+        yardstick: what the working precision does by itself: the largest difference between the source's texts alone
+            and in one padded batch, both in that precision.
         figures: the differences.
         faults: the sensitivity.
         naive: the difference if the source's numbers are copied as they are, where that is another function.
@@ -104,6 +106,7 @@ class Certificate:
     scale: float
     islands: tuple[str, ...]
     bound: float
+    yardstick: float
     figures: tuple[Figure, ...]
     faults: tuple[Fault, ...]
     naive: float | None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,12 +28,16 @@ class Probe:
         inputs: argument name -> integer array [B, T].
         real: [B, T] booleans: which of the outputs' positions belong to real tokens.
         greedy: whether tokens are generated rather than logits computed.
+        pooled: whether the model gives one row of logits for a text, not one for each token.
+        causal: whether the logits at a token are for the next one.
     """
 
     name: str
     inputs: Mapping[str, Array]
     real: Array
     greedy: bool = False
+    pooled: bool = False
+    causal: bool = False
 
 
 def make_probes(
@@ -44,6 +48,7 @@ def make_probes(
     template: Template | None = None,
     *,
     placeholders: bool = True,
+    texts: Sequence[Sequence[int]] | None = None,
 ) -> tuple[Probe, ...]:
     """Every text alone, all together padded right and (decoders) left, and greedy decoding of one.
 
@@ -55,29 +60,32 @@ def make_probes(
         template: that of the prompt, if it has one: each field gets a text.
         placeholders: whether its virtual tokens stand in the rows. Without them the same real tokens are left, in the
             same order, for a prompt without a template and for none at all.
+        texts: token ids to run instead of random ones; of other lengths, so that a batch needs padding.
     """
     generator = np.random.default_rng(seed)
     special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     ordinary = np.array([token for token in range(config.vocab_size) if token not in special])
-    texts = [_row(template, placeholders, generator, ordinary, length) for length in LENGTHS]
-    answers = generator.choice(ordinary, (len(texts), DECODER_LENGTH)) if geometry.is_encoder_decoder else None
+    given = texts or [generator.choice(ordinary, length).tolist() for length in LENGTHS]
+    rows = [_row(template, placeholders, text, config.vocab_size) for text in given]
+    pooled, causal = task == "sequence-classification", task == "causal-lm"
+    answers = generator.choice(ordinary, (len(rows), DECODER_LENGTH)) if geometry.is_encoder_decoder else None
     pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
 
-    def probe(name: str, rows: list[int], side: str) -> Probe:
-        width = max(len(texts[row]) for row in rows)
-        ids = np.full((len(rows), width), pad)
-        mask = np.zeros((len(rows), width), dtype=np.int64)
-        for i, row in enumerate(rows):
-            where = slice(width - len(texts[row]), width) if side == "left" else slice(0, len(texts[row]))
-            ids[i, where] = texts[row]
+    def probe(name: str, chosen: list[int], side: str) -> Probe:
+        width = max(len(rows[row]) for row in chosen)
+        ids = np.full((len(chosen), width), pad)
+        mask = np.zeros((len(chosen), width), dtype=np.int64)
+        for i, row in enumerate(chosen):
+            where = slice(width - len(rows[row]), width) if side == "left" else slice(0, len(rows[row]))
+            ids[i, where] = rows[row]
             mask[i, where] = 1
         inputs: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
         if answers is None:
-            return Probe(name, inputs, mask.astype(bool) & (ids != PLACEHOLDER))
-        inputs["decoder_input_ids"] = answers[rows]
-        return Probe(name, inputs, np.ones((len(rows), DECODER_LENGTH), dtype=bool))
+            return Probe(name, inputs, mask.astype(bool) & (ids != PLACEHOLDER), pooled=pooled, causal=causal)
+        inputs["decoder_input_ids"] = answers[chosen]
+        return Probe(name, inputs, np.ones((len(chosen), DECODER_LENGTH), dtype=bool))
 
-    everyone = list(range(len(texts)))
+    everyone = list(range(len(rows)))
     probes = [probe(f"alone-{row}", [row], "right") for row in everyone]
     probes.append(probe("right-padded", everyone, "right"))
     generates = geometry.decoder is not None and task != "sequence-classification"
@@ -90,13 +98,8 @@ def make_probes(
     return tuple(probes)
 
 
-def _row(
-    template: Template | None, placeholders: bool, generator: np.random.Generator, ordinary: Array, length: int
-) -> Array:
-    if template is None:
-        return generator.choice(ordinary, length)
-    texts = {name: generator.choice(ordinary, length).tolist() for name in template.fields}
-    vocabulary = int(ordinary.max()) + 1
-    row = np.array(template.fill(texts, int(generator.choice(ordinary))))
-    row = np.where(row == PLACEHOLDER, row, row % vocabulary)  # the model's vocabulary may be shrunk
-    return row if placeholders else row[row != PLACEHOLDER]
+def _row(template: Template | None, placeholders: bool, text: Sequence[int], vocabulary: int) -> Array:
+    """The row of a text, which stands in every field; what a shrunk vocabulary lacks is another word in it."""
+    row = list(text) if template is None else template.fill(dict.fromkeys(template.fields, text), text[0])
+    ids = np.array([token if token == PLACEHOLDER else token % vocabulary for token in row])
+    return ids if placeholders else ids[ids != PLACEHOLDER]

@@ -9,13 +9,17 @@ from typing import Any
 import numpy as np
 
 from softbridge.base import BaseModel
+from softbridge.cloze import IGNORED
 from softbridge.errors import EngineError, Obstacle
 from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Engine
-from softbridge.passes import inexpressible
+from softbridge.passes import as_dtype, inexpressible
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.registry import engines
 from softbridge.verification.probes import GREEDY_TOKENS, Probe
+
+#: How closely a loss that is computed in float32 agrees with the same in float64.
+FLOAT32_LOSS = 1e-5
 
 
 def choose_engine(prompt: SoftPrompt, preferred: str, model: Any) -> tuple[Engine, str]:
@@ -85,6 +89,66 @@ def _logits(model: Any, probe: Probe) -> Array:
         return np.asarray(logits.double().cpu().numpy())
     real = torch.from_numpy(probe.real).to(logits.device)
     return np.asarray(logits[:, -probe.real.shape[1] :][real].double().cpu().numpy())
+
+
+def gradient(engine: Engine, model: Any, prompt: SoftPrompt, probe: Probe) -> tuple[float, SoftPrompt]:
+    """The loss of a text, and its gradient with respect to the prompt, in the form of that prompt.
+
+    The text is its own label. The first token's is left out: a toolkit that returns logits of virtual tokens has it
+    predicted by the last of them, and one that does not, by nobody. transformers computes losses in float32; the one
+    that is returned and differentiated is computed here in float64, unless the toolkit's own is another.
+
+    Args:
+        engine: one that runs the prompt.
+        model: used up.
+        prompt: its numbers are taken in float64, and so are the toolkit's parameters.
+        probe: of one text.
+    """
+    import torch
+
+    own = {id(parameter) for parameter in model.parameters()}
+    with attached(engine, model, as_dtype(prompt, np.dtype(np.float64))) as running:
+        running.to(torch.float64).eval()
+        trained = [parameter for parameter in running.parameters() if id(parameter) not in own]
+        for parameter in running.parameters():
+            parameter.requires_grad_(id(parameter) not in own)
+        with torch.enable_grad():
+            inputs = _tensors(model, _labelled(probe, model.config))
+            output = running(**inputs)
+            loss = _loss(output.logits.double(), inputs["labels"], probe)
+            loss.backward()
+        with torch.no_grad():
+            for parameter in trained:
+                parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
+        theirs, ours = float(output.loss.detach()), float(loss.detach())
+        agree = abs(theirs - ours) <= FLOAT32_LOSS * abs(ours)
+        return ours if agree else theirs, engine.extract(running)
+
+
+def _loss(logits: Any, labels: Any, probe: Probe) -> Any:
+    """What transformers' models compute of their logits and labels."""
+    from torch.nn.functional import cross_entropy, mse_loss
+
+    if probe.pooled:
+        return mse_loss(logits[:, 0], labels) if labels.is_floating_point() else cross_entropy(logits, labels)
+    logits = logits[:, -labels.shape[1] :]
+    if probe.causal:
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
+
+
+def _labelled(probe: Probe, config: Any) -> dict[str, Array]:
+    """The inputs of a probe with labels: its own tokens, or the first class."""
+    inputs = dict(probe.inputs)
+    answers = inputs.pop("decoder_input_ids", None)
+    labels = np.array(inputs["input_ids"] if answers is None else answers)
+    if answers is None:
+        labels[:, :1] = IGNORED
+        labels[~probe.real] = IGNORED
+    if probe.pooled:
+        regression = getattr(config, "num_labels", 2) == 1
+        labels = np.zeros(len(labels), np.float64 if regression else np.int64)
+    return {**inputs, "labels": labels}
 
 
 def _greedy(model: Any, probe: Probe) -> Array:
