@@ -222,6 +222,14 @@ def build(config: Any, task: Task, dtype: Any, seed: int) -> Any:
             "a configuration of a text model that can be built",
             "check the base model's config.json",
         ) from error
+    draw_weights(model, seed)
+    return model.to(dtype).eval()
+
+
+def draw_weights(model: Any, seed: int) -> None:
+    """Draw every parameter anew, in place; see `build`."""
+    import torch
+
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in sorted(model.named_parameters()):
@@ -232,7 +240,6 @@ def build(config: Any, task: Task, dtype: Any, seed: int) -> Any:
             else:
                 noise = noise * 0.1 + (1.0 if name.endswith("weight") else 0.0)
             parameter.copy_(noise)
-    return model.to(dtype).eval()
 
 
 def _load_config(base: str, trust_remote_code: bool) -> Any:

@@ -120,7 +120,7 @@ class Cloze:
         import torch
 
         rows = torch.arange(len(logits), device=logits.device)
-        slots = self.slots(batch).to(logits.device) - (self.mask is None)
+        slots = self.slots(batch).to(logits.device) - int(self.mask is None)
         at_slot = logits[rows, slots]
         classes = [at_slot[:, list(words)].mean(-1) for _, words in self.verbaliser.classes]
         return torch.stack(classes, dim=-1)
