@@ -21,7 +21,7 @@ from softbridge.lower import as_dtype
 from softbridge.passes import DTYPES
 from softbridge.prompt import SoftPrompt
 from softbridge.verification.certificate import Certificate, Fault, Figure, Side
-from softbridge.verification.comparison import Bench, Subject, common_template, compare, loader_of
+from softbridge.verification.comparison import Bench, Subject, capture, common_template, judge, loader_of
 from softbridge.verification.probes import LENGTHS
 from softbridge.verification.run import choose_engine
 from softbridge.verification.structure import BUDGET, Structure, bare_model, structures
@@ -142,8 +142,9 @@ def verify_prompts(
             continue
         first, second = cast("tuple[Subject, Subject]", subjects)
         bench = Bench(piece.base, weights, seed, window, texts, template)
+        reference = capture(bench, first, engine_a, dtype, faults=False)
         copy = None if naive is None else piece.fit(naive)
-        found.append(compare(bench, first, second, (engine_a, engine_b), naive=copy, rounded=rounded, dtype=dtype))
+        found.append(judge(reference, capture(bench, second, engine_b, dtype, naive=copy), rounded))
     return Certificate(
         source=_side(a, engine_a, why_a),
         target=_side(b, engine_b, why_b),

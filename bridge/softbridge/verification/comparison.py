@@ -20,7 +20,7 @@ from softbridge.prompt import Array, SoftPrompt
 from softbridge.template import Template
 from softbridge.verification.certificate import Fault, Figure
 from softbridge.verification.mutations import mutations
-from softbridge.verification.probes import Probe, make_probes
+from softbridge.verification.probes import GREEDY, Probe, make_probes
 from softbridge.verification.run import attached, find_islands, gradient, obstacles_of, run
 
 #: Relative to the largest logit. Float64 rounding of other summation orders stays below it on any depth we measured.
@@ -47,6 +47,35 @@ class Subject:
     prompt: SoftPrompt
     engine: str
     directory: Path | None = None
+
+
+@dataclass(frozen=True)
+class Capture:
+    """What one side of a comparison put out.
+
+    Attributes:
+        engine: that ran it.
+        islands: modules of the model that compute in less than float64.
+        longest: tokens of the longest text.
+        exact: probe -> logits at the real tokens in float64, or generated tokens.
+        rough: the same in the working precision.
+        loss: of the first text.
+        gradient: array of the prompt -> gradient of that loss, keys in the frame of tokens that stand at 0.
+        repeats: whether two layers of the prompt have the same numbers.
+        faults: deliberate fault -> how far it moves the logits of the texts alone.
+        naive: the logits of the texts alone for the naive copy, if there was one.
+    """
+
+    engine: str
+    islands: tuple[str, ...]
+    longest: int
+    exact: Mapping[str, Array]
+    rough: Mapping[str, Array]
+    loss: float
+    gradient: Mapping[str, Array]
+    repeats: bool
+    faults: Mapping[str, float]
+    naive: Mapping[str, Array] | None
 
 
 @dataclass(frozen=True)
@@ -145,81 +174,101 @@ class Bench:
         return gradient(engine, self.model(), prompt, self.alone(prompt)[0])
 
 
-def compare(
-    bench: Bench,
-    a: Subject,
-    b: Subject,
-    engines: tuple[Engine, Engine],
-    *,
-    naive: SoftPrompt | None,
-    rounded: Sequence[str],
-    dtype: str,
-) -> Findings:
-    """Compare two prompts on one model; the first is the reference."""
-    alone = [probe.name for probe in bench.alone(None)]
-    islands = find_islands(bench.model(), bench.alone(None)[0])
-    bound = ISLAND_BOUND if islands or rounded else BOUND
-    engine_a, engine_b = engines
-    exact_a, exact_b = bench.own(a, engine_a), bench.own(b, engine_b)
-    rough_a, rough_b = bench.own(a, engine_a, dtype), bench.own(b, engine_b, dtype)
-    probes = bench.probes(a.prompt)
-    scale = max(float(np.abs(exact_a[probe.name]).max()) for probe in probes if not probe.greedy)
+def capture(
+    bench: Bench, subject: Subject, engine: Engine, dtype: str, *, faults: bool = True, naive: SoftPrompt | None = None
+) -> Capture:
+    """Run one side.
 
+    Args:
+        bench: what it is run on.
+        subject: what is run.
+        engine: one that runs it.
+        dtype: the working precision, beside float64.
+        faults: whether to measure how far deliberate faults move the outputs.
+        naive: the other side's numbers as this engine would run them untold, or None.
+    """
+    prompt = subject.prompt
+    alone = [probe.name for probe in bench.alone(prompt)]
+    exact = bench.own(subject, engine)
+    loss, gradient_of_parts = bench.gradient(engine, prompt)
+    scheme = bench.base.positions
+    if scheme.kind == "rotary":  # in the frame of tokens that stand at 0, which any other side can have
+        for stack, start in prompt.positions.start.items():
+            gradient_of_parts = turn(gradient_of_parts, stack, scheme.rotation(-start)) if start else gradient_of_parts
+    moved: dict[str, float] = {}
+    for fault, wrong in mutations(prompt, scheme) if faults else ():
+        if wrong is None or not obstacles_of(engine, wrong, bench.model()):
+            moved[fault] = _apart(bench.other(engine, wrong, prompt.head), alone, exact, alone)
+    copied = None
+    if naive is not None and not obstacles_of(engine, naive, bench.model()):
+        copied = bench.other(engine, naive, naive.head)
+    probes = bench.probes(prompt)
+    return Capture(
+        engine=engine.name,
+        islands=find_islands(bench.model(), bench.alone(None)[0]),
+        longest=max(probe.inputs["input_ids"].shape[1] for probe in probes),
+        exact=exact,
+        rough=bench.own(subject, engine, dtype),
+        loss=loss,
+        gradient={name: array for part in gradient_of_parts.parts for name, array in _named(part)},
+        repeats=_repeats(prompt),
+        faults=moved,
+        naive=copied,
+    )
+
+
+def judge(a: Capture, b: Capture, rounded: Sequence[str]) -> Findings:
+    """How far two sides are apart; the first is the reference.
+
+    Args:
+        rounded: names of the conversion's steps that stored what they computed in float32.
+    """
+    bound = ISLAND_BOUND if a.islands or b.islands or rounded else BOUND
+    scale = max(float(np.abs(logits).max()) for name, logits in a.exact.items() if name != GREEDY)
+    alone = [name for name in a.exact if name.startswith("alone")]
     figures = []
-    for group, members in _groups(probes).items():
-        if members[0].greedy:
-            same = np.array_equal(exact_a[group], exact_b[group])
-            figures.append(Figure(group, float(not same), float(not np.array_equal(rough_a[group], rough_b[group]))))
+    for group, names in {"alone": alone, **{name: [name] for name in a.exact if name not in alone}}.items():
+        if group == GREEDY:
+            same, alike = (np.array_equal(x[group], y[group]) for x, y in ((a.exact, b.exact), (a.rough, b.rough)))
+            figures.append(Figure(group, float(not same), float(not alike)))
             continue
-        names = [probe.name for probe in members]
         note = ""
         if group == "left-padded":
             variant = [
-                f"{engine.name} is not invariant to left padding by itself ({own:.1e})"
-                for engine, out in ((engine_a, exact_a), (engine_b, exact_b))
-                if not (own := _apart(out, ["left-padded"], out, alone, scale)) <= bound
+                f"{side.engine} is not invariant to left padding by itself ({own:.1e})"
+                for side in (a, b)
+                if not (own := _apart(side.exact, names, side.exact, alone) / scale) <= bound
             ]
             note = "; ".join(dict.fromkeys(variant))
-        apart, rough = (_apart(x, names, y, names, scale) for x, y in ((exact_a, exact_b), (rough_a, rough_b)))
+        apart, rough = (_apart(x, names, y, names) / scale for x, y in ((a.exact, b.exact), (a.rough, b.rough)))
         figures.append(Figure(group, apart, rough, judged=not note, note=note))
-    figures += _training(bench, a.prompt, b.prompt, engines, rounded)
-
-    faults = []
-    for fault, wrong in mutations(b.prompt, bench.base.positions):
-        if wrong is not None and obstacles_of(engine_b, wrong, bench.model()):
-            continue
-        moved = _apart(bench.other(engine_b, wrong, b.prompt.head), alone, exact_b, alone, scale)
-        faults.append(Fault(fault, moved, not moved <= NOTICED * bound))  # what is not a number is noticed
-    copied = None
-    if naive is not None and not obstacles_of(engine_b, naive, bench.model()):
-        copied = _apart(bench.other(engine_b, naive, naive.head), alone, exact_a, alone, scale)
-    yardstick = _apart(rough_a, alone, rough_a, ["right-padded"], scale)
-    longest = max(probe.inputs["input_ids"].shape[1] for probe in probes)
-    return Findings(scale, islands, bound, yardstick, longest, tuple(figures), tuple(faults), copied)
+    return Findings(
+        scale=scale,
+        islands=tuple(sorted({*a.islands, *b.islands})),
+        bound=bound,
+        yardstick=_apart(a.rough, alone, a.rough, ["right-padded"]) / scale,
+        longest=max(a.longest, b.longest),
+        figures=(*figures, *_training(a, b, rounded)),
+        # What is not a number is noticed.
+        faults=tuple(Fault(name, far / scale, not far / scale <= NOTICED * bound) for name, far in b.faults.items()),
+        naive=None if b.naive is None else _apart(b.naive, alone, a.exact, alone) / scale,
+    )
 
 
-def _training(
-    bench: Bench, a: SoftPrompt, b: SoftPrompt, engines: tuple[Engine, Engine], rounded: Sequence[str]
-) -> list[Figure]:
+def _training(a: Capture, b: Capture, rounded: Sequence[str]) -> list[Figure]:
     """Whether training goes on identically: the loss, and its gradient in the prompt's numbers, in float64 alone."""
-    (loss_a, grown), (loss_b, other) = (bench.gradient(e, p) for e, p in zip(engines, (a, b), strict=True))
-    loss = abs(loss_a - loss_b) / (abs(loss_a) or 1.0)
+    loss = abs(a.loss - b.loss) / (abs(a.loss) or 1.0)
+    figures = [Figure("loss", loss, loss)]
+    if a.gradient.keys() != b.gradient.keys():  # what was moved to another place is not trained there alike
+        return figures
     note = ""
     if "entry" in rounded:
         note = "the embedding block lies between the two, and their gradients are not each other's"
-    elif any(_repeats(prompt) for prompt in (a, b)):
+    elif a.repeats or b.repeats:
         note = "layers share their numbers, and what a toolkit does with that in training is not compared"
-    scheme = bench.base.positions
-    if scheme.kind == "rotary":
-        for stack, start in b.positions.start.items():
-            if shift := start - a.positions.start.get(stack, start):
-                grown = turn(grown, stack, scheme.rotation(shift))
-    arrays = [{name: array for part in p.parts for name, array in _named(part)} for p in (grown, other)]
-    if arrays[0].keys() != arrays[1].keys():
-        return [Figure("loss", loss, loss)]
-    size = max(float(np.abs(array).max()) for array in arrays[0].values())
-    apart = max(float(np.abs(arrays[0][name] - arrays[1][name]).max()) for name in arrays[0]) / (size or 1.0)
-    return [Figure("loss", loss, loss), Figure("gradient", apart, apart, judged=not note, note=note)]
+    size = max(float(np.abs(array).max()) for array in a.gradient.values()) or 1.0
+    apart = max(float(np.abs(a.gradient[name] - b.gradient[name]).max()) for name in a.gradient) / size
+    return [*figures, Figure("gradient", apart, apart, judged=not note, note=note)]
 
 
 def _named(part: Any) -> list[tuple[str, Array]]:
@@ -259,16 +308,7 @@ def common_template(a: SoftPrompt, b: SoftPrompt) -> Template | None:
     return first or second
 
 
-def _groups(probes: Sequence[Probe]) -> dict[str, list[Probe]]:
-    groups: dict[str, list[Probe]] = {}
-    for probe in probes:
-        groups.setdefault("alone" if probe.name.startswith("alone") else probe.name, []).append(probe)
-    return groups
-
-
-def _apart(
-    a: Mapping[str, Array], names_a: Sequence[str], b: Mapping[str, Array], names_b: Sequence[str], scale: float
-) -> float:
-    """The largest difference of logits, relative to `scale`. Rows of several probes follow one another."""
+def _apart(a: Mapping[str, Array], names_a: Sequence[str], b: Mapping[str, Array], names_b: Sequence[str]) -> float:
+    """The largest difference of logits. Rows of several probes follow one another."""
     left, right = np.concatenate([a[name] for name in names_a]), np.concatenate([b[name] for name in names_b])
-    return float(np.abs(left - right).max()) / scale
+    return float(np.abs(left - right).max())

@@ -17,6 +17,8 @@ from softbridge.template import PLACEHOLDER, Template
 LENGTHS = (11, 7, 4)
 DECODER_LENGTH = 5
 GREEDY_TOKENS = 8
+#: The name of the probe that generates.
+GREEDY = "greedy"
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ def make_probes(
     if generates:
         first = probes[0]
         inputs = {name: array for name, array in first.inputs.items() if name != "decoder_input_ids"}
-        probes.append(Probe("greedy", inputs, first.real, greedy=True))
+        probes.append(Probe(GREEDY, inputs, first.real, greedy=True))
     return tuple(probes)
 
 
