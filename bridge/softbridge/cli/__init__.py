@@ -13,7 +13,7 @@ import logging
 import sys
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
@@ -301,28 +301,121 @@ def matrix(as_json: AsJson = False) -> None:
         _out().out(markdown(found), end="", highlight=False)
 
 
+Weights = Annotated[
+    bool, typer.Option("--weights", help="Use the base model's own weights, not random ones of its structure.")
+]
+Working = Annotated[Dtype, typer.Option("--dtype", help="The working precision, reported beside float64.")]
+Seed = Annotated[int, typer.Option("--seed", help="Of texts and random weights.", min=0, max=2**32 - 1)]
+Texts = Annotated[
+    Path | None,
+    typer.Option(
+        "--texts",
+        help="Run these instead of random tokens: a text a line, for the base model's tokenizer; or JSON with 'ids'.",
+    ),
+]
+Memory = Annotated[
+    int | None,
+    typer.Option("--memory", help="Bytes that a model without weights may take; larger ones run in pieces.", min=1),
+]
+NeededBase = Annotated[
+    str, typer.Option("--base", help="A directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG")
+]
+
+
 @app.command()
 def verify(
     a: Annotated[Path, typer.Argument(help="The reference.")],
     b: Annotated[Path, typer.Argument(help="What is compared with it.")],
-    base: Annotated[
-        str, typer.Option("--base", help="A directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG")
-    ],
-    weights: Annotated[
-        bool, typer.Option("--weights", help="Use the base model's own weights, not random ones of its structure.")
-    ] = False,
-    dtype: Annotated[
-        Dtype, typer.Option("--dtype", help="The working precision, reported beside float64.")
-    ] = Dtype.float32,
-    seed: Annotated[int, typer.Option("--seed", help="Of texts and random weights.", min=0, max=2**32 - 1)] = 0,
+    base: NeededBase,
+    weights: Weights = False,
+    dtype: Working = Dtype.float32,
+    seed: Seed = 0,
+    texts: Texts = None,
+    memory: Memory = None,
+    python: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--python",
+            help="Run the side of this engine's toolkit with another environment's interpreter; may be repeated.",
+            metavar="ENGINE=PATH",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """Do two checkpoints compute the same function? Exit status 0 same, 1 different, 2 refused or not to be judged."""
     from softbridge.verification import verify as run
 
+    def certify() -> Certificate:
+        elsewhere = dict(_assignment(one) for one in python or ())
+        return run(
+            a,
+            b,
+            base,
+            weights=weights,
+            dtype=dtype.value,
+            seed=seed,
+            texts=_token_ids(texts, base),
+            python=elsewhere,
+            **({} if memory is None else {"memory": memory}),
+        )
+
+    _show_certificate(certify, as_json)
+
+
+@app.command()
+def probe(
+    path: Annotated[Path, typer.Argument(help="A file or a directory.")],
+    base: NeededBase,
+    output: Annotated[Path, typer.Option("--output", help="The file to write, .safetensors.")],
+    weights: Weights = False,
+    dtype: Working = Dtype.float32,
+    seed: Seed = 0,
+    texts: Texts = None,
+    memory: Memory = None,
+    window: Annotated[
+        int | None, typer.Option("--window", help="What a sliding window is shortened to, for both sides alike.", min=1)
+    ] = None,
+) -> None:
+    """Record what one checkpoint computes, to compare it with another that runs in another environment."""
+    from softbridge import untrusted
+    from softbridge.verification import probe as run
+    from softbridge.verification.recording import pack
+
     try:
         with _quiet():
-            certificate: Certificate = run(a, b, base, weights=weights, dtype=dtype.value, seed=seed)
+            recording = run(
+                path,
+                base,
+                weights=weights,
+                dtype=dtype.value,
+                seed=seed,
+                texts=_token_ids(texts, base),
+                window=window,
+                **({} if memory is None else {"memory": memory}),
+            )
+            untrusted.write_file(output, pack(recording))
+    except SoftbridgeError as error:
+        _refuse(error, as_json=False)
+    _out().print(shown(f"{path}, run by {recording.side.engine}: {output}"))
+
+
+@app.command()
+def compare(
+    a: Annotated[Path, typer.Argument(help="The reference, as 'softbridge probe' wrote it.")],
+    b: Annotated[Path, typer.Argument(help="What is compared with it.")],
+    as_json: AsJson = False,
+) -> None:
+    """Judge two recordings. Exit status as of 'verify'."""
+    from softbridge.verification import compare as run
+    from softbridge.verification.recording import unpack
+
+    _show_certificate(lambda: run(unpack(a), unpack(b)), as_json)
+
+
+def _show_certificate(certify: Callable[[], Certificate], as_json: bool) -> NoReturn:
+    try:
+        with _quiet():
+            certificate = certify()
     except SoftbridgeError as error:
         _refuse(error, as_json)
     if as_json:
@@ -330,6 +423,20 @@ def verify(
     else:
         _out().print(certificate_table(certificate))
     raise typer.Exit(certificate.exit_status)
+
+
+def _assignment(text: str) -> tuple[str, str]:
+    name, equals, path = text.partition("=")
+    if not (name and equals and path):
+        raise SoftbridgeError(f"--python {text}", "ENGINE=PATH", "name the engine whose toolkit is installed there")
+    return name, path
+
+
+def _token_ids(path: Path | None, base: str) -> list[list[int]] | None:
+    """The texts of a file as token ids."""
+    from softbridge.verification.texts import read_texts
+
+    return None if path is None else read_texts(path, base)
 
 
 @app.command()

@@ -7,26 +7,52 @@ how far the outputs move when the prompt is dropped, shifted or scrambled.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from softbridge.base import BaseModel
-from softbridge.errors import EngineError
+from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.hookspecs import Engine
-from softbridge.lower import as_dtype
+from softbridge.lower import Step, as_dtype
 from softbridge.passes import DTYPES
 from softbridge.prompt import SoftPrompt
+from softbridge.untrusted import json_bytes
 from softbridge.verification.certificate import Certificate, Fault, Figure, Side
-from softbridge.verification.comparison import Bench, Subject, capture, common_template, judge, loader_of
+from softbridge.verification.comparison import (
+    Bench,
+    Capture,
+    Findings,
+    Subject,
+    capture,
+    common_template,
+    judge,
+    loader_of,
+)
 from softbridge.verification.probes import LENGTHS
+from softbridge.verification.recording import Recording, check_same_setting, fingerprint, record_elsewhere
 from softbridge.verification.run import choose_engine
 from softbridge.verification.structure import BUDGET, Structure, bare_model, structures
 
-__all__ = ["Certificate", "Fault", "Figure", "Side", "Subject", "verify", "verify_prompts"]
+if TYPE_CHECKING:
+    from softbridge.conversion import Loaded
+
+__all__ = [
+    "Certificate",
+    "Fault",
+    "Figure",
+    "Recording",
+    "Side",
+    "Subject",
+    "compare",
+    "probe",
+    "verify",
+    "verify_prompts",
+]
 
 
 def verify(
@@ -39,6 +65,7 @@ def verify(
     seed: int = 0,
     texts: Sequence[Sequence[int]] | None = None,
     memory: int = BUDGET,
+    python: Mapping[str, str] | None = None,
 ) -> Certificate:
     """Compare the prompts in two files or directories.
 
@@ -51,6 +78,8 @@ def verify(
         seed: of texts and weights.
         texts: token ids to run instead of random ones.
         memory: bytes that a model without weights may take; a larger one is run some layers at a time.
+        python: name of an engine -> the interpreter of the environment in which that engine is installed; the side
+            that is this toolkit's runs there. The base must then be a path or a hub id.
 
     Raises:
         SoftbridgeError: a file cannot be read, or no engine can run a prompt on this model.
@@ -59,8 +88,10 @@ def verify(
 
     resolved = BaseModel.resolve(base)
     files = [read(a, resolved), read(b, resolved)]
+    if python:
+        return _across(files, base, python, weights=weights, dtype=dtype, seed=seed, texts=texts, memory=memory)
     conditions = tuple(dict.fromkeys(name for loaded in files for name in loaded.conditions))
-    steps = [step.name for loaded in files for step in loaded.steps if step.exactness == "rounding"]
+    rounded = _rounding([step for loaded in files for step in loaded.steps])
     subjects = [Subject(str(one.path), one.prompt, one.format.engine, one.path) for one in files]
     if "head" in conditions:  # one side left it to its caller: the comparison gives it the other's
         head = next((one.prompt.head for one in files if one.prompt.head), {})
@@ -80,13 +111,68 @@ def verify(
         subjects[1],
         resolved,
         conditions=conditions,
-        rounded=tuple(dict.fromkeys(name for name in steps if name != "narrow")),
-        weights=weights or "entry" in steps,  # what the embedding block makes of vectors depends on its weights
+        rounded=rounded,
+        weights=weights or "entry" in rounded,  # what the embedding block makes of vectors depends on its weights
         dtype=dtype,
         seed=seed,
         texts=texts,
         memory=memory,
     )
+
+
+def _across(
+    files: Sequence[Loaded],
+    base: Any,
+    python: Mapping[str, str],
+    *,
+    weights: bool,
+    dtype: str,
+    seed: int,
+    texts: Sequence[Sequence[int]] | None,
+    memory: int,
+) -> Certificate:
+    """Record each side where its toolkit is, and judge the recordings here."""
+    unknown = sorted(set(python) - {loaded.format.engine for loaded in files})
+    if unknown or not isinstance(base, (str, Path)):
+        raise SoftbridgeError(
+            f"an interpreter for {', '.join(unknown)}, which runs neither side"
+            if unknown
+            else f"a base model given as {type(base).__name__}, to be handed to another interpreter",
+            f"the engines of the two sides ({', '.join(one.format.engine for one in files)}) and a base by name",
+            "correct --python, or give --base as a path or a hub id",
+        )
+    window = None
+    if not any("window" in loaded.conditions for loaded in files):
+        window = _window(files[0].prompt)
+    sides = []
+    for loaded in files:
+        where = python.get(loaded.format.engine)
+        if where is None:
+            sides.append(
+                probe(
+                    loaded.path,
+                    base,
+                    weights=weights,
+                    dtype=dtype,
+                    seed=seed,
+                    texts=texts,
+                    memory=memory,
+                    window=window,
+                )
+            )
+            continue
+        options = {"--base": base, "--dtype": dtype, "--seed": seed, "--memory": memory, "--window": window}
+        arguments = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
+        with tempfile.TemporaryDirectory() as scratch:
+            if texts is not None:
+                ids = Path(scratch) / "texts.json"
+                ids.write_bytes(json_bytes({"ids": [list(text) for text in texts]}))
+                arguments += ["--texts", str(ids)]
+            arguments += ["--weights"] if weights else []
+            sides.append(
+                record_elsewhere(where, [str(loaded.path), *arguments], Path(scratch) / "recording.safetensors")
+            )
+    return compare(*sides)
 
 
 def _is_wider(subject: Subject, kind: np.dtype[Any]) -> bool:
@@ -116,45 +202,116 @@ def verify_prompts(
         rounded: names of the conversion's steps that stored what they computed in float32, which bounds how closely
             the two can agree.
     """
-    from softbridge_compat import versions
-
     base = base.with_head(a.prompt.head or b.prompt.head)
-    window = None
-    if "window" not in conditions:  # they must agree beyond it, too
-        window = max(a.prompt.counted().values(), default=0) + LENGTHS[0] // 2
     template = common_template(a.prompt, b.prompt)
-    model = base.weights(_float64()) if weights else bare_model(base) or base.structure(_float64())
-    (engine_a, why_a), (engine_b, why_b) = (choose_engine(one.prompt, one.engine, model) for one in (a, b))
-    del model
-
-    def runs(smaller: Any) -> bool:
-        try:
-            chosen = [choose_engine(one.prompt, one.engine, smaller)[0].name for one in (a, b)]
-        except EngineError:
-            return False
-        return chosen == [engine_a.name, engine_b.name]
-
-    pieces = [Structure(base)] if weights else list(structures(base, [a.prompt, b.prompt], runs, memory))
-    found = []
+    window = None if "window" in conditions else _window(a.prompt)  # they must agree beyond it, too
+    chosen = _engines([a, b], base, weights)
+    pieces = _pieces([a, b], chosen, base, weights, memory)
+    captures: list[tuple[Capture, Capture]] = []
     for piece in pieces:
         subjects = [_fitted(piece, one) for one in (a, b)]
         if any(one is None for one in subjects):
             continue
         first, second = cast("tuple[Subject, Subject]", subjects)
         bench = Bench(piece.base, weights, seed, window, texts, template)
-        reference = capture(bench, first, engine_a, dtype, faults=False)
         copy = None if naive is None else piece.fit(naive)
-        found.append(judge(reference, capture(bench, second, engine_b, dtype, naive=copy), rounded))
-    return Certificate(
-        source=_side(a, engine_a, why_a),
-        target=_side(b, engine_b, why_b),
+        captures.append(
+            (
+                capture(bench, first, chosen[0][0], dtype, faults=False),
+                capture(bench, second, chosen[1][0], dtype, naive=copy),
+            )
+        )
+    return _certificate(
+        (_side(a, *chosen[0]), _side(b, *chosen[1])),
+        [judge(one, other, rounded) for one, other in captures],
         base=base.name,
         geometry=base.geometry,
-        weights="the model's own" if weights else f"random, seed {seed}; {pieces[0].note}",
+        weights=_weights_note(weights, seed, pieces),
         seed=seed,
         dtype=dtype,
         conditions=tuple(conditions),
         rounded=tuple(rounded),
+        versions=_versions(),
+    )
+
+
+def probe(
+    path: str | Path,
+    base: Any,
+    *,
+    weights: bool = False,
+    dtype: str = "float32",
+    seed: int = 0,
+    texts: Sequence[Sequence[int]] | None = None,
+    memory: int = BUDGET,
+    window: int | None = None,
+) -> Recording:
+    """Run one side of a comparison, to be judged against another that ran elsewhere; see `verify` for the arguments.
+
+    Args:
+        window: what a sliding window is shortened to; None: the prompt's length and a little, unless its files were
+            written under a condition on the window.
+    """
+    from softbridge.conversion import read
+
+    resolved = BaseModel.resolve(base)
+    loaded = read(path, resolved)
+    subject = Subject(str(loaded.path), loaded.prompt, loaded.format.engine, loaded.path)
+    resolved = resolved.with_head(loaded.prompt.head)
+    if window is None and "window" not in loaded.conditions:
+        window = _window(loaded.prompt)
+    rounded = _rounding(loaded.steps)
+    weights = weights or "entry" in rounded
+    chosen = _engines([subject], resolved, weights)
+    pieces = _pieces([subject], chosen, resolved, weights, memory)
+    captures, models = [], []
+    for piece in pieces:
+        part = _fitted(piece, subject)
+        if part is not None:
+            bench = Bench(piece.base, weights, seed, window, texts, common_template(loaded.prompt, loaded.prompt))
+            captures.append(capture(bench, part, chosen[0][0], dtype))
+            models.append(fingerprint(bench))
+    return Recording(
+        side=_side(subject, *chosen[0]),
+        setting={"seed": seed, "precision": dtype, "window": window, "own weights": weights, "model": models},
+        captures=tuple(captures),
+        base=resolved.name,
+        geometry=resolved.geometry,
+        weights=_weights_note(weights, seed, pieces),
+        conditions=loaded.conditions,
+        rounded=rounded,
+        versions=_versions(),
+    )
+
+
+def compare(a: Recording, b: Recording) -> Certificate:
+    """Judge two recordings; the first is the reference.
+
+    Raises:
+        SoftbridgeError: they are of different probes or models.
+    """
+    check_same_setting(a, b)
+    rounded = tuple(dict.fromkeys((*a.rounded, *b.rounded)))
+    theirs = {f"{name} (target)": version for name, version in b.versions.items() if a.versions.get(name) != version}
+    return _certificate(
+        (a.side, b.side),
+        [judge(one, other, rounded) for one, other in zip(a.captures, b.captures, strict=True)],
+        base=a.base,
+        geometry=a.geometry,
+        weights=a.weights,
+        seed=a.setting["seed"],
+        dtype=a.setting["precision"],
+        conditions=tuple(dict.fromkeys((*a.conditions, *b.conditions))),
+        rounded=rounded,
+        versions={**a.versions, **theirs},
+    )
+
+
+def _certificate(sides: tuple[Side, Side], found: Sequence[Findings], **known: Any) -> Certificate:
+    """What several pieces of a model come to, together."""
+    return Certificate(
+        source=sides[0],
+        target=sides[1],
         longest=max(one.longest for one in found),
         scale=max(one.scale for one in found),
         islands=tuple(sorted({island for one in found for island in one.islands})),
@@ -163,8 +320,51 @@ def verify_prompts(
         figures=_worst([one.figures for one in found]),
         faults=_least([one.faults for one in found]),
         naive=max((one.naive for one in found if one.naive is not None), default=None),
-        versions=versions(),
+        **known,
     )
+
+
+def _engines(subjects: Sequence[Subject], base: BaseModel, weights: bool) -> list[tuple[Engine, str]]:
+    """For each subject its engine, and why not its own toolkit's."""
+    model = base.weights(_float64()) if weights else bare_model(base) or base.structure(_float64())
+    return [choose_engine(one.prompt, one.engine, model) for one in subjects]
+
+
+def _pieces(
+    subjects: Sequence[Subject], chosen: Sequence[tuple[Engine, str]], base: BaseModel, weights: bool, memory: int
+) -> list[Structure]:
+    """What to run of the model: all of it, or a small one whose layers the same engines run."""
+
+    def runs(smaller: Any) -> bool:
+        try:
+            return [choose_engine(one.prompt, one.engine, smaller)[0] for one in subjects] == [e for e, _ in chosen]
+        except EngineError:
+            return False
+
+    if weights:
+        return [Structure(base)]
+    return list(structures(base, [subject.prompt for subject in subjects], runs, memory))
+
+
+def _window(prompt: SoftPrompt) -> int:
+    """A sliding window that the texts reach beyond."""
+    return max(prompt.counted().values(), default=0) + LENGTHS[0] // 2
+
+
+def _rounding(steps: Sequence[Step]) -> tuple[str, ...]:
+    """Names of the steps that stored what they computed in float32."""
+    names = (step.name for step in steps if step.exactness == "rounding" and step.name != "narrow")
+    return tuple(dict.fromkeys(names))
+
+
+def _weights_note(weights: bool, seed: int, pieces: Sequence[Structure]) -> str:
+    return "the model's own" if weights else f"random, seed {seed}; {pieces[0].note}"
+
+
+def _versions() -> dict[str, str]:
+    from softbridge_compat import versions
+
+    return dict(versions())
 
 
 def _float64() -> Any:

@@ -1,0 +1,51 @@
+"""A user's own texts for verification, as token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from softbridge.errors import BaseModelError, CheckpointError
+from softbridge.untrusted import parse_json
+
+#: No more is run: the comparison is of functions, and a few texts show a difference that many would.
+MOST_TEXTS = 16
+MOST_TOKENS = 512
+
+
+def read_texts(path: Path, base: str) -> list[list[int]]:
+    """Token ids of a file's texts: a text a line, for the base model's tokenizer, or JSON ``{"ids": [[...], ...]}``.
+
+    Raises:
+        CheckpointError: the file cannot be read, or holds no texts.
+        BaseModelError: the base model has no tokenizer.
+    """
+    try:
+        content = path.read_bytes()
+        lines = [line for line in content.decode("utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}", "a text a line, in UTF-8", "check the path") from error
+    if lines and lines[0].lstrip().startswith("{"):
+        found = parse_json(content, str(path)).get("ids")
+        texts = found if isinstance(found, list) else []
+        if not all(isinstance(text, list) and all(type(t) is int and t >= 0 for t in text) for text in texts):
+            texts = []
+    else:
+        texts = _tokenized(lines, base)
+    texts = [text[:MOST_TOKENS] for text in texts if text][:MOST_TEXTS]
+    if not texts:
+        raise CheckpointError(f"{path} holds no texts", "at least one", "write a text a line")
+    return texts
+
+
+def _tokenized(lines: list[str], base: str) -> list[list[int]]:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(Path(base).parent) if base.endswith(".json") else base)
+    except Exception as error:  # tokenizers raise what they like
+        raise BaseModelError(
+            f"the base model '{base}' has no tokenizer: {error!s:.200}",
+            "a directory or a hub id with the model's tokenizer",
+            'give the texts as token ids: a JSON file {"ids": [[...], ...]}',
+        ) from error
+    return [list(tokenizer(line)["input_ids"]) for line in lines]
