@@ -324,9 +324,9 @@ NeededBase = Annotated[
 
 @app.command()
 def verify(
-    a: Annotated[Path, typer.Argument(help="The reference.")],
-    b: Annotated[Path, typer.Argument(help="What is compared with it.")],
-    base: NeededBase,
+    a: Annotated[Path, typer.Argument(help="The reference; or a certificate.json, to see whether it still holds.")],
+    b: Annotated[Path | None, typer.Argument(help="What is compared with it.")] = None,
+    base: Base = None,
     weights: Weights = False,
     dtype: Working = Dtype.float32,
     seed: Seed = 0,
@@ -345,7 +345,12 @@ def verify(
     """Do two checkpoints compute the same function? Exit status 0 same, 1 different, 2 refused or not to be judged."""
     from softbridge.verification import verify as run
 
+    if b is None:
+        _verify_again(a, base, as_json)
+
     def certify() -> Certificate:
+        if b is None or base is None:
+            raise SoftbridgeError("no base model", "a directory, a config.json, or a hub id", "give it with --base")
         elsewhere = dict(_assignment(one) for one in python or ())
         return run(
             a,
@@ -423,6 +428,26 @@ def _show_certificate(certify: Callable[[], Certificate], as_json: bool) -> NoRe
     else:
         _out().print(certificate_table(certificate))
     raise typer.Exit(certificate.exit_status)
+
+
+def _verify_again(path: Path, base: str | None, as_json: bool) -> NoReturn:
+    from softbridge.verification.again import verify_again
+
+    try:
+        with _quiet():
+            again = verify_again(path, base)
+    except SoftbridgeError as error:
+        _refuse(error, as_json)
+    if as_json:
+        found = {"holds": again.holds, "recorded": again.recorded, "changes": list(again.changes)}
+        _print_json({**found, "certificate": again.certificate.to_json()})
+    else:
+        console = _out()
+        console.print(certificate_table(again.certificate))
+        for change in again.changes:
+            console.print(shown(change))
+        console.print("the certificate holds" if again.holds else "the certificate does not hold")
+    raise typer.Exit(0 if again.holds else 1 if again.changes else again.certificate.exit_status)
 
 
 def _assignment(text: str) -> tuple[str, str]:
