@@ -23,7 +23,9 @@ from softbridge.explain import KINDS, Explanation, explain
 from softbridge.lower import CONDITIONS, Target, copied
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.registry import format_named
+from softbridge.template import Template
 from softbridge.testing import tiny_model
+from softbridge.verification.comparison import template_of
 from softbridge.verification.probes import make_probes
 from softbridge.verification.run import attached, choose_engine, run
 
@@ -99,20 +101,22 @@ def counter_example(prompt: SoftPrompt, claim: Explanation, base: BaseModel) -> 
     if naive is None:
         return
     try:
-        right, wrong = (outputs(one, form.engine, base) for one, form in ((prompt, here), (naive, there)))
+        right = outputs(prompt, here.engine, base, template_of(prompt), placeholders=True)
+        wrong = outputs(naive, there.engine, base, template_of(prompt), placeholders=template_of(naive) is not None)
     except EngineError:  # on this stack no engine runs one of them, such as a prefix in T5 on transformers 4
         return
     apart = float(np.abs(right - wrong).max() / np.abs(right).max())
     assert apart > 0.01, (claim.method, claim.source, claim.target, apart)
 
 
-def outputs(prompt: SoftPrompt, engine: str, base: BaseModel) -> Array:
+def outputs(
+    prompt: SoftPrompt, engine: str, base: BaseModel, template: Template | None, *, placeholders: bool
+) -> Array:
     """Logits of one text in float64, at the real tokens."""
     import torch
 
     model = base.structure(torch.float64)
-    template = next((part.template for part in prompt.inputs if part.template is not None), None)
     chosen, _ = choose_engine(prompt, engine, model)
-    probe = make_probes(base.geometry, model.config, 0, base.task, template)[0]
+    probe = make_probes(base.geometry, model.config, 0, base.task, template, placeholders=placeholders)[0]
     with attached(chosen, model, prompt) as running:
         return run(running, [probe])[probe.name]

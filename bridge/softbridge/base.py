@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from softbridge.errors import BaseModelError
+from softbridge.errors import BaseModelError, SoftbridgeError
 from softbridge.geometry import Geometry, read_geometry
 from softbridge.prompt import Array, BaseId
 
@@ -131,6 +131,22 @@ class BaseModel:
         shrink(config, intermediate_size=SMALL_FEED_FORWARD, n_inner=SMALL_FEED_FORWARD, d_ff=SMALL_FEED_FORWARD)
         shrink(config, encoder_ffn_dim=SMALL_FEED_FORWARD, decoder_ffn_dim=SMALL_FEED_FORWARD)
         return config
+
+    def bare(self) -> Any:
+        """The model of `structure` without any weights, on no device, or None if it cannot be built so."""
+        import torch
+
+        try:
+            with torch.device("meta"):
+                return auto_class(self.task).from_config(self.small_config())
+        except (SoftbridgeError, ValueError, TypeError, RuntimeError, ArithmeticError):
+            return None
+
+    @cached_property
+    def has_embedding_block(self) -> bool:
+        """Whether positions, token types and a norm are added by a module of their own, as in most encoders."""
+        model = self.bare()
+        return model is not None and hasattr(model.base_model, "embeddings")
 
     def with_config(self, config: Any) -> BaseModel:
         """Another configuration under the same name and head, without weights."""

@@ -226,6 +226,8 @@ def _entry(prompt: SoftPrompt, target: Target) -> list[Option]:
         vectors = part.vectors
         try:
             base = target.need_base(f"{target.name} has vectors behind the embedding block, whose weights move them")
+            if not base.has_embedding_block:
+                continue  # `_parts` names it
             vectors = leave_block(base, vectors, first).astype(np.promote_types(vectors.dtype, np.float32))
         except BaseModelError as error:
             missing = error

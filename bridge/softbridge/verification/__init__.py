@@ -36,7 +36,7 @@ from softbridge.verification.comparison import (
 from softbridge.verification.probes import LENGTHS
 from softbridge.verification.recording import Recording, check_same_setting, fingerprint, record_elsewhere
 from softbridge.verification.run import choose_engine
-from softbridge.verification.structure import BUDGET, Structure, bare_model, structures
+from softbridge.verification.structure import BUDGET, Structure, structures
 
 if TYPE_CHECKING:
     from softbridge.conversion import Loaded
@@ -213,7 +213,7 @@ def verify_prompts(
         if any(one is None for one in subjects):
             continue
         first, second = cast("tuple[Subject, Subject]", subjects)
-        bench = Bench(piece.base, weights, seed, window, texts, template)
+        bench = Bench(piece.base, weights, seed, window, texts, template, not (_gated(a.prompt) or _gated(b.prompt)))
         copy = None if naive is None else piece.fit(naive)
         captures.append(
             (
@@ -268,7 +268,8 @@ def probe(
     for piece in pieces:
         part = _fitted(piece, subject)
         if part is not None:
-            bench = Bench(piece.base, weights, seed, window, texts, common_template(loaded.prompt, loaded.prompt))
+            template = common_template(loaded.prompt, loaded.prompt)
+            bench = Bench(piece.base, weights, seed, window, texts, template, not _gated(loaded.prompt))
             captures.append(capture(bench, part, chosen[0][0], dtype))
             models.append(fingerprint(bench))
     return Recording(
@@ -326,7 +327,7 @@ def _certificate(sides: tuple[Side, Side], found: Sequence[Findings], **known: A
 
 def _engines(subjects: Sequence[Subject], base: BaseModel, weights: bool) -> list[tuple[Engine, str]]:
     """For each subject its engine, and why not its own toolkit's."""
-    model = base.weights(_float64()) if weights else bare_model(base) or base.structure(_float64())
+    model = base.weights(_float64()) if weights else base.bare() or base.structure(_float64())
     return [choose_engine(one.prompt, one.engine, model) for one in subjects]
 
 
@@ -344,6 +345,10 @@ def _pieces(
     if weights:
         return [Structure(base)]
     return list(structures(base, [subject.prompt for subject in subjects], runs, memory))
+
+
+def _gated(prompt: SoftPrompt) -> bool:
+    return any(part.gated for part in prompt.prefixes)
 
 
 def _window(prompt: SoftPrompt) -> int:

@@ -103,6 +103,8 @@ class Bench:
         window: what a sliding window is shortened to, so that the probes are longer, or None to leave it.
         texts: token ids to run instead of random ones, or None.
         template: that of the prompts, if they have one.
+        cached: whether generating may use the model's cache. A gate weighs the positions of each call, so that with a
+            cache it is another function, and whether a toolkit has one is its own affair.
     """
 
     base: BaseModel
@@ -111,6 +113,7 @@ class Bench:
     window: int | None
     texts: Sequence[Sequence[int]] | None
     template: Template | None
+    cached: bool = True
 
     @cached_property
     def _pristine(self) -> Any:
@@ -140,9 +143,15 @@ class Bench:
         return self._probes(placeholders=False)
 
     def _probes(self, *, placeholders: bool) -> tuple[Probe, ...]:
-        base, texts = self.base, self.texts
         return make_probes(
-            base.geometry, self.config, self.seed, base.task, self.template, placeholders=placeholders, texts=texts
+            self.base.geometry,
+            self.config,
+            self.seed,
+            self.base.task,
+            self.template,
+            placeholders=placeholders,
+            texts=self.texts,
+            cached=self.cached,
         )
 
     def probes(self, prompt: SoftPrompt | None) -> tuple[Probe, ...]:

@@ -32,6 +32,7 @@ class Probe:
         greedy: whether tokens are generated rather than logits computed.
         pooled: whether the model gives one row of logits for a text, not one for each token.
         causal: whether the logits at a token are for the next one.
+        cached: whether generating may use the model's cache.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Probe:
     greedy: bool = False
     pooled: bool = False
     causal: bool = False
+    cached: bool = True
 
 
 def make_probes(
@@ -51,6 +53,7 @@ def make_probes(
     *,
     placeholders: bool = True,
     texts: Sequence[Sequence[int]] | None = None,
+    cached: bool = True,
 ) -> tuple[Probe, ...]:
     """Every text alone, all together padded right and (decoders) left, and greedy decoding of one.
 
@@ -62,6 +65,7 @@ def make_probes(
         template: that of the prompt, if it has one: each field gets a text.
         placeholders: whether its virtual tokens stand in the rows. Without them the same real tokens are left, in the
             same order, for a prompt without a template and for none at all.
+        cached: whether generating may use the model's cache.
         texts: token ids to run instead of random ones; of other lengths, so that a batch needs padding.
     """
     generator = np.random.default_rng(seed)
@@ -96,7 +100,7 @@ def make_probes(
     if generates:
         first = probes[0]
         inputs = {name: array for name, array in first.inputs.items() if name != "decoder_input_ids"}
-        probes.append(Probe(GREEDY, inputs, first.real, greedy=True))
+        probes.append(Probe(GREEDY, inputs, first.real, greedy=True, cached=cached))
     return tuple(probes)
 
 

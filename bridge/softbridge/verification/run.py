@@ -161,6 +161,7 @@ def _greedy(model: Any, probe: Probe) -> Array:
             num_beams=1,
             min_new_tokens=GREEDY_TOKENS,
             max_new_tokens=GREEDY_TOKENS,
+            **({} if probe.cached else {"use_cache": False}),
         )
     return np.asarray(tokens[:, -GREEDY_TOKENS:].cpu().numpy())
 

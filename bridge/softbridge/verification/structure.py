@@ -18,8 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from softbridge.base import BaseModel, auto_class
-from softbridge.errors import SoftbridgeError
+from softbridge.base import BaseModel
 from softbridge.geometry import Geometry, StackGeometry
 from softbridge.prompt import InputPrompt, KeyValuePrefix, Part, SoftPrompt
 
@@ -81,7 +80,7 @@ def structures(
         return
     geometry = base.geometry
     for smaller, note in _smaller(base, prompts):
-        model = bare_model(smaller)
+        model = smaller.bare()
         if model is not None and _same_attention(smaller.geometry, geometry) and runs(model):
             whole = Structure(smaller, note=f"{whole.note}, {note}")
             break
@@ -127,13 +126,13 @@ def _same_attention(a: Geometry, b: Geometry) -> bool:
 
 def _chunks(whole: Structure, stack: StackGeometry, most: int) -> Iterator[Structure]:
     """Models of `most` layers each, if a model of some layers has just these layers of the whole one."""
-    full = _layers(bare_model(whole.base), stack.layers)
+    full = _layers(whole.base.bare(), stack.layers)
     firsts = range(0, stack.layers, most)
     made = []
     for first in firsts:
         count = min(most, stack.layers - first)
         base = whole.base.with_config(_cut(whole.base.config, stack.layers, first, count))
-        if full is None or _layers(bare_model(base), count) != full[first : first + count]:
+        if full is None or _layers(base.bare(), count) != full[first : first + count]:
             yield whole  # it says by its layers' numbers what each is, and cannot be cut
             return
         made.append(Structure(base, first, count, f"{whole.note}, {most} layer{'s' * (most > 1)} at a time"))
@@ -174,19 +173,7 @@ def _layers(model: Any, count: int) -> list[Any] | None:
     ]
 
 
-def bare_model(base: BaseModel) -> Any:
-    """The model without any weights, or None if it cannot be built so."""
-    import torch
-
-    config = base.small_config()
-    try:
-        with torch.device("meta"):
-            return auto_class(base.task).from_config(config)
-    except (SoftbridgeError, ValueError, TypeError, RuntimeError, NotImplementedError, ArithmeticError):
-        return None
-
-
 def _size(base: BaseModel) -> int | None:
     """Bytes of the shrunk model's weights in float64, or None if that is not known."""
-    model = bare_model(base)
+    model = base.bare()
     return None if model is None else sum(parameter.numel() for parameter in model.parameters()) * 8
