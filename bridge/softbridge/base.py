@@ -88,13 +88,13 @@ class BaseModel:
     def with_head(self, head: Mapping[str, Array]) -> BaseModel:
         """The same base model under a head like this one: a classifier with as many labels.
 
-        The last matrix of a head has a row for each label.
+        The last matrix of a head has a row for each label, and those before it have the hidden size.
         """
         rows = [len(array) for array in head.values() if array.ndim == 2]
         if not rows:
             return self
         config = copy.deepcopy(self.config)
-        config.num_labels = rows[-1]
+        config.num_labels = next((count for count in rows if count != self.geometry.hidden), rows[-1])
         return BaseModel(config, self.name, self._model, head, imagined=self._imagined)
 
     def imagine(self) -> BaseModel:

@@ -321,7 +321,7 @@ def _certify(
 
 def _same_function(naive: SoftPrompt, right: SoftPrompt) -> bool:
     """Whether copying the numbers would have done."""
-    ours, theirs = ({name: array for part in p.parts for name, array in part.arrays()} for p in (naive, right))
+    ours, theirs = (parts.named_arrays(replace(prompt, head={}, training=None)) for prompt in (naive, right))
     same = ours.keys() == theirs.keys() and all(same_array(ours[n].astype(theirs[n].dtype), theirs[n]) for n in ours)
     return same and naive.positions == right.positions
 
@@ -426,9 +426,8 @@ def _write(
 ) -> None:
     def check(written: Path) -> None:
         again = _read(untrusted.Files(written), form, lowering.prompt.base.geometry).prompt
-        ours = list(lowering.prompt.arrays())
-        theirs = dict(again.arrays())
-        wrong = [name for name, array in ours if name not in theirs or not same_array(array, theirs[name])]
+        ours, theirs = parts.named_arrays(lowering.prompt), parts.named_arrays(again)
+        wrong = [name for name, array in ours.items() if name not in theirs or not same_array(array, theirs[name])]
         told = "positions" in conditions
         untold = native_positions(lowering.prompt, form.capabilities)
         if wrong or again.positions != lowering.prompt.positions or not (told or untold == again.positions):

@@ -7,12 +7,18 @@ from dataclasses import replace
 
 from softbridge.errors import SoftbridgeError
 from softbridge.geometry import Stack, stack_of
-from softbridge.prompt import InputPrompt, Part, Positions, SoftPrompt, Training
+from softbridge.prompt import Array, InputPrompt, Part, Positions, SoftPrompt, Training
 
 
 def name_of(part: Part) -> str:
     """``encoder-input`` or ``decoder-input``; of a prefix its site: ``encoder``, ``self`` or ``cross``."""
     return f"{part.stack}-input" if isinstance(part, InputPrompt) else part.site
+
+
+def named_arrays(prompt: SoftPrompt) -> dict[str, Array]:
+    """Every array of parts, head and training, under names that do not depend on the order of the parts."""
+    arrays = {f"{name_of(part)}.{name}": array for part in prompt.parts for name, array in part.arrays()}
+    return arrays | {name: array for name, array in prompt.arrays() if not name.startswith("parts.")}
 
 
 def split(prompt: SoftPrompt) -> dict[str, SoftPrompt]:

@@ -348,9 +348,9 @@ class Positions:
             sequence, *counts* the virtual tokens: the first real token stands at P. One that concatenates inside
             attention does not: 0. Prefix keys carry no position of their own; with rotary positions the start is
             therefore also the frame in which the keys are stored. A stack that is absent has no real tokens'
-            positions to speak of (only cross-attention is prefixed). Virtual tokens after the first real one count as
-            if they stood before it: that one is at start - P, the second at start + 1. With a template, it is where
-            the row starts that holds virtual and real tokens.
+            positions to speak of (only cross-attention is prefixed). Virtual tokens behind the first real one count
+            as if they stood before it, if they enter before the embedding block: that one is at start - P, the second
+            at start + 1. With a template, it is where the row starts that holds virtual and real tokens.
         relative_bias: how a T5-like bias sees the prefix: ``plain`` (a real token i stands at start + i, virtual token
             j at j) or ``skewed`` (AdapterHub's T5: queries count from 0, keys count the prefix, so that the bias
             between real tokens, too, is shifted by P).

@@ -4,7 +4,7 @@
 Three things are done around the toolkit, because it computes another function without them (each is shown in
 `softbridge_compat.adapterhub_defects`): attention is switched to ``eager``; the key/value cache is switched off where
 the toolkit never fills it; and tokens that do not start at 0 are moved by a hook on the module that receives
-their positions.
+their positions. And logits and labels are those of real tokens: AdapterHub has them of virtual tokens, too.
 """
 
 from __future__ import annotations
@@ -14,18 +14,21 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError, Obstacle
-from softbridge.geometry import Geometry, read_geometry
-from softbridge.prompt import KeyValuePrefix, SoftPrompt
+from softbridge.geometry import read_geometry
+from softbridge.head import load_head
+from softbridge.prompt import InputPrompt, SoftPrompt
 from softbridge.tensors import from_torch, to_torch
+from softbridge.untrusted import Files
 from softbridge_adapterhub import facts
-from softbridge_adapterhub.format import CAPABILITIES
+from softbridge_adapterhub.adapter import FLAT, Adapter
+from softbridge_adapterhub.format import CAPABILITIES, folder_of
 
 log = logging.getLogger(__name__)
 
@@ -33,14 +36,22 @@ log = logging.getLogger(__name__)
 ADAPTER = "softbridge"
 _ATTACHMENT = "_softbridge_adapterhub"
 
-#: The bottleneck of the prefix that `train_example` trains, and the standard deviation of its keys and values: large
-#: enough for a prefix that is dropped or misplaced to show.
+#: The bottleneck of the prefix that `train_example` trains, and the standard deviation of keys and values, or of
+#: vectors in the input: large enough for a prompt that is dropped or misplaced to show.
 EXAMPLE_BOTTLENECK = 16
 EXAMPLE_STD = 0.7
 
+#: What `train_example` can train: method -> settings of a prefix, or None for prompt tuning.
+METHODS: dict[str, dict[str, Any] | None] = {
+    "prefix-tuning": {},
+    "prefix-tuning-flat": {"flat": True},
+    "prefix-tuning-gated": {"use_gating": True, "shared_gating": False},
+    "prompt-tuning": None,
+}
+
 
 class AdapterHubEngine:
-    """AdapterHub's own prefix tuning. The model is changed in place, and given back as it was."""
+    """AdapterHub's own prefix and prompt tuning. The model is changed in place, and given back as it was."""
 
     name = "adapterhub"
     summary = "AdapterHub's package `adapters`, unmodified"
@@ -63,26 +74,36 @@ class AdapterHubEngine:
         if window is not None and prompt.positions.window == "slides" and window < model.config.max_position_embeddings:
             reason = f"AdapterHub's prefix never slides out of the model's window of {window} tokens"
             found.append(Obstacle("window", reason, "choose another engine"))
+        if prompt.inputs and geometry.model_type in facts.PROMPT_UNSOUND:
+            why = facts.PROMPT_UNSOUND[geometry.model_type]
+            reason = f"AdapterHub's prompt tuning of '{geometry.model_type}' {why}"
+            found.append(Obstacle("attention", reason, "choose another engine"))
+        groups = getattr(model.config, "num_hidden_groups", 1) * getattr(model.config, "inner_group_num", 1)
+        if geometry.model_type in facts.SHARED_LAYERS and groups > 1:
+            reason = f"the model has {groups} groups of layers, and AdapterHub a prefix for each"
+            found.append(Obstacle("layers", reason, "choose another engine"))
         return found
 
     def attach(self, model: Any, prompt: SoftPrompt) -> Any:
         """Attach in place. See `Engine.attach`."""
         self._check(model, prompt)
+        flat = replace(prompt, training=None)
         snapshot = _Snapshot(model)
         try:
-            geometry = _run(model, prompt, lambda geometry: _add(model, prompt, geometry))
+            _run(model, prompt, lambda: _add(model, flat))
         except BaseException:
             snapshot.restore()
             raise
-        setattr(model, _ATTACHMENT, _Attachment(prompt, geometry, snapshot))
+        setattr(model, _ATTACHMENT, _Attachment(flat, snapshot))
         return model
 
     def load(self, model: Any, prompt: SoftPrompt, directory: Path) -> Any:
-        """Run files with AdapterHub's own loader, `load_adapter`: the prefix comes from there.
+        """Run files with AdapterHub's own loader, `load_adapter`: the prompt, and a classifier, come from there.
 
-        AdapterHub holds it in float32, and a perceptron is evaluated in float32; the keys and values that come of it
-        are converted to the model's dtype, exactly where that is wider. A prediction head is not loaded, as none is
-        read.
+        AdapterHub holds them in float32, and evaluates a perceptron in float32, here for one row; the keys and values
+        that come of it are converted to the model's dtype, exactly where that is wider. What AdapterHub does not load
+        into this class, the head of a class of its own, and what it cannot load alone, the prompt of a union with
+        others, is attached.
 
         Args:
             model: one that nothing else needs, it cannot be detached.
@@ -93,7 +114,9 @@ class AdapterHubEngine:
             EngineError: as for `attach`, or the files do not hold all that AdapterHub needs.
         """
         self._check(model, prompt)
-        _run(model.eval(), prompt, lambda geometry: _load(model, directory))
+        flat = replace(prompt, training=None)
+        partial = prompt.origin is not None and prompt.origin.details.get("partial") is not None
+        _run(model.eval(), prompt, lambda: _add(model, flat) if partial else _load(model, prompt, directory))
         return model.eval()
 
     def _check(self, model: Any, prompt: SoftPrompt) -> None:
@@ -111,17 +134,11 @@ class AdapterHubEngine:
             )
 
     def extract(self, model: Any) -> SoftPrompt:
-        """The flat prefix as it is now, in the model's dtype. See `Engine.extract`."""
-        attachment = _attachment(model)
-        kv_heads, head_dim = facts.toolkit_shape(attachment.geometry)
-        pool = model.base_model.prefix_tuning.prefix_tunings[ADAPTER]
-        parts = tuple(
-            KeyValuePrefix.from_flat(
-                part.site, from_torch(pool[location].control_trans), tuple(part.layers), kv_heads, head_dim
-            )
-            for location, part in facts.prefixes_by_location(attachment.prompt, attachment.geometry).items()
-        )
-        return SoftPrompt(parts, attachment.prompt.positions, attachment.prompt.base)
+        """The prompt as it is now, a flat prefix, in the model's dtype. See `Engine.extract`."""
+        prompt = _attachment(model).prompt
+        adapter = Adapter.of(prompt, read_geometry(model.config), ADAPTER)
+        parts, _ = adapter.read({key: from_torch(model.base_model.get_parameter(key)) for key in adapter.shapes()})
+        return SoftPrompt(parts, prompt.positions, prompt.base)
 
     def detach(self, model: Any) -> Any:
         """Give the model back as `attach` met it: classes, modules, hooks, configuration and what is frozen.
@@ -133,40 +150,47 @@ class AdapterHubEngine:
         return model
 
     def train_example(self, model: Any, method: str, directory: Path, *, length: int, steps: int, seed: int) -> None:
-        """Train a prefix: reparameterised (``prefix-tuning``) or ``prefix-tuning-flat``. See `Engine.train_example`."""
-        if method not in ("prefix-tuning", "prefix-tuning-flat"):
-            raise EngineError(f"the method '{method}'", "prefix-tuning, or prefix-tuning-flat", "choose one of these")
-        kind = model.config.model_type
-        if kind not in facts.MODEL_TYPES:
-            raise EngineError(
-                f"a model of type '{kind}'", f"one of {', '.join(sorted(facts.MODEL_TYPES))}", "choose another engine"
-            )
+        """Train one of `METHODS`. See `Engine.train_example`."""
+        if method not in METHODS:
+            raise EngineError(f"the method '{method}'", f"one of {', '.join(METHODS)}", "choose one of these")
+        settings, kind = METHODS[method], model.config.model_type
+        able = facts.PROMPT_MODEL_TYPES - facts.PROMPT_UNSOUND.keys() if settings is None else facts.MODEL_TYPES
+        if kind not in able:
+            raise EngineError(f"a model of type '{kind}'", f"one of {', '.join(sorted(able))}", "choose another engine")
         import adapters
         import torch
 
         task = BaseModel.resolve(model).task
         _make_eager(model)
         adapters.init(model)
-        config = adapters.PrefixTuningConfig(
-            flat=method == "prefix-tuning-flat", prefix_length=length, bottleneck_size=EXAMPLE_BOTTLENECK
-        )
+        if settings is None:
+            config = adapters.PromptTuningConfig(prompt_length=length)
+        else:
+            config = adapters.PrefixTuningConfig(prefix_length=length, bottleneck_size=EXAMPLE_BOTTLENECK, **settings)
         model.add_adapter("example", config=config)
+        model.adapter_to("example", dtype=model.dtype)  # gates take no other
         model.train_adapter("example")
         trained = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+        scales = {FLAT: EXAMPLE_STD, "prompt_embedding.weight": EXAMPLE_STD, "wte.weight": 1.0}
         with torch.random.fork_rng():
             torch.manual_seed(seed)
             with torch.no_grad():
                 for name, parameter in trained:
-                    kept = EXAMPLE_STD if config.flat else 1.0 if name.endswith("wte.weight") else 0
-                    parameter.copy_((kept or parameter.shape[-1] ** -0.5) * torch.randn(parameter.shape))
+                    scale = next((scale for end, scale in scales.items() if name.endswith(end)), None)
+                    parameter.copy_((scale or parameter.shape[-1] ** -0.5) * torch.randn(parameter.shape))
             optimizer = torch.optim.Adam([parameter for _, parameter in trained], lr=0.01)
             tokens = torch.randint(3, model.config.vocab_size, (4, 9))
-            labels = torch.randint(0, model.config.num_labels, (4,)) if task == "sequence-classification" else tokens
+            # AdapterHub gives logits of virtual tokens in the input, too, and nothing says what they should be.
+            virtual = torch.full((4, length if settings is None else 0), -100)
+            labels = torch.cat([virtual, tokens], 1)
+            if task == "sequence-classification":
+                labels = torch.randint(0, model.config.num_labels, (4,))
             for _ in range(steps):
                 optimizer.zero_grad()
                 model(input_ids=tokens, labels=labels).loss.backward()
                 optimizer.step()
         model.eval()
+        model.adapter_to("example", dtype=torch.float32)
         model.save_adapter(str(directory), "example", with_head=False)
 
 
@@ -215,7 +239,6 @@ class _Attachment:
     """What `extract` and `detach` need to know of an attached model."""
 
     prompt: SoftPrompt
-    geometry: Geometry
     snapshot: _Snapshot
 
 
@@ -239,16 +262,17 @@ def _holders(model: Any) -> Iterator[Any]:
             yield module.generation_config
 
 
-def _run(model: Any, prompt: SoftPrompt, put: Callable[[Geometry], None]) -> Geometry:
-    """Make the model run with the adapter `ADAPTER` that `put` puts in, and with tokens where the prompt has them."""
+def _run(model: Any, prompt: SoftPrompt, put: Callable[[], str]) -> None:
+    """Make the model run with the adapter that `put` puts in and names, and with tokens where the prompt has them."""
     import adapters
 
     geometry = read_geometry(model.config)
     if _make_eager(model):
-        _say("attention is switched to 'eager': AdapterHub's prefix under other implementations is another function")
+        _say("attention is switched to 'eager': AdapterHub's prompt under other implementations is another function")
     adapters.init(model)
-    put(geometry)
-    model.set_active_adapters(ADAPTER)
+    model.set_active_adapters(put())
+    for part in prompt.inputs:
+        _hide_virtual_tokens(model, part)
     starts = {start for start in prompt.positions.start.values() if start != 0}
     if starts and geometry.model_type in facts.POSITION_INPUTS:
         _move_tokens(model, *facts.POSITION_INPUTS[geometry.model_type], starts.pop())
@@ -259,59 +283,61 @@ def _run(model: Any, prompt: SoftPrompt, put: Callable[[Geometry], None]) -> Geo
         model.config.use_cache = False
         if model.generation_config is not None:
             model.generation_config.use_cache = False
-    return geometry
 
 
-def _add(model: Any, prompt: SoftPrompt, geometry: Geometry) -> None:
-    """Add a flat prefix with the prompt's numbers, in the model's dtype."""
-    import adapters
+def _add(model: Any, prompt: SoftPrompt) -> str:
+    """Add an adapter with the numbers of a prompt that holds no parameterisation, in the model's dtype."""
     import torch
 
-    layers = {part.site: tuple(part.layers) for part in prompt.prefixes}
-    config = adapters.PrefixTuningConfig(
-        flat=True, prefix_length=prompt.prefixes[0].length, **facts.config_of(layers, geometry)
-    )
-    model.add_adapter(ADAPTER, config=config)
-    pool = model.base_model.prefix_tuning.prefix_tunings[ADAPTER]
-    for location, part in facts.prefixes_by_location(prompt, geometry).items():
-        values = to_torch(part.flat().reshape(-1)).to(model.device, model.dtype)
-        pool[location].control_trans = torch.nn.Parameter(values)
+    adapter = Adapter.of(prompt, read_geometry(model.config), ADAPTER)
+    model.add_adapter(adapter.name, config=adapter.config)
+    for key, array in adapter.tensors(prompt).items():
+        module, _, name = key.rpartition(".")
+        value = torch.nn.Parameter(to_torch(array).to(model.device, model.dtype))
+        setattr(model.base_model.get_submodule(module), name, value)
+    return adapter.name
 
 
-def _load(model: Any, directory: Path) -> None:
-    """Let AdapterHub load its file."""
-    names = [name for name in (facts.WEIGHTS_FILE, facts.SAFE_WEIGHTS_FILE) if (directory / name).is_file()]
-    if not names:  # AdapterHub would ask the hub
-        expected = f"{facts.WEIGHTS_FILE} or {facts.SAFE_WEIGHTS_FILE}"
+def _load(model: Any, prompt: SoftPrompt, directory: Path) -> str:
+    """Let AdapterHub load its files, under the name that they give: under another it would not find all of them."""
+    files = Files(directory)
+    folder = folder_of(files)
+    weights = facts.weights_in(files, folder, facts.WEIGHTS_FILE)
+    if weights is None:  # AdapterHub would ask the hub
+        expected = f"{facts.WEIGHTS_FILE} or {facts.SAFE[facts.WEIGHTS_FILE]}"
         raise EngineError(f"no weights in {directory}", expected, "give AdapterHub's directory")
-    headed = "with_head" in inspect.signature(model.load_adapter).parameters
+    headed = (
+        bool(prompt.head) and files.json(folder + facts.HEAD_CONFIG_FILE).get("model_class") == type(model).__name__
+    )
     found: dict[str, list[str]] = {}
-    model.load_adapter(
-        str(directory.absolute()),
-        load_as=ADAPTER,
-        use_safetensors=names[0] == facts.SAFE_WEIGHTS_FILE,
+    name: str = model.load_adapter(
+        str((directory / folder).absolute()),
+        use_safetensors=weights.endswith(facts.SAFE[facts.WEIGHTS_FILE]),
         loading_info=found,
-        **({"with_head": False} if headed else {}),
+        **({"with_head": headed} if "with_head" in inspect.signature(model.load_adapter).parameters else {}),
     )
     # Under the attention modules are the same objects again. What is missing AdapterHub leaves random, without a word.
     missing = [key for key in found["missing_keys"] if ".pool." not in key]
     if missing:
         raise EngineError(
-            f"AdapterHub does not find {', '.join(missing)} in {directory / names[0]}",
-            "a file that holds the whole prefix",
+            f"AdapterHub does not find {', '.join(missing)} in {directory / weights}",
+            "files that hold the whole prompt",
             "save the adapter again with AdapterHub's save_adapter",
         )
-    for prefix in model.base_model.prefix_tuning.prefix_tunings[ADAPTER].values():
-        prefix.to(model.device).register_forward_hook(_convert(model.dtype))
+    if prompt.head and not headed:
+        load_head(model, prompt.head)
+    for path, module in list(model.base_model.named_modules()):
+        if path.endswith((f".prefix_gates.{name}", f".prompt_tunings.{name}")):
+            module.to(model.device, model.dtype)
+        elif path.endswith(f".prefix_tunings.{name}"):
+            for prefix in module.values():
+                prefix.forward = _once(prefix.to(model.device).forward, model.dtype)
+    return name
 
 
-def _convert(dtype: Any) -> Callable[..., Any]:
-    """A forward hook that converts a prefix, once it is computed."""
-
-    def convert(prefix: Any, args: tuple[Any, ...], pairs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return tuple(pair.to(dtype) for pair in pairs)
-
-    return convert
+def _once(forward: Callable[[int], tuple[Any, ...]], dtype: Any) -> Callable[[int], tuple[Any, ...]]:
+    """A prefix that is computed for one row and repeated, so that its rounding is the same in every batch."""
+    return lambda rows: tuple(pair.to(dtype).expand(-1, rows, -1, -1, -1) for pair in forward(1))
 
 
 def _make_eager(model: Any) -> bool:
@@ -347,6 +373,29 @@ def _move_tokens(model: Any, suffix: str, argument: int | str, start: int) -> No
         )
     for module in modules:
         module.register_forward_pre_hook(move, with_kwargs=True)
+
+
+def _hide_virtual_tokens(model: Any, part: InputPrompt) -> None:
+    """Let the model take labels, and give logits, of real tokens alone."""
+    import torch
+
+    first = 0 if part.placement == "before-sequence" else 1
+
+    def label(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        labels = kwargs.get("labels")
+        if labels is None or labels.ndim < 2 or labels.is_floating_point():  # of texts
+            return args, kwargs
+        ignored = labels.new_full((len(labels), part.length), -100)
+        return args, {**kwargs, "labels": torch.cat([labels[:, :first], ignored, labels[:, first:]], 1)}
+
+    def drop(module: Any, args: tuple[Any, ...], output: Any) -> Any:
+        logits = getattr(output, "logits", None)
+        if logits is not None and logits.ndim == 3:
+            output.logits = torch.cat([logits[:, :first], logits[:, first + part.length :]], 1)
+        return output
+
+    model.register_forward_pre_hook(label, with_kwargs=True)
+    model.register_forward_hook(drop)
 
 
 def _cache_stays_empty(model: Any) -> bool:

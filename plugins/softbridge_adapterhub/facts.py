@@ -1,8 +1,8 @@
-"""All that is particular to AdapterHub's prefix tuning, in one place: names, defaults, and what its config can say.
+"""All that is particular to AdapterHub's soft prompts, in one place: names, defaults, and what its config can say.
 
 The source is the package itself (https://github.com/adapter-hub/adapters, `methods/prefix_tuning.py`,
-`configuration/adapter_config.py` and the `mixin_*.py` of each model); the tests compare these tables with the
-installed package where there is one.
+`methods/prompt_tuning.py`, `configuration/adapter_config.py` and the `mixin_*.py` of each model); the tests compare
+these tables with the installed package where there is one.
 
 A configuration names what is prefixed by subtraction: every self-attention, unless its layer stands in `leave_out`;
 the encoder's and the cross-attention's if `encoder_prefix` and `cross_prefix` say so. `sites_of` walks that forwards,
@@ -16,65 +16,119 @@ from typing import Any
 
 from softbridge.errors import Obstacle
 from softbridge.geometry import Geometry, Site, StackGeometry, stack_of
-from softbridge.prompt import KeyValuePrefix, SoftPrompt
+from softbridge.prompt import InputPrompt, Placement, SoftPrompt
+from softbridge.untrusted import Files
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHTS_FILE = "pytorch_adapter.bin"
-SAFE_WEIGHTS_FILE = "adapter.safetensors"
-HEAD_FILES = ("head_config.json", "model_head.safetensors", "pytorch_model_head.bin")
+HEAD_CONFIG_FILE = "head_config.json"
+HEAD_WEIGHTS_FILE = "pytorch_model_head.bin"
+#: The same as safetensors.
+SAFE = {WEIGHTS_FILE: "adapter.safetensors", HEAD_WEIGHTS_FILE: "model_head.safetensors"}
+#: Names the composition of adapters, each of which lies in a folder of its name.
+SETUP_FILE = "adapter_setup.json"
 
-#: `PrefixTuningConfig`, with its defaults.
-DEFAULTS: Mapping[str, Any] = {
-    "architecture": "prefix_tuning",
-    "bottleneck_size": 512,
-    "cross_prefix": True,
-    "dropout": 0.0,
-    "encoder_prefix": True,
-    "flat": False,
-    "init_weights_seed": None,
-    "leave_out": [],
-    "non_linearity": "tanh",
-    "prefix_length": 30,
-    "shared_gating": True,
-    "use_gating": False,
+PREFIX, PROMPT, UNION = "prefix_tuning", "prompt_tuning", "union"
+
+#: Architecture -> the fields of its configuration, with their defaults (`PrefixTuningConfig`, `PromptTuningConfig`).
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    PREFIX: {
+        "architecture": PREFIX,
+        "bottleneck_size": 512,
+        "cross_prefix": True,
+        "dropout": 0.0,
+        "encoder_prefix": True,
+        "flat": False,
+        "init_weights_seed": None,
+        "leave_out": [],
+        "non_linearity": "tanh",
+        "prefix_length": 30,
+        "shared_gating": True,
+        "use_gating": False,
+    },
+    PROMPT: {
+        "architecture": PROMPT,
+        "combine": "prefix",
+        "init_weights_seed": None,
+        "prompt_init": "random_uniform",
+        "prompt_init_text": None,
+        "prompt_length": 10,
+    },
 }
+
+#: Where the vectors of prompt tuning stand: its `combine`.
+PLACEMENTS: Mapping[str, Placement] = {"prefix": "before-sequence", "prefix_after_bos": "after-first-token"}
 
 #: A file that names no version is older than a renaming of activations (`ACTIVATION_RENAME` in the package's utils.py).
 UNVERSIONED_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
 ENCODER_DECODERS = frozenset(("bart", "mbart", "mt5", "plbart", "t5"))
 
-#: Families which AdapterHub supports, and whose prefixes this plugin reads, writes and runs.
-MODEL_TYPES = ENCODER_DECODERS | {
-    "bert",
-    "bert-generation",
-    "deberta-v2",
-    "distilbert",
-    "electra",
-    "gpt2",
-    "gptj",
-    "llama",
-    "mistral",
-    "roberta",
-    "xlm-roberta",
-    "xmod",
+#: Families whose virtual tokens AdapterHub can also put into the input, behind the embedding block (the others'
+#: models say `support_prompt_tuning = False`).
+PROMPT_MODEL_TYPES = frozenset(
+    (
+        "albert",
+        "bert",
+        "bert-generation",
+        "deberta-v2",
+        "distilbert",
+        "electra",
+        "roberta",
+        "xlm-roberta",
+    )
+)
+
+#: Of these, the ones that AdapterHub itself does not run right (see `softbridge_compat.adapterhub_defects`): why.
+#: Their files are good: on unpadded texts, of DistilBERT under SDPA attention, AdapterHub computes what others do.
+PROMPT_UNSOUND = {
+    "deberta-v2": "lets virtual tokens attend to the padding",
+    "distilbert": "fails under eager attention, and under SDPA lets virtual tokens attend to the padding",
 }
+
+#: Families which AdapterHub supports, and whose prefixes this plugin reads, writes and runs.
+MODEL_TYPES = ENCODER_DECODERS | PROMPT_MODEL_TYPES | {"gpt2", "gptj", "llama", "mistral"}
 
 #: Families which AdapterHub supports and this plugin does not: why not.
 OTHER_MODEL_TYPES = {
-    "albert": "AdapterHub shares one prefix among ALBERT layers that share their weights",
     "beit": "a vision model",
     "clip": "a vision model",
     "deberta": "AdapterHub adds a random bias to every DeBERTa attention, so that no two runs agree",
     "encoder-decoder": "two models in one, each with prefixes of its own",
     "vit": "a vision model",
     "whisper": "a speech model",
+    "xmod": "AdapterHub takes the language adapters out of X-MOD, which is another model without them",
+}
+
+#: Family -> the path of the attention in layer {} of its base model, for each of `model_sites`. A gate is stored there.
+ATTENTIONS: Mapping[str, tuple[str, ...]] = {
+    **dict.fromkeys(PROMPT_MODEL_TYPES, ("encoder.layer.{}.attention.self",)),
+    "albert": ("encoder.albert_layer_groups.0.albert_layers.0.attention",),
+    "distilbert": ("transformer.layer.{}.attention",),
+    **dict.fromkeys(("gpt2", "gptj"), ("h.{}.attn",)),
+    **dict.fromkeys(("llama", "mistral"), ("layers.{}.self_attn",)),
+    **dict.fromkeys(
+        ("bart", "mbart", "plbart"),
+        ("encoder.layers.{}.self_attn", "decoder.layers.{}.self_attn", "decoder.layers.{}.encoder_attn"),
+    ),
+    **dict.fromkeys(
+        ("mt5", "t5"),
+        (
+            "encoder.block.{}.layer.0.SelfAttention",
+            "decoder.block.{}.layer.0.SelfAttention",
+            "decoder.block.{}.layer.1.EncDecAttention",
+        ),
+    ),
 }
 
 #: Families with a relative bias. The bias is computed in a stack's first layer; where the number of keys changes
 #: between two layers (one prefixed, the next left out), AdapterHub computes it anew in a layer that has no table, and
 #: it is zero from there on. No canonical prompt says that, so a stack is prefixed in all layers or in none.
 RELATIVE_BIAS = frozenset(("mt5", "t5"))
+
+#: Families whose layers are one module, with one prefix and one gate for all. (ALBERT can be built with several groups
+#: of layers. Its geometry does not say so, no published model has them, and the engine refuses them.)
+SHARED_LAYERS = frozenset(("albert",))
 
 #: Families whose key/value cache AdapterHub never fills (see `softbridge_compat.adapterhub_defects`). The engine
 #: measures it; this is for advice where the toolkit is not installed, and a test compares the two.
@@ -84,7 +138,7 @@ CACHE_STAYS_EMPTY = frozenset(("llama", "mistral"))
 #: A pre-hook there moves the tokens whatever the caller, the padding and the cache make of their positions.
 POSITION_INPUTS: Mapping[str, tuple[str, int | str]] = {
     **dict.fromkeys(
-        ("bert", "bert-generation", "distilbert", "electra", "roberta", "xlm-roberta", "xmod"),
+        ("albert", "bert", "bert-generation", "distilbert", "electra", "roberta", "xlm-roberta"),
         (".position_embeddings", 0),
     ),
     "gpt2": (".wpe", 0),
@@ -92,6 +146,11 @@ POSITION_INPUTS: Mapping[str, tuple[str, int | str]] = {
     "llama": (".rotary_emb", 1),
     "mistral": (".rotary_emb", 1),
 }
+
+
+def weights_in(files: Files, folder: str, name: str) -> str | None:
+    """The file of weights in a folder, or its safetensors twin, whichever is there."""
+    return next((file for file in (folder + name, folder + SAFE[name]) if file in files), None)
 
 
 def location(model_type: str, site: Site) -> str:
@@ -106,6 +165,11 @@ def model_sites(geometry: Geometry) -> tuple[Site, ...]:
     if geometry.is_encoder_decoder:
         return ("encoder", "self", "cross")
     return ("encoder",) if geometry.decoder is None else ("self",)
+
+
+def attention(geometry: Geometry, site: Site, layer: int) -> str:
+    """The path of an attention module in the base model."""
+    return ATTENTIONS[geometry.model_type][model_sites(geometry).index(site)].format(layer)
 
 
 def toolkit_shape(geometry: Geometry) -> tuple[int, int]:
@@ -139,89 +203,102 @@ def config_of(layers: Mapping[Site, Sequence[int]], geometry: Geometry) -> dict[
     return {"leave_out": leave_out, **flags}
 
 
-def partly_prefixed(layers: Mapping[Site, Sequence[int]], geometry: Geometry) -> list[Site]:
-    """Sites of a family with a relative bias at which some layers, but not all, are prefixed (see `RELATIVE_BIAS`)."""
-    if geometry.model_type not in RELATIVE_BIAS:
-        return []
-    return [site for site in layers if site != "cross" and len(layers[site]) < _stack(geometry, site).layers]
+def copies(geometry: Geometry) -> int:
+    """How many layers one stored layer stands for."""
+    return _stack(geometry, "encoder").layers if geometry.model_type in SHARED_LAYERS else 1
+
+
+def stored_layers(layers: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
+    """Of prefixed layers, those which AdapterHub stores: all, or one that stands for all."""
+    return tuple(layers[:1] if geometry.model_type in SHARED_LAYERS else layers)
+
+
+def partly_prefixed(layers: Mapping[Site, Sequence[int]], geometry: Geometry) -> str | None:
+    """Why some layers cannot be left out, if some are and the family does not bear it."""
+    if all(site == "cross" or len(layers[site]) == _stack(geometry, site).layers for site in layers):
+        return None
+    if geometry.model_type in RELATIVE_BIAS:
+        return "AdapterHub loses the relative bias of the layers after one that is left out"
+    if geometry.model_type in SHARED_LAYERS:
+        return "AdapterHub has one prefix for all layers, which share their weights"
+    return None
 
 
 def obstacles(prompt: SoftPrompt, geometry: Geometry) -> list[Obstacle]:
-    """What stands against expressing a prefix in AdapterHub, beyond what the capabilities say."""
-    found: list[Obstacle] = []
+    """What stands against expressing a prompt in AdapterHub, beyond what the capabilities say."""
     elsewhere = "choose another target, such as the native engine"
     kind = geometry.model_type
     if kind not in MODEL_TYPES:
-        reason = f"AdapterHub has no prefix tuning for models of type '{kind}'"
+        reason = f"AdapterHub has no soft prompts for models of type '{kind}'"
         if kind in OTHER_MODEL_TYPES:
-            reason = f"prefixes of '{kind}' are not written yet: {OTHER_MODEL_TYPES[kind]}"
+            reason = f"prompts for '{kind}' are not written: {OTHER_MODEL_TYPES[kind]}"
         return [Obstacle("model", reason, elsewhere)]
-    if not prompt.prefixes or prompt.inputs:
-        found.append(Obstacle("input-prompt", "only key/value prefixes are written for AdapterHub", elsewhere))
     absent = sorted({part.site for part in prompt.prefixes} - set(model_sites(geometry)))
     if absent:
-        found.append(Obstacle("sites", f"a '{kind}' model has no {' and no '.join(absent)} attention", elsewhere))
-        return found
+        reason = f"a '{kind}' model has no {' and no '.join(absent)} attention"
+        return [Obstacle("sites", reason, elsewhere)]
+    found = [("input-prompt", why) for part in prompt.inputs if (why := _no_input(part, kind)) is not None]
+    found += _prefix_obstacles(prompt, geometry)
 
+    moved = sorted(stack for stack, start in prompt.positions.start.items() if start != 0)
+    biased = any(part.site != "cross" for part in prompt.prefixes)
+    if kind in RELATIVE_BIAS and biased and (moved or prompt.positions.relative_bias != "skewed"):
+        reason = "AdapterHub's relative bias counts queries from 0, and keys from the prefix's start"
+        found.append(("relative-bias", reason))
+    elif moved and kind not in POSITION_INPUTS and kind not in RELATIVE_BIAS:
+        found.append(("positions", f"the {' and '.join(moved)} of '{kind}' takes no positions from its caller"))
+    return [Obstacle(name, reason, elsewhere) for name, reason in found]
+
+
+def _no_input(part: InputPrompt, kind: str) -> str | None:
+    """Why AdapterHub has no such vectors in the input, if so."""
+    if kind not in PROMPT_MODEL_TYPES:
+        return f"AdapterHub has no prompt tuning for '{kind}', prefix tuning alone"
+    if (part.stack, part.entry) != ("encoder", "after") or part.placement not in PLACEMENTS.values():
+        return (
+            "AdapterHub puts vectors into an encoder's input, behind the embedding block, in front or after the first "
+            f"token; these are in the {part.stack}'s, {part.entry} the embedding block, {part.placement}"
+        )
+    return None
+
+
+def _prefix_obstacles(prompt: SoftPrompt, geometry: Geometry) -> list[tuple[str, str]]:
+    """Names and reasons."""
+    found: list[tuple[str, str]] = []
     kv_heads, head_dim = toolkit_shape(geometry)
     for part in prompt.prefixes:
         shape = (kv_heads, part.length, head_dim)
         others = sorted({pair.keys.shape for pair in part.layers.values()} - {shape})
         if others:
-            found.append(
-                Obstacle(
-                    "shape",
-                    f"keys at site '{part.site}' are {others[0]} [K, P, D], AdapterHub has {shape} for this model "
-                    "(its head size is hidden size / heads, the same in all layers and stacks)",
-                    elsewhere,
-                )
+            reason = (
+                f"keys at site '{part.site}' are {others[0]} [K, P, D], AdapterHub has {shape} for this model "
+                "(its head size is hidden size / heads, the same in all layers and stacks)"
             )
+            found.append(("shape", reason))
+        if geometry.model_type in SHARED_LAYERS and len(set(part.layers.values())) > 1:
+            reason = "AdapterHub has one prefix for all layers, which share their weights, and these differ"
+            found.append(("layers", reason))
     lengths = {part.site: part.length for part in prompt.prefixes}
     if len(set(lengths.values())) > 1:
-        found.append(Obstacle("length", f"AdapterHub has one length for all sites, not {lengths}", elsewhere))
+        found.append(("length", f"AdapterHub has one length for all sites, not {lengths}"))
+    gates = [pair.gate for part in prompt.prefixes for pair in part.layers.values()]
+    shapes = {None if gate is None else gate.weight.shape for gate in gates}
+    if len(shapes) > 1 or not shapes <= {None, (1, geometry.hidden), (2, geometry.hidden)}:
+        reason = f"AdapterHub has a gate [1 or 2, {geometry.hidden}] in every prefixed layer, all alike, or none"
+        found.append(("gates", reason))
 
     layers = {part.site: tuple(part.layers) for part in prompt.prefixes}
-    said = sites_of({**DEFAULTS, **config_of(layers, geometry)}, geometry)
-    if said != layers:
+    said = sites_of({**DEFAULTS[PREFIX], **config_of(layers, geometry)}, geometry)
+    if layers and said != layers:
         wanted = "; ".join(f"{site}: {list(numbers)}" for site, numbers in sorted(layers.items()))
-        found.append(
-            Obstacle(
-                "layers",
-                f"no 'leave_out' says the prefixed layers {wanted}: AdapterHub prefixes existing layers only, and "
-                "cross-attention exactly where it prefixes the decoder's self-attention",
-                elsewhere,
-            )
+        reason = (
+            f"no 'leave_out' says the prefixed layers {wanted}: AdapterHub prefixes existing layers only, and "
+            "cross-attention exactly where it prefixes the decoder's self-attention"
         )
-    found += [
-        Obstacle(
-            "layers",
-            f"AdapterHub loses the relative bias after a layer that is left out, and site '{site}' leaves some out",
-            elsewhere,
-        )
-        for site in partly_prefixed(layers, geometry)
-    ]
-    moved = sorted(stack for stack, start in prompt.positions.start.items() if start != 0)
-    biased = any(site != "cross" for site in layers)
-    if kind in RELATIVE_BIAS and biased and (moved or prompt.positions.relative_bias != "skewed"):
-        found.append(
-            Obstacle(
-                "relative-bias",
-                "AdapterHub's relative bias counts queries from 0, and keys from the prefix's start",
-                elsewhere,
-            )
-        )
-    elif moved and kind not in POSITION_INPUTS and kind not in RELATIVE_BIAS:
-        found.append(
-            Obstacle(
-                "positions", f"the {' and '.join(moved)} of '{kind}' takes no positions from its caller", elsewhere
-            )
-        )
+        found.append(("layers", reason))
+    elif (partly := partly_prefixed(layers, geometry)) is not None:
+        found.append(("layers", partly))
     return found
-
-
-def prefixes_by_location(prompt: SoftPrompt, geometry: Geometry) -> dict[str, KeyValuePrefix]:
-    """Location -> prefix."""
-    return {location(geometry.model_type, part.site): part for part in prompt.prefixes}
 
 
 def _stack(geometry: Geometry, site: Site) -> StackGeometry:

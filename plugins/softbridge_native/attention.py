@@ -23,21 +23,55 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from softbridge.errors import EngineError
+from softbridge.prompt import Gate, KeyValue
+from softbridge.tensors import from_torch, to_torch
 
 #: Underlying implementations. Others skip the mask, or take it in a form of their own.
 UNDERLYING = ("eager", "sdpa")
 #: Additive masks are far below this where they hide a key, in every dtype.
 HIDDEN = -1e4
 _BINDING = "_softbridge"
+_ENTERED = "_softbridge_entered"
+
+
+class LayerGate(nn.Module):
+    """The gate of one layer: weight [G, H] and bias [G]; see `softbridge.prompt.Gate`."""
+
+    def __init__(self, gate: Gate, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(to_torch(gate.weight).to(device))
+        self.bias = nn.Parameter(to_torch(gate.bias).to(device))
+
+    def forward(self, entered: Tensor) -> Tensor:
+        """g [B, G] from what enters the attention module [B, Q, H]."""
+        return (
+            nn.functional.linear(entered, self.weight.to(entered.dtype), self.bias.to(entered.dtype)).sigmoid().mean(1)
+        )
+
+    def extract(self) -> Gate:
+        return Gate(from_torch(self.weight), from_torch(self.bias))
 
 
 class LayerPrefix(nn.Module):
-    """The prefix of one layer: keys [K, P, D] and values [K, P, D]."""
+    """The prefix of one layer: keys [K, P, D], values [K, P, D] and what gates them, or None."""
 
-    def __init__(self, keys: Tensor, values: Tensor) -> None:
+    def __init__(self, pair: KeyValue, device: torch.device) -> None:
         super().__init__()
-        self.keys = nn.Parameter(keys)
-        self.values = nn.Parameter(values)
+        self.keys = nn.Parameter(to_torch(pair.keys).to(device))
+        self.values = nn.Parameter(to_torch(pair.values).to(device))
+        self.gate = None if pair.gate is None else LayerGate(pair.gate, device)
+
+    def forward(self, entered: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [K, P, D] or [B, K, P, D], as they are for what enters the attention module."""
+        keys, values = self.keys.to(dtype), self.values.to(dtype)
+        if self.gate is None:
+            return keys, values
+        gates = self.gate(entered)[..., None, None, None]
+        return keys * gates[:, 0], values * gates[:, -1]
+
+    def extract(self) -> KeyValue:
+        gate = None if self.gate is None else self.gate.extract()
+        return KeyValue(from_torch(self.keys), from_torch(self.values), gate)
 
 
 @dataclass(frozen=True)
@@ -89,6 +123,13 @@ def bind(module: nn.Module, binding: Binding) -> None:
 def unbind(module: nn.Module) -> None:
     """Undo `bind`."""
     module.__dict__.pop(_BINDING, None)
+    module.__dict__.pop(_ENTERED, None)
+
+
+def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Keep what enters a gated attention module, its first argument, until its attention function asks for it."""
+    first = next(iter(inspect.signature(module.forward).parameters))
+    module.__dict__[_ENTERED] = args[0] if args else kwargs[first]
 
 
 def _mask(underlying: Callable[..., Any], **settings: Any) -> Any:
@@ -125,28 +166,37 @@ def _attend(
     """
     own = sys.modules[type(module).__module__]
     function = own.eager_attention_forward if implementation == "eager" else AttentionInterface()[implementation]
+    length, real = query.shape[2], key.shape[2]
     binding: Binding | None = module.__dict__.get(_BINDING)
     if binding is None:
+        # The last queries alone: a model asks SDPA for them with a mask, but knows it by its own name only.
+        if attention_mask is None and 1 < length < real and getattr(module, "is_causal", False):
+            attention_mask = _past(query, real)
         return function(module, query, key, value, attention_mask, **settings)
 
     _check(binding.prefix, module, key, value)
-    length, real = query.shape[2], key.shape[2]
     window = settings.get("sliding_window") if binding.slides else None
     # No mask means causal, which SDPA's own flag would align to the first key; that one is virtual here.
     if attention_mask is None and (window is not None or (binding.causal and length > 1)):
-        hidden = torch.ones(length, real, dtype=torch.bool, device=key.device).triu(real - length + 1)
-        attention_mask = query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]
+        attention_mask = _past(query, real)
     if attention_mask is not None:
         attention_mask = attention_mask[..., :real]
     if settings.get("position_bias") is not None:
         settings["position_bias"] = _bias(binding, length, real, attention_mask, settings["position_bias"])
     if attention_mask is not None:
-        virtual = _columns(binding, attention_mask, window, settings.get("position_ids"))
+        virtual = _columns(binding, attention_mask, length, window, settings.get("position_ids"))
         attention_mask = torch.cat([virtual, attention_mask.expand(*virtual.shape[:-1], -1)], dim=-1)
-    batch = key.shape[0]
-    key = torch.cat([binding.prefix.keys.to(key.dtype).expand(batch, -1, -1, -1), key], dim=2)
-    value = torch.cat([binding.prefix.values.to(value.dtype).expand(batch, -1, -1, -1), value], dim=2)
+    keys, values = binding.prefix(module.__dict__.pop(_ENTERED, None), key.dtype)
+    key = torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)
+    value = torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)
     return function(module, query, key, value, attention_mask, **{**settings, "is_causal": False})
+
+
+def _past(query: Tensor, real: int) -> Tensor:
+    """The additive mask [1, 1, Q, N] of queries that see no key after their own; the last query's is the last."""
+    length = query.shape[2]
+    hidden = torch.ones(length, real, dtype=torch.bool, device=query.device).triu(real - length + 1)
+    return query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]
 
 
 def _check(prefix: LayerPrefix, module: nn.Module, key: Tensor, value: Tensor) -> None:
@@ -161,10 +211,10 @@ def _check(prefix: LayerPrefix, module: nn.Module, key: Tensor, value: Tensor) -
         )
 
 
-def _columns(binding: Binding, mask: Tensor, window: int | None, positions: Tensor | None) -> Tensor:
+def _columns(binding: Binding, mask: Tensor, length: int, window: int | None, positions: Tensor | None) -> Tensor:
     """The mask's columns for the virtual tokens, [B or 1, 1, Q or 1, P]: visible, unless a window slid past them."""
-    length = binding.prefix.keys.shape[1]
-    columns = mask.new_full((*mask.shape[:-1], length), mask.dtype == torch.bool)
+    prefix = binding.prefix.keys.shape[1]
+    columns = mask.new_full((*mask.shape[:-1], prefix), mask.dtype == torch.bool)
     if window is None:
         return columns
     if positions is None:
@@ -173,7 +223,8 @@ def _columns(binding: Binding, mask: Tensor, window: int | None, positions: Tens
             "'position_ids' among the arguments of the attention function",
             "use a prompt whose window is 'pinned'",
         )
-    distance = positions[:, None, :, None] - torch.arange(length, device=mask.device)
+    # A model that needs its last states only may ask for the last queries only.
+    distance = positions[:, None, -length:, None] - torch.arange(prefix, device=mask.device)
     gone = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
     return torch.where(distance < window, columns, gone)
 
@@ -197,16 +248,17 @@ def _bias(binding: Binding, length: int, real: int, mask: Tensor | None, bias: T
 
 
 def _queries(causal: bool, length: int, real: int, mask: Tensor | None, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The column in which each query's own key stands, and how many real tokens stand before it: [B or 1, Q] each."""
+    """The column in which each query's own key stands, and how far that is behind the row's pads: [B or 1, Q] each."""
+    slots = torch.arange(length, device=device)[None]
     if mask is None:
-        slots = torch.arange(real - length, real, device=device)[None]
+        slots = slots + real - length
         return slots, slots
     visible = mask[:, 0] if mask.dtype == torch.bool else mask[:, 0] > HIDDEN
-    if causal:
-        columns = torch.arange(real, device=device)
-        return (visible * columns).amax(-1), (visible.sum(-1) - 1).clamp(min=0)
-    slots = torch.arange(length, device=device)[None]
-    return slots, (visible[:, 0].cumsum(-1) - 1).clamp(min=0)
+    if causal:  # the last key that a query sees is its own, unless it is a pad; keys behind may be room in a cache
+        last = (visible * torch.arange(real, device=device)).amax(-1)
+        slots = slots + (last - slots).amax(-1, keepdim=True)
+    pads = (visible.any(1).cumsum(-1) == 0).sum(-1, keepdim=True)
+    return slots, (slots - pads).clamp(min=0)
 
 
 def _relative(table: Any, distance: Tensor) -> Tensor:

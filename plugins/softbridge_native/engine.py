@@ -7,17 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from softbridge.capabilities import Capabilities
+from softbridge.capabilities import EVERYTHING, Capabilities
 from softbridge.errors import EngineError, Obstacle
 from softbridge.prompt import SoftPrompt
-
-#: What the engine runs. Tensors that ride along (`SoftPrompt.head`) are kept, not loaded into the model.
-CAPABILITIES = Capabilities(
-    inputs=frozenset((("encoder", "before", "before-sequence"), ("decoder", "before", "before-sequence"))),
-    prefix_sites=frozenset(("encoder", "self", "cross")),
-    training=None,
-    head=True,
-)
 
 
 @dataclass
@@ -26,7 +18,7 @@ class NativeEngine:
 
     name: str = "native"
     summary: str = "softbridge's own, on any model whose attention dispatches through transformers' interface"
-    capabilities: Capabilities = CAPABILITIES
+    capabilities: Capabilities = EVERYTHING
 
     def unavailable(self) -> str | None:
         """Nothing is needed beyond softbridge itself."""

@@ -1,9 +1,7 @@
-"""A soft prompt in a transformers model: where its parameters live, and what happens before and after a stack runs.
+"""A soft prompt in a transformers model: where its parameters live, and what is changed in the model to run it.
 
-The model keeps its class. A stack (the module under the heads, or the encoder and the decoder) gets forward hooks,
-which put the virtual tokens into the sequence, tell the real ones where they stand, and take the virtual ones out of
-the last hidden state. What is built on the stack - heads, losses, `generate`, trainers - therefore never meets a
-virtual token: logits and labels keep their length, and the loss is the model's own.
+The model keeps its class. Its stacks (the module under the heads, or the encoder and the decoder) get the hooks of
+`softbridge_native.placement`, and its attention modules the prefixes of `softbridge_native.attention`.
 """
 
 from __future__ import annotations
@@ -19,23 +17,22 @@ from torch import Tensor, nn
 from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry, Site, Stack, read_geometry, stack_of
 from softbridge.lower import check_fits
-from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
-from softbridge.tensors import from_torch, to_torch
-from softbridge_native.attention import UNDERLYING, Binding, LayerPrefix, bind, dispatches, register, registered, unbind
+from softbridge.prompt import KeyValuePrefix, Part, SoftPrompt
+from softbridge_native.attention import (
+    UNDERLYING,
+    Binding,
+    LayerPrefix,
+    bind,
+    dispatches,
+    enter,
+    register,
+    registered,
+    unbind,
+)
+from softbridge_native.placement import StackHooks, Vectors, counted, embedding_block
 
 #: The submodule of the model that holds the prompt.
 NAME = "softbridge"
-
-
-class Vectors(nn.Module):
-    """An input prompt: vectors [P, H]."""
-
-    def __init__(self, part: InputPrompt, device: torch.device) -> None:
-        super().__init__()
-        self.vectors = nn.Parameter(to_torch(part.vectors).to(device))
-
-    def extract(self, part: InputPrompt) -> InputPrompt:
-        return replace(part, vectors=from_torch(self.vectors))
 
 
 class Prefix(nn.Module):
@@ -45,130 +42,11 @@ class Prefix(nn.Module):
         super().__init__()
         self.layers = nn.ModuleDict()
         for layer, pair in part.layers.items():
-            device = next(modules[layer].parameters()).device
-            self.layers[str(layer)] = LayerPrefix(to_torch(pair.keys).to(device), to_torch(pair.values).to(device))
+            self.layers[str(layer)] = LayerPrefix(pair, next(modules[layer].parameters()).device)
 
     def extract(self, part: KeyValuePrefix) -> KeyValuePrefix:
         layers: dict[int, Any] = {layer: self.layers[str(layer)] for layer in part.layers}
-        return replace(part, layers={n: KeyValue(from_torch(p.keys), from_torch(p.values)) for n, p in layers.items()})
-
-
-class StackHooks:
-    """What happens before and after one stack of the model runs.
-
-    Args:
-        stack: the module.
-        vectors: its input prompt, or None.
-        start: where its first real token stands.
-        implementation: ours, which the stack's configuration names, or None where the model keeps its own.
-        strip: whether to take the virtual tokens out of the last hidden state again.
-    """
-
-    def __init__(
-        self, stack: nn.Module, vectors: Vectors | None, start: int, implementation: str | None, strip: bool
-    ) -> None:
-        self.vectors = vectors
-        self.start = start
-        self.length = 0 if vectors is None else vectors.vectors.shape[0]
-        self.implementation = implementation
-        self.strip = strip
-        self.names = tuple(inspect.signature(stack.forward).parameters)
-        self.offset = _position_offset(stack)
-        self.inserted = False
-        self.pads: Tensor | None = None
-
-    def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        """Put the virtual tokens into the sequence, and tell the real ones where they stand."""
-        if self.implementation not in (None, stack.config._attn_implementation):
-            raise EngineError(
-                f"the attention implementation became '{stack.config._attn_implementation}' with a prompt attached",
-                f"'{self.implementation}', in which the prompt lives",
-                "detach the prompt, set the implementation, and attach again",
-            )
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
-        plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        positions = self._positions(kwargs, plain, past)
-        self.inserted = self.vectors is not None and past == 0
-        if self.vectors is not None:
-            if mask is not plain:
-                raise EngineError(
-                    "the attention mask came ready-made, with an input prompt attached",
-                    "a mask of shape [B, T], or none",
-                    "pass the tokens' own mask, and use a cache that grows",
-                )
-            kwargs.pop("cache_position", None)  # counted without the prompt; the model counts its cache
-            self.pads = None if plain is None else (plain.cumsum(-1) == 0).sum(-1)
-            if plain is not None:
-                kwargs["attention_mask"] = self._insert(plain, plain.new_ones(1, self.length))
-        if self.inserted:
-            positions = self._insert_tokens(stack, kwargs, positions)
-        if positions is not None:
-            kwargs["position_ids"] = positions
-        return (), kwargs
-
-    def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Take the virtual tokens out of the last hidden state."""
-        if not (self.inserted and self.strip):
-            return output
-        hidden = output[0][:, self.length :]  # a real token stands P further on, whatever pads are on its left
-        if isinstance(output, tuple):
-            return (hidden, *output[1:])
-        output.last_hidden_state = hidden
-        return output
-
-    def before_decoder(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Let cross-attention see the virtual tokens, which are in the encoder's output."""
-        mask = kwargs.get("encoder_attention_mask")
-        if mask is not None and mask.shape[1] + self.length == kwargs["encoder_hidden_states"].shape[1]:
-            self.pads = (mask.cumsum(-1) == 0).sum(-1)
-            kwargs["encoder_attention_mask"] = self._insert(mask, mask.new_ones(1, self.length))
-        return args, kwargs
-
-    def _positions(self, kwargs: Mapping[str, Any], mask: Tensor | None, past: int) -> Tensor | None:
-        """Where the real tokens stand, [B or 1, T]; None if the model would say the same, or cannot be told."""
-        given = kwargs.get("position_ids")
-        if given is not None:
-            return given + self.start  # type: ignore[no-any-return]
-        if "position_ids" not in self.names or (mask is None and self.start == self.length):
-            return None
-        tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        if mask is None:
-            seen = past - self.length if past else 0
-            running = torch.arange(seen, seen + tokens.shape[1], device=tokens.device)[None]
-        else:
-            running = (mask.long().cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
-        return running + self.start + self.offset
-
-    def _insert_tokens(self, stack: Any, kwargs: dict[str, Any], positions: Tensor | None) -> Tensor | None:
-        """The virtual tokens' vectors, types and positions; the positions are returned."""
-        assert self.vectors is not None
-        embedded = kwargs.get("inputs_embeds")
-        if embedded is None:
-            embedded = stack.get_input_embeddings()(kwargs["input_ids"])
-        kwargs["input_ids"] = None
-        kwargs["inputs_embeds"] = self._insert(embedded, self.vectors.vectors.to(embedded.dtype)[None])
-        types = kwargs.get("token_type_ids")
-        if types is not None:
-            kwargs["token_type_ids"] = self._insert(types, types.new_zeros(1, self.length))
-        if positions is None:
-            return None
-        first = self.start - self.length + self.offset
-        virtual = torch.arange(first, first + self.length, device=positions.device)[None]
-        return self._insert(positions.expand(embedded.shape[0], -1), virtual)
-
-    def _insert(self, real: Tensor, virtual: Tensor) -> Tensor:
-        """[B, P + T, ...]: each row's pads on the left, the virtual tokens [1, P, ...], the rest of the row."""
-        both = torch.cat([virtual.expand(real.shape[0], *virtual.shape[1:]), real], dim=1)
-        if self.pads is None:
-            return both
-        columns = torch.arange(both.shape[1], device=real.device)
-        pads = self.pads[:, None]
-        order = torch.where(columns < pads, columns + self.length, columns - pads * (columns < pads + self.length))
-        return torch.take_along_dim(both, order.view(*order.shape, *[1] * (both.ndim - 2)), dim=1)
+        return replace(part, layers={layer: module.extract() for layer, module in layers.items()})
 
 
 class Injection(nn.Module):
@@ -298,23 +176,35 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
     except BaseModelError as error:
         return [Obstacle("base-model", error.found, error.remedy)]
     found = []
+    stacks = _stacks(model, geometry)
     for part in prompt.inputs:
-        if (part.entry, part.placement) != ("before", "before-sequence"):
-            reason = f"its vectors enter {part.entry} the embedding block, {part.placement}"
-            found.append(Obstacle("entry", reason, "lower the prompt to vectors that enter before the embedding block"))
-        if geometry.is_encoder_decoder and part.stack == "decoder":
-            reason = "an input prompt in the decoder of an encoder-decoder model is not supported"
-            found.append(Obstacle("stack", reason, "use the prompt in the encoder"))
+        stack = stacks[part.stack]
+        if part.entry == "after" and embedding_block(stack) is None:
+            reason = f"{type(stack).__name__} has no module that is its embedding block and keeps its width"
+            found.append(Obstacle("entry", reason, "use a prompt whose vectors enter before the embedding block"))
+        if _looks_back(stack):
+            reason = f"{type(stack).__name__} looks up which token each embedding is of, and a vector is of none"
+            found.append(Obstacle("entry", reason, "use a prefix"))
     if prompt.prefixes:
         found += _attention_obstacles(prompt, model, geometry)
-    for name, stack in _stacks(model, geometry).items():
-        virtual = sum(part.length for part in prompt.inputs if part.stack == name)
-        origin = prompt.positions.start.get(name, 0) - virtual
+    for name, stack in stacks.items():
+        origin = _origin(prompt, name)
         tellable = "position_ids" in inspect.signature(stack.forward).parameters or _bias_table(stack) is not None
         if origin < 0 or (origin > 0 and not tellable):
-            reason = f"the {name}'s first virtual token would stand at {origin}, and this model cannot be told so"
+            reason = f"the {name}'s first token would stand at {origin}, and this model cannot be told so"
             found.append(Obstacle("positions", reason, "use a prompt whose positions the model counts by itself"))
     return found
+
+
+def _looks_back(stack: Any) -> bool:
+    """Whether the stack has further embeddings, of each layer, and finds token ids for them in the embeddings given."""
+    look = getattr(stack, "get_per_layer_inputs", None) if getattr(stack, "hidden_size_per_layer_input", 0) else None
+    return look is not None and "inputs_embeds" in inspect.signature(look).parameters
+
+
+def _origin(prompt: SoftPrompt, stack: Stack) -> int:
+    """Where the first token of the stack's sequence stands, be it virtual or real."""
+    return prompt.positions.start.get(stack, 0) - sum(counted(part) for part in prompt.inputs if part.stack == stack)
 
 
 def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> list[Obstacle]:
@@ -402,19 +292,27 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
     """Hook the stacks, and the model around them."""
     prompt, handles = injected.prompt, injected.handles
     handles += [model.register_forward_pre_hook(injected.enter), model.register_forward_hook(injected.leave)]
-    vectors = (module for module in injected.parts if isinstance(module, Vectors))
-    inputs = dict(zip((part.stack for part in prompt.inputs), vectors, strict=True))
-    strip = not geometry.is_encoder_decoder and not _pools_first_token(model, geometry)
+    vectors: Iterable[Any] = (module for module in injected.parts if isinstance(module, Vectors))
+    inputs: dict[Stack, Vectors] = dict(zip((part.stack for part in prompt.inputs), vectors, strict=True))
+    pools = _pools_first_token(model, geometry)
     implementation = model.config._attn_implementation if injected.implementations else None
     for name, stack in _stacks(model, geometry).items():
-        hooks = StackHooks(stack, inputs.get(name), prompt.positions.start.get(name, 0), implementation, strip)
+        own = inputs.get(name)
+        pooled = pools and own is not None and own.placement == "before-sequence"
+        crossed = geometry.is_encoder_decoder and name == "encoder"
+        strip = not (pooled or crossed)
+        hooks = StackHooks(stack, own, prompt.positions.start.get(name, 0), implementation, strip)
         handles += [
             stack.register_forward_pre_hook(injected.reach),
             stack.register_forward_pre_hook(hooks.before, with_kwargs=True),
             stack.register_forward_hook(hooks.after),
             stack.get_input_embeddings().register_forward_hook(_require_grad),
         ]
-        if geometry.is_encoder_decoder and name in inputs:
+        block = embedding_block(stack) if own is not None and own.entry == "after" else None
+        if block is not None:
+            handles.append(block.register_forward_pre_hook(hooks.before_block, with_kwargs=True))
+            handles.append(block.register_forward_hook(hooks.after_block))
+        if crossed and own is not None and own.placement != "template":
             handles.append(model.get_decoder().register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
 
 
@@ -422,33 +320,26 @@ def _bind_prefixes(injected: Injection, modules: Mapping[Site, Sequence[nn.Modul
     positions = injected.prompt.positions
     prefixes: Iterable[Any] = (module for module in injected.parts if isinstance(module, Prefix))
     for part, prefix in zip(injected.prompt.prefixes, prefixes, strict=True):
-        stack = stack_of(part.site)
-        virtual = sum(other.length for other in injected.prompt.inputs if other.stack == stack)
         site = modules[part.site]
         for layer in part.layers:
             own_table = _bias_table(site[layer])
             binding = Binding(
                 prefix=prefix.layers[str(layer)],
                 causal=part.site != "cross" and getattr(site[layer], "is_causal", part.site == "self"),
-                origin=positions.start.get(stack, 0) - virtual,
+                origin=_origin(injected.prompt, stack_of(part.site)),
                 skewed=positions.relative_bias == "skewed",
                 slides=positions.window == "slides",
                 bias=None if part.site == "cross" else own_table or _bias_table(nn.ModuleList(site)),
             )
             bind(site[layer], binding)
             injected.bound.append(site[layer])
+            if binding.prefix.gate is not None:
+                injected.handles.append(site[layer].register_forward_pre_hook(enter, with_kwargs=True))
 
 
 def _bias_table(module: nn.Module) -> Any:
     """The first module that holds the table of a T5-like relative bias, or None."""
     return next((found for found in module.modules() if hasattr(found, "relative_attention_bias")), None)
-
-
-def _position_offset(stack: nn.Module) -> int:
-    """The row of the position embedding for position 0: RoBERTa's rows up to the padding token's are reserved."""
-    tables = (module for name, module in stack.named_modules() if name.endswith("position_embeddings"))
-    reserved = (getattr(table, "padding_idx", None) for table in tables)
-    return max((row + 1 for row in reserved if row is not None), default=0)
 
 
 def _require_grad(embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:

@@ -167,8 +167,9 @@ def test_moving_vectors_takes_weights_and_a_block_of_its_own() -> None:
         lower(prompt, Target("t", BEHIND_BLOCK), accept=["positions"])
     t5 = random_input_prompt(base("t5").geometry, 5)
     able = replace(BEHIND_BLOCK, input_start=None)
-    with pytest.raises(BaseModelError, match="no module of its own"):
+    with pytest.raises(LoweringError) as refused:
         lower(t5, Target("t", able, BaseModel.resolve(tiny_model("t5"))))
+    assert names(refused) == {"part": False}
 
 
 def test_nothing_comes_back_from_behind_the_block() -> None:

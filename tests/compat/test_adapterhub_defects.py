@@ -16,6 +16,7 @@ from transformers import AutoConfig  # noqa: E402
 
 from softbridge.base import build  # noqa: E402
 from softbridge.testing import tiny_model  # noqa: E402
+from softbridge.untrusted import Files  # noqa: E402
 from softbridge_compat.adapterhub_defects import DEFECTS  # noqa: E402
 
 pytestmark = [
@@ -28,21 +29,48 @@ pytestmark = [
 TOKENS = torch.tensor([[5, 9, 17, 33, 21, 80, 4]])
 
 
-def prefixed(family: str, attention: str = "eager", *, flat: bool = True, **settings: Any) -> Any:
-    """A model with a large random prefix, the same one whatever the attention."""
-    eager = tiny_model(family)
-    config = copy.deepcopy(eager.config)
-    config._attn_implementation = attention
-    model = type(eager)(config).to(torch.float64).eval()
-    model.load_state_dict(eager.state_dict())
-    adapters.init(model)
-    model.add_adapter("x", adapters.PrefixTuningConfig(flat=flat, prefix_length=5, bottleneck_size=6, **settings))
+PADDED = torch.nn.functional.pad(TOKENS, (0, 3))
+SIZES = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4}
+SPECIAL = {"max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+
+
+def tiny(family: str, task: Any = "sequence-classification", **settings: Any) -> Any:
+    """A model of a family that `tiny_model` does not have."""
+    config = AutoConfig.for_model(family, **{**SIZES, **SPECIAL, **settings})
+    return build(config, task, torch.float64, seed=0)
+
+
+def adapted(model: Any, attention: str, config: Any) -> Any:
+    """A model with an adapter of large random numbers, the same ones whatever the attention."""
+    settings = copy.deepcopy(model.config)
+    settings._attn_implementation = attention
+    adapting = type(model)(settings).to(torch.float64).eval()
+    adapting.load_state_dict(model.state_dict())
+    adapters.init(adapting)
+    adapting.add_adapter("x", config)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
-        for parameter in model.base_model.prefix_tuning.parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator))
-    model.set_active_adapters("x")
-    return model.eval()
+        for name, parameter in adapting.named_parameters():
+            if ".x." in name:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    adapting.adapter_to("x", dtype=torch.float64)
+    adapting.set_active_adapters("x")
+    return adapting.eval()
+
+
+def prefixed(family: str, attention: str = "eager", *, flat: bool = True, **settings: Any) -> Any:
+    config = adapters.PrefixTuningConfig(flat=flat, prefix_length=5, bottleneck_size=6, **settings)
+    return adapted(tiny_model(family), attention, config)
+
+
+def prompted(model: Any, attention: str = "eager", **settings: Any) -> Any:
+    return adapted(model, attention, adapters.PromptTuningConfig(prompt_length=5, **settings))
+
+
+def padding_shows(model: Any) -> float:
+    """How far padding moves what a model computes of a text."""
+    padded = logits(model, input_ids=PADDED, attention_mask=(PADDED != 0).long())
+    return difference(padded[:, : TOKENS.shape[1]] if padded.ndim == 3 else padded, logits(model))
 
 
 def logits(model: Any, **inputs: Any) -> Any:
@@ -125,10 +153,126 @@ def t5_leave_out(folder: Path) -> bool:
     return not any(bool(bias.any()) for bias in biases[1:])
 
 
+def sdpa_attentions(folder: Path) -> bool:
+    model = prefixed("bert", "sdpa")
+    right, found = logits(model), logits(model, output_attentions=True)
+    model.set_active_adapters(None)
+    return difference(found, logits(model)) < 1e-12 and difference(found, right) > 0.1
+
+
+def gate_padding(folder: Path) -> bool:
+    return padding_shows(prefixed("bert")) < 1e-12 and padding_shows(prefixed("bert", use_gating=True)) > 0.01
+
+
+def gate_cache(folder: Path) -> bool:
+    def steps_differ(model: Any) -> float:
+        with torch.no_grad():
+            start = model(input_ids=TOKENS[:, :-1], use_cache=True).past_key_values
+            last = model(input_ids=TOKENS[:, -1:], past_key_values=start, use_cache=True).logits
+        return difference(last[:, -1], logits(model)[:, -1])
+
+    return steps_differ(prefixed("gpt2")) < 1e-12 and steps_differ(prefixed("gpt2", use_gating=True)) > 0.1
+
+
+def float32(folder: Path) -> bool:
+    prefixed("bert", use_gating=True).save_adapter(str(folder), "x", with_head=False)
+    model = tiny_model("bert")
+    adapters.init(model)
+    model.load_adapter(str(folder), set_active=True)
+    try:
+        logits(model)
+    except RuntimeError as error:
+        return "must have the same dtype" in str(error)
+    return False
+
+
+def prompt_load_as(folder: Path) -> bool:
+    model = prompted(tiny_model("bert"))
+    model.adapter_to("x", dtype=torch.float32)
+    model.save_adapter(str(folder), "x", with_head=False)
+    found = []
+    for name in (None, "x", "y"):
+        again = tiny_model("bert")
+        adapters.init(again)
+        again.load_adapter(str(folder), load_as=name, set_active=True)
+        found.append(logits(again.eval()))
+    return difference(found[0], found[1]) == 0 and difference(found[0], found[2]) > 0.1
+
+
+def prompt_sdpa(folder: Path) -> bool:
+    model = tiny_model("bert")
+    assert padding_shows(prompted(model)) < 1e-12
+    return padding_shows(prompted(model, "sdpa")) > 0.1
+
+
+def prompt_deberta(folder: Path) -> bool:
+    model = tiny("deberta-v2")
+    assert padding_shows(model) < 1e-12
+    return padding_shows(prompted(model)) > 0.1
+
+
+def prompt_distilbert(folder: Path) -> bool:
+    sizes = {"vocab_size": 96, "dim": 32, "hidden_dim": 40, "n_layers": 2, "n_heads": 4}
+    model = build(AutoConfig.for_model("distilbert", **sizes), "sequence-classification", torch.float64, seed=0)
+    logits(prompted(model, "sdpa"))
+    try:
+        logits(prompted(model))
+    except IndexError:
+        return True
+    return False
+
+
+def prompt_left_padding(folder: Path) -> bool:
+    def left_padding_shows(model: Any) -> float:
+        tokens = torch.nn.functional.pad(TOKENS, (3, 0))
+        positions = torch.tensor([[0, 0, 0, *range(TOKENS.shape[1])]])
+        found = logits(model, input_ids=tokens, attention_mask=(tokens != 0).long(), position_ids=positions)
+        return difference(found, logits(model))
+
+    model = tiny_model("bert")
+    after = prompted(model, combine="prefix_after_bos")
+    assert padding_shows(after) < 1e-12
+    # In front of the first token, the model's classifier looks at a virtual one, wherever the pads are.
+    return left_padding_shows(prompted(model)) < 1e-12 and left_padding_shows(after) > 0.1
+
+
+def prompt_decoder(folder: Path) -> bool:
+    model = prompted(tiny("bert", "causal-lm", is_decoder=True))
+    try:
+        logits(model)
+    except RuntimeError as error:
+        return "must match the size" in str(error)
+    return False
+
+
+def prompt_labels(folder: Path) -> bool:
+    model = prompted(tiny("bert-generation", "causal-lm"))
+    assert logits(model).shape[1] == TOKENS.shape[1] + 5
+    try:
+        logits(model, labels=TOKENS)
+    except ValueError as error:
+        return "to match target batch_size" in str(error)
+    return False
+
+
+def t5_head(folder: Path) -> bool:
+    model = build(tiny_model("t5").config, "sequence-classification", torch.float32, seed=0)
+    adapters.init(model)
+    model.add_adapter("x", adapters.PrefixTuningConfig(flat=True, prefix_length=5))
+    model.save_adapter(str(folder), "x")
+    held = Files(folder).tensors("pytorch_model_head.bin")
+    return set(held) > {name for name, _ in model.named_parameters() if not name.startswith("classification_head")}
+
+
+def xmod_languages(folder: Path) -> bool:
+    model = tiny("xmod", languages=["en_XX"], default_language="en_XX")
+    before = logits(model)
+    adapters.init(model)
+    return difference(logits(model), before) > 0.1
+
+
 def deberta_bias(folder: Path) -> bool:
-    sizes = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2}
-    config = AutoConfig.for_model("deberta", **sizes, num_attention_heads=4, max_position_embeddings=64)
-    model = build(config, "sequence-classification", torch.float32, seed=0)
+    model = tiny("deberta").float()
     before = logits(model)
     adapters.init(model)
     return difference(logits(model), before) > 0.01
@@ -142,6 +286,19 @@ SHOWN: dict[str, Callable[[Path], bool]] = {
     "adapterhub-ejected-flat": ejected_flat,
     "adapterhub-safetensors": safetensors,
     "adapterhub-t5-leave-out": t5_leave_out,
+    "adapterhub-sdpa-attentions": sdpa_attentions,
+    "adapterhub-gate-padding": gate_padding,
+    "adapterhub-gate-cache": gate_cache,
+    "adapterhub-float32": float32,
+    "adapterhub-prompt-load-as": prompt_load_as,
+    "adapterhub-prompt-sdpa": prompt_sdpa,
+    "adapterhub-prompt-deberta": prompt_deberta,
+    "adapterhub-prompt-distilbert": prompt_distilbert,
+    "adapterhub-prompt-left-padding": prompt_left_padding,
+    "adapterhub-prompt-decoder": prompt_decoder,
+    "adapterhub-prompt-labels": prompt_labels,
+    "adapterhub-t5-head": t5_head,
+    "adapterhub-xmod-languages": xmod_languages,
     "adapterhub-deberta-bias": deberta_bias,
 }
 

@@ -13,6 +13,17 @@ bert, t5), in the safetensors format, everything in float64 unless said otherwis
 - ``logits``: AdapterHub's with the prompt, no mask; ``logits.masked``: with the mask; ``logits.base``: no prompt, no
   mask. All under eager attention.
 
+And one file ``adapterhub_gates_and_entries.safetensors``, for prompts that AdapterHub was given by hand, on smaller
+models: prefixes with gates (cases ``shared``: one gate for keys and values, and ``own``: one each), all sites of the
+family, and prompt tuning, whose vectors enter after the embedding block (``prefix`` and ``prefix_after_bos``):
+
+- metadata ``<family>``: the base model's configuration, JSON;
+- ``<family>.weights.<name>``: its state dict, float32, to be used in float64;
+- ``<family>.input_ids``, ``<family>.decoder_input_ids`` and ``<family>.attention_mask``, as above;
+- ``<family>.<case>.prompt``: the prompt, the bytes (uint8) of softbridge's own file;
+- ``<family>.<case>.logits``, and ``<family>.<case>.masked``, of padded rows (pads are the token 0; the last columns of
+  the mask are the decoder's, too).
+
 Numbers differ between machines in the last bits: compare with a tolerance (float32 islands: 1e-5, else 1e-10).
 """
 
@@ -20,15 +31,23 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import adapters
 import numpy as np
 import torch
+from adapters.methods.prefix_tuning import PrefixTuningLayer
+from transformers import AutoConfig
 
+from softbridge.base import BaseModel, build
+from softbridge.container import pack
+from softbridge.geometry import Site, read_geometry
+from softbridge.prompt import Gate, KeyValuePrefix, Positions, SoftPrompt
 from softbridge.tensors import from_torch
-from softbridge.testing import tiny_model
+from softbridge.testing import random_input_prompt, random_prefix, tiny_model
 from softbridge.untrusted import Files, safetensors_bytes
 from softbridge_adapterhub.engine import ENGINE
 
@@ -41,16 +60,29 @@ METHODS = {
 LENGTH = 5
 
 
+#: Settings of the smaller models, and which of the two kinds of case each has.
+_ENCODER = {"vocab_size": 48, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_labels": 3}
+_ENCODER |= {"num_attention_heads": 4, "max_position_embeddings": 24, "pad_token_id": 0}
+_BART = {"vocab_size": 48, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
+_BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 24}
+_T5 = {"vocab_size": 48, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+SMALL: dict[str, tuple[dict[str, Any], str]] = {
+    "gpt2": ({"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 24}, "gates"),
+    "llama": ({**_ENCODER, "num_key_value_heads": 2}, "gates"),
+    "bert": (_ENCODER, "gates entries"),
+    "roberta": (_ENCODER, "gates entries"),
+    "electra": ({**_ENCODER, "embedding_size": 12}, "entries"),
+    "albert": ({**_ENCODER, "embedding_size": 12, "num_hidden_groups": 1}, "entries"),
+    "t5": ({**_T5, "tie_word_embeddings": True, "decoder_start_token_id": 0}, "gates"),
+    "bart": ({**_BART, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, "gates"),
+}
+COMBINE = {"before-sequence": "prefix", "after-first-token": "prefix_after_bos"}
+
+
 def make(family: str, method: str) -> bytes:
     # transformers 5 builds T5 with tied embeddings whatever its configuration says; tied, both compute the same.
     model = tiny_model(family, **({"tie_word_embeddings": True} if family == "t5" else {}))
-    generator = torch.Generator().manual_seed(7)
-    inputs = {"input_ids": torch.randint(3, model.config.vocab_size, (2, 7), generator=generator)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = torch.randint(3, model.config.vocab_size, (2, 6), generator=generator)
-    mask = torch.ones_like(inputs["input_ids"])
-    mask[-1, -2:] = 0
-
+    inputs, mask = inputs_for(model)
     with tempfile.TemporaryDirectory() as scratch:
         ENGINE.train_example(copy.deepcopy(model), method, Path(scratch), length=LENGTH, steps=5, seed=11)
         written = {path.name: path.read_bytes() for path in Path(scratch).iterdir()}
@@ -72,14 +104,117 @@ def make(family: str, method: str) -> bytes:
     )
 
 
+def small(family: str) -> Any:
+    settings = SMALL[family][0]
+    config = AutoConfig.for_model(family, **settings)
+    return build(config, BaseModel(config).task, torch.float64, 0)
+
+
+def cases(model: Any, kinds: str) -> Iterator[tuple[str, SoftPrompt]]:
+    """Prompts of which AdapterHub computes what their positions say, by the name of the case."""
+    geometry = read_geometry(model.config)
+    if "entries" in kinds:
+        (part,) = random_input_prompt(geometry, LENGTH).inputs
+        for placement, name in COMBINE.items():
+            moved = replace(part, entry="after", placement=placement)
+            yield name, SoftPrompt((moved,), Positions({"encoder": 0}))
+    if "gates" in kinds:
+        sites: tuple[Site, ...] | None = ("encoder", "self", "cross") if geometry.is_encoder_decoder else None
+        prefix = random_prefix(geometry, LENGTH, sites=sites)
+        skewed = "skewed" if any("relative_attention_bias" in name for name, _ in model.named_modules()) else "plain"
+        positions = Positions(dict.fromkeys(prefix.positions.start, 0), skewed, "pinned")
+        for name, outputs in (("shared", 1), ("own", 2)):
+            yield name, SoftPrompt(tuple(gated(part, outputs, geometry.hidden) for part in prefix.prefixes), positions)
+
+
+def gated(part: KeyValuePrefix, outputs: int, hidden: int) -> KeyValuePrefix:
+    generator = np.random.default_rng(outputs)
+    layers = {}
+    for layer, pair in part.layers.items():
+        weight, bias = (generator.normal(0, 0.5, shape).astype(np.float32) for shape in ((outputs, hidden), outputs))
+        layers[layer] = replace(pair, gate=Gate(weight, bias))
+    return replace(part, layers=layers)
+
+
+def with_adapterhub(model: Any, prompt: SoftPrompt) -> Any:
+    """A copy of the model with the prompt, in AdapterHub: prompt tuning, or a prefix with gates in every layer."""
+    running = copy.deepcopy(model)
+    adapters.init(running)
+    for part in prompt.inputs:
+        combine = COMBINE[part.placement]
+        running.add_adapter("a", config=adapters.PromptTuningConfig(prompt_length=part.length, combine=combine))
+        running.base_model.prompt_tuning.prompt_tunings["a"].prompt_embedding.weight.data = double(part.vectors)
+    if prompt.prefixes:
+        first = prompt.prefixes[0].layers[0].gate
+        shared, length = first is not None and len(first.bias) == 1, prompt.prefixes[0].length
+        config = adapters.PrefixTuningConfig(flat=True, prefix_length=length, use_gating=True, shared_gating=shared)
+        running.add_adapter("a", config=config)
+        only = "encoder" if read_geometry(model.config).decoder is None else "self"
+        sites: dict[str, Site] = {"self_prefix": only, "encoder_prefix": "encoder", "cross_prefix": "cross"}
+        for module in running.modules():
+            if isinstance(module, PrefixTuningLayer) and "a" in module.prefixes:
+                part = prompt.prefix(sites[module.location_key])
+                module.pool.prefix_tunings["a"][module.location_key].control_trans.data = double(
+                    part.flat().reshape(-1)
+                )
+                gate = part.layers[module.prefixes["a"]].gate
+                module.prefix_gates["a"].weight.data = double(gate.weight)
+                module.prefix_gates["a"].bias.data = double(gate.bias)
+    running.set_active_adapters("a")
+    return running.eval()
+
+
+def double(array: Any) -> torch.Tensor:
+    return torch.tensor(array).double()
+
+
+def make_small() -> bytes:
+    tensors: dict[str, Any] = {}
+    configs = {}
+    for family, (_, kinds) in SMALL.items():
+        model = small(family)
+        configs[family] = model.config.to_json_string()
+        inputs, mask = inputs_for(model)
+        named = {f"weights.{name}": from_torch(tensor.float()) for name, tensor in model.state_dict().items()}
+        named |= {name: from_torch(tensor) for name, tensor in {**inputs, "attention_mask": mask}.items()}
+        for case, prompt in cases(model, kinds):
+            running = with_adapterhub(model, prompt)
+            named[f"{case}.prompt"] = np.frombuffer(pack(prompt), np.uint8)
+            named[f"{case}.logits"] = logits(running, inputs)
+            named[f"{case}.masked"] = logits(running, padded(inputs, mask))
+        tensors |= {f"{family}.{name}": array for name, array in named.items()}
+    return safetensors_bytes(tensors, configs)
+
+
+def padded(inputs: dict[str, torch.Tensor], mask: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The inputs with padding where the mask says so, in an encoder-decoder model for either stack."""
+    result = {"input_ids": inputs["input_ids"] * mask, "attention_mask": mask}
+    if "decoder_input_ids" in inputs:
+        decoder = mask[:, -inputs["decoder_input_ids"].shape[1] :]
+        result |= {"decoder_input_ids": inputs["decoder_input_ids"] * decoder, "decoder_attention_mask": decoder}
+    return result
+
+
+def inputs_for(model: Any) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+    """Two rows of tokens, and a mask with which the last row ends in padding."""
+    generator = torch.Generator().manual_seed(7)
+    inputs = {"input_ids": torch.randint(3, model.config.vocab_size, (2, 7), generator=generator)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = torch.randint(3, model.config.vocab_size, (2, 6), generator=generator)
+    mask = torch.ones_like(inputs["input_ids"])
+    mask[-1, -2:] = 0
+    return inputs, mask
+
+
 def logits(model: Any, inputs: dict[str, Any]) -> Any:
     with torch.no_grad():
         return from_torch(model(**inputs).logits)
 
 
 if __name__ == "__main__":
-    for family, method in METHODS.items():
-        content = make(family, method)
-        target = Path(__file__).parent / f"adapterhub_{family}.safetensors"
+    contents = {family: make(family, method) for family, method in METHODS.items()}
+    contents["gates_and_entries"] = make_small()
+    for name, content in contents.items():
+        target = Path(__file__).parent / f"adapterhub_{name}.safetensors"
         target.write_bytes(content)
         print(f"{target.name}: {len(content)} bytes")

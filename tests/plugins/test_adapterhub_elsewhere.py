@@ -1,13 +1,15 @@
-"""A prefix trained by AdapterHub runs where AdapterHub cannot be installed, with the numbers that AdapterHub computed.
+"""What AdapterHub computes runs where AdapterHub cannot be installed, with the numbers that it computed.
 
-The golden files hold a base model, the files that AdapterHub's `save_adapter` wrote, and AdapterHub's own logits
-(eager, float64); see `tests/golden/make_adapterhub.py`. Where the native engine can run them it does, whatever else is
-installed; T5 under transformers 4 does not dispatch its attention, and there AdapterHub itself is the only engine.
+The golden files hold base models, the files that AdapterHub's `save_adapter` wrote (in one of them: prompts that it was
+given by hand), and AdapterHub's own logits (eager, float64); see `tests/golden/make_adapterhub.py`. Where the native
+engine can run them it does, whatever else is installed; T5 under transformers 4 does not dispatch its attention, and
+there AdapterHub itself is the only engine.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -16,13 +18,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoConfig
 
 import softbridge as sb
 from softbridge.base import BaseModel, auto_class
-from softbridge.prompt import SoftPrompt
+from softbridge.prompt import KeyValuePrefix, Positions, SoftPrompt
 from softbridge.registry import engines
 from softbridge.verification.mutations import mutations
 from softbridge.verification.run import attached, choose_engine
+from softbridge_native.engine import ENGINE
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden"
 
@@ -34,8 +38,6 @@ TASKS: dict[str, Any] = {"bert": "sequence-classification", "t5": "seq2seq-lm"}
 
 class Golden:
     def __init__(self, family: str, directory: Path) -> None:
-        from transformers import AutoConfig
-
         with safe_open(GOLDEN / f"adapterhub_{family}.safetensors", "pt") as file:
             self.tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             settings = json.loads(file.metadata()["config"])
@@ -96,3 +98,78 @@ def test_without_adapterhub_it_is_the_native_engine_that_runs_them(tmp_path: Pat
         (tmp_path / family).mkdir()
         golden = Golden(family, tmp_path / family)
         assert choose_engine(golden.prompt, "adapterhub", golden.model)[0].name == "native"
+
+
+# ------------------------------------------------------------------------- gates, and prompts after the embedding block
+
+#: Families whose attention dispatches in every supported transformers, and so have gates everywhere.
+GATED_EVERYWHERE = {"gpt2", "llama", "bart"}
+
+
+def by_hand() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """Tensors, and family -> settings of its configuration."""
+    with safe_open(GOLDEN / "adapterhub_gates_and_entries.safetensors", "pt") as file:
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return tensors, {family: json.loads(settings) for family, settings in file.metadata().items()}
+
+
+def wrong_ones(prompt: SoftPrompt) -> Iterator[tuple[str, SoftPrompt]]:
+    """Neighbours with other numbers: without gates, entering elsewhere, or turned round."""
+    for part in prompt.inputs:
+        start = Positions({part.stack: part.length})
+        yield "before", replace(prompt, parts=(replace(part, entry="before"),), positions=start)
+        yield "turned", replace(prompt, parts=(replace(part, vectors=-part.vectors),))
+    if prompt.prefixes:
+        yield "no gates", with_gates(prompt, lambda gate: None)
+        yield "other gates", with_gates(prompt, lambda gate: replace(gate, bias=gate.bias[::-1] - 1))
+
+
+def with_gates(prompt: SoftPrompt, change: Callable[[Any], Any]) -> SoftPrompt:
+    def part(prefix: KeyValuePrefix) -> KeyValuePrefix:
+        return replace(prefix, layers={n: replace(pair, gate=change(pair.gate)) for n, pair in prefix.layers.items()})
+
+    return replace(prompt, parts=tuple(part(prefix) for prefix in prompt.prefixes))
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_gates_and_entries_are_those_of_adapterhub(implementation: str, tmp_path: Path) -> None:
+    tensors, configs = by_hand()
+    ran = set()
+    for family, settings in configs.items():
+        own = {name.removeprefix(f"{family}."): t for name, t in tensors.items() if name.startswith(f"{family}.")}
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        auto = auto_class(BaseModel(config).task)
+        with torch.random.fork_rng(devices=[]):
+            try:
+                model = auto.from_config(config, attn_implementation=implementation).double().eval()
+            except ValueError:  # no such attention in this family
+                continue
+        weights = {name: tensor for name, tensor in own.items() if name.startswith("weights.")}
+        model.load_state_dict({name.removeprefix("weights."): tensor for name, tensor in weights.items()})
+        inputs = {name: own[name] for name in ("input_ids", "decoder_input_ids") if name in own}
+        padded = {}
+        for stack in ("", "decoder_") if "decoder_input_ids" in inputs else ("",):
+            mask = own["attention_mask"][:, -inputs[f"{stack}input_ids"].shape[1] :]
+            padded |= {f"{stack}input_ids": inputs[f"{stack}input_ids"] * mask, f"{stack}attention_mask": mask}
+        for case in sorted(name.removesuffix(".prompt") for name in own if name.endswith(".prompt")):
+            (tmp_path / "prompt.safetensors").write_bytes(own[f"{case}.prompt"].numpy().tobytes())
+            prompt = sb.load(tmp_path / "prompt.safetensors")
+            if ENGINE.obstacles(prompt, model):
+                continue
+            ran.add((family, case))
+            for name, given in (("logits", inputs), ("masked", padded)):
+                expected = own[f"{case}.{name}"]
+                real = mask.bool() if expected.shape[:2] == mask.shape and name == "masked" else slice(None)
+
+                def apart(prompt: SoftPrompt, given: Any = given, expected: Any = expected, real: Any = real) -> float:
+                    with attached(ENGINE, model, prompt) as running, torch.no_grad():  # noqa: B023
+                        return float((running(**given).logits - expected)[real].abs().max())
+
+                bound = BOUNDS.get(family, 1e-10) * float(expected.abs().max())
+                assert apart(prompt) <= bound, (family, case, name)
+                for what, wrong in wrong_ones(prompt):
+                    assert apart(wrong) > 0.01, (family, case, name, what)
+    gated = {family for family, case in ran if case in ("shared", "own")}
+    assert gated >= GATED_EVERYWHERE
+    assert len(gated) == len(GATED_EVERYWHERE) or gated == GATED_EVERYWHERE | {"bert", "roberta", "t5"}
+    assert {family for family, case in ran if "prefix" in case} >= {"bert", "roberta", "albert"}

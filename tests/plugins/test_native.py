@@ -6,6 +6,7 @@ Bitwise means bitwise. Where a model computes in float32 although its weights ar
 from __future__ import annotations
 
 import copy
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -28,7 +29,8 @@ from transformers import (
 from softbridge.base import BaseModel, build
 from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
-from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt, Training
+from softbridge.lower import as_dtype
+from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt, Training
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files
 from softbridge_native.engine import ENGINE
@@ -37,6 +39,8 @@ from softbridge_native.format import FORMAT
 P, T, NEW = 5, 7, 6
 FAMILIES = tuple(TINY)
 CAUSAL = ("gpt2", "llama", "qwen3", "gpt_neox")
+#: What does not depend on pads, on the other rows and on a cache; a gate does (see test_native_gates.py).
+INVARIANT = [*((family, kind) for family in FAMILIES for kind in ("input", "prefix", "first")), ("bert", "after")]
 FAR = 0.1
 #: `generate` keeps the logits of its steps in float32, whatever the model computes in.
 STEP = 1e-6
@@ -77,11 +81,33 @@ def dispatches(family: str) -> bool:
 
 
 def make_prompt(model: Any, kind: str, positions: Positions | None = None) -> SoftPrompt:
+    """``prefix``, ``gated`` or ``input``; ``first``: after the first token; ``after``: after the embedding block."""
     geometry = read_geometry(model.config)
-    if kind == "input":
-        return random_input_prompt(geometry, P)
-    sites = ("encoder", "self", "cross") if geometry.is_encoder_decoder else None
-    return random_prefix(geometry, P, sites=sites, positions=positions)
+    if kind in ("prefix", "gated"):
+        sites = ("encoder", "self", "cross") if geometry.is_encoder_decoder else None
+        prompt = random_prefix(geometry, P, sites=sites, positions=positions)
+        return gated(prompt) if kind == "gated" else prompt
+    prompt = random_input_prompt(geometry, P)
+    (part,) = prompt.inputs
+    if kind == "first":
+        part = replace(part, placement="after-first-token")
+    if kind == "after":
+        return replace(prompt, parts=(replace(part, entry="after"),), positions=Positions({part.stack: 0}))
+    return replace(prompt, parts=(part,))
+
+
+def gated(prompt: SoftPrompt, outputs: int = 2) -> SoftPrompt:
+    """The same with a gate in every layer."""
+    generator, hidden = np.random.default_rng(9), prompt.base.geometry.hidden
+
+    def gate() -> Gate:
+        weight, bias = generator.normal(0, 0.5, (outputs, hidden)), generator.normal(0, 0.5, outputs)
+        return Gate(weight.astype(np.float32), bias.astype(np.float32))
+
+    def part(prefix: KeyValuePrefix) -> KeyValuePrefix:
+        return replace(prefix, layers={n: replace(pair, gate=gate()) for n, pair in prefix.layers.items()})
+
+    return replace(prompt, parts=tuple(part(prefix) for prefix in prompt.prefixes))
 
 
 def attached(model: Any, prompt: SoftPrompt) -> Any:
@@ -98,12 +124,16 @@ def shifted(prompt: SoftPrompt) -> SoftPrompt:
 
 
 def swapped(prompt: SoftPrompt) -> SoftPrompt:
-    """The same with keys and values, or the order of the vectors, swapped."""
+    """The same with keys and values, or the order of the vectors, swapped.
+
+    After the embedding block vectors have no positions, and to an encoder they are a set: there their signs are.
+    """
 
     def swap(part: Any) -> Any:
         if isinstance(part, InputPrompt):
-            return replace(part, vectors=part.vectors[::-1])
-        return replace(part, layers={n: KeyValue(pair.values, pair.keys) for n, pair in part.layers.items()})
+            return replace(part, vectors=part.vectors[::-1] if part.entry == "before" else -part.vectors)
+        swapped = {n: replace(pair, keys=pair.values, values=pair.keys) for n, pair in part.layers.items()}
+        return replace(part, layers=swapped)
 
     return replace(prompt, parts=tuple(swap(part) for part in prompt.parts))
 
@@ -111,13 +141,7 @@ def swapped(prompt: SoftPrompt) -> SoftPrompt:
 def wide(prompt: SoftPrompt) -> SoftPrompt:
     """The same in float64, so that sums of gradients are comparable bit for bit."""
 
-    def widen(part: Any) -> Any:
-        if isinstance(part, InputPrompt):
-            return replace(part, vectors=part.vectors.astype(np.float64))
-        pairs = {n: KeyValue(*(a.astype(np.float64) for a in (p.keys, p.values))) for n, p in part.layers.items()}
-        return replace(part, layers=pairs)
-
-    return replace(prompt, parts=tuple(widen(part) for part in prompt.parts))
+    return as_dtype(prompt, np.dtype(np.float64))
 
 
 def twins(model: Any, prompt: SoftPrompt) -> dict[str, Any]:
@@ -189,10 +213,9 @@ def generate(model: Any, ids: Tensor, mask: Tensor | None = None, **settings: An
 # ---------------------------------------------------------------------------------------------- against itself
 
 
-@pytest.mark.parametrize("kind", ["input", "prefix"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_padding_batch_and_cache_do_not_matter(family: str, implementation: str, kind: str) -> None:
+@pytest.mark.parametrize(("family", "kind"), INVARIANT)
+def test_padding_batch_and_cache_do_not_matter(family: str, kind: str, implementation: str) -> None:
     model = token_model(family, implementation)
     prompt = make_prompt(model, kind)
     ours, wrong = attached(model, prompt), twins(model, prompt)
@@ -222,13 +245,15 @@ def test_padding_batch_and_cache_do_not_matter(family: str, implementation: str,
     assert torch.equal(generate(ours, out, mask, num_beams=2)[0], torch.cat(beams))
 
 
+@pytest.mark.parametrize("kind", ["prefix", "gated"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_eager_is_sdpa(family: str) -> None:
+def test_eager_is_sdpa(family: str, kind: str) -> None:
     model, other = token_model(family), token_model(family, "sdpa")
-    out, mask = padded(tokens(), (T, 4), "left")
+    # What a pad that sees nothing makes of it differs, and a gate sees pads.
+    out, mask = padded(tokens(), (T, 4), "left" if kind == "prefix" else "right")
     # Llama-like eager attention computes its softmax in float32; GPT-2's, GPT-NeoX's, BERT's and T5's do not.
     rtol = 1e-5 if family in ("llama", "qwen3", "gpt_neox") else 1e-12
-    prompt = make_prompt(model, "prefix")
+    prompt = make_prompt(model, kind)
     ours, wrong = attached(model, prompt), twins(model, prompt)
     rows = slice(None) if model.config.is_encoder_decoder else mask.bool()
     with torch.no_grad():
@@ -237,7 +262,7 @@ def test_eager_is_sdpa(family: str) -> None:
 
 
 def test_positions_of_the_caller_count_from_the_start() -> None:
-    for kind in ("input", "prefix"):
+    for kind in ("input", "prefix", "first"):
         model = token_model("gpt2")
         ours = attached(model, make_prompt(model, kind))
         ids, told = tokens(), torch.arange(T)[None]
@@ -251,7 +276,7 @@ def test_positions_of_the_caller_count_from_the_start() -> None:
             assert torch.equal(ours(ids, return_dict=False)[0], plain)
 
 
-@pytest.mark.parametrize("kind", ["input", "prefix"])
+@pytest.mark.parametrize("kind", ["input", "prefix", "first"])
 def test_positions_go_on_where_the_cache_ends(kind: str) -> None:
     """By hand, without a mask and without positions, which `generate` would give."""
     model = token_model("gpt2")
@@ -345,7 +370,7 @@ def test_a_static_cache_is_a_cache(family: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("kind", ["input", "prefix"])
+@pytest.mark.parametrize("kind", ["input", "prefix", "gated"])
 def test_compiles_in_one_graph(kind: str) -> None:
     model = token_model("gpt2", "sdpa")
     ours = attached(model, make_prompt(model, kind))
@@ -362,8 +387,7 @@ def labels_of(model: Any, ids: Tensor) -> Tensor:
     return ids % 5 if model.config.model_type == "bert" else ids
 
 
-@pytest.mark.parametrize("kind", ["input", "prefix"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(("family", "kind"), [*INVARIANT, *((family, "gated") for family in FAMILIES)])
 def test_training_changes_the_prompt_and_nothing_else(family: str, kind: str) -> None:
     model = token_model(family)
     method = Training("direct", {}, {})
@@ -392,7 +416,7 @@ def test_training_changes_the_prompt_and_nothing_else(family: str, kind: str) ->
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.parametrize("reentrant", [False, True])
-@pytest.mark.parametrize("kind", ["input", "prefix"])
+@pytest.mark.parametrize("kind", ["input", "prefix", "first", "gated"])
 def test_gradient_checkpointing_keeps_the_gradient(kind: str, reentrant: bool) -> None:
     model = token_model("gpt2", resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0)
     ours = attached(model, wide(make_prompt(model, kind))).train()
@@ -411,7 +435,7 @@ def test_gradient_checkpointing_keeps_the_gradient(kind: str, reentrant: bool) -
 
 
 def test_a_prompt_keeps_its_precision_on_any_base() -> None:
-    for kind in ("input", "prefix"):
+    for kind in ("input", "gated"):
         model = token_model("gpt2").bfloat16()
         prompt = make_prompt(model, kind)
         ours = attached(model, prompt)
@@ -424,10 +448,9 @@ def test_a_prompt_keeps_its_precision_on_any_base() -> None:
 # ---------------------------------------------------------------------------------------- attaching, detaching
 
 
-@pytest.mark.parametrize("kind", ["input", "prefix"])
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("family", FAMILIES)
-def test_detach_restores_everything(family: str, implementation: str, kind: str) -> None:
+@pytest.mark.parametrize(("family", "kind"), [*INVARIANT, *((family, "gated") for family in FAMILIES)])
+def test_detach_restores_everything(family: str, kind: str, implementation: str) -> None:
     model = token_model(family, implementation)
     prompt = make_prompt(model, kind)
     if ENGINE.obstacles(prompt, model):
@@ -454,7 +477,7 @@ def test_detach_restores_everything(family: str, implementation: str, kind: str)
     assert [name for name, parameter in model.named_parameters() if parameter.requires_grad] == trainable
     assert all(m.config._attn_implementation == implementation for m in model.modules() if hasattr(m, "config"))
     assert hooks() == count
-    assert not any("_softbridge" in vars(module) for module in model.modules())
+    assert not any(name.startswith("_softbridge") for module in model.modules() for name in vars(module))
 
 
 def test_one_prompt_at_a_time() -> None:
@@ -468,8 +491,8 @@ def test_one_prompt_at_a_time() -> None:
         ENGINE.attach(model, prompt)
 
 
-@pytest.mark.parametrize("kind", ["input", "prefix"])
-def test_a_deep_copy_stands_on_its_own(kind: str) -> None:
+@pytest.mark.parametrize("kind", ["input", "gated"])
+def test_a_copy_or_a_pickle_stands_on_its_own(kind: str) -> None:
     model = token_model("gpt2")
     ours = attached(model, make_prompt(model, kind))
     twin, ids = copy.deepcopy(ours), tokens()
@@ -481,6 +504,13 @@ def test_a_deep_copy_stands_on_its_own(kind: str) -> None:
         assert torch.equal(logits(ours, ids), expected)
         assert difference(logits(twin, ids), expected) > FAR
         assert torch.equal(logits(ENGINE.detach(twin), ids), logits(model, ids))
+    logits(ours, ids)  # with gradients, of which nothing may be left
+    file = io.BytesIO()
+    torch.save(copy.deepcopy(ours), file)
+    file.seek(0)
+    read = torch.load(file, weights_only=False)
+    assert torch.equal(logits(read, ids), expected)
+    assert ENGINE.extract(read) == ENGINE.extract(ours)
 
 
 def test_what_cannot_run_says_so_while_it_runs() -> None:
@@ -523,13 +553,12 @@ def test_refusals() -> None:
     gpt2, t5 = tiny_model("gpt2"), tiny_model("t5")
     vectors, prefix = make_prompt(gpt2, "input"), make_prompt(gpt2, "prefix")
     part = vectors.inputs[0]
-    for change in ({"entry": "after"}, {"placement": "after-first-token"}):
-        assert obstacle_names(replace(vectors, parts=(replace(part, **change),)), gpt2) == ["entry"]
+    after = replace(vectors, parts=(replace(part, entry="after"),), positions=Positions({"decoder": 0}))
+    assert obstacle_names(after, gpt2) == ["entry"]
     assert obstacle_names(replace(vectors, positions=Positions({"decoder": 0})), gpt2) == ["positions"]
     assert obstacle_names(make_prompt(t5, "input"), gpt2) == ["base-model"]
     assert obstacle_names(make_prompt(tiny_model("llama"), "prefix"), gpt2) == ["base-model"]
-    decoder = SoftPrompt((InputPrompt(np.ones((P, 24)), "decoder"),), Positions({"decoder": P}))
-    assert obstacle_names(decoder, t5) == ["stack"]
+    assert obstacle_names(random_input_prompt(read_geometry(t5.config), P, stack="decoder"), t5) == []
     first = KeyValuePrefix("self", {0: prefix.prefixes[0].layers[0]})
     skewed = replace(prefix, parts=(first,), positions=Positions({"decoder": 0}, "skewed"))
     assert obstacle_names(skewed, gpt2) == ["relative-bias"]

@@ -465,11 +465,15 @@ def rematerialise(prompt: SoftPrompt, task: int | None = None) -> SoftPrompt:
         training = _for_task(training, task)
     parts: list[InputPrompt | KeyValuePrefix] = []
     for part in prompt.parts:
-        if isinstance(part, InputPrompt):
+        if isinstance(part, InputPrompt) == kind_of(training.kind).per_site:
+            parts.append(part)  # it stands beside what was parameterised
+        elif isinstance(part, InputPrompt):
             parts.append(replace(part, vectors=materialise_vectors(training)))
         else:
             kv_heads, _, head_dim = next(iter(part.layers.values())).keys.shape
-            parts.append(materialise(training, part.site, tuple(part.layers), kv_heads, head_dim))
+            made = materialise(training, part.site, tuple(part.layers), kv_heads, head_dim)
+            layers = {layer: replace(pair, gate=part.layers[layer].gate) for layer, pair in made.layers.items()}
+            parts.append(replace(part, layers=layers))
     return replace(prompt, parts=tuple(parts), training=training)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +16,7 @@ from softbridge.errors import SoftbridgeError
 from softbridge.head import load_head
 from softbridge.hookspecs import Engine, Loader
 from softbridge.lower import turn
+from softbridge.parts import named_arrays
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.template import Template
 from softbridge.verification.certificate import Fault, Figure
@@ -219,7 +220,7 @@ def capture(
         exact=exact,
         rough=bench.own(subject, engine, dtype),
         loss=loss,
-        gradient={name: array for part in gradient_of_parts.parts for name, array in _named(part)},
+        gradient=named_arrays(replace(gradient_of_parts, head={}, training=None)),
         repeats=_repeats(prompt),
         faults=moved,
         naive=copied,
@@ -278,11 +279,6 @@ def _training(a: Capture, b: Capture, rounded: Sequence[str]) -> list[Figure]:
     size = max(float(np.abs(array).max()) for array in a.gradient.values()) or 1.0
     apart = max(float(np.abs(a.gradient[name] - b.gradient[name]).max()) for name in a.gradient) / size
     return [*figures, Figure("gradient", apart, apart, judged=not note, note=note)]
-
-
-def _named(part: Any) -> list[tuple[str, Array]]:
-    where = part.stack if hasattr(part, "stack") else part.site
-    return [(f"{where}.{name}", array) for name, array in part.arrays()]
 
 
 def _repeats(prompt: SoftPrompt) -> bool:

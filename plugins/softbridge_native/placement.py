@@ -1,0 +1,280 @@
+"""An input prompt in one stack of the model: what happens before and after the stack runs.
+
+Hooks put the virtual tokens into the sequence, tell the real ones where they stand, and take the virtual ones out of
+the last hidden state. What is built on the stack - heads, losses, `generate`, trainers - therefore never meets a
+virtual token: logits and labels keep their length, and the loss is the model's own. Where the vectors enter after the
+embedding block, that block never meets one either. The virtual tokens of a template have places in the caller's own
+rows: there the vectors are put, and nothing else changes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from softbridge.errors import EngineError
+from softbridge.prompt import InputPrompt
+from softbridge.template import PLACEHOLDER
+from softbridge.tensors import from_torch, to_torch
+
+
+def counted(part: InputPrompt) -> int:
+    """By how many places the virtual tokens move the tokens behind them, as far as positions are concerned.
+
+    By none where they enter after the positions, or where the caller's rows have places for them.
+    """
+    return part.length if part.entry == "before" and part.template is None else 0
+
+
+def embedding_block(stack: Any) -> nn.Module | None:
+    """The module of the stack that adds positions to the word embedding and keeps its width (BERT's `embeddings`)."""
+    words = stack.get_input_embeddings()
+    for block in stack.children():
+        if block is not words and words in block.modules():
+            tables = (module for name, module in block.named_modules() if name.endswith("position_embeddings"))
+            return block if any(getattr(table, "embedding_dim", 0) == words.embedding_dim for table in tables) else None
+    return None
+
+
+class Vectors(nn.Module):
+    """An input prompt: vectors [P, H]."""
+
+    def __init__(self, part: InputPrompt, device: torch.device) -> None:
+        super().__init__()
+        self.vectors = nn.Parameter(to_torch(part.vectors).to(device))
+        self.length = part.length
+        self.entry = part.entry
+        self.placement = part.placement
+        self.counted = counted(part)
+
+    def extract(self, part: InputPrompt) -> InputPrompt:
+        return replace(part, vectors=from_torch(self.vectors))
+
+    def layout(self, mask: Tensor | None) -> Layout:
+        """Where the virtual tokens stand in rows with this mask [B, T]; without one no row has pads."""
+        first = int(self.placement == "after-first-token")
+        if mask is None:
+            return Layout(torch.full((1, 1), first, device=self.vectors.device), self.length)
+        return Layout((left_pads(mask) + first).clamp(max=mask.shape[1]), self.length)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order of virtual and real tokens in each row: of a row's columns, the first `front` stand in front.
+
+    Attributes:
+        front: [B or 1, 1]: a row's pads on the left, and its first real token where that comes first.
+        length: P.
+    """
+
+    front: Tensor
+    length: int
+
+    def insert(self, real: Tensor, virtual: Tensor) -> Tensor:
+        """[B, P + T, ...] from what belongs to real tokens [B or 1, T, ...] and to virtual ones [B or 1, P, ...]."""
+        both = torch.cat([virtual.expand(real.shape[0], *virtual.shape[1:]), real], dim=1)
+        column = torch.arange(both.shape[1], device=both.device)
+        ahead, behind = column < self.front, column >= self.front + self.length
+        return _take(both, column + self.length * ahead - self.front * ~(ahead | behind))
+
+    def reserve(self, real: Tensor) -> Tensor:
+        """[B, P + T, ...] with anything valid in the places of the virtual tokens: the row's first."""
+        return self.insert(real, real[:, :1].expand(-1, self.length, *real.shape[2:]))
+
+    def real(self, both: Tensor) -> Tensor:
+        """[B, T, ...] of [B, P + T, ...]: without what belongs to virtual tokens."""
+        column = torch.arange(both.shape[1] - self.length, device=both.device)
+        return _take(both, column + self.length * (column >= self.front))
+
+
+def left_pads(mask: Tensor) -> Tensor:
+    """How many columns each row has in front of its first real token, [B, 1], from a mask [B, T]."""
+    return (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+
+
+def _take(both: Tensor, order: Tensor) -> Tensor:
+    """The columns of [B or 1, N, ...] in the order [B or 1, n]."""
+    return torch.take_along_dim(both, order.view(*order.shape, *[1] * (both.ndim - 2)), dim=1)
+
+
+class StackHooks:
+    """What happens before and after one stack of the model, and its embedding block, run.
+
+    Args:
+        stack: the module.
+        vectors: its input prompt, or None.
+        start: where its first real token stands; see `Positions`.
+        implementation: ours, which the stack's configuration names, or None where the model keeps its own.
+        strip: whether to take the virtual tokens out of the last hidden state again.
+    """
+
+    def __init__(
+        self, stack: nn.Module, vectors: Vectors | None, start: int, implementation: str | None, strip: bool
+    ) -> None:
+        self.vectors = vectors
+        self.start = start
+        self.implementation = implementation
+        self.strip = strip
+        self.names = tuple(inspect.signature(stack.forward).parameters)
+        self.offset = _position_offset(stack)
+        #: Where the virtual tokens stand that were put into the sequence of the running call, or None.
+        self.layout: Layout | None = None
+        #: P + T of that call.
+        self.width = 0
+
+    def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
+        """Put the virtual tokens into the sequence, and tell the real ones where they stand."""
+        if self.implementation not in (None, stack.config._attn_implementation):
+            raise EngineError(
+                f"the attention implementation became '{stack.config._attn_implementation}' with a prompt attached",
+                f"'{self.implementation}', in which the prompt lives",
+                "detach the prompt, set the implementation, and attach again",
+            )
+        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        past = 0 if cache is None else cache.get_seq_length()
+        plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        positions = self._positions(kwargs, plain, past)
+        if positions is not None:
+            kwargs["position_ids"] = positions
+        self.layout = None  # should the last call have failed
+        if self.vectors is not None and self.vectors.placement == "template":
+            _fill(self.vectors, stack, kwargs, past)
+        elif self.vectors is not None:
+            if mask is not plain:
+                raise EngineError(
+                    "the attention mask came ready-made, with an input prompt attached",
+                    "a mask of shape [B, T], or none",
+                    "pass the tokens' own mask, and use a cache that grows",
+                )
+            kwargs.pop("cache_position", None)  # counted without the prompt; the model counts its cache
+            layout = self.vectors.layout(plain)
+            if plain is not None:
+                kwargs["attention_mask"] = layout.insert(plain, plain.new_ones(1, layout.length))
+            if past == 0:
+                self.layout = layout
+                self._insert(self.vectors, layout, stack, kwargs, positions)
+        return (), kwargs
+
+    def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Take the virtual tokens out of the last hidden state."""
+        layout, self.layout = self.layout, None
+        if layout is None or not self.strip:
+            return output
+        hidden = layout.real(output[0])
+        if isinstance(output, tuple):
+            return (hidden, *output[1:])
+        output.last_hidden_state = hidden
+        return output
+
+    def before_block(
+        self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Give the embedding block the real tokens only, as without a prompt."""
+        layout = self.layout
+
+        def real(value: Any) -> Any:
+            if layout is None or not isinstance(value, Tensor) or value.shape[1:2] != (self.width,):
+                return value
+            return layout.real(value)
+
+        return tuple(real(value) for value in args), {name: real(value) for name, value in kwargs.items()}
+
+    def after_block(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Put the vectors among what the embedding block made of the real tokens."""
+        if self.layout is None or self.vectors is None:
+            return output
+        return self.layout.insert(output, self.vectors.vectors.to(output.dtype)[None])
+
+    def before_decoder(
+        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Let cross-attention see the virtual tokens, which are in the encoder's output."""
+        mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
+        if self.vectors is not None and mask is not None and states is not None:
+            layout = self.vectors.layout(mask)
+            if mask.shape[1] + layout.length == states.shape[1]:
+                kwargs["encoder_attention_mask"] = layout.insert(mask, mask.new_ones(1, layout.length))
+        return args, kwargs
+
+    def _positions(self, kwargs: Mapping[str, Any], mask: Tensor | None, past: int) -> Tensor | None:
+        """Where the real tokens stand, [B or 1, T]; None if the model would say the same, or cannot be told."""
+        given = kwargs.get("position_ids")
+        if given is not None:
+            return given + self.start  # type: ignore[no-any-return]
+        vectors = self.vectors
+        cached = vectors.length if past and vectors is not None and vectors.placement != "template" else 0
+        ahead = cached or (0 if vectors is None else vectors.counted)
+        if "position_ids" not in self.names or (mask is None and self.start == ahead):
+            return None
+        tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        column = torch.arange(past - cached, past - cached + tokens.shape[1], device=tokens.device)[None]
+        if mask is None:
+            return column + self.start + self.offset
+        # Where a pad stands shows in the mean of a gate: on the right, where the model itself has it.
+        positions = (column - left_pads(mask)).clamp(min=0) + self.start + self.offset
+        if self.offset and tokens.ndim == 2:
+            positions = torch.where(tokens == self.offset - 1, self.offset - 1, positions)
+        return positions
+
+    def _insert(
+        self, vectors: Vectors, layout: Layout, stack: Any, kwargs: dict[str, Any], positions: Tensor | None
+    ) -> None:
+        """Insert the virtual tokens into whatever is given for each token."""
+        name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
+        real, types = kwargs[name], kwargs.get("token_type_ids")
+        self.width = real.shape[1] + layout.length
+        if vectors.entry == "after":
+            if types is None and "token_type_ids" in self.names:  # the model's own are as many as its positions
+                types = torch.zeros(real.shape[:2], dtype=torch.long, device=real.device)
+            given = {name: real, "token_type_ids": types, "position_ids": positions}
+            kwargs.update({name: layout.reserve(value) for name, value in given.items() if value is not None})
+            return
+        embedded = stack.get_input_embeddings()(real) if name == "input_ids" else real
+        kwargs["input_ids"] = None
+        kwargs["inputs_embeds"] = layout.insert(embedded, vectors.vectors.to(embedded.dtype)[None])
+        if types is not None:
+            kwargs["token_type_ids"] = layout.insert(types, types.new_zeros(1, layout.length))
+        if positions is not None:
+            ahead = int(vectors.placement == "after-first-token")
+            first = self.start - layout.length + self.offset + ahead
+            virtual = torch.arange(first, first + layout.length, device=real.device)[None]
+            if ahead:
+                column = torch.arange(real.shape[1], device=real.device)
+                moved = (positions - layout.length).clamp(min=0)
+                positions = torch.where(column == layout.front - 1, moved, positions)
+            kwargs["position_ids"] = layout.insert(positions, virtual)
+
+
+def _fill(vectors: Vectors, stack: Any, kwargs: dict[str, Any], past: int) -> None:
+    """Put the vectors in the places of a template's virtual tokens, all of them in the first call of a text."""
+    ids = kwargs.get("input_ids")
+    if ids is None:
+        raise EngineError(
+            "'inputs_embeds' were given, and the prompt is a template, whose virtual tokens have no embedding",
+            f"'input_ids' with {PLACEHOLDER} in the places of the virtual tokens",
+            "fill the template (softbridge.template.Template.fill) and pass the token ids",
+        )
+    virtual = ids == PLACEHOLDER
+    found, expected = virtual.sum(-1), 0 if past else vectors.length
+    if bool((found != expected).any()):
+        raise EngineError(
+            f"rows with {', '.join(map(str, found.tolist()))} virtual tokens (token id {PLACEHOLDER})",
+            f"{expected} in each row" + (", as the cache holds the template already" if past else ""),
+            "fill the template (softbridge.template.Template.fill) for each row",
+        )
+    embedded = stack.get_input_embeddings()(ids.masked_fill(virtual, 0))
+    filled = vectors.vectors.to(embedded.dtype)[(virtual.cumsum(-1) - 1).clamp(min=0)]
+    kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.where(virtual[..., None], filled, embedded)
+
+
+def _position_offset(stack: nn.Module) -> int:
+    """The row of the position embedding for position 0: RoBERTa's rows up to the padding token's are reserved."""
+    tables = (module for name, module in stack.named_modules() if name.endswith("position_embeddings"))
+    reserved = (getattr(table, "padding_idx", None) for table in tables)
+    return max((row + 1 for row in reserved if row is not None), default=0)
