@@ -111,10 +111,13 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
     heads_names = (f"{prefix}attention_heads", "num_attention_heads", "num_heads")
     layers = _count(config, *layers_names)
     heads = _count(config, *heads_names)
-    kv_heads = _optional_count(config, "num_key_value_heads", "num_kv_heads") or heads
+    # Where layers differ, newer configurations refuse to name one number for all of them.
+    single = [] if prefix else list(getattr(config, "per_layer_config", None) or ())
+    first = single[0] if single else config
+    kv_heads = _optional_count(first, "num_key_value_heads", "num_kv_heads") or heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         kv_heads = 1
-    head_dim = _optional_count(config, "head_dim", "d_kv")
+    head_dim = _optional_count(first, "head_dim", "d_kv")
     hidden = _optional_count(config, "true_hidden_size") or hidden  # MobileBERT attends in a bottleneck
     if head_dim is None:
         if hidden % heads:
@@ -128,10 +131,9 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
     window = _optional_count(config, "sliding_window", "attention_chunk_size", "local_attention", "window_size")
     if getattr(config, "use_sliding_window", True) is False:
         window = None
-    single = getattr(config, "per_layer_config", None) if not prefix else None
     shapes = tuple(
         (_optional_count(one, "num_key_value_heads") or kv_heads, _optional_count(one, "head_dim") or head_dim)
-        for one in single or ()
+        for one in single
     )
     if len(set(shapes)) > 1:
         return StackGeometry(layers, heads, *shapes[0], window, shapes)

@@ -120,11 +120,11 @@ def test_a_trained_head_is_extracted_as_it_is_now(name: str) -> None:
 
 
 def test_a_refused_attachment_leaves_the_model_alone() -> None:
-    model = tiny_model("bert")
+    model = tiny_model("gpt2")
     bare = logits(model)
     prompt = random_input_prompt(BaseModel.resolve(model).geometry)
     impossible = replace(
-        prompt, parts=(replace(prompt.inputs[0], entry="after"),), head={"classifier.weight": np.ones((5, 32))}
+        prompt, parts=(replace(prompt.inputs[0], entry="after"),), head={"transformer.ln_f.bias": np.ones(32)}
     )
     with pytest.raises(SoftbridgeError):
         sb.attach(model, impossible)

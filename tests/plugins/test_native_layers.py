@@ -41,7 +41,6 @@ def gemma(**changes: Any) -> Any:
     settings |= {"layer_types": ["sliding_attention", "full_attention"] * 2, "hidden_size_per_layer_input": 0}
     settings |= {"vocab_size_per_layer_input": 96, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model("gemma4_text", **{**settings, **changes})
-    config.allow_global_per_layer_attribute_access = True  # a size that differs between layers is read of the whole
     return build(config, "causal-lm", torch.float64, 0)
 
 
