@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from softbridge.base import BaseModel
-from softbridge.errors import EngineError
+from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.head import load_head, restore_head
 from softbridge.lower import Target, check_fits, lower
 from softbridge.passes import inexpressible
@@ -69,11 +69,18 @@ def attach(model: Any, prompt: SoftPrompt | str | Path, engine: str = "native") 
 
 
 def extract(model: Any) -> SoftPrompt:
-    """The prompt of an attached model, as it is now (after training, say).
+    """The prompt of an attached model, as it is now (after training, say); also of one that a toolkit itself made.
 
     Raises:
         EngineError: nothing is attached.
     """
+    if not isinstance(getattr(model, ATTACHED, None), _Attached):
+        for engine in engines().values():
+            if engine.unavailable() is None:
+                try:
+                    return engine.extract(model)
+                except SoftbridgeError:
+                    continue  # it is not this engine's
     attached = _attached(model)
     prompt = engine_named(attached.engine).extract(model)
     # An engine that works in place leaves the head where it is; a wrapper that copied it returns its own.

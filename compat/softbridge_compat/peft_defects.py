@@ -86,6 +86,44 @@ DEPRECATED = Defect(
     "wrapping a model asks transformers 5 for is_gradient_checkpointing, which warns that it is deprecated",
     _transformers_5,
 )
+MULTITASK_DECODER = Defect(
+    "peft-multitask-decoder",
+    "peft",
+    "multitask prompt tuning of an encoder-decoder model drops decoder_input_ids: its forward runs with labels only",
+    _peft,
+)
+MULTITASK_HALF = Defect(
+    "peft-multitask-half",
+    "peft",
+    "multitask prompt tuning of an encoder-decoder model with two submodules, the default, trains vectors in the "
+    "decoder's input, too, and generate leaves them out",
+    _peft,
+)
+MULTITASK_TASK = Defect(
+    "peft-multitask-task",
+    "peft",
+    "models for question answering and feature extraction take task_ids and do not hand them to a multitask prompt, "
+    "which fails",
+    _peft,
+)
+SAVED_DROPOUT = Defect(
+    "peft-saved-dropout",
+    "peft",
+    "P-tuning with dropout, saved while the model is in training mode (as the Trainer does), saves one random draw",
+    _peft,
+)
+LOST_TRAINING = Defect(
+    "peft-lost-training",
+    "peft",
+    "P-tuning, a projected prefix and CPT are saved as what they evaluate to: no training goes on from the file",
+    _peft,
+)
+CPT_DEFAULT = Defect(
+    "peft-cpt-default",
+    "peft",
+    "the loss of a CPT adapter with another name than 'default' ends in a KeyError",
+    _peft,
+)
 
 DEFECTS: tuple[Defect, ...] = (
     LEFT_PADDED_PROMPT,
@@ -98,4 +136,10 @@ DEFECTS: tuple[Defect, ...] = (
     GROWING_CONFIG,
     UNASKED_WARNING,
     DEPRECATED,
+    MULTITASK_DECODER,
+    MULTITASK_HALF,
+    MULTITASK_TASK,
+    SAVED_DROPOUT,
+    LOST_TRAINING,
+    CPT_DEFAULT,
 )

@@ -9,7 +9,7 @@ from softbridge_peft.format import FORMAT
 
 @hookimpl
 def softbridge_formats() -> list[Format]:
-    """PEFT's prompt tuning, P-tuning and prefix tuning files."""
+    """All that PEFT counts as prompt learning."""
     return [FORMAT]
 
 

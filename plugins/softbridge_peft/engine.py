@@ -15,14 +15,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry, read_geometry, stack_of
 from softbridge.lower import check_fits
+from softbridge.methods import rematerialise
+from softbridge.passes import inexpressible
 from softbridge.prompt import Array, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
 from softbridge.tensors import from_torch, to_torch
+from softbridge.untrusted import Files
 from softbridge_compat import peft_defects
-from softbridge_peft import facts
-from softbridge_peft.format import FORMAT, config_of, parse, tensors_of
+from softbridge_peft import example, facts
+from softbridge_peft.config import config_of
+from softbridge_peft.format import FORMAT, adapter_folder, parse, tensors_of
+from softbridge_peft.training import of_encoder
 
 #: Where an attached PeftModel keeps the means to undo it.
 _ATTACHMENT = "softbridge_attachment"
@@ -41,7 +47,7 @@ class _Attachment:
 
 
 class PeftEngine:
-    """Runs prompt tuning and prefix tuning through `peft.get_peft_model`."""
+    """Runs every prompt through `peft.get_peft_model`, evaluated, and PEFT's own files through PEFT's own loader."""
 
     name = "peft"
     summary = "Hugging Face PEFT itself"
@@ -53,7 +59,7 @@ class PeftEngine:
     def obstacles(self, prompt: SoftPrompt, model: Any) -> Sequence[Obstacle]:
         geometry = read_geometry(model.config)
         native = "run it with the native engine"
-        found = list(FORMAT.obstacles(prompt, geometry))
+        found = list(FORMAT.obstacles(replace(prompt, training=None), geometry))
         if hasattr(model, "peft_config"):
             found.append(Obstacle("attached", "the model already carries a PEFT adapter", "detach that first"))
         try:
@@ -79,7 +85,7 @@ class PeftEngine:
         self._check(model, prompt)
         import peft
 
-        bare = replace(prompt, head={})
+        bare = replace(prompt, head={}, training=None)
         config = config_of(bare, read_geometry(model.config), _task(model), fresh=True)
         tensors = {name: to_torch(array) for name, array in tensors_of(bare, config).items()}
         trainable = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
@@ -101,7 +107,8 @@ class PeftEngine:
         """Run files with PEFT's own loader, `PeftModel.from_pretrained`: the prompt and a head come from there.
 
         PEFT holds them in float32 and takes them into the model's dtype where it uses them. A file for a model
-        without a head (FEATURE_EXTRACTION) runs under the head of the model that is given.
+        without a head (FEATURE_EXTRACTION) runs under the head of the model that is given. A multitask prompt runs as
+        its own task, unless a caller passes `task_ids`.
 
         Args:
             model: one that nothing else needs, it cannot be detached.
@@ -112,6 +119,7 @@ class PeftEngine:
             EngineError: as for `attach`, or the files are for another task.
         """
         self._check(model, prompt)
+        directory = directory / adapter_folder(Files(directory))
         if not any((directory / name).is_file() for name in facts.WEIGHTS_FILES):  # PEFT would ask the hub
             raise EngineError(f"no weights in {directory}", " or ".join(facts.WEIGHTS_FILES), "give PEFT's directory")
         import peft
@@ -128,6 +136,12 @@ class PeftEngine:
         target = model.base_model if headless else model
         with _quiet():
             adapted = peft.PeftModel.from_pretrained(target, str(directory))
+        if adapted.peft_type == facts.MULTITASK:
+            adapted.prompt_encoder[adapted.active_adapter].register_forward_pre_hook(_TellTask(prompt))
+            if task == facts.SEQ_2_SEQ_LM and peft_defects.MULTITASK_DECODER.applies():
+                # What PEFT itself makes of its file, run as prompt tuning, whose forward takes decoder_input_ids.
+                vectors = from_torch(adapted.get_prompt(1)[0, : prompt.parts[0].length])
+                return self.attach(model, replace(prompt, parts=(replace(prompt.inputs[0], vectors=vectors),)))
         _tell_positions(target, prompt)
         if headless:
             setattr(model, model.base_model_prefix, adapted)
@@ -139,7 +153,10 @@ class PeftEngine:
         reason = self.unavailable()
         if reason is not None:
             raise EngineError(reason, "PEFT in this environment", "install it, or choose another engine")
-        obstacles = self.obstacles(prompt, model)
+        obstacles = [
+            *inexpressible(prompt, self.capabilities, BaseModel.resolve(model)),
+            *self.obstacles(prompt, model),
+        ]
         if obstacles:
             raise EngineError(
                 "PEFT cannot run this prompt on this model: " + "; ".join(f"[{o.name}] {o.reason}" for o in obstacles),
@@ -151,23 +168,38 @@ class PeftEngine:
         """The prompt of an attached model, or of any PeftModel with a soft prompt, as it is now.
 
         A prompt of `attach` comes back with the positions, the base and the precision that it was attached with, and
-        with the head that it has now.
+        with the head that it has now. One that PEFT trains through an encoder brings the encoder along, and is what
+        that evaluates to without dropout (PEFT itself saves what it evaluates to with dropout).
         """
         import peft
 
         if not isinstance(model, peft.PeftModel):
             raise _not_attached(model)
-        saved = model.peft_config[model.active_adapter].to_dict()
-        config = {name: getattr(value, "value", value) for name, value in saved.items()}
-        tensors = {name: from_torch(t) for name, t in peft.get_peft_model_state_dict(model).items()}
+        adapter = model.active_adapter
+        config = {name: getattr(value, "value", value) for name, value in model.peft_config[adapter].to_dict().items()}
+        if config["peft_type"] not in facts.KINDS:
+            raise EngineError(
+                f"a PeftModel with the adapter '{adapter}', which is {config['peft_type']}",
+                f"a soft prompt: one of {', '.join(facts.KINDS)}",
+                "activate the adapter that is one: model.set_adapter(name)",
+            )
+        encoder = model.prompt_encoder[adapter]
+        # Before PEFT evaluates it: a context-aware prompt is changed by that.
+        state = {name: from_torch(tensor) for name, tensor in encoder.state_dict().items()}
+        tensors = {
+            name: from_torch(t) for name, t in peft.get_peft_model_state_dict(model, adapter_name=adapter).items()
+        }
         prompt = parse(config, tensors, read_geometry(model.config))
+        if not config["inference_mode"] and (live := of_encoder(config, state, prompt.parts[0])) is not None:
+            prompt = rematerialise(replace(prompt, training=live))
         attachment: _Attachment | None = getattr(model, _ATTACHMENT, None)
         if attachment is None:
             return prompt
         before = attachment.prompt
         parts = tuple(_in_precision(new, old) for new, old in zip(prompt.parts, before.parts, strict=True))
-        head = _head(model.get_base_model(), model.active_adapter, before.head)
-        return replace(before, parts=parts, head=head, training=None, origin=None)
+        head = _head(model.get_base_model(), adapter, before.head)
+        training = before.training if parts == before.parts else None
+        return replace(before, parts=parts, head=head, training=training, origin=None)
 
     def detach(self, model: Any) -> Any:
         from peft.utils.other import AuxiliaryTrainingWrapper
@@ -195,34 +227,8 @@ class PeftEngine:
         return base
 
     def train_example(self, model: Any, method: str, directory: Path, *, length: int, steps: int, seed: int) -> None:
-        import peft
-        import torch
-
-        task = _task(model)
-        geometry = read_geometry(model.config)
-        if task not in (facts.CAUSAL_LM, facts.SEQ_2_SEQ_LM, facts.SEQ_CLS):
-            raise EngineError(
-                f"{type(model).__name__} has the task {task}",
-                f"a model for {facts.CAUSAL_LM}, {facts.SEQ_2_SEQ_LM} or {facts.SEQ_CLS}",
-                "build the model with the Auto class of one of these tasks",
-            )
-        settings: dict[str, Any] = {"task_type": task, "num_virtual_tokens": length}
-        if method == "prefix-tuning" and geometry.decoder is not None and geometry.is_encoder_decoder:
-            # PEFT takes the hidden size, which is not heads · head size in every T5.
-            settings["token_dim"] = geometry.decoder.kv_heads * geometry.decoder.head_dim
-        configs = {"prompt-tuning": peft.PromptTuningConfig, "prefix-tuning": peft.PrefixTuningConfig}
-        with torch.random.fork_rng(devices=[]), _quiet():
-            torch.manual_seed(seed)
-            adapted = peft.get_peft_model(model, configs[method](**settings))
-            torch.nn.init.normal_(adapted.prompt_encoder["default"].embedding.weight, std=0.7)
-            optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
-            for _ in range(steps):
-                tokens = torch.randint(3, geometry.vocabulary, (4, 8))
-                labels = torch.randint(0, model.config.num_labels, (4,)) if task == facts.SEQ_CLS else tokens
-                optimizer.zero_grad()
-                adapted(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels).loss.backward()
-                optimizer.step()
-            adapted.save_pretrained(directory)
+        with _quiet():
+            example.train(model, _task(model), method, length=length, steps=steps, seed=seed).save_pretrained(directory)
 
 
 ENGINE = PeftEngine()
@@ -248,6 +254,17 @@ class _Shift:
             if hasattr(embeddings, "create_position_ids_from_inputs_embeds"):
                 positions = positions + embeddings.padding_idx + 1
         return args, {**kwargs, "position_ids": positions + self.shift}
+
+
+class _TellTask:
+    """A forward pre-hook on PEFT's multitask prompt that tells it a prompt's task, where its caller does not."""
+
+    def __init__(self, prompt: SoftPrompt) -> None:
+        self.task = 0 if prompt.training is None else prompt.training.settings.get("task", 0)
+
+    def __call__(self, module: Any, args: tuple[Any, Any]) -> tuple[Any, Any]:
+        indices, task_ids = args
+        return indices, indices.new_full((len(indices),), self.task) if task_ids is None else task_ids
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What PEFT writes and how it reads it again: every fact about PEFT that this plugin relies on, in one place.
 
-Each fact is held by a test in tests/plugins/test_peft.py that asks the installed PEFT. Sources are named by their path
-in https://github.com/huggingface/peft/tree/main/src/peft.
+Each fact is held by a test in tests/plugins/test_peft.py or test_peft_methods.py that asks the installed PEFT. Sources
+are named by their path in https://github.com/huggingface/peft/tree/main/src/peft.
 """
 
 from __future__ import annotations
@@ -14,23 +14,73 @@ Kind = Literal["input", "prefix"]
 CONFIG_FILE = "adapter_config.json"
 #: In PEFT's own order of preference (utils/save_and_load.py, load_peft_weights).
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+#: softbridge's own, beside PEFT's: what trained the prompt, which PEFT throws away. PEFT opens no file of this name.
+TRAINING_FILE = "softbridge_training.safetensors"
 
-#: The one tensor of a prompt: [P·S, H] of an input prompt, [P, L·2·K·D] of a prefix; S is num_transformer_submodules.
+#: The tensor that every prompt has: [P·S, H] of an input prompt, [P, L·2·K·D] of a prefix; S is
+#: num_transformer_submodules.
 PROMPT = "prompt_embeddings"
+#: The two more of multitask prompt tuning: [N, P·S, R] and [N, R, H] for N tasks of R ranks. The prompt of a task is
+#: PROMPT · (COLUMNS[task] @ ROWS[task]), where the caller names the task in every call (task_ids).
+COLUMNS = "prefix_task_cols"
+ROWS = "prefix_task_rows"
 #: A head's tensors have the model's own names behind this.
 HEAD = "base_model."
 #: Modules of the model that PEFT takes for a head by itself, by task (peft_model.py, the PeftModelFor... classes).
 HEAD_MODULES = ("classifier", "score", "qa_outputs")
 
-#: peft_type -> what a model sees of it. P_TUNING files hold the output of its encoder, evaluated when it was saved, and
-#: nothing of the encoder (tuners/tuners_utils.py, BasePromptEncoder): they are prompt tuning files by another name.
-KINDS: Mapping[str, Kind] = {"PROMPT_TUNING": "input", "P_TUNING": "input", "PREFIX_TUNING": "prefix"}
-#: Kind -> the peft_type that is written.
-PEFT_TYPES: Mapping[Kind, str] = {"input": "PROMPT_TUNING", "prefix": "PREFIX_TUNING"}
+PROMPT_TUNING = "PROMPT_TUNING"
+P_TUNING = "P_TUNING"
+MULTITASK = "MULTITASK_PROMPT_TUNING"
+CPT = "CPT"
+PREFIX_TUNING = "PREFIX_TUNING"
+CARTRIDGE = "CARTRIDGE"
+
+#: peft_type -> what a model sees of it: all that PEFT counts as prompt learning. Files of P_TUNING, of CPT and of
+#: PREFIX_TUNING hold the prompt as it was evaluated when it was saved, and nothing of what trained it
+#: (tuners/tuners_utils.py, BasePromptEncoder); those of the other types hold all that is trained.
+KINDS: Mapping[str, Kind] = {
+    PROMPT_TUNING: "input",
+    P_TUNING: "input",
+    MULTITASK: "input",
+    CPT: "input",
+    PREFIX_TUNING: "prefix",
+    CARTRIDGE: "prefix",
+}
+#: Kind -> the peft_type of a prompt without more.
+PEFT_TYPES: Mapping[Kind, str] = {"input": PROMPT_TUNING, "prefix": PREFIX_TUNING}
+#: Our name of a parameterisation that PEFT's own file holds whole -> the peft_type.
+STORED: Mapping[str, str] = {"multitask": MULTITASK, "cartridge": CARTRIDGE}
+#: peft_type -> why it is no soft prompt, where one might think so.
+OTHERS: Mapping[str, str] = {
+    "ADAPTION_PROMPT": "LLaMA-Adapter's vectors go through the key and value projections into a softmax of their own, "
+    "whose result a gate scales",
+}
+
+#: Our name of a parameterisation -> what PEFT's names in the state of a live prompt encoder begin with, and ours
+#: (tuners/p_tuning/model.py, tuners/prefix_tuning/model.py, tuners/cpt/model.py). An MLP of P-tuning has three linear
+#: layers, whatever encoder_num_layers says.
+ENCODERS: Mapping[str, Mapping[str, str]] = {
+    "p-tuning-mlp": {
+        "embedding.weight": "embedding",
+        "mlp_head.0.": "linear.0.",
+        "mlp_head.2.": "linear.1.",
+        "mlp_head.4.": "linear.2.",
+    },
+    "p-tuning-lstm": {
+        "embedding.weight": "embedding",
+        "lstm_head.": "lstm.",
+        "mlp_head.0.": "linear.0.",
+        "mlp_head.2.": "linear.1.",
+    },
+    "mlp": {"embedding.weight": "embedding", "transform.0.": "hidden.", "transform.2.": "output."},
+    "context-aware": {"embedding.weight": "embedding", "delta_embedding.weight": "delta"},
+}
 
 CAUSAL_LM = "CAUSAL_LM"
 SEQ_2_SEQ_LM = "SEQ_2_SEQ_LM"
 SEQ_CLS = "SEQ_CLS"
+QUESTION_ANS = "QUESTION_ANS"
 FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
 #: task_type -> the table in transformers.models.auto.modeling_auto that names the model classes of that task. PEFT
@@ -40,29 +90,29 @@ TASKS: Mapping[str, str] = {
     SEQ_2_SEQ_LM: "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
     SEQ_CLS: "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "TOKEN_CLS": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
-    "QUESTION_ANS": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    QUESTION_ANS: "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
     FEATURE_EXTRACTION: "MODEL_MAPPING_NAMES",
 }
 
-#: Fields of adapter_config.json with PEFT's defaults (config.py, tuners/prompt_tuning/config.py and
-#: tuners/prefix_tuning/config.py), for each kind. What `format.config_of` computes comes on top.
-DEFAULTS: Mapping[Kind, Mapping[str, Any]] = {
-    "input": {
-        "auto_mapping": None,
-        "modules_to_save": None,
-        "prompt_tuning_init": "RANDOM",
-        "prompt_tuning_init_text": None,
-        "revision": None,
-        "tokenizer_kwargs": None,
-        "tokenizer_name_or_path": None,
-    },
-    "prefix": {
-        "auto_mapping": None,
-        "init_weights": None,
-        "modules_to_save": None,
-        "prefix_projection": False,
-        "revision": None,
-    },
+#: Tasks in whose models PEFT does not hand task_ids on: see softbridge_compat.peft_defects, peft-multitask-task.
+UNTOLD = (QUESTION_ANS, FEATURE_EXTRACTION)
+
+#: Fields of adapter_config.json that every type has, with PEFT's defaults (config.py). They survive a change of type.
+COMMON: Mapping[str, Any] = {"auto_mapping": None, "modules_to_save": None, "revision": None}
+_PROMPT_TUNING: Mapping[str, Any] = {
+    "prompt_tuning_init": "RANDOM",
+    "prompt_tuning_init_text": None,
+    "tokenizer_kwargs": None,
+    "tokenizer_name_or_path": None,
+}
+#: peft_type -> its own fields with PEFT's defaults (tuners/*/config.py). What `config.config_of` computes comes on top.
+#: CPT is not among them: its fields name tokens, which nobody but PEFT's own file knows.
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    PROMPT_TUNING: _PROMPT_TUNING,
+    P_TUNING: {"encoder_dropout": 0.0, "encoder_num_layers": 2, "encoder_reparameterization_type": "MLP"},
+    MULTITASK: {**_PROMPT_TUNING, "prompt_tuning_init_state_dict_path": None, "prompt_tuning_init_task": 0},
+    PREFIX_TUNING: {"init_weights": None, "prefix_projection": False},
+    CARTRIDGE: {},
 }
 
 

@@ -150,6 +150,90 @@ def deprecated(_: Path) -> bool:
     return "is_gradient_checkpointing" in warned(lambda: wrap("gpt2", "prompt"))
 
 
+def multitask(family: str, task: str, **settings: Any) -> Any:
+    """A model under a multitask prompt of two tasks, with large numbers, in training mode."""
+    sizes = {"num_virtual_tokens": LENGTH, "num_tasks": 2, "num_ranks": 2}
+    config = peft.MultitaskPromptTuningConfig(task_type=task, **sizes, **settings)
+    model = peft.get_peft_model(tiny_model(family), config)
+    for parameter in model.prompt_encoder.parameters():
+        parameter.data.normal_(0, 0.8)
+    return model
+
+
+def multitask_decoder(_: Path) -> bool:
+    model = multitask("t5", "SEQ_2_SEQ_LM", num_transformer_submodules=1).eval()
+    told = {"input_ids": ROW, "task_ids": torch.tensor([1])}
+    assert logits(model, **told, labels=ROW).shape[1] == 3
+    try:
+        logits(model, **told, decoder_input_ids=ROW)
+    except ValueError:
+        return True
+    return False
+
+
+def multitask_half(_: Path) -> bool:
+    """The decoder's half counts in the loss, and not in what is generated."""
+    model = multitask("t5", "SEQ_2_SEQ_LM").eval()
+    told = {"input_ids": ROW, "task_ids": torch.tensor([1])}
+    before, generates = logits(model, **told, labels=ROW), generated(model, **told)
+    model.prompt_encoder["default"].embedding.weight.data[LENGTH:] *= -3
+    return differ(before, logits(model, **told, labels=ROW)) and generates == generated(model, **told)
+
+
+def multitask_task(_: Path) -> bool:
+    told = {"input_ids": ROW, "task_ids": torch.tensor([1])}
+    assert logits(multitask("bert", "SEQ_CLS"), **told).shape == (1, 5)
+    config = peft.MultitaskPromptTuningConfig(task_type="FEATURE_EXTRACTION", num_virtual_tokens=LENGTH, num_tasks=2)
+    model = peft.get_peft_model(tiny_model("bert").base_model, config)
+    try:
+        model(**told)
+    except ValueError as error:
+        return "task_ids" in str(error)
+    return False
+
+
+def encoder(method: Any, name: str = "default", **settings: Any) -> Any:
+    """GPT-2 as PEFT trains it through an encoder."""
+    return peft.get_peft_model(tiny_model("gpt2"), method(task_type="CAUSAL_LM", **settings), name)
+
+
+def saved_dropout(directory: Path) -> bool:
+    lstm = {"encoder_reparameterization_type": "LSTM", "encoder_dropout": 0.5, "encoder_hidden_size": 16}
+    model = encoder(peft.PromptEncoderConfig, num_virtual_tokens=LENGTH, **lstm)
+    model.prompt_encoder["default"].embedding.weight.data.normal_(0, 8)
+
+    def saved() -> torch.Tensor:
+        model.save_pretrained(directory)
+        return load_file(directory / "adapter_model.safetensors")["prompt_embeddings"]
+
+    drawn = [saved() for _ in range(2)]
+    model.eval()
+    assert torch.equal(saved(), saved())
+    return not torch.equal(*drawn)
+
+
+def lost_training(directory: Path) -> bool:
+    """Nothing of the encoder is in the file, and PEFT does not train what it loads."""
+    model = encoder(peft.PrefixTuningConfig, num_virtual_tokens=LENGTH, prefix_projection=True)
+    model.save_pretrained(directory)
+    assert list(load_file(directory / "adapter_model.safetensors")) == ["prompt_embeddings"]
+    try:
+        peft.PeftModel.from_pretrained(tiny_model("gpt2"), directory, is_trainable=True)
+    except ValueError:
+        return True
+    return False
+
+
+def cpt_default(_: Path) -> bool:
+    text = {"cpt_token_ids": [5, 6, 7, 8], "cpt_tokens_type_mask": [1, 2, 3, 4]}
+    assert encoder(peft.CPTConfig, **text)(input_ids=ROW, labels=ROW).loss > 0
+    try:
+        encoder(peft.CPTConfig, "other", **text)(input_ids=ROW, labels=ROW)
+    except KeyError:
+        return True
+    return False
+
+
 def warned(run: Callable[[], Any]) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -168,6 +252,12 @@ SHOWN: dict[Defect, Callable[[Path], bool]] = {
     peft_defects.GROWING_CONFIG: growing_config,
     peft_defects.UNASKED_WARNING: unasked_warning,
     peft_defects.DEPRECATED: deprecated,
+    peft_defects.MULTITASK_DECODER: multitask_decoder,
+    peft_defects.MULTITASK_HALF: multitask_half,
+    peft_defects.MULTITASK_TASK: multitask_task,
+    peft_defects.SAVED_DROPOUT: saved_dropout,
+    peft_defects.LOST_TRAINING: lost_training,
+    peft_defects.CPT_DEFAULT: cpt_default,
 }
 
 

@@ -61,7 +61,9 @@ class Capture:
         exact: probe -> logits at the real tokens in float64, or generated tokens.
         rough: the same in the working precision.
         loss: of the first text.
-        gradient: array of the prompt -> gradient of that loss, keys in the frame of tokens that stand at 0.
+        start: stack -> where its first real token stands.
+        gradient: array of the prompt -> gradient of that loss.
+        turned: of a model with rotary positions, the same in the frame of tokens that stand at 0; else empty.
         repeats: whether two layers of the prompt have the same numbers.
         faults: deliberate fault -> how far it moves the logits of the texts alone.
         naive: the logits of the texts alone for the naive copy, if there was one.
@@ -73,7 +75,9 @@ class Capture:
     exact: Mapping[str, Array]
     rough: Mapping[str, Array]
     loss: float
+    start: Mapping[str, int]
     gradient: Mapping[str, Array]
+    turned: Mapping[str, Array]
     repeats: bool
     faults: Mapping[str, float]
     naive: Mapping[str, Array] | None
@@ -200,11 +204,12 @@ def capture(
     prompt = subject.prompt
     alone = [probe.name for probe in bench.alone(prompt)]
     exact = bench.own(subject, engine)
-    loss, gradient_of_parts = bench.gradient(engine, prompt)
-    scheme = bench.base.positions
-    if scheme.kind == "rotary":  # in the frame of tokens that stand at 0, which any other side can have
+    loss, grown = bench.gradient(engine, prompt)
+    grown = replace(grown, head={}, training=None)
+    scheme, turned = bench.base.positions, grown
+    if scheme.kind == "rotary":
         for stack, start in prompt.positions.start.items():
-            gradient_of_parts = turn(gradient_of_parts, stack, scheme.rotation(-start)) if start else gradient_of_parts
+            turned = turn(turned, stack, scheme.rotation(-start))
     moved: dict[str, float] = {}
     for fault, wrong in mutations(prompt, scheme) if faults else ():
         if wrong is None or not obstacles_of(engine, wrong, bench.model()):
@@ -220,7 +225,9 @@ def capture(
         exact=exact,
         rough=bench.own(subject, engine, dtype),
         loss=loss,
-        gradient=named_arrays(replace(gradient_of_parts, head={}, training=None)),
+        start={str(stack): start for stack, start in prompt.positions.start.items()},
+        gradient=named_arrays(grown),
+        turned={} if turned is grown else named_arrays(turned),
         repeats=_repeats(prompt),
         faults=moved,
         naive=copied,
@@ -269,15 +276,17 @@ def _training(a: Capture, b: Capture, rounded: Sequence[str]) -> list[Figure]:
     """Whether training goes on identically: the loss, and its gradient in the prompt's numbers, in float64 alone."""
     loss = abs(a.loss - b.loss) / (abs(a.loss) or 1.0)
     figures = [Figure("loss", loss, loss)]
-    if a.gradient.keys() != b.gradient.keys():  # what was moved to another place is not trained there alike
+    together = a.start == b.start or not a.turned
+    ours, theirs = (side.gradient if together else side.turned for side in (a, b))
+    if ours.keys() != theirs.keys():  # what was moved to another place is not trained there alike
         return figures
     note = ""
     if "entry" in rounded:
         note = "the embedding block lies between the two, and their gradients are not each other's"
     elif a.repeats or b.repeats:
         note = "layers share their numbers, and what a toolkit does with that in training is not compared"
-    size = max(float(np.abs(array).max()) for array in a.gradient.values()) or 1.0
-    apart = max(float(np.abs(a.gradient[name] - b.gradient[name]).max()) for name in a.gradient) / size
+    size = max(float(np.abs(array).max()) for array in ours.values()) or 1.0
+    apart = max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours) / size
     return [*figures, Figure("gradient", apart, apart, judged=not note, note=note)]
 
 

@@ -25,7 +25,7 @@ from softbridge.verification.comparison import Bench, Capture
 
 KEY = "softbridge-recording"
 VERSION = 1
-_ARRAYS = ("exact", "rough", "gradient")
+_ARRAYS = ("exact", "rough", "gradient", "turned")
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,12 @@ def pack(recording: Recording) -> bytes:
     for number, capture in enumerate(recording.captures):
         for group in _ARRAYS:
             tensors |= {f"{number}.{group}.{name}": array for name, array in getattr(capture, group).items()}
-        numbers = {"loss": capture.loss, "repeats": capture.repeats, "faults": dict(capture.faults)}
+        numbers = {
+            "loss": capture.loss,
+            "start": dict(capture.start),
+            "repeats": capture.repeats,
+            "faults": dict(capture.faults),
+        }
         order = {group: list(getattr(capture, group)) for group in _ARRAYS}
         plain.append({"islands": list(capture.islands), "longest": capture.longest, "order": order, **numbers})
     described = {name: value for name, value in asdict(recording).items() if name != "captures"}
@@ -115,6 +120,7 @@ def unpack(path: str | Path) -> Recording:
                     islands=tuple(plain["islands"]),
                     longest=plain["longest"],
                     loss=float(plain["loss"]),
+                    start=plain["start"],
                     repeats=plain["repeats"],
                     faults=plain["faults"],
                     naive=None,
