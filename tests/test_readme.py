@@ -27,13 +27,6 @@ def test_the_container_format_is_specified_in_the_words_of_its_module() -> None:
     assert len(specification.splitlines()) < 50, "under a page"
 
 
-def test_the_table_is_the_tested_one() -> None:
-    source = (Path(__file__).parent / "test_conversions.py").read_text()
-    table = re.search(r'TABLE = """\n(.*?)"""', source, re.DOTALL)
-    assert table is not None
-    assert f"```\n{table.group(1)}```" in README
-
-
 def test_every_command_format_and_engine_is_named() -> None:
     group = typer.main.get_command(app)
     for command in group.commands:  # type: ignore[attr-defined]

@@ -231,10 +231,13 @@ def _entry(prompt: SoftPrompt, target: Target) -> list[Option]:
             vectors = leave_block(base, vectors, first).astype(np.promote_types(vectors.dtype, np.float32))
         except BaseModelError as error:
             missing = error
-        prompt = _with_part(replace(prompt, training=None), part, replace(part, vectors=vectors, entry="after"))
+        prompt = _with_part(prompt, part, replace(part, vectors=vectors, entry="after"))
         note = "vectors sent through the base model's embedding block (positions, token types, norm); float32 rounding"
         steps.append(Step("entry", "rounding", note))
-    return [Option(prompt, tuple(steps), (), missing)]
+    if not steps:
+        return [Option(prompt)]
+    ejected = _ejected(prompt, target, "belongs to the vectors before the embedding block and is left out")
+    return [Option(ejected.prompt, (*steps, *ejected.steps), ejected.obstacles, missing)]
 
 
 def _parts(prompt: SoftPrompt, target: Target) -> list[Option]:
@@ -304,14 +307,21 @@ def _eject(prompt: SoftPrompt, target: Target) -> list[Option]:
     kept, training = target.capabilities.training, prompt.training
     if training is None or kept is None or training.kind in kept:
         return [Option(prompt)]
+    return [_ejected(prompt, target, "is left out: the prompt runs, its training cannot be resumed")]
+
+
+def _ejected(prompt: SoftPrompt, target: Target, note: str) -> Option:
+    """The prompt without its training state, with which the tasks go that it does not run."""
+    training = prompt.training
+    if training is None:
+        return Option(prompt)
     ejected = replace(prompt, training=None)
     tasks = len(training.tensors["columns"]) if training.kind == "multitask" else 1
     if tasks > 1:
         task = training.settings.get("task", 0)
         reason = f"{target.name} holds one task, and this prompt {tasks}: task {task} alone is kept"
-        return _blocked(ejected, Obstacle("task", reason, "choose one with --task, or accept that one", True))
-    note = f"the {training.kind} reparameterisation is left out: the prompt runs, its training cannot be resumed"
-    return [Option(ejected, (Step("eject", "exact", note),))]
+        return Option(ejected, (), (Obstacle("task", reason, "choose one with --task, or accept that one", True),))
+    return Option(ejected, (Step("eject", "exact", f"the {training.kind} reparameterisation {note}"),))
 
 
 def _relative_bias(prompt: SoftPrompt, target: Target) -> list[Option]:
@@ -380,14 +390,12 @@ def _move(prompt: SoftPrompt, stack: Stack, want: int, target: Target) -> list[O
         options.append(Option(moved, (Step("positions", "exact", note),)))
     elif scheme.kind == "rotary":
         note = f"keys turned by {want - have:+d} positions with the model's own rotation; orthogonal, float32 rounding"
-        steps = [Step("rotate", "rounding", note)]
-        if prompt.training is not None:
-            note = "the reparameterisation belongs to the keys before the rotation and is left out"
-            steps.append(Step("eject", "exact", note))
+        ejected = _ejected(moved, target, "belongs to the keys before the rotation and is left out")
         reason = "the model's rotary frequencies change with the length of the text: the same within one regime"
         bound = Obstacle("length", reason, "accept the bound on the text's length", True)
-        turned = replace(turn(moved, stack, scheme.rotation(want - have)), training=None)
-        options.append(Option(turned, tuple(steps), (bound,) if scheme.depends_on_length else ()))
+        turned = turn(ejected.prompt, stack, scheme.rotation(want - have))
+        bounds = (bound,) if scheme.depends_on_length else ()
+        options.append(Option(turned, (Step("rotate", "rounding", note), *ejected.steps), bounds))
     if scheme.kind == "none":
         note = "the model's outputs do not depend on where the tokens stand"
         options.append(Option(moved, (Step("positions", "exact", note),)))
