@@ -33,6 +33,7 @@ class Capabilities:
         training: kinds of parameterisation that are kept, or None for any.
         dtypes: names of the dtypes that the toolkit keeps when it loads a prompt, or None for any.
         head: whether tensors that ride along are kept.
+        left_pads: whether pads on the left of a row leave its results as they are.
         model_types: families that the toolkit can run at all, or None if it names none.
     """
 
@@ -50,6 +51,7 @@ class Capabilities:
     training: frozenset[str] | None = frozenset()
     dtypes: frozenset[str] | None = None
     head: bool = False
+    left_pads: bool = True
     model_types: frozenset[str] | None = None
 
 

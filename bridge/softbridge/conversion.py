@@ -14,12 +14,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
+import numpy as np
+
 from softbridge import parts, untrusted
 from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError, CheckpointError, OutputError, SoftbridgeError, UnknownFormatError
 from softbridge.geometry import Geometry
 from softbridge.hookspecs import Format
-from softbridge.lower import Lowering, Step, Target, as_dtype, check_fits, copied, lower, native_positions
+from softbridge.lower import Lowering, Step, Target, as_dtype, check_fits, copied, lower
 from softbridge.methods import rematerialise
 from softbridge.passes import DTYPES, Exactness
 from softbridge.prompt import BaseId, Origin, Positions, SoftPrompt, same_array
@@ -294,8 +296,10 @@ def _certify(
         # Numbers that were computed and then rounded: what is shown is the same function is what was rounded.
         wide = lower(chosen, untold, conditions).prompt
         prompt, whole = replace(prompt, parts=wide.parts), False
+        _check_rounding(wide, lowering.prompt, DTYPES[target.dtype or "float32"])
     elif "narrow" in rounded or "dtype" in conditions:  # rounded alike, the two must be the same
         kind = DTYPES[target.dtype or "float32"]
+        _check_rounding(chosen, lowering.prompt, kind)
         source = Subject(f"{loaded.path}, rounded to {kind.name}", as_dtype(chosen, kind), loaded.format.engine)
     naive = copied(chosen, untold)
     with tempfile.TemporaryDirectory() as scratch:
@@ -317,6 +321,18 @@ def _certify(
             "report this as a defect of softbridge, with the two files; nothing was written",
         )
     return certificate
+
+
+def _check_rounding(wide: SoftPrompt, narrow: SoftPrompt, kind: np.dtype[Any]) -> None:
+    """Hold rounded numbers against NumPy's own, since the comparison that follows rounds both sides alike."""
+    ours, theirs = (parts.named_arrays(replace(prompt, head={}, training=None)) for prompt in (wide, narrow))
+    wrong = [name for name, array in theirs.items() if not same_array(array.astype(kind), ours[name].astype(kind))]
+    if wrong:
+        raise OutputError(
+            f"numbers that are not rounded to {kind.name} as they should be: {', '.join(wrong)}",
+            "the nearest numbers",
+            "report this as a defect of softbridge; nothing was written",
+        )
 
 
 def _same_function(naive: SoftPrompt, right: SoftPrompt) -> bool:
@@ -425,14 +441,17 @@ def _write(
     dtype: str | None = None,
 ) -> None:
     def check(written: Path) -> None:
-        again = _read(untrusted.Files(written), form, lowering.prompt.base.geometry).prompt
+        geometry = lowering.prompt.base.geometry
+        again = _read(untrusted.Files(written), form, geometry).prompt
         ours, theirs = parts.named_arrays(lowering.prompt), parts.named_arrays(again)
         wrong = [name for name, array in ours.items() if name not in theirs or not same_array(array, theirs[name])]
-        told = "positions" in conditions
-        untold = native_positions(lowering.prompt, form.capabilities)
-        if wrong or again.positions != lowering.prompt.positions or not (told or untold == again.positions):
+        # What the files alone say, without the manifest, is what the toolkit does with them.
+        said = again if "positions" in conditions else form.read(untrusted.Files(written), geometry)
+        wrong += ["positions"] * (not again.positions == said.positions == lowering.prompt.positions)
+        wrong += ["places"] * (parts.places(again) != parts.places(lowering.prompt))
+        if wrong:
             raise OutputError(
-                f"what was written for '{form.name}' reads back differently: {', '.join(wrong) or 'positions'}",
+                f"what was written for '{form.name}' reads back differently: {', '.join(wrong)}",
                 "the tensors that were written",
                 "report this as a defect of softbridge; nothing was written",
             )

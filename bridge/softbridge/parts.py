@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from softbridge.errors import SoftbridgeError
 from softbridge.geometry import Stack, stack_of
@@ -19,6 +20,11 @@ def named_arrays(prompt: SoftPrompt) -> dict[str, Array]:
     """Every array of parts, head and training, under names that do not depend on the order of the parts."""
     arrays = {f"{name_of(part)}.{name}": array for part in prompt.parts for name, array in part.arrays()}
     return arrays | {name: array for name, array in prompt.arrays() if not name.startswith("parts.")}
+
+
+def places(prompt: SoftPrompt) -> dict[str, Any]:
+    """Name of each part with vectors -> where they stand in the input."""
+    return {name_of(part): (part.entry, part.placement, part.template) for part in prompt.inputs}
 
 
 def split(prompt: SoftPrompt) -> dict[str, SoftPrompt]:

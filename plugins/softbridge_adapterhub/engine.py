@@ -55,7 +55,7 @@ class AdapterHubEngine:
 
     name = "adapterhub"
     summary = "AdapterHub's package `adapters`, unmodified"
-    capabilities = CAPABILITIES
+    capabilities = replace(CAPABILITIES, left_pads=False)
 
     def unavailable(self) -> str | None:
         # Once imported, the package has no spec to be found.

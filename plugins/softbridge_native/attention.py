@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -105,7 +104,7 @@ def register() -> None:
     masks = AttentionMaskInterface()
     for implementation in UNDERLYING:
         AttentionInterface.register(registered(implementation), partial(_attend, implementation))
-        AttentionMaskInterface.register(registered(implementation), partial(_mask, masks[implementation]))
+        AttentionMaskInterface.register(registered(implementation), masks[implementation])
 
 
 def dispatches(module: nn.Module) -> bool:
@@ -132,14 +131,13 @@ def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     module.__dict__[_ENTERED] = args[0] if args else kwargs[first]
 
 
-def _mask(underlying: Callable[..., Any], **settings: Any) -> Any:
-    """The underlying mask, above the lowest float32.
+def _above_float32(mask: Tensor | None) -> Tensor | None:
+    """The mask, above the lowest float32.
 
     Some models compute the softmax in float32. There the lowest float64 is minus infinity, and a query that sees
     nothing (a pad on the left) becomes NaN, and with it all that follows.
     """
-    mask = underlying(**settings)
-    if isinstance(mask, Tensor) and mask.dtype == torch.float64:
+    if mask is not None and mask.dtype == torch.float64:
         return mask.clamp(min=torch.finfo(torch.float32).min)
     return mask
 
@@ -167,6 +165,7 @@ def _attend(
     own = sys.modules[type(module).__module__]
     function = own.eager_attention_forward if implementation == "eager" else AttentionInterface()[implementation]
     length, real = query.shape[2], key.shape[2]
+    attention_mask = _above_float32(attention_mask)
     binding: Binding | None = module.__dict__.get(_BINDING)
     if binding is None:
         # The last queries alone: a model asks SDPA for them with a mask, but knows it by its own name only.

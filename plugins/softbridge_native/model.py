@@ -126,7 +126,7 @@ def attach(model: Any, prompt: SoftPrompt) -> Any:
         parameter.requires_grad_(False)
     model.add_module(NAME, injected)
     try:
-        # An input prompt needs no attention function of ours, but in eager attention our mask: see `attention._mask`.
+        # An input prompt needs of ours, in eager attention, what bounds the mask: see `attention._above_float32`.
         if prompt.prefixes or (any(modules.values()) and model.config._attn_implementation == "eager"):
             _switch_attention(model, injected)
         _bind_prefixes(injected, modules)
@@ -225,19 +225,23 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
             found.append(
                 Obstacle("attention", reason, "use an input prompt, a toolkit's engine, or other transformers")
             )
-        if prompt.positions.relative_bias == "skewed" and len(part.layers) != layers:
+        table = _bias_table(nn.ModuleList(heard))
+        if table is not None and prompt.positions.relative_bias == "skewed" and len(part.layers) != layers:
             reason = "a skewed relative bias is known only where every layer has a prefix"
             found.append(Obstacle("relative-bias", reason, "use the engine of the prompt's own toolkit"))
-        table = _bias_table(nn.ModuleList(heard))
         if table is not None and "bidirectional" not in inspect.signature(table._relative_position_bucket).parameters:
             reason = f"{type(table).__name__} computes its relative bias in a way of its own"
             found.append(Obstacle("relative-bias", reason, "use an input prompt"))
         if prompt.positions.window == "slides" and part.site == "encoder" and shape is not None and shape.window:
             reason = "what a window that looks both ways drops is not known"
             found.append(Obstacle("window", reason, "use a prompt whose window is 'pinned'"))
-        if prompt.positions.window == "slides" and part.site == "self" and getattr(text, "attention_chunk_size", None):
+        slides = prompt.positions.window == "slides" and part.site == "self" and shape is not None and shape.window
+        if slides and getattr(text, "attention_chunk_size", None):
             reason = f"attention in chunks of {text.attention_chunk_size} tokens drops virtual tokens otherwise"
             found.append(Obstacle("window", reason, "use the engine of the prompt's own toolkit"))
+        elif slides and heard and not _hears_positions(_stacks(model, geometry)["decoder"], heard[0]):
+            reason = "its attention layers do not learn where their queries stand, so a prefix cannot slide"
+            found.append(Obstacle("window", reason, "use a prompt whose window is 'pinned'"))
         latent = [name for name in ("kv_lora_rank", "qk_nope_head_dim") if getattr(text, name, None)]
         if latent or (shape is not None and getattr(text, "v_head_dim", None) not in (None, shape.head_dim)):
             reason = f"keys and values of this attention are no pair of one width ({', '.join(latent) or 'v_head_dim'})"
@@ -246,6 +250,33 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
         reason = "this model's attention upcasts only under the name 'eager'"
         found.append(Obstacle("attention", reason, "set reorder_and_upcast_attn to false in its configuration"))
     return found
+
+
+class _Reached(Exception):  # noqa: N818
+    """An attention module was reached; with whether it was told where its queries stand."""
+
+
+def _hears_positions(stack: Any, attention: nn.Module) -> bool:
+    """Whether attention is told where its queries stand, watched with one token that goes no further.
+
+    Where the stack cannot be run so, what is not told raises when it is needed.
+    """
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        raise _Reached("position_ids" in kwargs)
+
+    handle = attention.register_forward_pre_hook(look, with_kwargs=True)
+    token = torch.zeros(1, 1, dtype=torch.long, device=stack.get_input_embeddings().weight.device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            stack(token)
+    except _Reached as reached:
+        return bool(reached.args[0])
+    except Exception:  # foreign code; nothing is known
+        return True
+    finally:
+        handle.remove()
+    return True
 
 
 def _stacks(model: Any, geometry: Geometry) -> dict[Stack, Any]:

@@ -51,7 +51,7 @@ class PeftEngine:
 
     name = "peft"
     summary = "Hugging Face PEFT itself"
-    capabilities = replace(FORMAT.capabilities, prefix_start=None)
+    capabilities = replace(FORMAT.capabilities, prefix_start=None, left_pads=False)
 
     def unavailable(self) -> str | None:
         return None if find_spec("peft") is not None else "PEFT is not installed (softbridge's extra 'peft' brings it)"

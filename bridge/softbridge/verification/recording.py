@@ -80,6 +80,7 @@ def pack(recording: Recording) -> bytes:
             "loss": capture.loss,
             "start": dict(capture.start),
             "repeats": capture.repeats,
+            "left_pads": capture.left_pads,
             "faults": dict(capture.faults),
         }
         order = {group: list(getattr(capture, group)) for group in _ARRAYS}
@@ -122,6 +123,7 @@ def unpack(path: str | Path) -> Recording:
                     loss=float(plain["loss"]),
                     start=plain["start"],
                     repeats=plain["repeats"],
+                    left_pads=plain["left_pads"],
                     faults=plain["faults"],
                     naive=None,
                     **groups,

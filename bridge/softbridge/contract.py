@@ -1,0 +1,516 @@
+"""The contract of an engine: seven promises, each a function that any engine can be run through.
+
+    >>> from softbridge import contract
+    >>> for outcome in contract.check(engine, make, prompt):
+    ...     print(outcome)
+    ...     assert not outcome.broken
+
+`make` takes nothing and returns a fresh transformers model in float64 with eager attention, the same each time; it
+takes token ids. A promise yields `Figure`s: what was compared, how far apart the two sides are, and how closely they
+have to agree. It runs without a prompt, too, which is how `check` finds what the model itself does not keep (a base
+model whose own left-padded rows differ, say): that is recorded beside the engine's figure, and never left out.
+
+An engine that ignores its prompt would keep most promises. So the sixth also asks that the prompt is felt.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal, TypeAlias
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from softbridge.cloze import IGNORED
+from softbridge.hookspecs import Engine
+from softbridge.passes import as_dtype
+from softbridge.prompt import SoftPrompt, same_array
+from softbridge.verification.probes import Probe
+from softbridge.verification.run import FLOAT32_LOSS, find_islands
+
+#: A callable that makes a fresh model.
+Make: TypeAlias = Callable[[], Any]
+Agreement = Literal["same", "close", "loss"]
+
+#: Lengths of the texts. They differ, and the longest is beyond the sliding window of a small model.
+LENGTHS = (9, 6, 4)
+PADS = 3
+ANSWER = 5
+STEPS = 3
+NEW_TOKENS = 4
+#: How closely figures agree, relative to the largest number, in float64 and beside an island of float32.
+CLOSE, CLOSE_TO_ISLAND = 1e-12, 1e-5
+#: A prompt that moves no logit by this part of the largest is not felt.
+FELT = 1e-3
+#: A promise that the model itself breaks may be broken this much more with a prompt: other numbers, the same fault.
+EXCUSED = 10.0
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One comparison.
+
+    Attributes:
+        name: what was compared.
+        value: the largest difference relative to the largest number expected, or how many things differ.
+        agreement: ``same`` (nothing may differ: the sums are the same, or things are counted), ``close`` (two orders
+            of summation) or ``loss`` (transformers computes losses in float32).
+    """
+
+    name: str
+    value: float
+    agreement: Agreement
+
+    def kept(self, close: float) -> bool:
+        """Whether the value is within the bound; what is no number is not."""
+        return self.value <= {"same": 0.0, "close": close, "loss": max(close, FLOAT32_LOSS)}[self.agreement]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of one promise.
+
+    Attributes:
+        promise: its name.
+        figures: with the prompt.
+        bare: the figures of the model without a prompt, by name; only if some figure with it is too large.
+        islands: where the model computes in float32, see `softbridge.verification.run.find_islands`.
+    """
+
+    promise: str
+    figures: tuple[Figure, ...]
+    bare: Mapping[str, float]
+    islands: tuple[str, ...] = ()
+
+    @property
+    def close(self) -> float:
+        return CLOSE_TO_ISLAND if self.islands else CLOSE
+
+    @property
+    def unkept(self) -> tuple[Figure, ...]:
+        """The figures that are too large, whoever is to blame."""
+        return tuple(figure for figure in self.figures if not figure.kept(self.close))
+
+    @property
+    def by_model(self) -> tuple[Figure, ...]:
+        """Those of them that the model breaks without any prompt."""
+        return tuple(figure for figure in self.unkept if self._excused(figure))
+
+    @property
+    def broken(self) -> tuple[Figure, ...]:
+        """Those that the engine breaks."""
+        return tuple(figure for figure in self.unkept if not self._excused(figure))
+
+    def _excused(self, figure: Figure) -> bool:
+        bare = self.bare.get(figure.name, 0.0)
+        if Figure(figure.name, bare, figure.agreement).kept(self.close):
+            return False
+        return math.isnan(bare) or figure.value <= EXCUSED * bare
+
+    def __str__(self) -> str:
+        bare = {figure.name: f" (the model alone: {self.bare[figure.name]:.1e})" for figure in self.by_model}
+        return f"{self.promise}: " + ", ".join(f"{f.name} {f.value:.1e}{bare.get(f.name, '')}" for f in self.figures)
+
+
+Promise: TypeAlias = Callable[[Engine, Make, SoftPrompt | None], Iterator[Figure]]
+
+
+def check(
+    engine: Engine, make: Make, prompt: SoftPrompt, promises: Sequence[Promise] | None = None
+) -> Iterator[Outcome]:
+    """Run an engine through the contract (or some promises of it), with a prompt that it has no obstacle to.
+
+    What raises instead of keeping a promise breaks it: the error is then a figure that no bound allows.
+    """
+    model = make()
+    probe = Probe("alone", {name: tensor.numpy() for name, tensor in _inputs(model, 0).items()}, np.ones((1, 1), bool))
+    islands = find_islands(model, probe)
+    for promise in promises or PROMISES:
+        outcome = Outcome(promise.__name__, _run(promise, engine, make, prompt), {}, islands)
+        if outcome.unkept:
+            bare = {figure.name: figure.value for figure in _run(promise, engine, make, None)}
+            outcome = Outcome(outcome.promise, outcome.figures, bare, islands)
+        yield outcome
+
+
+def _run(promise: Promise, engine: Engine, make: Make, prompt: SoftPrompt | None) -> tuple[Figure, ...]:
+    found: list[Figure] = []
+    try:
+        found.extend(promise(engine, make, prompt))
+    except Exception as error:  # an engine is foreign code, and so is the model
+        found.append(Figure(f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}", 1.0, "same"))
+    return tuple(found)
+
+
+# --------------------------------------------------------------------------------------------------- the promises
+
+
+def padding(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Figure]:
+    """1. A row gives the same logits on its real tokens unpadded, padded on the right and padded on the left."""
+    model = _running(engine, make(), prompt)
+    inputs = _inputs(model, 0)
+    expected = _logits(model, inputs)
+    padded = ("", "decoder_") if "decoder_input_ids" in inputs else ("",)
+    for stack in padded:
+        for side in ("right", "left"):
+            given = {**inputs, **_padded(model, inputs, stack, side)}
+            logits = _logits(model, given)
+            if stack or (len(padded) == 1 and logits.ndim == 3):
+                logits = logits[:, -expected.shape[1] :] if side == "left" else logits[:, : expected.shape[1]]
+            yield Figure(f"{stack}{side}", _distance(logits, expected), "close")
+
+
+def cache(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Figure]:
+    """2. Decoding with a cache is decoding without one, greedy and with beams, and greedy is one beam.
+
+    The logits are compared in the model's own precision, token by token; generated tokens must be the same, also when
+    rows of different lengths are padded, as `generate` wants them.
+    """
+    model = _running(engine, make(), prompt)
+    if not model.can_generate():
+        return
+    inputs = _inputs(model, 0)
+    ids = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
+    expected, steps = _logits(model, inputs), []
+    state: Any = None
+    with torch.no_grad():
+        for first, last in ((0, 3), *((n, n + 1) for n in range(3, inputs[ids].shape[1]))):
+            given = {**inputs, ids: inputs[ids][:, first:last], "past_key_values": state, "use_cache": True}
+            if ids == "input_ids":
+                given["attention_mask"] = inputs["attention_mask"][:, :last]
+            output = model(**given)
+            state = output.past_key_values
+            steps.append(output.logits)
+    yield Figure("token by token", _distance(torch.cat(steps, dim=1), expected), "close")
+
+    texts = [_inputs(model, row) for row in range(len(LENGTHS))]
+    by_hand = torch.cat([_greedy(model, text) for text in texts])
+    # An encoder is padded on the right, as its own tokenizer does.
+    together = _batch(model, texts, "right" if model.config.is_encoder_decoder else "left")
+    for name, found in (
+        ("greedy", torch.cat([_generate(model, text) for text in texts])),
+        ("greedy, padded", _generate(model, together)),
+        ("greedy, uncached", _generate(model, together, use_cache=False)),
+    ):
+        yield Figure(name, float((found != by_hand).sum()), "same")
+    beams = torch.cat([_generate(model, text, num_beams=2, use_cache=False) for text in texts])
+    yield Figure("two beams", float((_generate(model, together, num_beams=2) != beams).sum()), "same")
+
+
+def batch(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Figure]:
+    """3. A row alone gives the same logits as among others, of its own length and of other lengths."""
+    model = _running(engine, make(), prompt)
+    for name, lengths in (("equal lengths", LENGTHS[:1] * 3), ("mixed lengths", LENGTHS)):
+        texts = [_inputs(model, row, length) for row, length in enumerate(lengths)]
+        together = _logits(model, _batch(model, texts, "right"))
+        rows = []
+        for row, text in enumerate(texts):
+            alone = _logits(model, text)
+            rows.append(_distance(together[row : row + 1, : alone.shape[1]], alone))
+        yield Figure(name, max(rows), "close")
+
+
+def labels(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Figure]:
+    """4. There is one row of logits for each label, and the loss is the mean over the labels of real tokens.
+
+    The loss is computed again from rows that run alone.
+    """
+    model = _running(engine, make(), prompt)
+    texts = [_inputs(model, row) for row in range(len(LENGTHS))]
+    total, count = 0.0, 0
+    for text in texts:
+        aligned, wanted = _aligned(model, _labelled(model, text).logits, _labels(model, text))
+        total += float(cross_entropy(aligned, wanted, ignore_index=IGNORED, reduction="sum"))
+        count += int((wanted != IGNORED).sum())
+    for side in ("right", "left"):
+        given = _batch(model, texts, side)
+        wanted, output = _labels(model, given), _labelled(model, given)
+        yield Figure(f"{side}, logits too many", float(output.logits.shape[: wanted.ndim] != wanted.shape), "same")
+        yield Figure(f"{side}, loss", abs(float(output.loss) * count / total - 1), "loss")
+
+
+def training(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Figure]:
+    """5. Training changes every array of the prompt and nothing of the model, and what is extracted is what runs."""
+    if prompt is None:
+        return
+    given = make()
+    own = {id(parameter) for parameter in given.parameters()}
+    tensors = [*given.parameters(), *given.buffers()]
+    model = engine.attach(given, prompt)
+    before = [tensor.detach().clone() for tensor in tensors]
+    trainable = _count(parameter.requires_grad for parameter in model.parameters() if id(parameter) in own)
+    yield Figure("parameters of the model to train", trainable, "same")
+    text = _inputs(model, 0)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    for _ in range(STEPS):
+        optimizer.zero_grad()
+        _loss(model, text).backward()
+        optimizer.step()
+    gradients = _count(p.grad is not None for p in model.parameters() if id(p) in own)
+    yield Figure("gradients of the model", gradients, "same")
+    changed = _count(not torch.equal(now, then) for now, then in zip(tensors, before, strict=True))
+    yield Figure("tensors of the model changed", changed, "same")
+    trained = engine.extract(model)
+    pairs = zip(prompt.arrays(), trained.arrays(), strict=True)
+    yield Figure("arrays of the prompt not trained", _count(same_array(a, b) for (_, a), (_, b) in pairs), "same")
+    again = _logits(engine.attach(make(), trained), text)
+    yield Figure("extracted and attached again", _distance(again, _logits(model, text)), "same")
+
+
+def detaching(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Figure]:
+    """6. After attach, a backward pass and detach the model is the one before, bit for bit, and the prompt was felt."""
+    model = make()
+    next(model.parameters()).requires_grad_(False)
+    text = _inputs(model, 0)
+    logits, state = _logits(model, text), {name: value.clone() for name, value in model.state_dict().items()}
+    before = _fingerprint(model)
+    if prompt is None:
+        return
+    running = engine.attach(model, prompt)
+    found = _logits(running, text)
+    shown = found[:, : logits.shape[1]] if found.shape != logits.shape else found
+    yield Figure("prompts not felt", float(_distance(shown, logits) < FELT), "same")
+    loss = _loss(running, text)
+    if loss.requires_grad:  # an engine may attach for running only
+        loss.backward()
+    restored = engine.detach(running)
+    yield Figure("another model", float(restored is not model), "same")
+    yield Figure("outputs", _distance(_logits(model, text), logits), "same")
+    now = model.state_dict()
+    yield Figure("names in the state", float(now.keys() != state.keys()), "same")
+    changed = (name not in now or not torch.equal(now[name], value) for name, value in state.items())
+    yield Figure("numbers in the state", _count(changed), "same")
+    after = _fingerprint(model)
+    for name, value in before.items():
+        yield Figure(name, float(after[name] != value), "same")
+
+
+def attention(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Figure]:
+    """7. Logits, loss and gradient are the same with gradient checkpointing, and in sdpa attention.
+
+    Gradients are taken in float64, of a loss in float64. Checkpointing works in training mode only: every pass there
+    starts from the same seed.
+    """
+    wide = None if prompt is None else as_dtype(prompt, np.dtype(np.float64))
+    model = _training(engine, make(), wide)
+    text = _inputs(model, 1)
+    eager = _gradient(model, text)
+
+    model = _training(engine, make(), wide).train()
+    if model.supports_gradient_checkpointing:
+        plain = _gradient(model, text)
+        for reentrant in (False, True):
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+            if prompt is None:  # what an engine has to do for itself
+                model.enable_input_require_grads()
+            name = "reentrant checkpointing" if reentrant else "checkpointing"
+            for what, found, expected in zip(("loss", "gradient"), _gradient(model, text), plain, strict=False):
+                # Reentrant, the gradients of what several layers read are added in another order.
+                exact = what == "loss" or not reentrant
+                yield Figure(f"{name}, {what}", _distance(found, expected), "same" if exact else "close")
+
+    other = make()
+    other.set_attn_implementation("sdpa")
+    if other.config._attn_implementation != "sdpa":
+        raise NotImplementedError(f"{type(other).__name__} takes no other attention once it is built")
+    sdpa = _gradient(_training(engine, other, wide), text)
+    for what, found, expected in zip(("loss", "gradient", "logits"), sdpa, eager, strict=True):
+        yield Figure(f"sdpa, {what}", _distance(found, expected), "close")
+
+
+PROMISES: tuple[Promise, ...] = (padding, cache, batch, labels, training, detaching, attention)
+
+
+# ---------------------------------------------------------------------------------------------------------- running
+
+
+def _running(engine: Engine, model: Any, prompt: SoftPrompt | None) -> Any:
+    """The model with the prompt, or alone and told where its tokens stand, as `generate` tells it."""
+    if prompt is not None:
+        return engine.attach(model, prompt)
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        model.register_forward_pre_hook(_tell, with_kwargs=True)
+    return model
+
+
+def _tell(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    mask = kwargs.get("attention_mask")
+    if mask is None or kwargs.get("position_ids") is not None:
+        return args, kwargs
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    return args, {**kwargs, "position_ids": positions[:, -kwargs["input_ids"].shape[1] :]}
+
+
+def _training(engine: Engine, model: Any, prompt: SoftPrompt | None) -> Any:
+    """The same, with nothing trainable but what the engine brought, in float64."""
+    own = [parameter for parameter in model.parameters() if prompt is not None]
+    model = _running(engine, model, prompt).double().requires_grad_(True)
+    for parameter in own:
+        parameter.requires_grad_(False)
+    return model
+
+
+def _logits(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        found: Tensor = model(**inputs).logits
+    return found
+
+
+def _labelled(model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    """The output with labels, of which an encoder-decoder makes its decoder's tokens itself."""
+    given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
+    with torch.no_grad():
+        return model(**given, labels=_labels(model, inputs))
+
+
+def _gradient(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, its gradient with respect to whatever is trainable (in one row), and the logits."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    model.zero_grad()
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        logits = model(**inputs, use_cache=False).logits if model.can_generate() else model(**inputs).logits
+    loss = _of_labels(model, logits, inputs)
+    loss.backward()
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in trained]
+    return loss.detach(), torch.cat([grad.flatten() for grad in grads]), logits.detach()
+
+
+def _loss(model: Any, inputs: Mapping[str, Tensor]) -> Any:
+    return _of_labels(model, model(**inputs).logits, inputs)
+
+
+def _of_labels(model: Any, logits: Tensor, inputs: Mapping[str, Tensor]) -> Any:
+    aligned, wanted = _aligned(model, logits, _labels(model, inputs))
+    return cross_entropy(aligned, wanted, ignore_index=IGNORED)
+
+
+def _aligned(model: Any, logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits [n, classes] in float64 and the labels [n] that they are for."""
+    logits = logits.double()
+    if logits.ndim == 2:
+        return logits, wanted
+    if model.can_generate() and not model.config.is_encoder_decoder:
+        logits, wanted = logits[:, -wanted.shape[1] : -1], wanted[:, 1:]
+    return logits.flatten(0, 1), wanted.flatten()
+
+
+def _generate(model: Any, inputs: Mapping[str, Tensor], **settings: Any) -> Tensor:
+    """NEW_TOKENS tokens for each row [B, NEW_TOKENS], greedy unless told."""
+    given = {name: value for name, value in inputs.items() if not name.startswith("decoder")}
+    lengths = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": _pad(model)}
+    found: Tensor = model.generate(
+        **given, do_sample=False, eos_token_id=None, **{"num_beams": 1, **lengths, **settings}
+    )
+    return found[:, -NEW_TOKENS:]
+
+
+def _greedy(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The same for one row by hand: the whole text again for each token."""
+    crossed = model.config.is_encoder_decoder
+    grown = torch.tensor([[model.generation_config.decoder_start_token_id]]) if crossed else inputs["input_ids"]
+    for _ in range(NEW_TOKENS):
+        given = {**inputs, "decoder_input_ids": grown} if crossed else {"input_ids": grown}
+        grown = torch.cat([grown, _logits(model, given)[:, -1:].argmax(-1)], dim=1)
+    return grown[:, -NEW_TOKENS:]
+
+
+# ------------------------------------------------------------------------------------------------------- the texts
+
+
+def _ordinary(config: Any) -> Tensor:
+    text = config.get_text_config()
+    special = {getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return torch.tensor([token for token in range(text.vocab_size) if token not in special])
+
+
+def _inputs(model: Any, row: int, length: int | None = None) -> dict[str, Tensor]:
+    """A text [1, T], its mask, and to an encoder-decoder an answer."""
+    ordinary, generator = _ordinary(model.config), torch.Generator().manual_seed(row)
+
+    def draw(count: int) -> Tensor:
+        return ordinary[torch.randint(len(ordinary), (1, count), generator=generator)]
+
+    ids = draw(length or LENGTHS[row])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return {**inputs, "decoder_input_ids": draw(ANSWER)} if model.config.is_encoder_decoder else inputs
+
+
+def _labels(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The tokens, and nothing for pads, or for the first, which an engine may have predicted by a virtual token."""
+    ids = inputs["input_ids"]
+    if "decoder_input_ids" in inputs:
+        return inputs["decoder_input_ids"]
+    if type(model).__name__.endswith("ForSequenceClassification"):
+        return torch.arange(len(ids)).remainder(int(model.config.num_labels))
+    found = ids.masked_fill(inputs["attention_mask"] == 0, IGNORED)
+    first = inputs["attention_mask"].argmax(-1, keepdim=True)
+    return found.scatter(1, first, IGNORED)
+
+
+def _pad(model: Any) -> int:
+    found = getattr(model.config.get_text_config(), "pad_token_id", None)
+    return found if isinstance(found, int) else 0
+
+
+def _padded(model: Any, inputs: Mapping[str, Tensor], stack: str, side: str) -> dict[str, Tensor]:
+    """A stack's tokens with pads on one side, and their mask."""
+    ids = inputs[f"{stack}input_ids"]
+    pads = (0, PADS) if side == "right" else (PADS, 0)
+    pad = partial(torch.nn.functional.pad, pad=pads)
+    return {f"{stack}input_ids": pad(ids, value=_pad(model)), f"{stack}attention_mask": pad(torch.ones_like(ids))}
+
+
+def _batch(model: Any, texts: Sequence[Mapping[str, Tensor]], side: str) -> dict[str, Tensor]:
+    """All texts in one batch, padded to the longest."""
+    width = max(text["input_ids"].shape[1] for text in texts)
+    batched = {}
+    for name in texts[0]:
+        rows = []
+        for text in texts:
+            pads = 0 if name.startswith("decoder") else width - text[name].shape[1]
+            value = _pad(model) if name == "input_ids" else 0
+            rows.append(torch.nn.functional.pad(text[name], (0, pads) if side == "right" else (pads, 0), value=value))
+        batched[name] = torch.cat(rows)
+    return batched
+
+
+# --------------------------------------------------------------------------------------------------------- figures
+
+
+def _distance(found: Tensor, expected: Tensor) -> float:
+    """The largest difference relative to the largest number; infinite between shapes, or where there is no number."""
+    if found.shape != expected.shape:
+        return math.inf
+    largest = float(expected.abs().max())
+    value = float((found.double() - expected.double()).abs().max())
+    relative = value / largest if largest and value else value
+    return math.inf if math.isnan(relative) else relative
+
+
+def _count(differ: Iterable[bool]) -> float:
+    return float(sum(map(bool, differ)))
+
+
+def _fingerprint(model: Any) -> dict[str, Any]:
+    """What must be as before beside the numbers: each aspect, compared by value."""
+    modules = dict(model.named_modules())
+    hooks = [name for name in vars(torch.nn.Module()) if name.endswith("_hooks")]
+    return {
+        "modules": {name: type(module) for name, module in modules.items()},
+        "hooks": {(name, kind): list(getattr(m, kind)) for name, m in modules.items() for kind in hooks},
+        "attributes": {name: set(vars(module)) for name, module in modules.items()},
+        "configuration": copy.deepcopy(model.config.to_dict()),
+        "generation": copy.deepcopy(model.generation_config.to_dict()) if model.can_generate() else None,
+        "attention": {name: m.config._attn_implementation for name, m in modules.items() if hasattr(m, "config")},
+        "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "training mode": {name: module.training for name, module in modules.items()},
+        "gradients": [name for name, parameter in model.named_parameters() if parameter.grad is not None],
+    }
