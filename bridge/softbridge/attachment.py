@@ -11,6 +11,7 @@ from softbridge.base import BaseModel
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.head import load_head, restore_head
 from softbridge.lower import Target, check_fits, lower
+from softbridge.methods import Method
 from softbridge.passes import inexpressible
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.registry import engine_named, engines
@@ -29,16 +30,24 @@ class _Attached:
     displaced: Mapping[str, Any]
 
 
-def attach(model: Any, prompt: SoftPrompt | str | Path, engine: str = "native") -> Any:
-    """Make a transformers model run with a soft prompt.
+def attach(
+    model: Any, prompt: SoftPrompt | Method | str | Path, engine: str = "native", *, seed: int | None = None
+) -> Any:
+    """Make a transformers model run with a soft prompt, to use it or to train it.
+
+    A prompt that was trained through a parameterisation, and knows it, is trained through it again; to train its own
+    numbers instead, attach ``dataclasses.replace(prompt, training=None)``. Whatever is no part of the prompt or of its
+    head is frozen until `detach`.
 
     The prompt is lowered to what the engine can run on this model (with rotary positions: its keys are turned where
     the engine's toolkit has the real tokens elsewhere); positions are told where they must be.
 
     Args:
         model: a `PreTrainedModel`.
-        prompt: for a base model of this geometry; or the path of its file or directory.
+        prompt: for a base model of this geometry; or the path of its file or directory; or a method, for a new one.
         engine: the name of an engine.
+        seed: of a new prompt's random start, which is the same for the same seed; drawn from torch's own random
+            numbers if it is None, which `transformers.set_seed` governs.
 
     Returns:
         The model to call: the same object for engines that work in place, the toolkit's wrapper otherwise.
@@ -47,6 +56,7 @@ def attach(model: Any, prompt: SoftPrompt | str | Path, engine: str = "native") 
         EngineError: the engine is missing or cannot run this prompt on this model.
         LoweringError: the engine's toolkit cannot express the prompt.
         BaseModelError: the prompt does not fit the model.
+        ValueError: the method does not fit the model.
     """
     chosen = engine_named(engine)
     base = BaseModel.resolve(model)
@@ -54,6 +64,10 @@ def attach(model: Any, prompt: SoftPrompt | str | Path, engine: str = "native") 
         from softbridge.conversion import load
 
         prompt = load(prompt, base)
+    elif isinstance(prompt, Method):
+        import torch
+
+        prompt = prompt.initialise(base.geometry, int(torch.randint(2**31, ())) if seed is None else seed)
     check_fits(prompt, base.geometry)
     if inexpressible(prompt, chosen.capabilities, base) or chosen.obstacles(prompt, model):
         lowered = lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions",))

@@ -39,13 +39,14 @@ STD = 0.8
 _LINEAR = {
     "mlp": ("output.weight", "output.bias"),
     "p-tuning-mlp": ("linear.2.weight", "linear.2.bias"),
+    "p-tuning-lstm": ("linear.1.weight", "linear.1.bias"),
     "multitask": ("embedding",),
     "context-aware": ("embedding",),
     "cartridge": ("frozen", "trained"),
 }
 
 
-def _trained(method: Method, geometry: Geometry) -> SoftPrompt:
+def as_if_trained(method: Method, geometry: Geometry) -> SoftPrompt:
     """As if trained: the method's random start, with the last step of its parameterisation scaled up."""
     prompt = method.initialise(geometry, seed=1)
     training = prompt.training
@@ -107,16 +108,16 @@ def _every_site(geometry: Geometry) -> SoftPrompt:
 #: Method -> what makes a prompt of it for a base model.
 METHODS: Mapping[str, Callable[[Geometry], SoftPrompt]] = {
     "prompt-tuning": lambda geometry: random_input_prompt(geometry, LENGTH, std=STD),
-    "p-tuning": lambda geometry: _trained(PTuning(LENGTH), geometry),
+    "p-tuning": lambda geometry: as_if_trained(PTuning(LENGTH), geometry),
     "p-tuning-template": _template,
-    "multitask-prompt-tuning": lambda geometry: _trained(MultitaskPromptTuning(2, length=LENGTH), geometry),
-    "context-aware-prompt-tuning": lambda geometry: _trained(ContextAwarePromptTuning([1, 2, 2, 3, 4]), geometry),
+    "multitask-prompt-tuning": lambda geometry: as_if_trained(MultitaskPromptTuning(2, length=LENGTH), geometry),
+    "context-aware-prompt-tuning": lambda geometry: as_if_trained(ContextAwarePromptTuning([1, 2, 2, 3, 4]), geometry),
     "prefix-tuning": lambda geometry: random_prefix(geometry, LENGTH, std=STD),
-    "prefix-tuning-mlp": lambda geometry: _trained(_single_site(geometry, MLP(16)), geometry),
+    "prefix-tuning-mlp": lambda geometry: as_if_trained(_single_site(geometry, MLP(16)), geometry),
     "prefix-tuning-gated": _gated,
     "prefix-tuning-layers": _some_layers,
     "p-tuning-v2": _every_site,
-    "cartridge": lambda geometry: _trained(Cartridge(LENGTH, sites=_single_site(geometry).sites), geometry),
+    "cartridge": lambda geometry: as_if_trained(Cartridge(LENGTH, sites=_single_site(geometry).sites), geometry),
 }
 
 

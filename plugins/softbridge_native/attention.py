@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -52,25 +52,41 @@ class LayerGate(nn.Module):
 
 
 class LayerPrefix(nn.Module):
-    """The prefix of one layer: keys [K, P, D], values [K, P, D] and what gates them, or None."""
+    """The prefix of one layer: keys [K, P, D], values [K, P, D] and what gates them, or None.
 
-    def __init__(self, pair: KeyValue, device: torch.device) -> None:
+    The keys and values are parameters, or what a network made: see `softbridge_native.parameterisation.Made`.
+    """
+
+    def __init__(self, pair: KeyValue, device: torch.device, made: bool) -> None:
         super().__init__()
-        self.keys = nn.Parameter(to_torch(pair.keys).to(device))
-        self.values = nn.Parameter(to_torch(pair.values).to(device))
+        for name, array in (("keys", pair.keys), ("values", pair.values)):
+            tensor = to_torch(array).to(device)
+            if made:
+                self.register_buffer(name, tensor, persistent=False)
+            else:
+                self.register_parameter(name, nn.Parameter(tensor))
         self.gate = None if pair.gate is None else LayerGate(pair.gate, device)
+        self.used: tuple[Tensor, Tensor] | None = None
+        self.leaves: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, entered: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    keys: Tensor
+    values: Tensor
+
+    def forward(self, entered: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each [K, P, D] or [B, K, P, D], as they are for what enters the attention module."""
-        keys, values = self.keys.to(dtype), self.values.to(dtype)
+        now = self.used or self.leaves or (self.keys, self.values)
+        keys, values = (part.to(like.device, like.dtype) for part in now)
         if self.gate is None:
             return keys, values
         gates = self.gate(entered)[..., None, None, None]
         return keys * gates[:, 0], values * gates[:, -1]
 
-    def extract(self) -> KeyValue:
+    def extract(self, pair: KeyValue) -> KeyValue:
+        """The pair as it is now; what a network makes, as it was given."""
         gate = None if self.gate is None else self.gate.extract()
-        return KeyValue(from_torch(self.keys), from_torch(self.values), gate)
+        if isinstance(self.keys, nn.Parameter):
+            pair = KeyValue(from_torch(self.keys), from_torch(self.values))
+        return replace(pair, gate=gate)
 
 
 @dataclass(frozen=True)
@@ -185,7 +201,7 @@ def _attend(
     if attention_mask is not None:
         virtual = _columns(binding, attention_mask, length, window, settings.get("position_ids"))
         attention_mask = torch.cat([virtual, attention_mask.expand(*virtual.shape[:-1], -1)], dim=-1)
-    keys, values = binding.prefix(module.__dict__.pop(_ENTERED, None), key.dtype)
+    keys, values = binding.prefix(module.__dict__.pop(_ENTERED, None), key)
     key = torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)
     value = torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)
     return function(module, query, key, value, attention_mask, **{**settings, "is_causal": False})

@@ -7,7 +7,7 @@ The model keeps its class. Its stacks (the module under the heads, or the encode
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry, Site, Stack, read_geometry, stack_of
 from softbridge.lower import check_fits
+from softbridge.methods import KINDS, rematerialise
 from softbridge.prompt import KeyValuePrefix, Part, SoftPrompt
 from softbridge_native.attention import (
     UNDERLYING,
@@ -29,24 +30,63 @@ from softbridge_native.attention import (
     registered,
     unbind,
 )
-from softbridge_native.placement import StackHooks, Vectors, counted, embedding_block
+from softbridge_native.parameterisation import Making, Parameterisation, trainable
+from softbridge_native.placement import StackHooks, Vectors, counted, embedding_block, home
 
 #: The submodule of the model that holds the prompt.
 NAME = "softbridge"
 
 
 class Prefix(nn.Module):
-    """A prefix: one `LayerPrefix` for each of its layers, on the device of the attention module that it joins."""
+    """A prefix: one `LayerPrefix` for each of its layers, on the device of the attention module that it joins.
 
-    def __init__(self, part: KeyValuePrefix, modules: Sequence[nn.Module]) -> None:
+    Where a network makes it (see `parameterisation.Made`), its rows [P, W] hold layer after layer, as in
+    `KeyValuePrefix.from_rows`.
+    """
+
+    def __init__(self, part: KeyValuePrefix, modules: Sequence[nn.Module], made: bool) -> None:
         super().__init__()
+        self.stack: Stack = stack_of(part.site)
+        self.site: Site | None = part.site
         self.layers = nn.ModuleDict()
         for layer, pair in part.layers.items():
-            self.layers[str(layer)] = LayerPrefix(pair, next(modules[layer].parameters()).device)
+            self.layers[str(layer)] = LayerPrefix(pair, home(next(modules[layer].parameters()).device), made)
+
+    @property
+    def _each(self) -> Iterable[Any]:
+        return self.layers.values()
+
+    def _pairs(self, flat: Tensor) -> Iterator[tuple[LayerPrefix, Tensor, Tensor]]:
+        at = 0
+        for layer in self._each:
+            heads, length, width = layer.keys.shape
+            rows = flat[:, at : at + 2 * heads * width].reshape(length, 2, heads, width).transpose(0, 2)
+            at += 2 * heads * width
+            yield layer, rows[:, 0], rows[:, 1]
+
+    def hold(self, flat: Tensor) -> None:
+        for layer, keys, values in self._pairs(flat):
+            layer.keys.copy_(keys)
+            layer.values.copy_(values)
+            layer.leaves = None
+
+    def use(self, flat: Tensor | None) -> Sequence[Tensor]:
+        if flat is None:
+            for layer in self._each:
+                layer.used = None
+            return ()
+        for layer, keys, values in self._pairs(flat):
+            layer.used, layer.leaves = (keys, values), None
+        return [tensor for layer in self._each for tensor in layer.used]
+
+    def branch(self) -> Sequence[Tensor]:
+        for layer in self._each:
+            layer.leaves = tuple(tensor.detach().requires_grad_() for tensor in layer.used)
+        return [leaf for layer in self._each for leaf in layer.leaves]
 
     def extract(self, part: KeyValuePrefix) -> KeyValuePrefix:
-        layers: dict[int, Any] = {layer: self.layers[str(layer)] for layer in part.layers}
-        return replace(part, layers={layer: module.extract() for layer, module in layers.items()})
+        pairs = zip(part.layers.items(), self._each, strict=True)
+        return replace(part, layers={number: layer.extract(pair) for (number, pair), layer in pairs})
 
 
 class Injection(nn.Module):
@@ -55,6 +95,7 @@ class Injection(nn.Module):
     Attributes:
         prompt: as it was attached.
         parts: one module for each of the prompt's parts.
+        parameterisation: what makes some of them, or None.
         handles: of all hooks.
         reached: whether a stack has run since the model was called.
         bound: the attention modules that hold a prefix.
@@ -62,10 +103,13 @@ class Injection(nn.Module):
         trainable: the model's parameters that were trainable.
     """
 
-    def __init__(self, prompt: SoftPrompt, parts: Sequence[Vectors | Prefix]) -> None:
+    def __init__(
+        self, prompt: SoftPrompt, parts: Sequence[Vectors | Prefix], parameterisation: Parameterisation | None
+    ) -> None:
         super().__init__()
         self.prompt = prompt
         self.parts = nn.ModuleList(parts)
+        self.parameterisation = parameterisation
         self.handles: list[Any] = []
         self.reached = False
         self.bound: list[nn.Module] = []
@@ -90,14 +134,16 @@ class Injection(nn.Module):
             )
 
     def extract(self) -> SoftPrompt:
-        """The prompt as it is now. What a changed prompt no longer has (its parameterisation, its origin) goes."""
+        """The prompt as it is now. A changed one has no origin, and no parameterisation but one that was trained."""
         modules: Iterable[Any] = self.parts
         parts: tuple[Part, ...] = tuple(
             module.extract(part) for module, part in zip(modules, self.prompt.parts, strict=True)
         )
-        if parts == self.prompt.parts:
+        training = None if self.parameterisation is None else self.parameterisation.extract()
+        if parts == self.prompt.parts and (training is None or training is self.prompt.training):
             return self.prompt
-        return replace(self.prompt, parts=parts, training=None, origin=None)
+        changed = replace(self.prompt, parts=parts, training=training, origin=None)
+        return changed if training is None else rematerialise(changed)
 
 
 def attach(model: Any, prompt: SoftPrompt) -> Any:
@@ -116,15 +162,25 @@ def attach(model: Any, prompt: SoftPrompt) -> Any:
         )
     geometry = read_geometry(model.config)
     modules = _attention_modules(model, geometry)
+    device = home(model.device)
+    kind = KINDS[prompt.training.kind] if prompt.training is not None and trainable(prompt) else None
+    made = [kind is not None and kind.makes(part) for part in prompt.parts]
     parts = [
-        Prefix(part, modules[part.site]) if isinstance(part, KeyValuePrefix) else Vectors(part, model.device)
-        for part in prompt.parts
+        Prefix(part, modules[part.site], network)
+        if isinstance(part, KeyValuePrefix)
+        else Vectors(part, device, network)
+        for part, network in zip(prompt.parts, made, strict=True)
     ]
-    injected = Injection(prompt, parts)
-    injected.trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    networks = [part for part, network in zip(parts, made, strict=True) if network]
+    state = prompt.training if networks else None
+    parameterisation = None if state is None else Parameterisation(state, networks, device)
+    injected = Injection(prompt, parts, parameterisation)
+    injected.trainable = [
+        parameter for name, parameter in model.named_parameters() if parameter.requires_grad and name not in prompt.head
+    ]
     for parameter in injected.trainable:
         parameter.requires_grad_(False)
-    model.add_module(NAME, injected)
+    model.add_module(NAME, injected.train(model.training))
     try:
         # An input prompt needs of ours, in eager attention, what bounds the mask: see `attention._above_float32`.
         if prompt.prefixes or (any(modules.values()) and model.config._attn_implementation == "eager"):
@@ -332,12 +388,13 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
         pooled = pools and own is not None and own.placement == "before-sequence"
         crossed = geometry.is_encoder_decoder and name == "encoder"
         strip = not (pooled or crossed)
-        hooks = StackHooks(stack, own, prompt.positions.start.get(name, 0), implementation, strip)
+        making = _making(injected, name)
+        hooks = StackHooks(stack, own, prompt.positions.start.get(name, 0), implementation, strip, making)
         handles += [
             stack.register_forward_pre_hook(injected.reach),
             stack.register_forward_pre_hook(hooks.before, with_kwargs=True),
             stack.register_forward_hook(hooks.after),
-            stack.get_input_embeddings().register_forward_hook(_require_grad),
+            stack.get_input_embeddings().register_forward_hook(hooks.embedded),
         ]
         block = embedding_block(stack) if own is not None and own.entry == "after" else None
         if block is not None:
@@ -345,6 +402,13 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
             handles.append(block.register_forward_hook(hooks.after_block))
         if crossed and own is not None and own.placement != "template":
             handles.append(model.get_decoder().register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
+
+
+def _making(injected: Injection, stack: Stack) -> Making | None:
+    """What a network makes for this stack, or None."""
+    network = injected.parameterisation
+    parts = () if network is None else [part for part in network.parts if part.stack == stack]
+    return Making(network, parts) if network is not None and parts else None
 
 
 def _bind_prefixes(injected: Injection, modules: Mapping[Site, Sequence[nn.Module]]) -> None:
@@ -371,9 +435,3 @@ def _bind_prefixes(injected: Injection, modules: Mapping[Site, Sequence[nn.Modul
 def _bias_table(module: nn.Module) -> Any:
     """The first module that holds the table of a T5-like relative bias, or None."""
     return next((found for found in module.modules() if hasattr(found, "relative_attention_bias")), None)
-
-
-def _require_grad(embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-    """Reentrant gradient checkpointing drops a layer's gradients if no input of the layer requires one."""
-    if embedding.training and torch.is_grad_enabled():
-        output.requires_grad_(True)

@@ -10,7 +10,7 @@ rows: there the vectors are put, and nothing else changes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,9 +18,11 @@ import torch
 from torch import Tensor, nn
 
 from softbridge.errors import EngineError
+from softbridge.geometry import Site, Stack
 from softbridge.prompt import InputPrompt
 from softbridge.template import PLACEHOLDER
 from softbridge.tensors import from_torch, to_torch
+from softbridge_native.parameterisation import Making
 
 
 def counted(part: InputPrompt) -> int:
@@ -42,18 +44,43 @@ def embedding_block(stack: Any) -> nn.Module | None:
 
 
 class Vectors(nn.Module):
-    """An input prompt: vectors [P, H]."""
+    """An input prompt: vectors [P, H], a parameter, or what a network made (see `parameterisation.Made`)."""
 
-    def __init__(self, part: InputPrompt, device: torch.device) -> None:
+    site: Site | None = None
+    vectors: Tensor
+
+    def __init__(self, part: InputPrompt, device: torch.device, made: bool) -> None:
         super().__init__()
-        self.vectors = nn.Parameter(to_torch(part.vectors).to(device))
+        tensor = to_torch(part.vectors).to(device)
+        if made:
+            self.register_buffer("vectors", tensor, persistent=False)
+        else:
+            self.register_parameter("vectors", nn.Parameter(tensor))
+        self.used: Tensor | None = None
+        self.stack: Stack = part.stack
         self.length = part.length
         self.entry = part.entry
         self.placement = part.placement
         self.counted = counted(part)
 
+    def forward(self, like: Tensor) -> Tensor:
+        """[1, P, H], as they enter a sequence of such embeddings."""
+        now = self.vectors if self.used is None else self.used
+        return now.to(like.device, like.dtype)[None]
+
+    def hold(self, flat: Tensor) -> None:
+        self.vectors.copy_(flat)
+
+    def use(self, flat: Tensor | None) -> Sequence[Tensor]:
+        self.used = flat
+        return () if flat is None else (flat,)
+
+    def branch(self) -> Sequence[Tensor]:
+        return ()  # vectors enter before the layers, and no layer needs them again
+
     def extract(self, part: InputPrompt) -> InputPrompt:
-        return replace(part, vectors=from_torch(self.vectors))
+        """The part as it is now; what a network makes, as it was given."""
+        return replace(part, vectors=from_torch(self.vectors)) if isinstance(self.vectors, nn.Parameter) else part
 
     def layout(self, mask: Tensor | None) -> Layout:
         """Where the virtual tokens stand in rows with this mask [B, T]; without one no row has pads."""
@@ -92,6 +119,11 @@ class Layout:
         return _take(both, column + self.length * (column >= self.front))
 
 
+def home(device: torch.device) -> torch.device:
+    """Where a tensor is to be that belongs to one on this device: weights that are loaded when needed have none."""
+    return torch.device("cpu") if device.type == "meta" else device
+
+
 def left_pads(mask: Tensor) -> Tensor:
     """How many columns each row has in front of its first real token, [B, 1], from a mask [B, T]."""
     return (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
@@ -111,15 +143,23 @@ class StackHooks:
         start: where its first real token stands; see `Positions`.
         implementation: ours, which the stack's configuration names, or None where the model keeps its own.
         strip: whether to take the virtual tokens out of the last hidden state again.
+        making: what a network makes for this stack, or None.
     """
 
     def __init__(
-        self, stack: nn.Module, vectors: Vectors | None, start: int, implementation: str | None, strip: bool
+        self,
+        stack: nn.Module,
+        vectors: Vectors | None,
+        start: int,
+        implementation: str | None,
+        strip: bool,
+        making: Making | None,
     ) -> None:
         self.vectors = vectors
         self.start = start
         self.implementation = implementation
         self.strip = strip
+        self.making = making
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.offset = _position_offset(stack)
         #: Where the virtual tokens stand that were put into the sequence of the running call, or None.
@@ -136,6 +176,10 @@ class StackHooks:
                 "detach the prompt, set the implementation, and attach again",
             )
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if self.making is not None:
+            self.making.enter(stack)
+            if kwargs.get("inputs_embeds") is not None:  # then the embedding is not called
+                kwargs["inputs_embeds"] = self.making.gather(kwargs["inputs_embeds"])
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
         past = 0 if cache is None else cache.get_seq_length()
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
@@ -163,6 +207,8 @@ class StackHooks:
 
     def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Take the virtual tokens out of the last hidden state."""
+        if self.making is not None:
+            self.making.leave()
         layout, self.layout = self.layout, None
         if layout is None or not self.strip:
             return output
@@ -171,6 +217,12 @@ class StackHooks:
             return (hidden, *output[1:])
         output.last_hidden_state = hidden
         return output
+
+    def embedded(self, embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Reentrant gradient checkpointing drops a layer's gradients if no input of the layer requires one."""
+        if not (embedding.training and torch.is_grad_enabled()):
+            return output
+        return output.requires_grad_(True) if self.making is None else self.making.gather(output.requires_grad_(True))
 
     def before_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -189,7 +241,7 @@ class StackHooks:
         """Put the vectors among what the embedding block made of the real tokens."""
         if self.layout is None or self.vectors is None:
             return output
-        return self.layout.insert(output, self.vectors.vectors.to(output.dtype)[None])
+        return self.layout.insert(output, self.vectors(output))
 
     def before_decoder(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -237,7 +289,7 @@ class StackHooks:
             return
         embedded = stack.get_input_embeddings()(real) if name == "input_ids" else real
         kwargs["input_ids"] = None
-        kwargs["inputs_embeds"] = layout.insert(embedded, vectors.vectors.to(embedded.dtype)[None])
+        kwargs["inputs_embeds"] = layout.insert(embedded, vectors(embedded))
         if types is not None:
             kwargs["token_type_ids"] = layout.insert(types, types.new_zeros(1, layout.length))
         if positions is not None:
@@ -269,7 +321,7 @@ def _fill(vectors: Vectors, stack: Any, kwargs: dict[str, Any], past: int) -> No
             "fill the template (softbridge.template.Template.fill) for each row",
         )
     embedded = stack.get_input_embeddings()(ids.masked_fill(virtual, 0))
-    filled = vectors.vectors.to(embedded.dtype)[(virtual.cumsum(-1) - 1).clamp(min=0)]
+    filled = vectors(embedded)[0, (virtual.cumsum(-1) - 1).clamp(min=0)]
     kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.where(virtual[..., None], filled, embedded)
 
 

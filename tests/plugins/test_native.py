@@ -30,7 +30,7 @@ from softbridge.base import BaseModel, build
 from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
 from softbridge.lower import as_dtype
-from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt, Training
+from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files
 from softbridge_native.engine import ENGINE
@@ -390,8 +390,7 @@ def labels_of(model: Any, ids: Tensor) -> Tensor:
 @pytest.mark.parametrize(("family", "kind"), [*INVARIANT, *((family, "gated") for family in FAMILIES)])
 def test_training_changes_the_prompt_and_nothing_else(family: str, kind: str) -> None:
     model = token_model(family)
-    method = Training("direct", {}, {})
-    prompt = replace(make_prompt(model, kind), training=method, origin=Origin("peft"))
+    prompt = replace(make_prompt(model, kind), origin=Origin("peft"))
     ours = attached(model, prompt)
     before = {name: value.clone() for name, value in ours.state_dict().items()}
     assert ENGINE.extract(ours) is prompt

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, get_args
 import numpy as np
 
 from softbridge.geometry import Site
-from softbridge.prompt import Array, InputPrompt, Json, KeyValuePrefix, SoftPrompt, Training
+from softbridge.prompt import Array, InputPrompt, Json, KeyValuePrefix, Part, SoftPrompt, Training
 from softbridge.tensors import from_torch, to_torch
 
 if TYPE_CHECKING:
@@ -89,6 +89,10 @@ class Kind:
     tensors: Callable[[Settings], dict[str, Tensor]]
     function: Callable[[Settings, Mapping[str, torch.Tensor], bool], torch.Tensor]
     per_site: bool
+
+    def makes(self, part: Part) -> bool:
+        """Whether it made this part of a prompt, and not one that stands beside."""
+        return isinstance(part, KeyValuePrefix) == self.per_site
 
 
 def activation(name: str) -> Any:
@@ -419,12 +423,19 @@ def materialise(training: Training, site: Site, layers: Sequence[int], kv_heads:
         ValueError: the kind is unknown or makes no prefixes; its settings or tensors are not what it documents, or are
             for other layers or heads.
     """
+    return _materialise(training, site, dict.fromkeys(layers, (kv_heads, head_dim)))
+
+
+def _materialise(training: Training, site: Site, shapes: Mapping[int, tuple[int, int]]) -> KeyValuePrefix:
     flat = eject(training, site)
-    width = 2 * len(layers) * kv_heads * head_dim
+    width = sum(2 * kv_heads * head_dim for kv_heads, head_dim in shapes.values())
     if flat.shape[1] != width:
-        sizes = f"2 · {len(layers)} layers · {kv_heads} heads · {head_dim}"
+        sizes = " + ".join(
+            f"2 · {list(shapes.values()).count(shape)} layers · {shape[0]} heads · {shape[1]}"
+            for shape in dict.fromkeys(shapes.values())
+        )
         raise ValueError(f"{training.kind}: rows of {flat.shape[1]} numbers at site {site}, expected {width} ({sizes})")
-    return KeyValuePrefix.from_flat(site, flat, tuple(layers), kv_heads, head_dim)
+    return KeyValuePrefix.from_rows(site, flat, shapes)
 
 
 def materialise_vectors(training: Training, task: int | None = None) -> Array:
@@ -463,15 +474,15 @@ def rematerialise(prompt: SoftPrompt, task: int | None = None) -> SoftPrompt:
         raise ValueError("the prompt has no training state: its parts are all there is")
     if task is not None:
         training = _for_task(training, task)
-    parts: list[InputPrompt | KeyValuePrefix] = []
+    parts: list[Part] = []
     for part in prompt.parts:
-        if isinstance(part, InputPrompt) == kind_of(training.kind).per_site:
-            parts.append(part)  # it stands beside what was parameterised
+        if not kind_of(training.kind).makes(part):
+            parts.append(part)
         elif isinstance(part, InputPrompt):
             parts.append(replace(part, vectors=materialise_vectors(training)))
         else:
-            kv_heads, _, head_dim = next(iter(part.layers.values())).keys.shape
-            made = materialise(training, part.site, tuple(part.layers), kv_heads, head_dim)
+            shapes = {layer: (pair.keys.shape[0], pair.keys.shape[2]) for layer, pair in part.layers.items()}
+            made = _materialise(training, part.site, shapes)
             layers = {layer: replace(pair, gate=part.layers[layer].gate) for layer, pair in made.layers.items()}
             parts.append(replace(part, layers=layers))
     return replace(prompt, parts=tuple(parts), training=training)
