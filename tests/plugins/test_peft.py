@@ -162,15 +162,11 @@ def test_toolkit_file_is_read_and_written_as_the_same_function(
     assert again == prompt
     assert FORMAT.write(again, geometry) == content
 
-    config, theirs = config_in(written), config_in(source)
+    assert same_tensors(written, source)
+    assert config_in(written) == config_in(source)
     if family == "t5":  # of an encoder-decoder model PEFT saves numbers that it never uses
-        assert theirs.pop("num_transformer_submodules") == 2
-        assert config.pop("num_transformer_submodules") == (1 if prompt.inputs else 2)
         assert prompt.origin is not None
-        assert "left out" in prompt.origin.details["notes"][0]
-    else:
-        assert same_tensors(written, source)
-    assert config == theirs
+        assert "kept for a file of PEFT's own" in prompt.origin.details["notes"][0]
 
     toolkit = peft.PeftModel.from_pretrained(tiny_model(family), source).eval()
     expected = outputs(toolkit, family, method, **asked(method))
