@@ -315,7 +315,7 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 #: What the kind "some" leaves out: of an encoder and a decoder one layer each, of a relative bias a whole stack.
 SOME: dict[str, dict[str, Any]] = {
-    **dict.fromkeys(("gpt2", "llama", "mistral", "bert", "roberta", "distilbert"), {"leave_out": [1]}),
+    **{family: {"leave_out": [1]} for family in ("gpt2", "llama", "mistral", "bert", "roberta", "distilbert")},
     "bart": {"leave_out": [0, 3]},
     "t5": {"encoder_prefix": False},
 }

@@ -131,11 +131,7 @@ def wrong_ones(prompt: SoftPrompt) -> Iterator[tuple[str, SoftPrompt]]:
         )
     elif prompt.prefixes:
         yield "swapped", with_pairs(prompt, lambda pair: replace(pair, keys=pair.values, values=pair.keys))
-        moved = [
-            replace(part, layers=dict(zip(part.layers, [*part.layers.values()][::-1]))) for part in prompt.prefixes
-        ]
-        if all(len(part.layers) == 1 for part in prompt.prefixes):
-            moved = [replace(part, layers={1 - n: pair for n, pair in part.layers.items()}) for part in prompt.prefixes]
+        moved = [replace(part, layers={1 - n: pair for n, pair in part.layers.items()}) for part in prompt.prefixes]
         yield "other layers", replace(prompt, parts=tuple(moved))
 
 
