@@ -147,6 +147,9 @@ POSITION_INPUTS: Mapping[str, tuple[str, int | str]] = {
     "mistral": (".rotary_emb", 1),
 }
 
+#: Of these, the ones whose models take no positions from their caller: the engine can move the tokens, a file cannot.
+UNTOLD = frozenset(("distilbert",))
+
 
 def weights_in(files: Files, folder: str, name: str) -> str | None:
     """The file of weights in a folder, or its safetensors twin, whichever is there."""

@@ -126,6 +126,9 @@ class AdapterHubFormat:
             reason = "AdapterHub's configuration names the base model's type and size, and neither is known"
             return [Obstacle("base", reason, "give the base model with --base")]
         found = facts.obstacles(prompt, geometry)
+        if geometry.model_type in facts.UNTOLD and any(prompt.positions.start.values()):
+            reason = f"'{geometry.model_type}' takes no positions from its caller"
+            found.append(Obstacle("positions", reason, "choose another target, such as the native engine"))
         if prompt.training is not None and not found:
             wrong = Adapter.of(prompt, geometry, self.name).wrong(prompt.training)
             if wrong:

@@ -10,6 +10,7 @@ from softbridge.errors import BaseModelError, CheckpointError
 from softbridge.geometry import Geometry, Site
 from softbridge.prompt import InputPrompt, SoftPrompt
 from softbridge_peft import facts
+from softbridge_peft.origin import config_of_origin, unused
 from softbridge_peft.training import described
 
 _SHAPE = ("token_dim", "num_attention_heads", "num_layers")
@@ -124,7 +125,7 @@ def config_of(
         BaseModelError: the geometry is needed and not known.
     """
     part = prompt.parts[0]
-    origin = {} if fresh else origin_of(prompt)
+    origin = {} if fresh else config_of_origin(prompt)
     if task is None:
         task = origin["task_type"] if "task_type" in origin else _task(prompt, geometry)
     peft_type, implied = _method(prompt, origin, task)
@@ -134,7 +135,7 @@ def config_of(
         sizes["token_dim"] = part.vectors.shape[1]
         sizes["num_layers"] = origin.get("num_layers") if shape is None else shape.layers
         sizes["num_attention_heads"] = origin.get("num_attention_heads") if shape is None else shape.heads
-        sizes["num_transformer_submodules"] = 1
+        sizes["num_transformer_submodules"] = 1 if fresh or not unused(prompt, peft_type) else 2
     else:
         kv_heads, _, head_dim = part.layers[0].keys.shape
         sizes["token_dim"] = kv_heads * head_dim
@@ -165,15 +166,6 @@ def _method(prompt: SoftPrompt, origin: Mapping[str, Any], task: str | None) -> 
     if facts.KINDS.get(read) != kind or read == facts.MULTITASK:  # which is nothing without its tasks
         read = facts.PEFT_TYPES[kind]
     return read, {}
-
-
-def origin_of(prompt: SoftPrompt) -> Mapping[str, Any]:
-    """The configuration of the PEFT file that the prompt was read from, if it was."""
-    origin = prompt.origin
-    config: Mapping[str, Any] = {}
-    if origin is not None and origin.format == "peft":
-        config = origin.details.get("config", {})
-    return config
 
 
 def _task(prompt: SoftPrompt, geometry: Geometry | None) -> str:

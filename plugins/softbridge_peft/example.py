@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from softbridge.errors import EngineError
@@ -55,12 +56,8 @@ def train(model: Any, task: str | None, method: str, *, length: int, steps: int,
             "build the model with the Auto class of one of these tasks",
         )
     known = methods(length)
-    if method not in known or (known[method][0] == facts.CPT and task != facts.CAUSAL_LM):
-        raise EngineError(
-            f"PEFT has no '{method}' for a {type(model).__name__}",
-            f"one of {', '.join(known)} (context-aware for {facts.CAUSAL_LM} alone)",
-            "choose another method",
-        )
+    if method not in known:
+        raise _no(method, model, known)
     peft_type, settings = known[method]
     geometry = read_geometry(model.config)
     if facts.KINDS[peft_type] == "prefix" and geometry.decoder is not None and geometry.is_encoder_decoder:
@@ -68,7 +65,10 @@ def train(model: Any, task: str | None, method: str, *, length: int, steps: int,
         settings = {**settings, "token_dim": geometry.decoder.kv_heads * geometry.decoder.head_dim}
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        config = peft.PeftConfig.from_peft_type(peft_type=peft_type, task_type=task, **{**settings, **changes})
+        try:
+            config = peft.PeftConfig.from_peft_type(peft_type=peft_type, task_type=task, **{**settings, **changes})
+        except ValueError as error:
+            raise _no(method, model, known, f": {error}") from error
         adapted = peft.get_peft_model(model, config)
         _enlarge(adapted.prompt_encoder["default"])
         optimizer = torch.optim.Adam([p for p in adapted.parameters() if p.requires_grad], lr=0.02)
@@ -80,6 +80,11 @@ def train(model: Any, task: str | None, method: str, *, length: int, steps: int,
             adapted(input_ids=tokens, attention_mask=torch.ones_like(tokens), labels=labels, **asked).loss.backward()
             optimizer.step()
     return adapted
+
+
+def _no(method: str, model: Any, known: Iterable[str], why: str = "") -> EngineError:
+    found = f"PEFT has no '{method}' for a {type(model).__name__}{why}"
+    return EngineError(found, f"one of {', '.join(known)}", "choose another method")
 
 
 def _enlarge(encoder: Any) -> None:

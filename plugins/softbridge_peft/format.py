@@ -36,7 +36,8 @@ from softbridge.prompt import (
     Training,
 )
 from softbridge_peft import facts, training
-from softbridge_peft.config import Config, config_of, first_site, origin_of
+from softbridge_peft.config import Config, config_of, first_site
+from softbridge_peft.origin import config_of_origin, unused, unused_details
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
@@ -96,7 +97,7 @@ class PeftFormat:
             remedy = "evaluate it anew: softbridge.methods.rematerialise(prompt); or replace(prompt, training=None)"
             found.append(Obstacle("training", reason, remedy))
         foreign = [name for name in prompt.head if name.split(".")[0] not in facts.HEAD_MODULES]
-        if foreign and not origin_of(prompt):
+        if foreign and not config_of_origin(prompt):
             reason = f"PEFT has heads named {', '.join(facts.HEAD_MODULES)}, this prompt has {', '.join(foreign)}"
             found.append(Obstacle("head", reason, "leave the head out: replace(prompt, head={})"))
         return found
@@ -124,7 +125,9 @@ class PeftFormat:
             task = prompt.training.settings.get("task", 0)
             if config["peft_type"] == facts.MULTITASK:
                 told.append(f"pass task_ids = torch.full((B,), {task}) for a batch of B rows, in every call")
-                if config["task_type"] == facts.SEQ_2_SEQ_LM:
+                if config["num_transformer_submodules"] == 2:
+                    told.append("call generate: PEFT's forward drops decoder_input_ids, and prompts the decoder, too")
+                elif config["task_type"] == facts.SEQ_2_SEQ_LM:
                     told.append("call generate, or forward with labels: PEFT's forward drops decoder_input_ids")
         return [*told, "pad batches on the right: PEFT puts virtual tokens before the pads of a left-padded row"]
 
@@ -193,13 +196,17 @@ def parse(
             part = replace(part, vectors=materialise_vectors(state))
         except ValueError as error:
             raise training.refused(str(error)) from error
+    beside = unused_details(fields, tensors)
+    said = [*notes, *beside["notes"]]
+    if fields.tasks > 1:
+        said.append(f"the prompt of one task of {fields.tasks}: --task (task=... in Python) takes another, alone")
     prompt = SoftPrompt(
         parts=(part,),
         positions=Positions({stack: fields.length}),
         base=BaseId(fields.name, geometry),
         head={name.removeprefix(facts.HEAD): array for name, array in tensors.items() if name.startswith(facts.HEAD)},
         training=state,
-        origin=Origin("peft", {"config": dict(config), "notes": [*notes, *_notes(fields)]}),
+        origin=Origin("peft", {"config": dict(config), **beside, "notes": said}),
     )
     if geometry is not None:
         check_fits(prompt, geometry)
@@ -232,19 +239,6 @@ def _training(fields: Config, tensors: Mapping[str, Array], part: Part, kept: Tr
     if kept.kind != stored.kind or kept.tensors:
         raise training.refused(f"{kept}, and {facts.WEIGHTS_FILES[0]} beside it says {stored}")
     return replace(stored, settings=kept.settings)
-
-
-def _notes(fields: Config) -> list[str]:
-    """What of the files does not come along, or is not all that they hold."""
-    notes = []
-    if fields.submodules == 2 and fields.kind == "input":
-        use = "uses in training only" if fields.peft_type == facts.MULTITASK else "never uses"
-        notes.append(f"rows {fields.length} to {2 * fields.length - 1}, which PEFT {use}, are left out")
-    if fields.submodules == 2 and fields.kind == "prefix" and (fields.layers or 0) % 2 == 0:
-        notes.append("blocks of odd number, which PEFT never uses with two submodules, are left out")
-    if fields.tasks > 1:
-        notes.append(f"the prompt of one task of {fields.tasks}: --task (task=... in Python) takes another, alone")
-    return notes
 
 
 def _check_tensors(fields: Config, tensors: Mapping[str, Array]) -> None:
@@ -369,16 +363,25 @@ def tensors_of(prompt: SoftPrompt, config: Mapping[str, Any]) -> dict[str, Array
     """The tensors of a prompt in the layout that its `config_of` announces."""
     part = prompt.parts[0]
     head = {facts.HEAD + name: array for name, array in prompt.head.items()}
-    if config["peft_type"] == facts.MULTITASK and prompt.training is not None:
-        ours = prompt.training.tensors
-        return {facts.PROMPT: ours["embedding"], facts.COLUMNS: ours["columns"], facts.ROWS: ours["rows"], **head}
+    twice = config["num_transformer_submodules"] == 2
+    rest = unused(prompt, config["peft_type"]) if twice else {}
     if isinstance(part, InputPrompt):
-        return {facts.PROMPT: part.vectors, **head}
-    if config["num_transformer_submodules"] == 2:
+        tensors = {facts.PROMPT: part.vectors}
+        if config["peft_type"] == facts.MULTITASK and prompt.training is not None:
+            ours = prompt.training.tensors
+            tensors = {facts.PROMPT: ours["embedding"], facts.COLUMNS: ours["columns"], facts.ROWS: ours["rows"]}
+        # Behind the rows, which are the last axis but one.
+        tensors |= {name: np.concatenate([tensors[name], array], axis=-2) for name, array in rest.items()}
+        return {**tensors, **head}
+    if twice:
         blocks = _stored_blocks(part)
         if blocks is None:
             raise ValueError("the prompt has obstacles")
-        zeros = np.zeros_like(part.layers[0].keys)
-        dead = KeyValue(zeros, zeros)
-        part = KeyValuePrefix(part.site, {block: blocks.get(block, dead) for block in range(len(part.layers))})
+        dead = tuple(block for block in range(len(part.layers)) if block not in blocks)
+        kv_heads, length, head_dim = part.layers[0].keys.shape
+        if dead:
+            zeros = np.zeros((length, len(dead) * 2 * kv_heads * head_dim), part.layers[0].keys.dtype)
+            flat = rest.get(facts.PROMPT, zeros)
+            blocks |= KeyValuePrefix.from_flat(part.site, flat, dead, kv_heads, head_dim).layers
+        part = KeyValuePrefix(part.site, blocks)
     return {facts.PROMPT: part.flat(), **head}

@@ -1,6 +1,7 @@
 """Make `adapterhub_<family>.safetensors`: what AdapterHub itself computed, for environments that cannot hold it.
 
-Run in an environment with AdapterHub: ``python tests/golden/make_adapterhub.py``. One file per family (gpt2, llama,
+Run in an environment with AdapterHub: ``python tests/golden/make_adapterhub.py`` (``... small``: the file of small
+models alone). One file per family (gpt2, llama,
 bert, t5), in the safetensors format, everything in float64 unless said otherwise:
 
 - metadata ``config``: the base model's configuration, JSON; ``family``; ``toolkit``: what AdapterHub's file says;
@@ -14,8 +15,10 @@ bert, t5), in the safetensors format, everything in float64 unless said otherwis
   mask. All under eager attention.
 
 And one file ``adapterhub_gates_and_entries.safetensors``, for prompts that AdapterHub was given by hand, on smaller
-models: prefixes with gates (cases ``shared``: one gate for keys and values, and ``own``: one each), all sites of the
-family, and prompt tuning, whose vectors enter after the embedding block (``prefix`` and ``prefix_after_bos``):
+models: prefixes at all sites of the family, without gates (case ``plain``) and with them (``shared``: one gate for
+keys and values, and ``own``: one each); prefixes of which AdapterHub's configuration leaves something out (``some``: a
+layer, or with a relative bias, of which that loses the rest, a site); and prompt tuning, whose vectors enter after the
+embedding block (``prefix`` and ``prefix_after_bos``):
 
 - metadata ``<family>``: the base model's configuration, JSON;
 - ``<family>.weights.<name>``: its state dict, float32, to be used in float64;
@@ -30,6 +33,7 @@ Numbers differ between machines in the last bits: compare with a tolerance (floa
 from __future__ import annotations
 
 import copy
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
@@ -49,6 +53,7 @@ from softbridge.prompt import Gate, KeyValuePrefix, Positions, SoftPrompt
 from softbridge.tensors import from_torch
 from softbridge.testing import random_input_prompt, random_prefix, tiny_model
 from softbridge.untrusted import Files, safetensors_bytes
+from softbridge_adapterhub import facts
 from softbridge_adapterhub.engine import ENGINE
 
 METHODS = {
@@ -66,15 +71,18 @@ _ENCODER |= {"num_attention_heads": 4, "max_position_embeddings": 24, "pad_token
 _BART = {"vocab_size": 48, "d_model": 16, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 4}
 _BART |= {"decoder_attention_heads": 4, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24, "max_position_embeddings": 24}
 _T5 = {"vocab_size": 48, "d_model": 16, "d_kv": 6, "d_ff": 24, "num_layers": 2, "num_heads": 4}
+_DISTILBERT = {"vocab_size": 48, "dim": 16, "hidden_dim": 24, "n_layers": 2, "n_heads": 4, "num_labels": 3}
 SMALL: dict[str, tuple[dict[str, Any], str]] = {
-    "gpt2": ({"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 24}, "gates"),
-    "llama": ({**_ENCODER, "num_key_value_heads": 2}, "gates"),
-    "bert": (_ENCODER, "gates entries"),
-    "roberta": (_ENCODER, "gates entries"),
+    "gpt2": ({"vocab_size": 48, "n_embd": 16, "n_layer": 2, "n_head": 4, "n_positions": 24}, "prefixes"),
+    "llama": ({**_ENCODER, "num_key_value_heads": 2}, "prefixes"),
+    "mistral": ({**_ENCODER, "num_key_value_heads": 2, "sliding_window": 3}, "prefixes"),
+    "bert": (_ENCODER, "prefixes entries"),
+    "roberta": (_ENCODER, "prefixes entries"),
+    "distilbert": ({**_DISTILBERT, "max_position_embeddings": 24, "pad_token_id": 0}, "prefixes"),
     "electra": ({**_ENCODER, "embedding_size": 12}, "entries"),
     "albert": ({**_ENCODER, "embedding_size": 12, "num_hidden_groups": 1}, "entries"),
-    "t5": ({**_T5, "tie_word_embeddings": True, "decoder_start_token_id": 0}, "gates"),
-    "bart": ({**_BART, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, "gates"),
+    "t5": ({**_T5, "tie_word_embeddings": True, "decoder_start_token_id": 0}, "prefixes"),
+    "bart": ({**_BART, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}, "prefixes"),
 }
 COMBINE = {"before-sequence": "prefix", "after-first-token": "prefix_after_bos"}
 
@@ -118,13 +126,29 @@ def cases(model: Any, kinds: str) -> Iterator[tuple[str, SoftPrompt]]:
         for placement, name in COMBINE.items():
             moved = replace(part, entry="after", placement=placement)
             yield name, SoftPrompt((moved,), Positions({"encoder": 0}))
-    if "gates" in kinds:
-        sites: tuple[Site, ...] | None = ("encoder", "self", "cross") if geometry.is_encoder_decoder else None
-        prefix = random_prefix(geometry, LENGTH, sites=sites)
-        skewed = "skewed" if any("relative_attention_bias" in name for name, _ in model.named_modules()) else "plain"
+    if "prefixes" in kinds:
+        prefix = random_prefix(geometry, LENGTH, sites=facts.model_sites(geometry))
+        skewed = "skewed" if geometry.model_type in facts.RELATIVE_BIAS else "plain"
         positions = Positions(dict.fromkeys(prefix.positions.start, 0), skewed, "pinned")
+        plain = SoftPrompt(prefix.prefixes, positions)
+        yield "plain", plain
         for name, outputs in (("shared", 1), ("own", 2)):
-            yield name, SoftPrompt(tuple(gated(part, outputs, geometry.hidden) for part in prefix.prefixes), positions)
+            yield name, replace(plain, parts=tuple(gated(part, outputs, geometry.hidden) for part in prefix.prefixes))
+        yield "some", some(plain, skewed == "skewed")
+
+
+def some(prompt: SoftPrompt, whole_stacks: bool) -> SoftPrompt:
+    """The prompt without the encoder's site, or without the first layer of each (its last layer in the encoder)."""
+    if whole_stacks:
+        start = {"decoder": prompt.positions.start["decoder"]}
+        left = tuple(part for part in prompt.prefixes if part.site != "encoder")
+        return replace(prompt, parts=left, positions=replace(prompt.positions, start=start))
+    parts = []
+    for part in prompt.prefixes:
+        out = len(part.layers) - 1 if part.site == "encoder" else 0
+        layers = {layer: pair for layer, pair in part.layers.items() if layer != out}
+        parts.append(replace(part, layers=layers))
+    return replace(prompt, parts=tuple(parts))
 
 
 def gated(part: KeyValuePrefix, outputs: int, hidden: int) -> KeyValuePrefix:
@@ -137,7 +161,7 @@ def gated(part: KeyValuePrefix, outputs: int, hidden: int) -> KeyValuePrefix:
 
 
 def with_adapterhub(model: Any, prompt: SoftPrompt) -> Any:
-    """A copy of the model with the prompt, in AdapterHub: prompt tuning, or a prefix with gates in every layer."""
+    """A copy of the model with the prompt, in AdapterHub: prompt tuning, or a prefix."""
     running = copy.deepcopy(model)
     adapters.init(running)
     for part in prompt.inputs:
@@ -145,21 +169,24 @@ def with_adapterhub(model: Any, prompt: SoftPrompt) -> Any:
         running.add_adapter("a", config=adapters.PromptTuningConfig(prompt_length=part.length, combine=combine))
         running.base_model.prompt_tuning.prompt_tunings["a"].prompt_embedding.weight.data = double(part.vectors)
     if prompt.prefixes:
-        first = prompt.prefixes[0].layers[0].gate
-        shared, length = first is not None and len(first.bias) == 1, prompt.prefixes[0].length
-        config = adapters.PrefixTuningConfig(flat=True, prefix_length=length, use_gating=True, shared_gating=shared)
+        geometry = read_geometry(model.config)
+        gate = next(iter(prompt.prefixes[0].layers.values())).gate
+        said = facts.config_of({part.site: tuple(part.layers) for part in prompt.prefixes}, geometry)
+        said |= {"use_gating": gate is not None, "shared_gating": gate is None or len(gate.bias) == 1}
+        config = adapters.PrefixTuningConfig(flat=True, prefix_length=prompt.prefixes[0].length, **said)
         running.add_adapter("a", config=config)
-        only = "encoder" if read_geometry(model.config).decoder is None else "self"
-        sites: dict[str, Site] = {"self_prefix": only, "encoder_prefix": "encoder", "cross_prefix": "cross"}
+        only = "encoder" if geometry.decoder is None else "self"
+        sites: dict[str, Site] = {"encoder_prefix": "encoder", "cross_prefix": "cross"}
         for module in running.modules():
             if isinstance(module, PrefixTuningLayer) and "a" in module.prefixes:
-                part = prompt.prefix(sites[module.location_key])
+                part = prompt.prefix(sites.get(module.location_key, only))
                 module.pool.prefix_tunings["a"][module.location_key].control_trans.data = double(
                     part.flat().reshape(-1)
                 )
-                gate = part.layers[module.prefixes["a"]].gate
-                module.prefix_gates["a"].weight.data = double(gate.weight)
-                module.prefix_gates["a"].bias.data = double(gate.bias)
+                gate = list(part.layers.values())[module.prefixes["a"]].gate
+                if gate is not None:
+                    module.prefix_gates["a"].weight.data = double(gate.weight)
+                    module.prefix_gates["a"].bias.data = double(gate.bias)
     running.set_active_adapters("a")
     return running.eval()
 
@@ -212,8 +239,9 @@ def logits(model: Any, inputs: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    contents = {family: make(family, method) for family, method in METHODS.items()}
-    contents["gates_and_entries"] = make_small()
+    contents = {"gates_and_entries": make_small()}
+    if sys.argv[1:] != ["small"]:
+        contents |= {family: make(family, method) for family, method in METHODS.items()}
     for name, content in contents.items():
         target = Path(__file__).parent / f"adapterhub_{name}.safetensors"
         target.write_bytes(content)
