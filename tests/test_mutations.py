@@ -124,8 +124,8 @@ _RESHAPE = ".reshape(-1, 2, heads, width).transpose(1, 2, 0, 3)"
 _GATES = "zip(self._gate_keys(part.site, layer), gate, strict=True)"
 _GATE = "Gate(*(tensors[key] for key in keys))"
 _STORED = "facts.stored_layers(tuple(part.layers), self.geometry)"
-_KEYS = "torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)"
-_VALUES = "torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)"
+_KEYS = "torch.cat([joined.keys.expand(key.shape[0], -1, -1, -1), key], dim=2)"
+_VALUES = "torch.cat([joined.values.expand(key.shape[0], -1, -1, -1), value], dim=2)"
 
 FAULTS = {
     # Rotation and positions.
@@ -376,8 +376,8 @@ FAULTS = {
     # The native engine.
     "the prefix stands behind the real keys": fault(
         "llama: peft to softbridge",
-        (_ATTEND, _KEYS, "torch.cat([key, keys.expand(key.shape[0], -1, -1, -1)], dim=2)"),
-        (_ATTEND, _VALUES, "torch.cat([value, values.expand(key.shape[0], -1, -1, -1)], dim=2)"),
+        (_ATTEND, _KEYS, "torch.cat([key, joined.keys.expand(key.shape[0], -1, -1, -1)], dim=2)"),
+        (_ATTEND, _VALUES, "torch.cat([value, joined.values.expand(key.shape[0], -1, -1, -1)], dim=2)"),
     ),
     "keys are a hundredth too large": fault(
         "llama: peft to softbridge",
@@ -388,14 +388,15 @@ FAULTS = {
         ("softbridge_native.attention:LayerPrefix.forward", "return keys, values", "return keys * (1 + 1e-10), values"),
     ),
     "the prefix is dropped where there is a cache": fault(
-        "llama: peft to softbridge", (_ATTEND, "if binding is None:", "if binding is None or real > length:")
+        "llama: peft to softbridge",
+        (_ATTEND, "if binding is None or joined is None:", "if binding is None or joined is None or real > length:"),
     ),
     "each layer runs with the next one's prefix": fault(
         "gpt2: peft to softbridge",
         (
-            "softbridge_native.model:_bind_prefixes",
-            "prefix=prefix.layers[str(layer)]",
-            "prefix=prefix.layers[str((layer + 1) % len(part.layers))]",
+            "softbridge_native.model:Single.sources",
+            "int(layer), source",
+            "(int(layer) + 1) % len(module.layers), source",
         ),
     ),
     "the first virtual token is hidden": fault(
@@ -419,16 +420,16 @@ FAULTS = {
         "gpt2: softbridge to peft, vectors",
         (
             "softbridge_native.placement:StackHooks._insert",
-            "first = self.start - layout.length",
-            "first = 1 + self.start - layout.length",
+            "first = self.start - layout.lengths",
+            "first = 1 + self.start - layout.lengths",
         ),
     ),
     "vectors are inserted in reverse": fault(
         "gpt2: softbridge to peft, vectors",
         (
             "softbridge_native.placement:StackHooks._insert",
-            "layout.insert(embedded, vectors.vectors.to(",
-            "layout.insert(embedded, vectors.vectors.flip(0).to(",
+            "layout.insert(embedded, vectors(embedded))",
+            "layout.insert(embedded, vectors(embedded).flip(1))",
         ),
     ),
     "pads on the left move the tokens": fault(

@@ -15,7 +15,7 @@ import inspect
 import sys
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -57,8 +57,9 @@ class LayerPrefix(nn.Module):
     The keys and values are parameters, or what a network made: see `softbridge_native.parameterisation.Made`.
     """
 
-    def __init__(self, pair: KeyValue, device: torch.device, made: bool) -> None:
+    def __init__(self, pair: KeyValue, stand: Stand, device: torch.device, made: bool) -> None:
         super().__init__()
+        self.stand = stand
         for name, array in (("keys", pair.keys), ("values", pair.values)):
             tensor = to_torch(array).to(device)
             if made:
@@ -71,6 +72,10 @@ class LayerPrefix(nn.Module):
 
     keys: Tensor
     values: Tensor
+
+    def join(self, entered: Tensor | None, like: Tensor) -> Joined:
+        keys, values = self(entered, like)
+        return Joined(keys, values, self.stand)
 
     def forward(self, entered: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each [K, P, D] or [B, K, P, D], as they are for what enters the attention module."""
@@ -90,29 +95,77 @@ class LayerPrefix(nn.Module):
 
 
 @dataclass(frozen=True)
+class Stand:
+    """How a prefix stands to the sequence that it joins, the same for all rows or for each: int and bool, or [B, 1].
+
+    Attributes:
+        origin: where the first token of the sequence stands, counted from the first virtual token.
+        skewed: AdapterHub's T5 bias: between real tokens, too, keys count the prefix and queries do not.
+        slides: whether a sliding window drops virtual tokens.
+    """
+
+    origin: int | Tensor
+    skewed: bool
+    slides: bool | Tensor
+
+
+@dataclass(frozen=True)
+class Joined:
+    """What joins the keys and values of one call of an attention module.
+
+    Attributes:
+        keys: [K, P, D], or [B, K, P, D] where rows differ.
+        values: the same.
+        stand: how it stands to the sequence.
+        lengths: how many of the P virtual tokens each row has, [B, 1]; None: all.
+    """
+
+    keys: Tensor
+    values: Tensor
+    stand: Stand
+    lengths: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return int(self.keys.shape[-2])
+
+
+class Source(Protocol):
+    """Where an attention module finds what joins its keys and values."""
+
+    def join(self, entered: Tensor | None, like: Tensor) -> Joined | None:
+        """What joins in this call; None: nothing.
+
+        Args:
+            entered: what entered the module [B, Q, H], where it is kept for a gate.
+            like: the call's own keys [B, K, N, D].
+        """
+
+
+@dataclass(frozen=True)
 class Binding:
     """What an attention module must know of its prefix.
 
     Attributes:
-        prefix: the layer's keys and values.
+        source: where it comes from.
         causal: whether the module's queries see the past only.
-        origin: where the first token of its sequence stands, counted from the first virtual token.
-        skewed: AdapterHub's T5 bias: between real tokens, too, keys count the prefix and queries do not.
-        slides: whether a sliding window drops virtual tokens.
         bias: the module that holds the table of a T5-like relative bias, or None.
     """
 
-    prefix: LayerPrefix
+    source: Source
     causal: bool
-    origin: int
-    skewed: bool
-    slides: bool
     bias: Any
 
 
 def registered(implementation: str) -> str:
     """The name under which our function over an underlying implementation is registered."""
     return f"softbridge_{implementation}"
+
+
+def underlying(implementation: str) -> str:
+    """The implementation under a name of ours; any other name is its own."""
+    return next((name for name in UNDERLYING if registered(name) == implementation), implementation)
 
 
 def register() -> None:
@@ -183,27 +236,29 @@ def _attend(
     length, real = query.shape[2], key.shape[2]
     attention_mask = _above_float32(attention_mask)
     binding: Binding | None = module.__dict__.get(_BINDING)
-    if binding is None:
+    joined = None if binding is None else binding.source.join(module.__dict__.pop(_ENTERED, None), key)
+    if binding is None or joined is None:
         # The last queries alone: a model asks SDPA for them with a mask, but knows it by its own name only.
         if attention_mask is None and 1 < length < real and getattr(module, "is_causal", False):
             attention_mask = _past(query, real)
         return function(module, query, key, value, attention_mask, **settings)
 
-    _check(binding.prefix, module, key, value)
-    window = settings.get("sliding_window") if binding.slides else None
+    _check(joined, module, key, value)
+    window = settings.get("sliding_window") if joined.stand.slides is not False else None
     # No mask means causal, which SDPA's own flag would align to the first key; that one is virtual here.
     if attention_mask is None and (window is not None or (binding.causal and length > 1)):
         attention_mask = _past(query, real)
+    if attention_mask is None and joined.lengths is not None:
+        attention_mask = query.new_zeros(1, 1, 1, real)
     if attention_mask is not None:
         attention_mask = attention_mask[..., :real]
     if settings.get("position_bias") is not None:
-        settings["position_bias"] = _bias(binding, length, real, attention_mask, settings["position_bias"])
+        settings["position_bias"] = _bias(binding, joined, length, real, attention_mask, settings["position_bias"])
     if attention_mask is not None:
-        virtual = _columns(binding, attention_mask, length, window, settings.get("position_ids"))
+        virtual = _columns(joined, attention_mask, length, window, settings.get("position_ids"))
         attention_mask = torch.cat([virtual, attention_mask.expand(*virtual.shape[:-1], -1)], dim=-1)
-    keys, values = binding.prefix(module.__dict__.pop(_ENTERED, None), key)
-    key = torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)
-    value = torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)
+    key = torch.cat([joined.keys.expand(key.shape[0], -1, -1, -1), key], dim=2)
+    value = torch.cat([joined.values.expand(key.shape[0], -1, -1, -1), value], dim=2)
     return function(module, query, key, value, attention_mask, **{**settings, "is_causal": False})
 
 
@@ -214,9 +269,9 @@ def _past(query: Tensor, real: int) -> Tensor:
     return query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]
 
 
-def _check(prefix: LayerPrefix, module: nn.Module, key: Tensor, value: Tensor) -> None:
+def _check(joined: Joined, module: nn.Module, key: Tensor, value: Tensor) -> None:
     """Refuse attention whose keys or values are of other shapes than the model's configuration let expect."""
-    ours = [(part.shape[0], part.shape[2]) for part in (prefix.keys, prefix.values)]
+    ours = [(part.shape[-3], part.shape[-1]) for part in (joined.keys, joined.values)]
     theirs = [(part.shape[1], part.shape[3]) for part in (key, value)]
     if ours != theirs:
         raise EngineError(
@@ -226,10 +281,13 @@ def _check(prefix: LayerPrefix, module: nn.Module, key: Tensor, value: Tensor) -
         )
 
 
-def _columns(binding: Binding, mask: Tensor, length: int, window: int | None, positions: Tensor | None) -> Tensor:
+def _columns(joined: Joined, mask: Tensor, length: int, window: int | None, positions: Tensor | None) -> Tensor:
     """The mask's columns for the virtual tokens, [B or 1, 1, Q or 1, P]: visible, unless a window slid past them."""
-    prefix = binding.prefix.keys.shape[1]
-    columns = mask.new_full((*mask.shape[:-1], prefix), mask.dtype == torch.bool)
+    prefix, lengths = torch.arange(joined.length, device=mask.device), joined.lengths
+    gone: Any = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    columns = mask.new_full((*mask.shape[:-1], joined.length), mask.dtype == torch.bool)
+    if lengths is not None:  # [B, 1, 1, P]
+        columns = torch.where(prefix < lengths[:, None, None], columns, gone)
     if window is None:
         return columns
     if positions is None:
@@ -239,24 +297,25 @@ def _columns(binding: Binding, mask: Tensor, length: int, window: int | None, po
             "use a prompt whose window is 'pinned'",
         )
     # A model that needs its last states only may ask for the last queries only.
-    distance = positions[:, None, -length:, None] - torch.arange(prefix, device=mask.device)
-    gone = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return torch.where(distance < window, columns, gone)
+    near, slides = positions[:, None, -length:, None] - prefix < window, joined.stand.slides
+    if isinstance(slides, Tensor):
+        near = near | ~slides[:, None, None]
+    return torch.where(near, columns, gone)
 
 
-def _bias(binding: Binding, length: int, real: int, mask: Tensor | None, bias: Tensor) -> Tensor:
+def _bias(binding: Binding, joined: Joined, length: int, real: int, mask: Tensor | None, bias: Tensor) -> Tensor:
     """A T5-like bias [1, heads, Q, N] with columns for the virtual tokens in front: [B or 1, heads, Q, P + N].
 
     The model goes on sharing the bias without them among its layers.
     """
-    prefix = binding.prefix.keys.shape[1]
-    table = binding.bias
+    prefix, table = joined.length, binding.bias
     if table is None:  # cross-attention has none
         return torch.cat([bias.new_zeros(*bias.shape[:-1], prefix), bias], dim=-1)
     slots, positions = _queries(binding.causal, length, real, mask, bias.device)
-    virtual = torch.arange(prefix, device=bias.device) - (binding.origin + positions)[..., None]
-    if binding.skewed:
-        bias = _relative(table, prefix + torch.arange(real, device=bias.device) - slots[..., None])
+    virtual = torch.arange(prefix, device=bias.device) - (joined.stand.origin + positions)[..., None]
+    if joined.stand.skewed:
+        own = prefix if joined.lengths is None else joined.lengths[..., None]
+        bias = _relative(table, own + torch.arange(real, device=bias.device) - slots[..., None])
     virtual_bias = _relative(table, virtual)
     batch = max(virtual_bias.shape[0], bias.shape[0])
     return torch.cat([part.expand(batch, -1, -1, -1).to(bias.dtype) for part in (virtual_bias, bias)], dim=-1)
