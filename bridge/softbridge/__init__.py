@@ -25,14 +25,14 @@ if TYPE_CHECKING:
     from softbridge.conversion import save as save
     from softbridge.errors import SoftbridgeError as SoftbridgeError
     from softbridge.geometry import Geometry as Geometry
+    from softbridge.methods import MLP as MLP
     from softbridge.methods import Cartridge as Cartridge
     from softbridge.methods import ContextAwarePromptTuning as ContextAwarePromptTuning
-    from softbridge.methods import MLP as MLP
     from softbridge.methods import MultitaskPromptTuning as MultitaskPromptTuning
-    from softbridge.methods import PTuning as PTuning
-    from softbridge.methods import PTuningV2 as PTuningV2
     from softbridge.methods import PrefixTuning as PrefixTuning
     from softbridge.methods import PromptTuning as PromptTuning
+    from softbridge.methods import PTuning as PTuning
+    from softbridge.methods import PTuningV2 as PTuningV2
     from softbridge.methods import TaskHead as TaskHead
     from softbridge.prompt import InputPrompt as InputPrompt
     from softbridge.prompt import KeyValuePrefix as KeyValuePrefix

@@ -303,7 +303,7 @@ def test_what_a_bank_does_not_take(tmp_path: Path) -> None:
         run(running, ids)
     with pytest.raises(EngineError, match="none of which is trained"):
         sb.extract(running)
-    with pytest.raises(EngineError, match="(?s)runs one prompt for all rows.*native"):
+    with pytest.raises(EngineError, match=r"(?s)runs one prompt for all rows.*native"):
         sb.attach(copy.deepcopy(model), bank, engine="peft")
     assert not any(p.requires_grad for p in running.parameters())
     sb.detach(running)
