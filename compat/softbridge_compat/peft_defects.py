@@ -124,6 +124,20 @@ CPT_DEFAULT = Defect(
     "the loss of a CPT adapter with another name than 'default' ends in a KeyError",
     _peft,
 )
+PREFIX_CHECKPOINTING = Defect(
+    "peft-prefix-checkpointing",
+    "peft",
+    "a prefix under gradient checkpointing that is switched on after PEFT has wrapped the model, as the Trainer does, "
+    "fails in the middle of the first step",
+    _peft,
+)
+STATIC_CACHE = Defect(
+    "peft-static-cache",
+    "peft",
+    "generate of a decoder with cache_implementation='static' fails: the cache has no room for virtual tokens, or, on "
+    "transformers 5, PEFT asks for an argument that is no longer there",
+    _peft,
+)
 
 DEFECTS: tuple[Defect, ...] = (
     LEFT_PADDED_PROMPT,
@@ -142,4 +156,6 @@ DEFECTS: tuple[Defect, ...] = (
     SAVED_DROPOUT,
     LOST_TRAINING,
     CPT_DEFAULT,
+    PREFIX_CHECKPOINTING,
+    STATIC_CACHE,
 )

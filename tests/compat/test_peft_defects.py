@@ -234,6 +234,27 @@ def cpt_default(_: Path) -> bool:
     return False
 
 
+def prefix_checkpointing(_: Path) -> bool:
+    model = encoder(peft.PrefixTuningConfig, num_virtual_tokens=LENGTH).train()
+    assert model(input_ids=ROW, labels=ROW).loss > 0
+    model.gradient_checkpointing_enable()
+    try:
+        model(input_ids=ROW, labels=ROW).loss.backward()
+    except RuntimeError:
+        return True
+    return False
+
+
+def static_cache(_: Path) -> bool:
+    model = wrap("llama", "prompt")
+    told: dict[str, Any] = {"input_ids": ROW, "attention_mask": torch.ones_like(ROW)}
+    expected = generated(model, **told)
+    try:
+        return generated(model, **told, cache_implementation="static") != expected
+    except (KeyError, IndexError, RuntimeError):
+        return True
+
+
 def warned(run: Callable[[], Any]) -> str:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -258,6 +279,8 @@ SHOWN: dict[Defect, Callable[[Path], bool]] = {
     peft_defects.SAVED_DROPOUT: saved_dropout,
     peft_defects.LOST_TRAINING: lost_training,
     peft_defects.CPT_DEFAULT: cpt_default,
+    peft_defects.PREFIX_CHECKPOINTING: prefix_checkpointing,
+    peft_defects.STATIC_CACHE: static_cache,
 }
 
 
