@@ -118,6 +118,13 @@ LOST_TRAINING = Defect(
     "P-tuning, a projected prefix and CPT are saved as what they evaluate to: no training goes on from the file",
     _peft,
 )
+LOST_ENCODER = Defect(
+    "peft-lost-encoder",
+    "peft",
+    "a checkpoint that is loaded into a model in training, as the Trainer does to resume and to load the best, puts what "
+    "a prompt encoder evaluated to into its input: another loss for P-tuning, an error for a projected prefix",
+    _peft,
+)
 CPT_DEFAULT = Defect(
     "peft-cpt-default",
     "peft",
@@ -155,6 +162,7 @@ DEFECTS: tuple[Defect, ...] = (
     MULTITASK_TASK,
     SAVED_DROPOUT,
     LOST_TRAINING,
+    LOST_ENCODER,
     CPT_DEFAULT,
     PREFIX_CHECKPOINTING,
     STATIC_CACHE,
