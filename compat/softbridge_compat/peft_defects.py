@@ -121,8 +121,8 @@ LOST_TRAINING = Defect(
 LOST_ENCODER = Defect(
     "peft-lost-encoder",
     "peft",
-    "a checkpoint that is loaded into a model in training, as the Trainer does to resume and to load the best, puts what "
-    "a prompt encoder evaluated to into its input: another loss for P-tuning, an error for a projected prefix",
+    "a checkpoint that is loaded into a model in training (the Trainer does it to resume, and to load the best) puts "
+    "what a prompt encoder evaluated to into its input: another loss for P-tuning, an error for a projected prefix",
     _peft,
 )
 CPT_DEFAULT = Defect(
