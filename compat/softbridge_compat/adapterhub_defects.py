@@ -34,6 +34,12 @@ DEFECTS: tuple[Defect, ...] = (
         _installed,
     ),
     Defect(
+        "adapterhub-cache-tuples",
+        "adapters",
+        "ELECTRA and BertGeneration as decoders take the key/value cache for tensors, and fail with it",
+        _installed,
+    ),
+    Defect(
         "adapterhub-eject-gqa",
         "adapters",
         "eject_prefix_tuning fails where key/value heads times head size is not the hidden size",
@@ -134,6 +140,12 @@ DEFECTS: tuple[Defect, ...] = (
         "adapterhub-xmod-languages",
         "adapters",
         "adapters.init takes the language adapters out of X-MOD: without any adapter it computes something else",
+        _installed,
+    ),
+    Defect(
+        "adapterhub-beit-bias",
+        "adapters",
+        "a prefix on a BEiT with a relative position bias fails: the bias has no columns for the prefix",
         _installed,
     ),
     Defect(

@@ -118,10 +118,31 @@ LOST_TRAINING = Defect(
     "P-tuning, a projected prefix and CPT are saved as what they evaluate to: no training goes on from the file",
     _peft,
 )
+LOST_ENCODER = Defect(
+    "peft-lost-encoder",
+    "peft",
+    "a checkpoint that is loaded into a model in training (the Trainer does it to resume, and to load the best) puts "
+    "what a prompt encoder evaluated to into its input: another loss for P-tuning, an error for a projected prefix",
+    _peft,
+)
 CPT_DEFAULT = Defect(
     "peft-cpt-default",
     "peft",
     "the loss of a CPT adapter with another name than 'default' ends in a KeyError",
+    _peft,
+)
+PREFIX_CHECKPOINTING = Defect(
+    "peft-prefix-checkpointing",
+    "peft",
+    "a prefix under gradient checkpointing that is switched on after PEFT has wrapped the model, as the Trainer does, "
+    "fails in the middle of the first step",
+    _peft,
+)
+STATIC_CACHE = Defect(
+    "peft-static-cache",
+    "peft",
+    "generate of a decoder with cache_implementation='static' fails: the cache has no room for virtual tokens, or, on "
+    "transformers 5, PEFT asks for an argument that is no longer there",
     _peft,
 )
 
@@ -141,5 +162,8 @@ DEFECTS: tuple[Defect, ...] = (
     MULTITASK_TASK,
     SAVED_DROPOUT,
     LOST_TRAINING,
+    LOST_ENCODER,
     CPT_DEFAULT,
+    PREFIX_CHECKPOINTING,
+    STATIC_CACHE,
 )

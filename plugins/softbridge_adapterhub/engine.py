@@ -3,8 +3,8 @@
 
 Three things are done around the toolkit, because it computes another function without them (each is shown in
 `softbridge_compat.adapterhub_defects`): attention is switched to ``eager``; the key/value cache is switched off where
-the toolkit never fills it; and tokens that do not start at 0 are moved by a hook on the module that receives
-their positions. And logits and labels are those of real tokens: AdapterHub has them of virtual tokens, too.
+the toolkit never fills it, or fails with it; and tokens that do not start at 0 are moved by a hook on the module that
+receives their positions. And logits and labels are those of real tokens: AdapterHub has them of virtual tokens, too.
 """
 
 from __future__ import annotations
@@ -276,9 +276,10 @@ def _run(model: Any, prompt: SoftPrompt, put: Callable[[], str]) -> None:
     starts = {start for start in prompt.positions.start.values() if start != 0}
     if starts and geometry.model_type in facts.POSITION_INPUTS:
         _move_tokens(model, *facts.POSITION_INPUTS[geometry.model_type], starts.pop())
-    if geometry.decoder is not None and _cache_stays_empty(model):
+    if geometry.decoder is not None and _cache_is_of_no_use(model):
         _say(
-            "the key/value cache is switched off: AdapterHub never fills it on this model, and decoding would be wrong"
+            "the key/value cache is switched off: AdapterHub never fills it on this model, or fails with it, and "
+            "decoding would be wrong"
         )
         model.config.use_cache = False
         if model.generation_config is not None:
@@ -398,16 +399,20 @@ def _hide_virtual_tokens(model: Any, part: InputPrompt) -> None:
     model.register_forward_hook(drop)
 
 
-def _cache_stays_empty(model: Any) -> bool:
-    """Whether the model returns a key/value cache that holds nothing, tried with two tokens."""
+def _cache_is_of_no_use(model: Any) -> bool:
+    """Whether a call with a key/value cache fails, or returns one that holds nothing: tried with two tokens."""
     import torch
 
     tokens = torch.zeros((1, 2), dtype=torch.long, device=model.device)
-    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = tokens
+    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if model.config.is_encoder_decoder:  # the encoder's input may be no tokens, and is not what this is about
+        states = torch.zeros((1, 2, model.config.hidden_size), dtype=model.dtype, device=model.device)
+        inputs = {"encoder_outputs": (states,), "decoder_input_ids": tokens}
     with torch.random.fork_rng(), torch.no_grad():
-        past = getattr(model(**inputs, use_cache=True), "past_key_values", None)
+        try:
+            past = getattr(model(**inputs, use_cache=True), "past_key_values", None)
+        except TypeError:  # AdapterHub concatenates tensors to a cache that holds none
+            return True
     if past is None or isinstance(past, tuple):  # no cache at all, or one of tensors
         return False
     return int(past.get_seq_length()) == 0

@@ -62,7 +62,7 @@ PLACEMENTS: Mapping[str, Placement] = {"prefix": "before-sequence", "prefix_afte
 #: A file that names no version is older than a renaming of activations (`ACTIVATION_RENAME` in the package's utils.py).
 UNVERSIONED_ACTIVATIONS = {"gelu": "gelu_new", "gelu_orig": "gelu"}
 
-ENCODER_DECODERS = frozenset(("bart", "mbart", "mt5", "plbart", "t5"))
+ENCODER_DECODERS = frozenset(("bart", "mbart", "mt5", "plbart", "t5", "whisper"))
 
 #: Families whose virtual tokens AdapterHub can also put into the input, behind the embedding block (the others'
 #: models say `support_prompt_tuning = False`).
@@ -91,12 +91,11 @@ MODEL_TYPES = ENCODER_DECODERS | PROMPT_MODEL_TYPES | {"gpt2", "gptj", "llama", 
 
 #: Families which AdapterHub supports and this plugin does not: why not.
 OTHER_MODEL_TYPES = {
-    "beit": "a vision model",
-    "clip": "a vision model",
+    "beit": "with a prefix AdapterHub fails on BEiT's relative position bias",
+    "clip": "two models in one, each with prefixes of its own",
     "deberta": "AdapterHub adds a random bias to every DeBERTa attention, so that no two runs agree",
     "encoder-decoder": "two models in one, each with prefixes of its own",
-    "vit": "a vision model",
-    "whisper": "a speech model",
+    "vit": "a model of images: it has no vocabulary, and softbridge's geometry is that of models of tokens",
     "xmod": "AdapterHub takes the language adapters out of X-MOD, which is another model without them",
 }
 
@@ -108,7 +107,7 @@ ATTENTIONS: Mapping[str, tuple[str, ...]] = {
     **dict.fromkeys(("gpt2", "gptj"), ("h.{}.attn",)),
     **dict.fromkeys(("llama", "mistral"), ("layers.{}.self_attn",)),
     **dict.fromkeys(
-        ("bart", "mbart", "plbart"),
+        ("bart", "mbart", "plbart", "whisper"),
         ("encoder.layers.{}.self_attn", "decoder.layers.{}.self_attn", "decoder.layers.{}.encoder_attn"),
     ),
     **dict.fromkeys(
@@ -133,6 +132,8 @@ SHARED_LAYERS = frozenset(("albert",))
 #: Families whose key/value cache AdapterHub never fills (see `softbridge_compat.adapterhub_defects`). The engine
 #: measures it; this is for advice where the toolkit is not installed, and a test compares the two.
 CACHE_STAYS_EMPTY = frozenset(("llama", "mistral"))
+#: Families that fail with a cache where they are decoders, for the cache is no longer what AdapterHub takes it for.
+CACHE_FAILS = frozenset(("bert-generation", "electra"))
 
 #: Family -> (end of the name of the modules that receive positions, index or name of that argument).
 #: A pre-hook there moves the tokens whatever the caller, the padding and the cache make of their positions.

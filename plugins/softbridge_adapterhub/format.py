@@ -190,6 +190,8 @@ class AdapterHubFormat:
             advice.append("pad no text on the left: AdapterHub would put the virtual tokens after a pad")
         if kind in facts.CACHE_STAYS_EMPTY:
             advice.append("pass use_cache=False to forward and generate: AdapterHub never fills this model's cache")
+        if kind in facts.CACHE_FAILS and geometry is not None and geometry.decoder is not None:
+            advice.append("pass use_cache=False to forward and generate: AdapterHub fails with this model's cache")
         if prompt.head and kind in heads.CLASSIFIERS:
             advice.append(f"load it into a {heads.CLASSIFIERS[kind].model_class}: other classes do not take the head")
         advice += [
@@ -323,16 +325,16 @@ def _fields(given: Mapping[str, Any], defaults: Mapping[str, Any], renamed: bool
 
 def _check_base(document: Mapping[str, Any], configs: Configs, geometry: Geometry) -> None:
     kind = document["model_type"]
-    if kind != geometry.model_type:
-        raise BaseModelError(
-            f"a base model of type '{geometry.model_type}'", f"'{kind}', as the file says", "give --base"
-        )
     if kind not in facts.MODEL_TYPES:
         why = facts.OTHER_MODEL_TYPES.get(kind, "AdapterHub has no soft prompts for it")
         raise CheckpointError(
             f"a prompt for a model of type '{kind}'",
             f"one of {', '.join(sorted(facts.MODEL_TYPES))}",
             f"not read: {why}",
+        )
+    if kind != geometry.model_type:
+        raise BaseModelError(
+            f"a base model of type '{geometry.model_type}'", f"'{kind}', as the file says", "give --base"
         )
     hidden = document.get("hidden_size")
     if hidden is not None and hidden != geometry.hidden:

@@ -25,7 +25,7 @@ from softbridge.prompt import Array, InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.tensors import from_torch, to_torch
 from softbridge.untrusted import Files
 from softbridge_compat import peft_defects
-from softbridge_peft import example, facts
+from softbridge_peft import example, facts, guard
 from softbridge_peft.config import config_of
 from softbridge_peft.format import FORMAT, adapter_folder, parse, tensors_of
 from softbridge_peft.training import of_encoder
@@ -57,11 +57,12 @@ class PeftEngine:
         return None if find_spec("peft") is not None else "PEFT is not installed (softbridge's extra 'peft' brings it)"
 
     def obstacles(self, prompt: SoftPrompt, model: Any) -> Sequence[Obstacle]:
+        if hasattr(model, "peft_config"):
+            way = f"detach that first; or give its base, model.get_base_model(), and {guard.NATIVE}"
+            return [Obstacle("attached", "the model already carries a PEFT adapter", way)]
         geometry = read_geometry(model.config)
         native = "run it with the native engine"
         found = list(FORMAT.obstacles(replace(prompt, training=None), geometry))
-        if hasattr(model, "peft_config"):
-            found.append(Obstacle("attached", "the model already carries a PEFT adapter", "detach that first"))
         try:
             check_fits(prompt, geometry)
         except BaseModelError as error:
@@ -69,9 +70,9 @@ class PeftEngine:
         if _task(model) is None:
             reason = f"PEFT has no task for the class {type(model).__name__}; it has {', '.join(facts.TASKS)}"
             found.append(Obstacle("task", reason, "build the model with an Auto class of one of these tasks"))
-        if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
+        if guard.checkpointing(model):
             reason = "PEFT refuses prefixes under gradient checkpointing, and leaves hooks in the model otherwise"
-            found.append(Obstacle("gradient-checkpointing", reason, "switch gradient checkpointing off in the model"))
+            found.append(Obstacle("gradient-checkpointing", reason, guard.checkpointing_remedy(model)))
         found += _head_obstacles(prompt, model)
         for part in prompt.parts:
             found += [Obstacle(name, reason, native) for name, reason in _refusals(part, prompt, model, geometry)]
@@ -79,6 +80,9 @@ class PeftEngine:
 
     def attach(self, model: Any, prompt: SoftPrompt) -> Any:
         """Attach through `peft.get_peft_model`. See `Engine.attach`.
+
+        Calls that PEFT cannot answer with this prompt (`adapter_names`, static caches, a prefix under gradient
+        checkpointing) raise an `EngineError` that names the way out.
 
         The prompt's head is in the model already: `softbridge.attach` loads it, and PEFT copies what it finds there.
         """
@@ -100,6 +104,7 @@ class PeftEngine:
             peft.set_peft_model_state_dict(adapted, {**peft.get_peft_model_state_dict(adapted), **tensors})
         adapted.eval().prompt_encoder.requires_grad_(False)
         hook = _tell_positions(model, prompt)
+        guard.guard(adapted, prompt)
         setattr(adapted, _ATTACHMENT, _Attachment(prompt, trainable, training, attributes, settings, hook))
         return adapted
 

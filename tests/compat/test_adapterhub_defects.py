@@ -12,7 +12,7 @@ import pytest
 adapters = pytest.importorskip("adapters")
 
 import torch  # noqa: E402
-from transformers import AutoConfig  # noqa: E402
+from transformers import AutoConfig, AutoModel  # noqa: E402
 
 from softbridge.base import build  # noqa: E402
 from softbridge.testing import tiny_model  # noqa: E402
@@ -107,6 +107,21 @@ def llama_cache(folder: Path) -> bool:
         filled = {f: prefixed(f)(input_ids=TOKENS, use_cache=True).past_key_values for f in ("llama", "gpt2")}
     assert filled["gpt2"].get_seq_length() == TOKENS.shape[1]
     return int(filled["llama"].get_seq_length()) == 0
+
+
+def cache_tuples(folder: Path) -> bool:
+    def fails(family: str) -> bool:
+        config = adapters.PrefixTuningConfig(flat=True, prefix_length=5)
+        model = adapted(tiny(family, "causal-lm", is_decoder=True), "eager", config)
+        logits(model, use_cache=False)
+        try:
+            logits(model, use_cache=True)
+        except TypeError as error:
+            return "expected Tensor" in str(error)
+        return False
+
+    assert not fails("bert")
+    return fails("electra") and fails("bert-generation")
 
 
 def eject_gqa(folder: Path) -> bool:
@@ -271,6 +286,23 @@ def xmod_languages(folder: Path) -> bool:
     return difference(logits(model), before) > 0.1
 
 
+def beit_bias(folder: Path) -> bool:
+    sizes = {"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
+
+    def runs(**settings: Any) -> bool:
+        model = AutoModel.from_config(AutoConfig.for_model("beit", **sizes, image_size=8, patch_size=4, **settings))
+        adapters.init(model)
+        model.add_adapter("x", adapters.PrefixTuningConfig(flat=True, prefix_length=3), set_active=True)
+        try:
+            model(pixel_values=torch.ones(1, 3, 8, 8))
+        except RuntimeError as error:
+            return "must match the size" not in str(error)
+        return True
+
+    assert runs()
+    return not runs(use_relative_position_bias=True) and not runs(use_shared_relative_position_bias=True)
+
+
 def deberta_bias(folder: Path) -> bool:
     model = tiny("deberta").float()
     before = logits(model)
@@ -282,6 +314,7 @@ SHOWN: dict[str, Callable[[Path], bool]] = {
     "adapterhub-sdpa-causal": sdpa_causal,
     "adapterhub-sdpa-mask": sdpa_mask,
     "adapterhub-llama-cache": llama_cache,
+    "adapterhub-cache-tuples": cache_tuples,
     "adapterhub-eject-gqa": eject_gqa,
     "adapterhub-ejected-flat": ejected_flat,
     "adapterhub-safetensors": safetensors,
@@ -299,6 +332,7 @@ SHOWN: dict[str, Callable[[Path], bool]] = {
     "adapterhub-prompt-labels": prompt_labels,
     "adapterhub-t5-head": t5_head,
     "adapterhub-xmod-languages": xmod_languages,
+    "adapterhub-beit-bias": beit_bias,
     "adapterhub-deberta-bias": deberta_bias,
 }
 

@@ -81,6 +81,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     | {"bos_token_id": 1, "eos_token_id": 2},
     "mistral": {**_ENCODER, "num_key_value_heads": 2, "sliding_window": 3},
     "roberta": {**_ENCODER, "pad_token_id": 1},
+    "whisper": {**_SEQ2SEQ, "num_mel_bins": 6, "max_source_positions": 8, "max_target_positions": 64},
     "xlm-roberta": {**_ENCODER, "pad_token_id": 1},
 }
 
@@ -133,11 +134,19 @@ def model_of(family: str, dtype: Any = None) -> Any:
     import torch
     from transformers import AutoConfig
 
-    from softbridge.base import BaseModel, build
+    from softbridge.base import BaseModel, build, draw_weights
 
     if family in FAMILIES:
         return tiny_model(family, dtype)
     config = AutoConfig.for_model(family, **OTHERS[family])
+    if family == "whisper":  # its input is no tokens, and `build` is for text
+        from transformers import WhisperForConditionalGeneration
+
+        config._attn_implementation = "eager"
+        with torch.random.fork_rng():
+            model = WhisperForConditionalGeneration(config)
+        draw_weights(model, 0)
+        return model.to(dtype or torch.float64).eval()
     return build(config, BaseModel(config).task, dtype or torch.float64, 0)
 
 
@@ -152,6 +161,12 @@ def inputs_of(model: Any, rows: int = 1) -> dict[str, Any]:
         inputs["attention_mask"][-1, -2:] = 0
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = torch.randint(3, 90, (rows, 6), generator=generator)
+    if model.main_input_name != "input_ids":
+        del inputs["input_ids"]
+        sound = (rows, model.config.num_mel_bins, 2 * model.config.max_source_positions)
+        inputs[model.main_input_name] = torch.randn(sound, generator=generator, dtype=torch.float64)
+        if rows > 1:
+            inputs["decoder_attention_mask"] = inputs.pop("attention_mask")[:, :6]
     return inputs
 
 
@@ -320,7 +335,7 @@ SOME: dict[str, dict[str, Any]] = {
     "t5": {"encoder_prefix": False},
 }
 #: What the native engine is known to run as well, here and on transformers 4.
-NATIVE_PREFIXES = frozenset(("bart", "gpt2", "llama", "mbart", "mistral", "plbart"))
+NATIVE_PREFIXES = frozenset(("bart", "gpt2", "llama", "mbart", "mistral", "plbart", "whisper"))
 
 
 def saved(adapters: Any, model: Any, kind: str, folder: Path) -> Files:

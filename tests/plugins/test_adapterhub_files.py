@@ -470,7 +470,7 @@ def test_refuses_what_cannot_be_read_for_this_base(tmp_path: Path) -> None:
     with pytest.raises(BaseModelError, match="--base"):
         FORMAT.read(files, None)
     vit = replace(GEOMETRIES["bert"], model_type="vit")
-    with pytest.raises(CheckpointError, match="a vision model"):
+    with pytest.raises(CheckpointError, match="a model of images"):
         FORMAT.read(put(tmp_path / "y", written(*handmade(vit, flat=True))), vit)
     with pytest.raises(CheckpointError, match=r"leaves out layers \[1\]: .*share"):
         FORMAT.read(

@@ -1,0 +1,103 @@
+"""Calls that PEFT answers with a shape error in the middle, or with another function: refused before they run.
+
+See softbridge_compat.peft_defects: peft-prefix-checkpointing, peft-static-cache and peft-adapter-names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from softbridge.errors import EngineError
+from softbridge.geometry import stack_of
+from softbridge.prompt import InputPrompt, SoftPrompt
+
+#: The way out that each refusal names.
+NATIVE = "run the prompt with the native engine: softbridge.attach(model, prompt, engine='native')"
+
+
+def guard(adapted: Any, prompt: SoftPrompt) -> None:
+    """Look at every call of a PeftModel from now on, before PEFT does. The model under it is not touched."""
+    adapted.register_forward_pre_hook(_Forward(prompt), with_kwargs=True)
+    adapted.generate = _Generate(adapted.generate, prompt)  # PEFT's does not come by the hook
+
+
+def checkpointing(model: Any) -> bool:
+    """Whether any part of the model is told to compute its activations anew in the backward pass."""
+    return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
+
+
+def checkpointing_remedy(model: Any) -> str:
+    """The way out for a prefix on a model with gradient checkpointing."""
+    way = f"{NATIVE}, which takes gradient checkpointing; or switch it off: model.gradient_checkpointing_disable()"
+    if getattr(model, "is_quantized", False):
+        way += ", and prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)"
+    return way
+
+
+def _check(model: Any, prompt: SoftPrompt, told: Mapping[str, Any]) -> None:
+    """Refuse what a call asks for.
+
+    Args:
+        model: the PeftModel that is called.
+        prompt: what is attached.
+        told: the arguments by name; a generation_config comes apart into its settings.
+    """
+    if told.get("adapter_names") is not None:
+        raise EngineError(
+            "adapter_names, a prompt for each row of the batch: PEFT gives every row the active one, without a word",
+            "one prompt for all rows",
+            f"call it for the rows of each prompt in turn; {NATIVE}, which changes prompts in place",
+        )
+    stacks = {part.stack if isinstance(part, InputPrompt) else stack_of(part.site) for part in prompt.parts}
+    if "decoder" in stacks and (name := _static(told)):
+        ways = f"leave {name} out, for a cache that grows"
+        raise EngineError(
+            f"{name}: PEFT's virtual tokens do not fit into a cache of fixed size",
+            "a cache that grows, transformers' default",
+            f"{ways}; or {NATIVE}, which takes static caches with a prefix" if prompt.prefixes else ways,
+        )
+    if prompt.prefixes and model.training and checkpointing(model):
+        raise EngineError(
+            "a prefix under gradient checkpointing: PEFT fails with it, in the middle of a step",
+            "a model without gradient checkpointing",
+            checkpointing_remedy(model),
+        )
+
+
+def _static(told: Mapping[str, Any]) -> str | None:
+    """Which argument asks for a cache of fixed size, or None."""
+    from transformers import StaticCache
+
+    if isinstance(told.get("past_key_values"), StaticCache):
+        return "past_key_values, a StaticCache"
+    asked = told.get("cache_implementation")
+    fixed = isinstance(asked, str) and any(word in asked for word in ("static", "sliding", "hybrid"))
+    return f"cache_implementation={asked!r}" if fixed else None
+
+
+class _Forward:
+    """A forward pre-hook of a PeftModel."""
+
+    def __init__(self, prompt: SoftPrompt) -> None:
+        self.prompt = prompt
+
+    def __call__(self, model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        _check(model, self.prompt, kwargs)
+
+
+class _Generate:
+    """`generate` of a PeftModel, behind the check."""
+
+    def __init__(self, run: Callable[..., Any], prompt: SoftPrompt) -> None:
+        self.run, self.prompt = run, prompt
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        model: Any = self.run.__self__  # type: ignore[attr-defined]
+        # The model's own settings, under those of the call's generation_config, under its arguments.
+        told: dict[str, Any] = {}
+        for config in (getattr(model, "generation_config", None), kwargs.get("generation_config")):
+            asked = getattr(config, "cache_implementation", None)
+            told |= {} if asked is None else {"cache_implementation": asked}
+        _check(model, self.prompt, {**told, **kwargs})
+        return self.run(*args, **kwargs)
