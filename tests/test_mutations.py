@@ -280,7 +280,7 @@ FAULTS = {
     # PEFT's files.
     "PEFT's rows reversed": fault(
         "gpt2: softbridge to peft, vectors",
-        ("softbridge_peft.format:tensors_of", "{facts.PROMPT: part.vectors,", "{facts.PROMPT: part.vectors[::-1],"),
+        ("softbridge_peft.format:tensors_of", "{facts.PROMPT: part.vectors}", "{facts.PROMPT: part.vectors[::-1]}"),
     ),
     "PEFT's numbers scaled by a thousandth": fault(
         "gpt2: softbridge to peft",
@@ -479,9 +479,9 @@ FAULTS = {
 
 
 def _square_mlp(geometry: Geometry) -> SoftPrompt:
-    from softbridge.examples import _trained
+    from softbridge.examples import as_if_trained
 
-    return _trained(PrefixTuning(5, MLP(geometry.hidden), ("self",)), geometry)
+    return as_if_trained(PrefixTuning(5, MLP(geometry.hidden), ("self",)), geometry)
 
 
 def _two_gates(geometry: Geometry) -> SoftPrompt:
