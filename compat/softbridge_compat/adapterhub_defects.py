@@ -137,6 +137,12 @@ DEFECTS: tuple[Defect, ...] = (
         _installed,
     ),
     Defect(
+        "adapterhub-t5-flex-head",
+        "adapters",
+        "a flex head for questions on a T5 with tied embeddings sees hidden states scaled as for output embeddings",
+        _installed,
+    ),
+    Defect(
         "adapterhub-xmod-languages",
         "adapters",
         "adapters.init takes the language adapters out of X-MOD: without any adapter it computes something else",

@@ -103,7 +103,7 @@ class AdapterHubEngine:
         AdapterHub holds them in float32, and evaluates a perceptron in float32, here for one row; the keys and values
         that come of it are converted to the model's dtype, exactly where that is wider. What AdapterHub does not load
         into this class, the head of a class of its own, and what it cannot load alone, the prompt of a union with
-        others, is attached.
+        others or beside a head that is not read, is attached.
 
         Args:
             model: one that nothing else needs, it cannot be detached.
@@ -307,21 +307,27 @@ def _load(model: Any, prompt: SoftPrompt, directory: Path) -> str:
     if weights is None:  # AdapterHub would ask the hub
         expected = f"{facts.WEIGHTS_FILE} or {facts.SAFE[facts.WEIGHTS_FILE]}"
         raise EngineError(f"no weights in {directory}", expected, "give AdapterHub's directory")
-    headed = (
-        bool(prompt.head) and files.json(folder + facts.HEAD_CONFIG_FILE).get("model_class") == type(model).__name__
-    )
     found: dict[str, list[str]] = {}
+    here = str((directory / folder).absolute())
     name: str = model.load_adapter(
-        str((directory / folder).absolute()),
+        here,
         use_safetensors=weights.endswith(facts.SAFE[facts.WEIGHTS_FILE]),
         loading_info=found,
-        **({"with_head": headed} if "with_head" in inspect.signature(model.load_adapter).parameters else {}),
+        **({"with_head": False} if "with_head" in inspect.signature(model.load_adapter).parameters else {}),
     )
     # Under the attention modules are the same objects again. What is missing AdapterHub leaves random, without a word.
     missing = [key for key in found["missing_keys"] if ".pool." not in key]
+    headed = (
+        bool(prompt.head) and files.json(folder + facts.HEAD_CONFIG_FILE).get("model_class") == type(model).__name__
+    )
+    if headed:
+        head = facts.weights_in(files, folder, facts.HEAD_WEIGHTS_FILE) or ""
+        found = {}
+        model.load_head(here, use_safetensors=head == folder + facts.SAFE[facts.HEAD_WEIGHTS_FILE], loading_info=found)
+        missing += [key for key in found["missing_keys"] if key in prompt.head]
     if missing:
         raise EngineError(
-            f"AdapterHub does not find {', '.join(missing)} in {directory / weights}",
+            f"AdapterHub does not find {', '.join(missing)} in {directory / folder}",
             "files that hold the whole prompt",
             "save the adapter again with AdapterHub's save_adapter",
         )
@@ -405,7 +411,10 @@ def _cache_is_of_no_use(model: Any) -> bool:
 
     tokens = torch.zeros((1, 2), dtype=torch.long, device=model.device)
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if model.config.is_encoder_decoder:  # the encoder's input may be no tokens, and is not what this is about
+    if model.config.is_encoder_decoder:
+        if not model.can_generate():  # a classifier is called once for a text
+            return False
+        # The encoder's input may be no tokens, and is not what this is about.
         states = torch.zeros((1, 2, model.config.hidden_size), dtype=model.dtype, device=model.device)
         inputs = {"encoder_outputs": (states,), "decoder_input_ids": tokens}
     with torch.random.fork_rng(), torch.no_grad():

@@ -1,7 +1,7 @@
 """AdapterHub's directories: `adapter_config.json` beside `pytorch_adapter.bin` or `adapter.safetensors`.
 
 Prefix tuning (flat or as the perceptron that produces it, with gates or without), prompt tuning, both in one adapter,
-and a classifier beside them are read and written. AdapterHub repeats the whole pool of prefixes under every attention
+and a head beside them are read and written. AdapterHub repeats the whole pool of prefixes under every attention
 module; one copy is read and all are checked to be equal. Written are the tensors without the base model's own name in
 front: `load_adapter` takes that on every model class.
 """
@@ -91,11 +91,15 @@ class AdapterHubFormat:
             if flat and not prefix["flat"]:
                 notes.append("an ejected prefix: the configuration says flat: false, the tensors are flat")
             configs = {**configs, facts.PREFIX: {**prefix, "flat": flat}}
-        partial = None
+        lost = []
         if others:
             foreign = " and ".join(others)
             notes.append(f"of a union the soft prompt alone is read, and {foreign} left out")
-            partial = f"the source is a union with {foreign}, without which it computes another function"
+            lost.append(f"the source is a union with {foreign}, without which it computes another function")
+        if head.lost is not None:
+            notes.append(f"the prompt alone is read: {head.lost}")
+            lost.append(head.lost)
+        partial = "; ".join(lost) or None
         details = {**document, "head": head.document, "notes": notes, "partial": partial}
         adapter = Adapter(document["name"], configs, geometry)
         tensors = _checked(tensors, adapter, partial=bool(others))
@@ -134,11 +138,12 @@ class AdapterHubFormat:
             if wrong:
                 reason = f"AdapterHub has another shape for, or no tensor like, the perceptron's {', '.join(wrong)}"
                 found.append(Obstacle("training", reason, "eject the parameterisation first"))
-        classifier = heads.CLASSIFIERS.get(geometry.model_type)
-        names = set() if classifier is None else set(classifier.tensors().values())
-        if prompt.head and prompt.head.keys() != names:
-            reason = f"beside prompts of '{geometry.model_type}' stands no head of {', '.join(prompt.head)}"
-            reason += f", but of {', '.join(sorted(names))}" if names else ""
+        if prompt.head and heads.counterpart_of(geometry.model_type, prompt.head) is None:
+            known = ", ".join(
+                one.model_class for one in heads.HEADS.get(geometry.model_type, {}).values() if one.layers
+            )
+            reason = f"AdapterHub has no head of {', '.join(prompt.head)} for '{geometry.model_type}'"
+            reason += f", but those of {known}" if known else ""
             found.append(Obstacle("head", reason, "leave the head out: replace(prompt, head={})"))
         return found
 
@@ -152,7 +157,8 @@ class AdapterHubFormat:
         if geometry is None:
             raise BaseModelError("no base model was given", "its type and its size", "give it with --base")
         given = dict(prompt.origin.details) if prompt.origin is not None and prompt.origin.format == self.name else {}
-        head = {name: given.pop(name, None) for name in ("head", "notes", "partial")}["head"]
+        for name in ("head", "notes", "partial"):
+            given.pop(name, None)
         known = {str(config.get("architecture")): config for config in _members(given.get("config", {}))}
         adapter = Adapter.of(prompt, geometry, given.get("name", "softbridge"), known)
         document = {
@@ -170,7 +176,7 @@ class AdapterHubFormat:
         weights = {facts.WEIGHTS_FILE: adapter.tensors(prompt)}
         if prompt.head:
             described[facts.HEAD_CONFIG_FILE], weights[facts.HEAD_WEIGHTS_FILE] = heads.write(
-                prompt.head, document, head
+                prompt.head, document, _head_of(prompt)
             )
         content = {name: untrusted.json_bytes(value) for name, value in described.items()}
         for name, tensors in weights.items():
@@ -192,8 +198,9 @@ class AdapterHubFormat:
             advice.append("pass use_cache=False to forward and generate: AdapterHub never fills this model's cache")
         if kind in facts.CACHE_FAILS and geometry is not None and geometry.decoder is not None:
             advice.append("pass use_cache=False to forward and generate: AdapterHub fails with this model's cache")
-        if prompt.head and kind in heads.CLASSIFIERS:
-            advice.append(f"load it into a {heads.CLASSIFIERS[kind].model_class}: other classes do not take the head")
+        counterpart = heads.counterpart_of(kind, prompt.head, _head_of(prompt))
+        if counterpart is not None:
+            advice.append(f"load it into a {counterpart.model_class}: other classes do not take the head")
         advice += [
             f"pass position_ids = torch.arange(T) + {start} for T unpadded tokens, in every call: the first real token "
             f"of the {stack} stands at {start}"
@@ -204,6 +211,14 @@ class AdapterHubFormat:
 
 
 FORMAT = AdapterHubFormat()
+
+
+def _head_of(prompt: SoftPrompt) -> Mapping[str, Any] | None:
+    """What AdapterHub's files say of the head, if the prompt came from there."""
+    if prompt.origin is None or prompt.origin.format != FORMAT.name:
+        return None
+    said: Mapping[str, Any] | None = prompt.origin.details.get("head")
+    return said
 
 
 def folder_of(files: Files) -> str:

@@ -279,6 +279,22 @@ def t5_head(folder: Path) -> bool:
     return set(held) > {name for name, _ in model.named_parameters() if not name.startswith("classification_head")}
 
 
+def t5_flex_head(folder: Path) -> bool:
+    def scaled(tied: bool) -> bool:
+        config = copy.deepcopy(tiny_model("t5").config)
+        config.tie_word_embeddings = tied
+        model = adapters.AutoAdapterModel.from_config(config)
+        model.add_qa_head("x")
+        model = model.double().eval()
+        with torch.no_grad():
+            head, inputs = model.heads["x"][-1], {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+            plain = head(model.base_model(**inputs).last_hidden_state)[..., 0]
+            return difference(model(**inputs).start_logits, plain) > 0.01
+
+    assert not scaled(False)
+    return scaled(True)
+
+
 def xmod_languages(folder: Path) -> bool:
     model = tiny("xmod", languages=["en_XX"], default_language="en_XX")
     before = logits(model)
@@ -331,6 +347,7 @@ SHOWN: dict[str, Callable[[Path], bool]] = {
     "adapterhub-prompt-decoder": prompt_decoder,
     "adapterhub-prompt-labels": prompt_labels,
     "adapterhub-t5-head": t5_head,
+    "adapterhub-t5-flex-head": t5_flex_head,
     "adapterhub-xmod-languages": xmod_languages,
     "adapterhub-beit-bias": beit_bias,
     "adapterhub-deberta-bias": deberta_bias,
