@@ -124,8 +124,8 @@ _RESHAPE = ".reshape(-1, 2, heads, width).transpose(1, 2, 0, 3)"
 _GATES = "zip(self._gate_keys(part.site, layer), gate, strict=True)"
 _GATE = "Gate(*(tensors[key] for key in keys))"
 _STORED = "facts.stored_layers(tuple(part.layers), self.geometry)"
-_KEYS = "torch.cat([joined.keys.expand(key.shape[0], -1, -1, -1), key], dim=2)"
-_VALUES = "torch.cat([joined.values.expand(key.shape[0], -1, -1, -1), value], dim=2)"
+_KEYS = "torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)"
+_VALUES = "torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)"
 
 FAULTS = {
     # Rotation and positions.
@@ -376,8 +376,8 @@ FAULTS = {
     # The native engine.
     "the prefix stands behind the real keys": fault(
         "llama: peft to softbridge",
-        (_ATTEND, _KEYS, "torch.cat([key, joined.keys.expand(key.shape[0], -1, -1, -1)], dim=2)"),
-        (_ATTEND, _VALUES, "torch.cat([value, joined.values.expand(key.shape[0], -1, -1, -1)], dim=2)"),
+        (_ATTEND, _KEYS, "torch.cat([key, keys.expand(key.shape[0], -1, -1, -1)], dim=2)"),
+        (_ATTEND, _VALUES, "torch.cat([value, values.expand(key.shape[0], -1, -1, -1)], dim=2)"),
     ),
     "keys are a hundredth too large": fault(
         "llama: peft to softbridge",

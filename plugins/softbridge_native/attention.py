@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from softbridge.errors import EngineError
 from softbridge.prompt import Gate, KeyValue
 from softbridge.tensors import from_torch, to_torch
+from softbridge_native.apart import Group, attend, pays
 
 #: Underlying implementations. Others skip the mask, or take it in a form of their own.
 UNDERLYING = ("eager", "sdpa")
@@ -75,7 +77,9 @@ class LayerPrefix(nn.Module):
 
     def join(self, entered: Tensor | None, like: Tensor) -> Joined:
         keys, values = self(entered, like)
-        return Joined(keys, values, self.stand)
+        if keys.ndim == 4:
+            return Joined(self.stand, each=(keys, values))
+        return Joined(self.stand, (Group(keys, values),))
 
     def forward(self, entered: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each [K, P, D] or [B, K, P, D], as they are for what enters the attention module."""
@@ -109,26 +113,41 @@ class Stand:
     slides: bool | Tensor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Joined:
     """What joins the keys and values of one call of an attention module.
 
     Attributes:
-        keys: [K, P, D], or [B, K, P, D] where rows differ.
-        values: the same.
         stand: how it stands to the sequence.
+        groups: the rows that share a prefix, each row in one of them or in none.
+        each: keys and values [B, K, P, D], where each row has its own and there are no groups.
         lengths: how many of the P virtual tokens each row has, [B, 1]; None: all.
     """
 
-    keys: Tensor
-    values: Tensor
     stand: Stand
+    groups: tuple[Group, ...] = ()
+    each: tuple[Tensor, Tensor] | None = None
     lengths: Tensor | None = None
 
     @property
     def length(self) -> int:
         """P."""
-        return int(self.keys.shape[-2])
+        return int(self.each[0].shape[-2]) if self.each else max([group.keys.shape[1] for group in self.groups])
+
+    @property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [K, P, D], or [B, K, P, D] where rows differ; zeros behind what is shorter."""
+        if self.each is not None:
+            return self.each
+        if self.groups[0].rows is None:
+            return self.groups[0].keys, self.groups[0].values
+        heads, _, width = self.groups[0].keys.shape
+        named = [(group, group.rows) for group in self.groups if group.rows is not None]
+        rows = sum(len(rows) for _, rows in named) if self.lengths is None else len(self.lengths)
+        keys, values = (self.groups[0].keys.new_zeros(rows, heads, self.length, width) for _ in range(2))
+        for group, mine in named:
+            keys[mine, :, : group.keys.shape[1]], values[mine, :, : group.keys.shape[1]] = group.keys, group.values
+        return keys, values
 
 
 class Source(Protocol):
@@ -244,6 +263,8 @@ def _attend(
         return function(module, query, key, value, attention_mask, **settings)
 
     _check(joined, module, key, value)
+    if implementation == "sdpa" and _falls_apart(joined, settings) and pays(joined.groups, query):
+        return _in_two_parts(module, binding, joined, query, key, value, attention_mask, settings), None
     window = settings.get("sliding_window") if joined.stand.slides is not False else None
     # No mask means causal, which SDPA's own flag would align to the first key; that one is virtual here.
     if attention_mask is None and (window is not None or (binding.causal and length > 1)):
@@ -257,9 +278,41 @@ def _attend(
     if attention_mask is not None:
         virtual = _columns(joined, attention_mask, length, window, settings.get("position_ids"))
         attention_mask = torch.cat([virtual, attention_mask.expand(*virtual.shape[:-1], -1)], dim=-1)
-    key = torch.cat([joined.keys.expand(key.shape[0], -1, -1, -1), key], dim=2)
-    value = torch.cat([joined.values.expand(key.shape[0], -1, -1, -1), value], dim=2)
+    keys, values = joined.whole
+    key = torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)
+    value = torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)
     return function(module, query, key, value, attention_mask, **{**settings, "is_causal": False})
+
+
+def _falls_apart(joined: Joined, settings: Mapping[str, Any]) -> bool:
+    """Whether nothing but keys and queries, and the rows' own mask, decides how much a query sees of the prefix."""
+    window = settings.get("sliding_window") if joined.stand.slides is not False else None
+    more = (window, *(settings.get(name) for name in ("position_bias", "softcap", "s_aux", "head_mask")))
+    return bool(joined.groups) and not settings.get("dropout") and all(setting is None for setting in more)
+
+
+def _in_two_parts(
+    module: nn.Module,
+    binding: Binding,
+    joined: Joined,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    settings: Mapping[str, Any],
+) -> Tensor:
+    """What transformers' SDPA attention returns for the joined keys: [B, Q, heads, D]."""
+    length, real = query.shape[2], key.shape[2]
+    causal = mask is None and binding.causal and length > 1
+    if causal and length < real:
+        mask, causal = _past(query, real), False
+    if mask is not None:
+        mask = mask[..., :real]
+        if mask.dtype == torch.bool:
+            mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
+    scale = settings.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return attend(query, key, value, mask, causal, scale, joined.groups).transpose(1, 2).contiguous()
 
 
 def _past(query: Tensor, real: int) -> Tensor:
@@ -271,7 +324,8 @@ def _past(query: Tensor, real: int) -> Tensor:
 
 def _check(joined: Joined, module: nn.Module, key: Tensor, value: Tensor) -> None:
     """Refuse attention whose keys or values are of other shapes than the model's configuration let expect."""
-    ours = [(part.shape[-3], part.shape[-1]) for part in (joined.keys, joined.values)]
+    one = (joined.groups[0].keys, joined.groups[0].values) if joined.groups else joined.whole
+    ours = [(part.shape[-3], part.shape[-1]) for part in one]
     theirs = [(part.shape[1], part.shape[3]) for part in (key, value)]
     if ours != theirs:
         raise EngineError(

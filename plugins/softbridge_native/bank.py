@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -16,6 +16,7 @@ from softbridge.geometry import Site, Stack, read_geometry
 from softbridge.prompt import Entry as PartEntry
 from softbridge.prompt import InputPrompt, Placement, SoftPrompt
 from softbridge.tensors import to_torch
+from softbridge_native.apart import Group
 from softbridge_native.attention import Joined, LayerPrefix, Source, Stand
 from softbridge_native.model import Injection, attention_modules, check, install, stand_of, tellable
 from softbridge_native.placement import Circumstances, StackHooks, counted, given_tokens, home
@@ -144,7 +145,8 @@ class Shared(Injection):
             g = module.gate(entered[rows]) if module.gate is not None else gates[rows]
             gates = gates.index_copy(0, rows, torch.cat([g[:, :1], g[:, -1:]], dim=1))
         key_gates, value_gates = gates.to(like.dtype)[:, :, None, None, None].unbind(1)
-        return replace(joined, keys=joined.keys * key_gates, values=joined.values * value_gates)
+        keys, values = joined.whole
+        return Joined(joined.stand, each=(keys * key_gates, values * value_gates), lengths=joined.lengths)
 
 
 @dataclass(frozen=True)
@@ -178,16 +180,13 @@ def _join(own: Sequence[LayerPrefix | None], like: Tensor) -> Joined | None:
         _each([module is not None and module.stand.slides for module in own], like.device),
     )
     if len(modules) == 1 and None not in own:
-        return Joined(*numbers[0], stand)
-    longest = max(keys.shape[1] for keys, _ in numbers)
-    index = torch.tensor([0 if module is None else modules.index(module) for module in own], device=like.device)
-    keys, values = (
-        torch.stack([nn.functional.pad(part, (0, 0, 0, longest - part.shape[1])) for part in parts])[index]
-        for parts in zip(*numbers, strict=True)
+        return Joined(stand, (Group(*numbers[0]),))
+    groups = tuple(
+        Group(keys, values, torch.tensor([row for row, mine in enumerate(own) if mine is module], device=like.device))
+        for module, (keys, values) in zip(modules, numbers, strict=True)
     )
-    lengths = [0 if module is None else module.keys.shape[1] for module in own]
-    each = _each(lengths, like.device)
-    return Joined(keys, values, stand, each if isinstance(each, Tensor) else None)
+    lengths = _each([0 if module is None else module.keys.shape[1] for module in own], like.device)
+    return Joined(stand, groups, lengths=lengths if isinstance(lengths, Tensor) else None)
 
 
 def _each(numbers: Sequence[Any], device: torch.device) -> Any:
