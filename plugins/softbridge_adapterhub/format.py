@@ -17,12 +17,12 @@ import numpy as np
 from softbridge import untrusted
 from softbridge.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
-from softbridge.geometry import Geometry, stack_of
-from softbridge.prompt import Array, BaseId, InputPrompt, Origin, Positions, SoftPrompt, same_array
+from softbridge.geometry import Geometry
+from softbridge.prompt import Array, BaseId, Origin, Positions, SoftPrompt, same_array
 from softbridge.tensors import BFLOAT16
 from softbridge.untrusted import Files
-from softbridge_adapterhub import facts, heads
-from softbridge_adapterhub.adapter import FLAT, Adapter, Configs
+from softbridge_adapterhub import composition, facts, heads
+from softbridge_adapterhub.adapter import FLAT, Adapter, Configs, starts
 
 #: What stands in front of a copy of the pool.
 _COPY = re.compile(r"(?:\w+\.)*prefix_tuning\.(?:pool\.)?(?=prefix_tunings\.)")
@@ -44,7 +44,7 @@ CAPABILITIES = Capabilities(
 
 
 class AdapterHubFormat:
-    """A directory as AdapterHub's `save_adapter` writes it, or `save_adapter_setup` of one adapter."""
+    """A directory as AdapterHub's `save_adapter` writes it, or `save_adapter_setup` of one adapter or a stack."""
 
     name = "adapterhub"
     summary = "AdapterHub: prefix tuning (flat, reparameterised, gated), prompt tuning"
@@ -64,8 +64,25 @@ class AdapterHubFormat:
         return isinstance(document.get("config"), dict) and "model_type" in document
 
     def read(self, files: Files, geometry: Geometry | None) -> SoftPrompt:
-        """Read a prompt. See `Format.read`."""
-        folder = folder_of(files)
+        """Read a prompt; of a setup that stacks several, the one that they are. See `Format.read`."""
+        if facts.SETUP_FILE not in files:
+            return self._read(files, "", geometry)
+        setup = files.json(facts.SETUP_FILE).get("adapter_setup")
+        remedy = "give the folder of one of the adapters"
+        try:
+            found = composition.prompted(setup, lambda name: self._read(files, f"{name}/", geometry))
+        except ValueError as error:
+            raise CheckpointError(str(error), "adapters that are one prompt together", remedy) from error
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{facts.SETUP_FILE} composes {composition.describe(setup):.200}",
+                "a setup of one adapter, or of several that are stacked: these are several prompts, for different rows",
+                remedy,
+            )
+        return found[0].prompt
+
+    def _read(self, files: Files, folder: str, geometry: Geometry | None) -> SoftPrompt:
+        """Read the adapter in a folder."""
         document = files.json(folder + facts.CONFIG_FILE)
         configs, others = _configs(document)
         if geometry is None:
@@ -109,14 +126,9 @@ class AdapterHubFormat:
             raise CheckpointError(
                 str(error), "an activation that AdapterHub knows", "check adapter_config.json"
             ) from error
-        stacks = [
-            part.stack if isinstance(part, InputPrompt) else stack_of(part.site)
-            for part in parts
-            if isinstance(part, InputPrompt) or part.site != "cross"
-        ]
         return SoftPrompt(
             parts,
-            Positions(dict.fromkeys(stacks, 0), "skewed", "pinned"),
+            Positions(starts(parts), "skewed", "pinned"),
             BaseId(document.get("model_name") or None, geometry),
             head.tensors,
             training,
@@ -221,33 +233,15 @@ def _head_of(prompt: SoftPrompt) -> Mapping[str, Any] | None:
     return said
 
 
-def folder_of(files: Files) -> str:
-    """The folder in which the adapter lies: ``""``, or ``name/`` for a setup of one.
-
-    Raises:
-        CheckpointError: a setup composes several adapters.
-    """
+def folder_of(files: Files) -> str | None:
+    """The folder in which the adapter lies: ``""``, ``name/`` for a setup of one, or None for one of several."""
     if facts.SETUP_FILE not in files:
         return ""
-    setup = files.json(facts.SETUP_FILE).get("adapter_setup")
-    match setup:
-        case {"type": "Stack", "children": [{"type": "single", "children": [str(name)]}]}:
-            return f"{name}/"
-    raise CheckpointError(
-        f"{facts.SETUP_FILE} composes {_composed(setup):.200}",
-        "a setup of one adapter: what several compute together is no soft prompt",
-        "give the folder of one of the adapters",
-    )
-
-
-def _composed(setup: object) -> str:
-    """A composition as AdapterHub prints it: ``Stack[a, b]``."""
-    match setup:
-        case {"type": "single", "children": [str(name)]}:
-            return name
-        case {"type": str(kind), "children": [*children]}:
-            return f"{kind}[{', '.join(map(_composed, children))}]"
-    return f"{setup!r:.40}"
+    try:
+        found = composition.blocks(files.json(facts.SETUP_FILE).get("adapter_setup"))
+    except ValueError:
+        return None
+    return f"{found[0].names[0]}/" if len(found) == 1 and len(found[0].names) == 1 else None
 
 
 def _members(config: Mapping[str, Any]) -> list[Any]:

@@ -14,7 +14,7 @@ import numpy as np
 
 from softbridge.base import BaseModel
 from softbridge.errors import Obstacle, SoftbridgeError
-from softbridge.head import load_head
+from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Engine, Loader
 from softbridge.lower import turn
 from softbridge.parts import named_arrays
@@ -113,7 +113,7 @@ class Findings:
 
 @dataclass(frozen=True)
 class Bench:
-    """A fresh model for every run, so that no run can leave anything behind for the next.
+    """A fresh model for every run that decides, so that no run can leave anything behind for the next.
 
     Attributes:
         base: the base model, with the head that the prompts bring.
@@ -152,12 +152,8 @@ class Bench:
         kind = getattr(torch, dtype)
         return self.base.weights(kind) if self.weights else copy.deepcopy(self._pristine).to(kind)
 
-    def obstacles(self, engine: Engine, prompt: SoftPrompt) -> list[Obstacle]:
-        """What stands against running a prompt on this model."""
-        return obstacles_of(engine, prompt, self._looked_at())
-
-    def _looked_at(self) -> Any:
-        """A model that nothing is attached to. One with its own weights may be too large to keep."""
+    def spare(self) -> Any:
+        """A model for whatever leaves it as it was. One with its own weights may be too large to keep."""
         return self.model() if self.weights else self._kept
 
     @cached_property
@@ -166,7 +162,7 @@ class Bench:
 
     @cached_property
     def islands(self) -> tuple[str, ...]:
-        return find_islands(self._looked_at(), self.alone(None)[0])
+        return find_islands(self.spare(), self.alone(None)[0])
 
     @cached_property
     def config(self) -> Any:
@@ -218,17 +214,18 @@ class Bench:
             states = watch(inside, self.first)
             return run(running, probes), states
 
-    def other(
-        self, engine: Engine, prompt: SoftPrompt | None, head: Mapping[str, Array], texts: int | None = None
-    ) -> dict[str, Array]:
-        """The first texts (None: all) alone, for another prompt (None: none, but the same head)."""
-        model = self.model()
-        alone = self.alone(prompt)[:texts]
-        if prompt is None:
-            load_head(model, head)
-            return run(model, alone)
+    def other(self, model: Any, engine: Engine, prompt: SoftPrompt, texts: int | None = None) -> dict[str, Array]:
+        """The first texts (None: all) alone, for another prompt; the model is given back as it was."""
         with attached(engine, model, prompt) as running:
-            return run(running, alone)
+            return run(running, self.alone(prompt)[:texts])
+
+    def without(self, model: Any, head: Mapping[str, Array], texts: int | None = None) -> dict[str, Array]:
+        """The same for none, but the same head."""
+        before = load_head(model, head)
+        try:
+            return run(model, self.alone(None)[:texts])
+        finally:
+            restore_head(model, before)
 
     def gradient(self, engine: Engine, prompt: SoftPrompt) -> tuple[float, SoftPrompt]:
         """Loss of the first text and its gradient, in the prompt's own form."""
@@ -259,7 +256,14 @@ def capture(
     import torch
 
     prompt = subject.prompt
-    exact, states = bench.own(subject, engine)
+    probes = bench.probes(prompt)
+    backwards = [reverse(probes)] if reference else []
+    if dtype == "float64":  # there is nothing beside it
+        rough, states = bench.own(subject, engine, more=backwards)
+        exact = {name: found for name, found in rough.items() if name != REVERSED}
+    else:
+        exact, states = bench.own(subject, engine)
+        rough, _ = bench.own(subject, engine, dtype, backwards)
     loss, grown = bench.gradient(engine, prompt)
     grown = replace(grown, head={}, training=None)
     scheme, turned = bench.base.positions, grown
@@ -268,24 +272,25 @@ def capture(
             turned = turn(turned, stack, scheme.rotation(-start))
     moved: dict[str, float] = {}
     untried: dict[str, str] = {}
+    spare = bench.spare() if faults or naive is not None else None
     first = [bench.alone(prompt)[0].name]
     for fault, wrong in mutations(prompt, scheme) if faults else ():
-        obstacles = [] if wrong is None else bench.obstacles(engine, wrong)
+        obstacles = [] if wrong is None else obstacles_of(engine, wrong, spare)
         if obstacles:
             untried[fault] = f"{engine.name}: {'; '.join(obstacle.reason for obstacle in obstacles)}"
-        else:
-            moved[fault] = _apart(bench.other(engine, wrong, prompt.head, 1), first, exact, first)
+            continue
+        found = bench.without(spare, prompt.head, 1) if wrong is None else bench.other(spare, engine, wrong, 1)
+        moved[fault] = _apart(found, first, exact, first)
     copied = None
-    if naive is not None and not bench.obstacles(engine, naive):
-        copied = bench.other(engine, naive, naive.head)
-    probes = bench.probes(prompt)
+    if naive is not None and not obstacles_of(engine, naive, spare):
+        copied = bench.other(spare, engine, naive)
     return Capture(
         engine=engine.name,
         left_pads=engine.capabilities.left_pads,
         islands=bench.islands,
         longest=max(probe.inputs["input_ids"].shape[1] for probe in probes),
         exact=exact,
-        rough=bench.own(subject, engine, dtype, [reverse(probes)] if reference else [])[0],
+        rough=rough,
         unit=float(torch.finfo(getattr(torch, dtype)).eps),
         states=states,
         loss=loss,
