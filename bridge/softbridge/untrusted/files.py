@@ -99,6 +99,11 @@ class Files:
         with self._open(name) as (stream, _, what):
             return parse_json(stream.read(LIMIT + 1), what)
 
+    def text(self, name: str) -> str:
+        """The beginning of a text file, up to `LIMIT` bytes; what is no UTF-8 in it is replaced."""
+        with self._open(name) as (stream, _, _what):
+            return stream.read(LIMIT).decode("utf-8", "replace")
+
     def tensors(self, name: str) -> dict[str, Array]:
         """Every tensor of a safetensors file or one that torch.save wrote, checked; a bare tensor is named ''."""
         kind = self.kind(name)
