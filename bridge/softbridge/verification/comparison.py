@@ -13,7 +13,7 @@ from typing import Any, cast
 import numpy as np
 
 from softbridge.base import BaseModel
-from softbridge.errors import Obstacle, SoftbridgeError
+from softbridge.errors import SoftbridgeError
 from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Engine, Loader
 from softbridge.lower import turn
