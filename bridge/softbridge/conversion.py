@@ -107,22 +107,25 @@ def recognise(files: untrusted.Files) -> Format:
     )
 
 
-def read(path: str | Path, base: Any = None, format: str | None = None) -> Loaded:
+def read(path: str | Path, base: Any = None, format: str | None = None, *, revision: str | None = None) -> Loaded:
     """Read a soft prompt of any known format, recognised by content unless named.
 
     Args:
-        path: a file or a directory.
+        path: a file or a directory; or its id on the hub, ``owner/name``, with ``/name`` of an adapter's sub-folder
+            where there are several, and perhaps ``@revision``. Only the prompt's files are fetched.
         base: whatever `BaseModel.resolve` takes. Needed where the files alone do not say for which stack or which
             attention their numbers are; if given, the prompt is checked against it.
         format: the name of the format.
+        revision: of an id on the hub: a branch, a tag or a commit.
 
     Raises:
-        CheckpointError: the files are malformed, incomplete or hostile.
+        CheckpointError: the files are malformed, incomplete or hostile, or not to be had.
         UnknownFormatError: no format recognises them.
         BaseModelError: the base model is needed and missing, or the prompt does not fit it.
     """
-    files = untrusted.Files(path)
-    form = format_named(format) if format is not None else recognise(files)
+    named = None if format is None else format_named(format)
+    files = untrusted.Files(untrusted.located(path, revision, lambda folder: _files_of(folder, named)))
+    form = named or recognise(files)
     return _read(files, form, None if base is None else BaseModel.resolve(base).geometry)
 
 
@@ -148,9 +151,18 @@ def _read(files: untrusted.Files, form: Format, geometry: Geometry | None) -> Lo
     return Loaded(replace(prompt, origin=replace(origin, digests=digests)), form, files.path, steps, dtype)
 
 
-def load(path: str | Path, base: Any = None, format: str | None = None) -> SoftPrompt:
-    """The soft prompt in a file or directory; see `read` for arguments and errors."""
-    return read(path, base, format).prompt
+def _files_of(folder: Path, form: Format | None) -> Sequence[str] | None:
+    """The files that a format reads, if it says so; the format is known by descriptions alone if it is not named."""
+    if form is None:
+        files = untrusted.Files(folder)
+        matches = [known for known in formats().values() if known.sniff(files)]
+        form = matches[0] if len(matches) == 1 else None
+    return getattr(form, "files", None)
+
+
+def load(path: str | Path, base: Any = None, format: str | None = None, *, revision: str | None = None) -> SoftPrompt:
+    """The soft prompt in a file or directory, or on the hub; see `read` for arguments and errors."""
+    return read(path, base, format, revision=revision).prompt
 
 
 def save(
@@ -202,7 +214,7 @@ def convert(
     """Convert a checkpoint to another format, and prove on request that it computes the same function.
 
     Args:
-        source: what to read.
+        source: what to read: a file, a directory or an id on the hub; see `read`.
         target: where to write: a directory, or a file for formats of one file.
         to: name of the format to write.
         base: the base model; see `read`. Needed for `verify`.
@@ -220,7 +232,8 @@ def convert(
         SoftbridgeError: see `read`, `save` and `softbridge.verify`. Nothing is written.
     """
     resolved = None if base is None else BaseModel.resolve(base)
-    _apart(Path(source), Path(target))
+    if untrusted.hub_id(source) is None:
+        _apart(Path(source), Path(target))
     _check_target(Path(target), overwrite)  # before the work, and again when it is written
     loaded = read(source, resolved, format)
     chosen = _choose(loaded.prompt, task, part)

@@ -177,7 +177,9 @@ def _describe(kind: Kind) -> str:
 
 def _listed(root: Path) -> Iterator[tuple[str, Path]]:
     """Name -> real path of the regular files in a folder and one level below."""
-    stores = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
+    # A snapshot, or a folder in one.
+    snapshot = next((path for path in (root, root.parent) if path.parent.name == "snapshots"), None)
+    stores = (root,) if snapshot is None else (root, snapshot.parent.parent / "blobs")
 
     def inside(path: Path) -> Path | None:
         real = Path(os.path.realpath(path))  # unlike Path.resolve, lets a loop of links be
