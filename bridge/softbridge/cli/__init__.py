@@ -499,6 +499,26 @@ def _token_ids(path: Path | None, base: str) -> list[list[int]] | None:
 
 
 @app.command()
+def doctor(
+    path: Annotated[Path | None, typer.Argument(help="A prompt: only defects that concern it are listed.")] = None,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """What can be run here, and which known defects of the toolkits are met?"""
+    from softbridge.cli.doctor import diagnosis_table
+    from softbridge.doctor import diagnose
+
+    try:
+        found = diagnose(path, base)
+    except SoftbridgeError as error:
+        _refuse(error, as_json)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _out().print(diagnosis_table(found))
+
+
+@app.command()
 def formats(as_json: AsJson = False) -> None:
     """List the formats that are installed."""
     _list(formats_table, as_json)
