@@ -51,6 +51,7 @@ class PeftFormat:
     summary = "Hugging Face PEFT: prompt, P-, prefix, multitask and context-aware prompt tuning, cartridges"
     encodings = ("safetensors", "bin")
     engine = "peft"
+    training_files = (facts.TRAINING_FILE,)
     files = (*facts.WEIGHTS_FILES, facts.CONFIG_FILE, facts.CARD_FILE, facts.TRAINING_FILE, MANIFEST)
     capabilities = Capabilities(
         inputs=frozenset((stack, "before", "before-sequence") for stack in get_args(Stack)),

@@ -90,6 +90,13 @@ class Alike(str, Enum):
     rounding = "rounding"
 
 
+class Dropped(str, Enum):
+    """What of a source can be left out; see `softbridge.conversion.DROPPED`."""
+
+    training = "training"
+    manifest = "manifest"
+
+
 Base = Annotated[
     str | None,
     typer.Option("--base", help="The base model: a directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG"),
@@ -216,6 +223,10 @@ def convert(
             metavar="NAME",
         ),
     ] = None,
+    drop: Annotated[
+        list[Dropped] | None,
+        typer.Option("--drop", help="Leave this out of the source, stale or not; may be repeated."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run both, and write nothing if they differ. Needs --base.")
     ] = False,
@@ -238,6 +249,7 @@ def convert(
                 dtype=None if dtype is None else dtype.value,
                 task=task,
                 part=part,
+                drop=[name.value for name in drop or ()],
                 verify=verify,
                 overwrite=overwrite,
             )

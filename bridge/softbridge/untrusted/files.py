@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -54,6 +54,14 @@ class Files:
                 f"'{self.path}' cannot be opened: {error}", "a checkpoint", "check the path and its permissions"
             ) from error
         self.names = tuple(sorted(self._files))
+
+    def without(self, names: Collection[str]) -> Files:
+        """The same without the files of these names, in whatever folder."""
+        others = object.__new__(Files)
+        others.path, others.is_file = self.path, self.is_file
+        others._files = {name: real for name, real in self._files.items() if name.rpartition("/")[2] not in names}
+        others.names = tuple(name for name in self.names if name in others._files)
+        return others
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
