@@ -156,8 +156,11 @@ def _origin(prompts: Sequence[SoftPrompt], what: str) -> Origin | None:
     details = [origin.details for origin in origins]
     lost = [str(one["partial"]) for one in details if one.get("partial")]
     notes = [note for one in details for note in one.get("notes", ())]
+    notes.append(f"{what} is one prefix, with keys and values but no perceptron")
+    if any(prompt.inputs for prompt in prompts[1:]):
+        notes.append("AdapterHub puts the vectors of no other adapter than the first into the input")
     said = {
-        "notes": [*notes, f"{what} is one prefix, with keys and values but no perceptron"],
+        "notes": notes,
         "partial": "; ".join(lost) or None,
     }
     digests = {name: digest for origin in origins for name, digest in origin.digests.items()}

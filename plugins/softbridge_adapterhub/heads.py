@@ -101,7 +101,7 @@ _IRREGULAR = {
 
 
 def _counterpart(family: str, head_type: str, *layers: str, **settings: Any) -> Counterpart:
-    """Args: layers: names, of all but the output embeddings."""
+    """The head of a family's class; `layers` are names of all but the output embeddings."""
     name = _IRREGULAR.get((family, head_type)) or f"{_NAMES[family]}{_CLASSES[head_type]}"
     if head_type in LANGUAGE_MODELS:  # linear, activation, norm, output embeddings
         return Counterpart(name, head_type, dict(zip((0, 2), layers, strict=False)), settings)
@@ -111,10 +111,8 @@ def _counterpart(family: str, head_type: str, *layers: str, **settings: Any) -> 
 
 def _table() -> dict[str, dict[str, Counterpart]]:
     """From `STATIC_TO_FLEX_HEAD_MAP` in the package's `head_utils.py`: type by type."""
-    dense, seq2seq = (
-        ("classifier.dense", "classifier.out_proj"),
-        tuple(f"classification_head.{name}" for name in ("dense", "out_proj")),
-    )
+    dense = ("classifier.dense", "classifier.out_proj")
+    seq2seq = ("classification_head.dense", "classification_head.out_proj")
     transforms = {
         "albert": ("predictions.dense", "predictions.LayerNorm"),
         "bert": ("cls.predictions.transform.dense", "cls.predictions.transform.LayerNorm"),

@@ -220,5 +220,6 @@ def refused(why: str) -> CheckpointError:
     return CheckpointError(
         f"{facts.TRAINING_FILE}: {why}",
         "the training state of the prompt beside it, as softbridge wrote it",
-        f"remove {facts.TRAINING_FILE} if PEFT wrote the prompt anew; it takes nothing from the prompt",
+        f"convert with --drop training, or remove {facts.TRAINING_FILE}, if PEFT wrote the prompt anew; that takes "
+        "nothing from the prompt",
     )

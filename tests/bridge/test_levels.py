@@ -19,7 +19,7 @@ from softbridge.cli.page import page
 from softbridge.lower import as_dtype
 from softbridge.passes import DTYPES
 from softbridge.positions import PositionScheme
-from softbridge.prompt import KeyValue, SoftPrompt
+from softbridge.prompt import KeyValue, Positions, SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
 from softbridge.verification import Certificate, Subject, compare, probe, verify_prompts
 from softbridge.verification.certificate import Layer, Level
@@ -88,6 +88,16 @@ def test_a_yardstick_that_a_missing_prompt_would_pass_measures_nothing() -> None
     assert replace(beyond, yardstick=2e-3, figures=tuple(tokens)).verdict == "different"
 
 
+def test_what_the_first_text_does_not_show_has_no_place() -> None:
+    right = certify(prefix_of("gpt2"), prefix_of("gpt2"))
+    tokens = [replace(one, float64=1.0, working=1.0) if one.probe == "greedy" else one for one in right.figures]
+    decodes = replace(right, figures=tuple(tokens))
+    assert decodes.verdict == "different"
+    assert decodes.parted is None
+    assert decodes.to_json()["parted"] is None
+    assert "parted" not in decodes.summary()
+
+
 def test_the_yardstick_and_its_unit_are_of_the_working_precision() -> None:
     prompt = prefix_of("llama")
     fine, coarse = (certify(prompt, prompt, "llama", dtype) for dtype in ("float32", "bfloat16"))
@@ -116,6 +126,36 @@ def test_where_two_sides_part_is_named(family: str) -> None:
         assert all(place.apart == 0 for place in before)
         assert all(place.apart > 0 for place in inside[inside.index(parted) :])
         assert certificate.to_json()["parted"]["layer"] == layer
+
+
+def test_a_toolkit_that_changes_the_model_is_watched_as_well() -> None:
+    """AdapterHub swaps the classes of modules; where it is not installed, another engine stands in."""
+    base = BaseModel(tiny_config("llama"))
+    prompt = replace(random_prefix(base.geometry), positions=Positions({"decoder": 0}))
+    ours = Subject("a", prompt, "native")
+    for theirs, layer in ((prompt, None), (faulty(prompt, 1), 1)):
+        certificate = verify_prompts(ours, Subject("b", theirs, "adapterhub"), base)
+        assert certificate.target.engine == "adapterhub" or "not installed" in certificate.target.instead_of
+        assert [str(place) for place in certificate.layers[:2]] == [
+            "decoder layer 0, attention ('self_attn')",
+            "decoder layer 0, what follows attention",
+        ]
+        assert len(certificate.layers) == 2 * LAYERS
+        assert (None if certificate.parted is None else certificate.parted.layer) == layer
+
+
+def test_a_fault_that_the_target_cannot_run_is_said_to_be_untried() -> None:
+    """Of four layers of T5 PEFT's file holds two, each for two layers: it has no place for two that are swapped."""
+    base = BaseModel(tiny_config("t5", num_layers=1, num_decoder_layers=4))
+    prefix = random_prefix(base.geometry).prefixes[0]
+    layers = {n: prefix.layers[n % 2] for n in prefix.layers}
+    prompt = replace(random_prefix(base.geometry), parts=(replace(prefix, layers=layers),))
+    certificate = verify_prompts(Subject("a", prompt, "peft"), Subject("b", prompt, "peft"), base)
+    assert certificate.same
+    assert "two layers swapped" not in {fault.name for fault in certificate.faults}
+    assert certificate.untried.keys() == {"two layers swapped"}
+    assert certificate.untried["two layers swapped"].startswith("peft: ")
+    assert "fault: two layers swapped" in Page(page(certificate)).text
 
 
 def test_what_parts_behind_attention_is_told_from_what_parts_in_it(monkeypatch: pytest.MonkeyPatch) -> None:

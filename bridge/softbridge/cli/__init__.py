@@ -90,6 +90,13 @@ class Alike(str, Enum):
     rounding = "rounding"
 
 
+class Dropped(str, Enum):
+    """What of a source can be left out; see `softbridge.conversion.DROPPED`."""
+
+    training = "training"
+    manifest = "manifest"
+
+
 Base = Annotated[
     str | None,
     typer.Option("--base", help="The base model: a directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG"),
@@ -216,6 +223,10 @@ def convert(
             metavar="NAME",
         ),
     ] = None,
+    drop: Annotated[
+        list[Dropped] | None,
+        typer.Option("--drop", help="Leave this out of the source, stale or not; may be repeated."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run both, and write nothing if they differ. Needs --base.")
     ] = False,
@@ -238,6 +249,7 @@ def convert(
                 dtype=None if dtype is None else dtype.value,
                 task=task,
                 part=part,
+                drop=[name.value for name in drop or ()],
                 verify=verify,
                 overwrite=overwrite,
             )
@@ -496,6 +508,26 @@ def _token_ids(path: Path | None, base: str) -> list[list[int]] | None:
     from softbridge.verification.texts import read_texts
 
     return None if path is None else read_texts(path, base)
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path | None, typer.Argument(help="A prompt: only defects that concern it are listed.")] = None,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """What can be run here, and which known defects of the toolkits are met?"""
+    from softbridge.cli.doctor import diagnosis_table
+    from softbridge.doctor import diagnose
+
+    try:
+        found = diagnose(path, base)
+    except SoftbridgeError as error:
+        _refuse(error, as_json)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _out().print(diagnosis_table(found))
 
 
 @app.command()
