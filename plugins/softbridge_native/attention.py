@@ -20,15 +20,18 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from softbridge.errors import EngineError
 from softbridge.prompt import Gate, KeyValue
 from softbridge.tensors import from_torch, to_torch
 from softbridge_native.apart import Group, attend, pays
+from softbridge_native.kernels import by_name, lengthened, packing
 
+FLEX, FLASH = "flex_attention", "flash_attention_2"
 #: Underlying implementations. Others skip the mask, or take it in a form of their own.
-UNDERLYING = ("eager", "sdpa")
+UNDERLYING = ("eager", "sdpa", FLEX, FLASH)
 #: Additive masks are far below this where they hide a key, in every dtype.
 HIDDEN = -1e4
 _BINDING = "_softbridge"
@@ -219,13 +222,13 @@ def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> N
     module.__dict__[_ENTERED] = args[0] if args else kwargs[first]
 
 
-def _above_float32(mask: Tensor | None) -> Tensor | None:
+def _above_float32(mask: Any) -> Any:
     """The mask, above the lowest float32.
 
     Some models compute the softmax in float32. There the lowest float64 is minus infinity, and a query that sees
     nothing (a pad on the left) becomes NaN, and with it all that follows.
     """
-    if mask is not None and mask.dtype == torch.float64:
+    if isinstance(mask, Tensor) and mask.dtype == torch.float64:
         return mask.clamp(min=torch.finfo(torch.float32).min)
     return mask
 
@@ -236,7 +239,7 @@ def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     **settings: Any,
 ) -> Any:
     """Attention with the layer's prefix.
@@ -247,7 +250,8 @@ def _attend(
         query: [B, heads, Q, D].
         key: [B, K, N, D], N real tokens, those in the cache included.
         value: [B, K, N, D].
-        attention_mask: [B or 1, 1, Q or 1, >= N], bool or additive, or None.
+        attention_mask: [B or 1, 1, Q or 1, >= N], bool or additive, or None; in flex attention a `BlockMask`, too; in
+            flash attention [B, <= N].
         settings: as the underlying function takes them.
     """
     own = sys.modules[type(module).__module__]
@@ -256,32 +260,52 @@ def _attend(
     attention_mask = _above_float32(attention_mask)
     binding: Binding | None = module.__dict__.get(_BINDING)
     joined = None if binding is None else binding.source.join(module.__dict__.pop(_ENTERED, None), key)
+    told = by_name(module, implementation) if implementation == FLASH else module
     if binding is None or joined is None:
         # The last queries alone: a model asks SDPA for them with a mask, but knows it by its own name only.
-        if attention_mask is None and 1 < length < real and getattr(module, "is_causal", False):
+        alone = attention_mask is None and 1 < length < real and getattr(module, "is_causal", False)
+        if alone and implementation in ("eager", "sdpa"):
             attention_mask = _past(query, real)
-        return function(module, query, key, value, attention_mask, **settings)
+        return function(told, query, key, value, attention_mask, **settings)
 
     _check(joined, module, key, value)
     if implementation == "sdpa" and _falls_apart(joined, settings) and pays(joined.groups, query):
         return _in_two_parts(module, binding, joined, query, key, value, attention_mask, settings), None
-    window = settings.get("sliding_window") if joined.stand.slides is not False else None
-    # No mask means causal, which SDPA's own flag would align to the first key; that one is virtual here.
-    if attention_mask is None and (window is not None or (binding.causal and length > 1)):
-        attention_mask = _past(query, real)
-    if attention_mask is None and joined.lengths is not None:
-        attention_mask = query.new_zeros(1, 1, 1, real)
-    if attention_mask is not None:
-        attention_mask = attention_mask[..., :real]
-    if settings.get("position_bias") is not None:
-        settings["position_bias"] = _bias(binding, joined, length, real, attention_mask, settings["position_bias"])
-    if attention_mask is not None:
-        virtual = _columns(joined, attention_mask, length, window, settings.get("position_ids"))
-        attention_mask = torch.cat([virtual, attention_mask.expand(*virtual.shape[:-1], -1)], dim=-1)
+    if implementation == FLASH:
+        attention_mask = packing(joined, attention_mask, settings, len(query), real)
+    else:
+        attention_mask = _with_columns(binding, joined, query, real, attention_mask, settings)
+        settings = {**settings, "is_causal": False}
+    if implementation == FLEX and isinstance(attention_mask, Tensor):  # it asks for the score of each row and query
+        attention_mask = _additive(attention_mask, query).expand(len(query), -1, length, -1)
     keys, values = joined.whole
     key = torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)
     value = torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)
-    return function(module, query, key, value, attention_mask, **{**settings, "is_causal": False})
+    return function(told, query, key, value, attention_mask, **settings)
+
+
+def _with_columns(
+    binding: Binding, joined: Joined, query: Tensor, real: int, mask: Any, settings: dict[str, Any]
+) -> Tensor | BlockMask | None:
+    """The mask with columns for the virtual tokens in front; and so the bias in the settings, if there is one."""
+    length, positions = query.shape[2], settings.get("position_ids")
+    window = settings.get("sliding_window") if joined.stand.slides is not False else None
+    if isinstance(mask, BlockMask):
+        stands = None if window is None else _stands(positions)[:, -length:]
+        return lengthened(mask, joined, query, real, window, stands)
+    # No mask means causal, which SDPA's own flag would align to the first key; that one is virtual here.
+    if mask is None and (window is not None or (binding.causal and length > 1)):
+        mask = _past(query, real)
+    if mask is None and joined.lengths is not None:
+        mask = query.new_zeros(1, 1, 1, real)
+    if mask is not None:
+        mask = mask[..., :real]
+    if settings.get("position_bias") is not None:
+        settings["position_bias"] = _bias(binding, joined, length, real, mask, settings["position_bias"])
+    if mask is None:
+        return None
+    virtual = _columns(joined, mask, length, window, positions)
+    return torch.cat([virtual, mask.expand(*virtual.shape[:-1], -1)], dim=-1)
 
 
 def _falls_apart(joined: Joined, settings: Mapping[str, Any]) -> bool:
@@ -307,12 +331,17 @@ def _in_two_parts(
     if causal and length < real:
         mask, causal = _past(query, real), False
     if mask is not None:
-        mask = mask[..., :real]
-        if mask.dtype == torch.bool:
-            mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
+        mask = _additive(mask[..., :real], query)
     scale = settings.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     return attend(query, key, value, mask, causal, scale, joined.groups).transpose(1, 2).contiguous()
+
+
+def _additive(mask: Tensor, query: Tensor) -> Tensor:
+    """The mask, as what is added to the scores of these queries."""
+    if mask.dtype == torch.bool:
+        return query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
+    return mask
 
 
 def _past(query: Tensor, real: int) -> Tensor:
@@ -344,17 +373,22 @@ def _columns(joined: Joined, mask: Tensor, length: int, window: int | None, posi
         columns = torch.where(prefix < lengths[:, None, None], columns, gone)
     if window is None:
         return columns
+    # A model that needs its last states only may ask for the last queries only.
+    near, slides = _stands(positions)[:, None, -length:, None] - prefix < window, joined.stand.slides
+    if isinstance(slides, Tensor):
+        near = near | ~slides[:, None, None]
+    return torch.where(near, columns, gone)
+
+
+def _stands(positions: Tensor | None) -> Tensor:
+    """Where the queries stand [B or 1, >= Q], which a window must know."""
     if positions is None:
         raise EngineError(
             "this model's attention layers do not learn where their queries stand, so a prefix cannot slide",
             "'position_ids' among the arguments of the attention function",
             "use a prompt whose window is 'pinned'",
         )
-    # A model that needs its last states only may ask for the last queries only.
-    near, slides = positions[:, None, -length:, None] - prefix < window, joined.stand.slides
-    if isinstance(slides, Tensor):
-        near = near | ~slides[:, None, None]
-    return torch.where(near, columns, gone)
+    return positions
 
 
 def _bias(binding: Binding, joined: Joined, length: int, real: int, mask: Tensor | None, bias: Tensor) -> Tensor:

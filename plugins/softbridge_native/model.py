@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 
 from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry, Site, Stack, read_geometry, stack_of
@@ -22,6 +23,8 @@ from softbridge.methods import KINDS, rematerialise
 from softbridge.prompt import KeyValuePrefix, Part, SoftPrompt
 from softbridge_native import seed
 from softbridge_native.attention import (
+    FLASH,
+    FLEX,
     UNDERLYING,
     Binding,
     LayerPrefix,
@@ -358,11 +361,14 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
     implementation = underlying(model.config._attn_implementation)
     found = []
     if implementation not in UNDERLYING:
-        reason = f"a prefix runs in {' or '.join(UNDERLYING)} attention, the model has '{implementation}'"
+        *most, last = UNDERLYING
+        reason = f"a prefix runs in {', '.join(most)} or {last} attention, the model has '{implementation}'"
         found.append(Obstacle("attention", reason, f"model.set_attn_implementation('{UNDERLYING[0]}')"))
     if (part := seeded(prompt, model, geometry)) is not None:
         return _seed_obstacles(part, prompt, model, geometry)
     modules, text = attention_modules(model, geometry), model.config.get_text_config()
+    if implementation == FLASH:
+        found += _flash_obstacles(prompt, geometry)
     for part in prompt.prefixes:
         shape, heard = geometry.site(part.site), modules[part.site]
         layers = 0 if shape is None else shape.layers
@@ -378,6 +384,9 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
         if table is not None and prompt.positions.relative_bias == "skewed" and len(part.layers) != layers:
             reason = "a skewed relative bias is known only where every layer has a prefix"
             found.append(Obstacle("relative-bias", reason, "use the engine of the prompt's own toolkit"))
+        if table is not None and implementation == FLEX:
+            reason = "a relative bias of virtual tokens is not known to flex attention"
+            found.append(Obstacle("relative-bias", reason, "model.set_attn_implementation('sdpa')"))
         if table is not None and "bidirectional" not in inspect.signature(table._relative_position_bucket).parameters:
             reason = f"{type(table).__name__} computes its relative bias in a way of its own"
             found.append(Obstacle("relative-bias", reason, "use an input prompt"))
@@ -398,6 +407,27 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
     if any(getattr(module, "reorder_and_upcast_attn", False) for module in model.modules()):
         reason = "this model's attention upcasts only under the name 'eager'"
         found.append(Obstacle("attention", reason, "set reorder_and_upcast_attn to false in its configuration"))
+    return found
+
+
+def _flash_obstacles(prompt: SoftPrompt, geometry: Geometry) -> list[Obstacle]:
+    """What flash attention does otherwise: it knows which keys are padding, and their order, and nothing else."""
+    found, remedy = [], "model.set_attn_implementation('sdpa')"
+    if flash_attn_supports_top_left_mask():
+        reason = "this build of flash attention aligns the past to the first key, which is virtual"
+        found.append(Obstacle("attention", reason, remedy))
+    for part in prompt.prefixes:
+        shape = geometry.site(part.site)
+        if part.site == "cross":
+            reason = "flash attention takes the padding of the encoder's states for that of the queries"
+            found.append(Obstacle("attention", reason, remedy))
+        elif shape is not None and shape.window:
+            # The window counts keys as they lie. That is their distance, if positions count the prefix.
+            pinned, start = prompt.positions.window == "pinned", _origin(prompt, stack_of(part.site))
+            if pinned or start != part.length:
+                why = "is pinned" if pinned else f"moves the tokens by {start} instead of {part.length} places"
+                reason = f"flash attention counts the virtual tokens into its window, and the prefix {why}"
+                found.append(Obstacle("window", reason, remedy))
     return found
 
 
