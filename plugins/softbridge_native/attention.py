@@ -275,7 +275,8 @@ def _attend(
         attention_mask = packing(joined, attention_mask, settings, len(query), real)
     else:
         attention_mask = _with_columns(binding, joined, query, real, attention_mask, settings)
-        settings = {**settings, "is_causal": False}
+    # Elsewhere the mask says it, where there is one. Of GPT-2 on 4.57 flash attention is told so with padding, too.
+    settings["is_causal"] = binding.causal and implementation == FLASH
     if implementation == FLEX and isinstance(attention_mask, Tensor):  # it asks for the score of each row and query
         attention_mask = _additive(attention_mask, query).expand(len(query), -1, length, -1)
     keys, values = joined.whole
@@ -291,8 +292,7 @@ def _with_columns(
     length, positions = query.shape[2], settings.get("position_ids")
     window = settings.get("sliding_window") if joined.stand.slides is not False else None
     if isinstance(mask, BlockMask):
-        stands = None if window is None else _stands(positions)[:, -length:]
-        return lengthened(mask, joined, query, real, window, stands)
+        return lengthened(mask, joined, query, real, window, None if window is None else _stands(positions))
     # No mask means causal, which SDPA's own flag would align to the first key; that one is virtual here.
     if mask is None and (window is not None or (binding.causal and length > 1)):
         mask = _past(query, real)

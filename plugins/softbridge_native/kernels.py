@@ -36,7 +36,7 @@ def lengthened(
         query: [B, heads, Q, D].
         real: N.
         window: what slides, in tokens, or None.
-        positions: where the queries stand [B or 1, Q], if there is a window.
+        positions: where the queries stand, at the end of [B or 1, >= Q], if there is a window.
 
     Raises:
         EngineError: the mask is of other queries; a slice of a mask forgets what it is a slice of.
@@ -56,7 +56,7 @@ def lengthened(
     if key not in kept:
         prefix, sees = joined.length, mask.mask_mod
         own = None if lengths is None else lengths[:, 0]
-        stands = None if positions is None else positions.expand(rows, -1).contiguous()
+        stands = None if positions is None else positions[:, -length:].expand(rows, -1).contiguous()
         slid = slides[:, 0] if isinstance(slides, Tensor) else None
 
         def both(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -70,9 +70,9 @@ def lengthened(
             return virtual | ((key >= prefix) & sees(row, head, query, (key - prefix).clamp(min=0)))
 
         each = mask.shape[0] if own is None and stands is None else rows
-        made = create_block_mask(
-            both, each, mask.shape[1], length, prefix + real, query.device, BLOCK_SIZE=mask.BLOCK_SIZE, _compile=True
-        )
+        # Compiled, it never holds whether each query sees each key, only what that comes to in blocks.
+        make = torch.compile(create_block_mask)
+        made = make(both, each, mask.shape[1], length, prefix + real, query.device, mask.BLOCK_SIZE)
         kept[key] = made, positions  # held, so that no other tensor gets its id
     found: BlockMask = kept[key][0]
     return found
