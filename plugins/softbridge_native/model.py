@@ -280,8 +280,7 @@ def detach(model: Any) -> Any:
         handle.remove()
     for module in injected.bound:
         unbind(module)
-    for config, implementation in injected.implementations:
-        config._attn_implementation_internal = implementation
+    _restore_names(injected.implementations)
     for parameter in injected.trainable:
         parameter.requires_grad_(True)
     del model._modules[NAME]
@@ -368,7 +367,7 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
         return _seed_obstacles(part, prompt, model, geometry)
     modules, text = attention_modules(model, geometry), model.config.get_text_config()
     if implementation == FLASH:
-        found += _flash_obstacles(prompt, geometry)
+        found += _flash_obstacles(prompt, model, geometry)
     for part in prompt.prefixes:
         shape, heard = geometry.site(part.site), modules[part.site]
         layers = 0 if shape is None else shape.layers
@@ -397,7 +396,7 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
         if slides and getattr(text, "attention_chunk_size", None):
             reason = f"attention in chunks of {text.attention_chunk_size} tokens drops virtual tokens otherwise"
             found.append(Obstacle("window", reason, "use the engine of the prompt's own toolkit"))
-        elif slides and heard and not _hears_positions(stacks_of(model, geometry)["decoder"], heard[0]):
+        elif slides and heard and not _hears_positions(model, stacks_of(model, geometry)["decoder"], heard[0]):
             reason = "its attention layers do not learn where their queries stand, so a prefix cannot slide"
             found.append(Obstacle("window", reason, "use a prompt whose window is 'pinned'"))
         latent = [name for name in ("kv_lora_rank", "qk_nope_head_dim") if getattr(text, name, None)]
@@ -410,14 +409,18 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
     return found
 
 
-def _flash_obstacles(prompt: SoftPrompt, geometry: Geometry) -> list[Obstacle]:
+def _flash_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> list[Obstacle]:
     """What flash attention does otherwise: it knows which keys are padding, and their order, and nothing else."""
     found, remedy = [], "model.set_attn_implementation('sdpa')"
     if flash_attn_supports_top_left_mask():
         reason = "this build of flash attention aligns the past to the first key, which is virtual"
         found.append(Obstacle("attention", reason, remedy))
+    modules, stacks = attention_modules(model, geometry), stacks_of(model, geometry)
     for part in prompt.prefixes:
-        shape = geometry.site(part.site)
+        shape, heard = geometry.site(part.site), modules[part.site]
+        if heard and _hears_scores(model, stacks[stack_of(part.site)], heard[0]):
+            reason = f"{type(model).__name__} makes the mask of flash attention under that very name only"
+            found.append(Obstacle("attention", reason, remedy))
         if part.site == "cross":
             reason = "flash attention takes the padding of the encoder's states for that of the queries"
             found.append(Obstacle("attention", reason, remedy))
@@ -454,30 +457,46 @@ def _seed_obstacles(part: KeyValuePrefix, prompt: SoftPrompt, model: Any, geomet
 
 
 class _Reached(Exception):  # noqa: N818
-    """An attention module was reached; with whether it was told where its queries stand."""
+    """An attention module was reached; with the names of what it was told, and all of that."""
 
 
-def _hears_positions(stack: Any, attention: nn.Module) -> bool:
-    """Whether attention is told where its queries stand, watched with one token that goes no further.
+def _reached(model: Any, stack: Any, attention: nn.Module, implementation: str) -> _Reached | None:
+    """What attention of that name is told, watched with a pad and a token that go no further.
 
-    Where the stack cannot be run so, what is not told raises when it is needed.
+    None where the stack cannot be run so; then what is not told raises when it is needed.
     """
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached("position_ids" in kwargs)
+        raise _Reached(set(kwargs), (*args, *kwargs.values()))
 
-    handle = attention.register_forward_pre_hook(look, with_kwargs=True)
-    token = torch.zeros(1, 1, dtype=torch.long, device=stack.get_input_embeddings().weight.device)
+    handle, before = attention.register_forward_pre_hook(look, with_kwargs=True), _name_attention(model, implementation)
+    tokens = torch.tensor([[0, 1]], device=stack.get_input_embeddings().weight.device)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            stack.forward(token)  # past the hooks of a bank
+            stack.forward(tokens, attention_mask=tokens)  # past the hooks of a bank
     except _Reached as reached:
-        return bool(reached.args[0])
+        return reached
     except Exception:  # foreign code; nothing is known
-        return True
+        return None
     finally:
         handle.remove()
-    return True
+        _restore_names(before)
+    return None
+
+
+def _hears_positions(model: Any, stack: Any, attention: nn.Module) -> bool:
+    """Whether attention is told where its queries stand."""
+    reached = _reached(model, stack, attention, "eager")
+    return reached is None or "position_ids" in reached.args[0]
+
+
+def _hears_scores(model: Any, stack: Any, attention: nn.Module) -> bool:
+    """Whether flash attention, called by our name, is told of padding by scores.
+
+    So it is in models that know it by its own name only.
+    """
+    reached = _reached(model, stack, attention, registered(FLASH))
+    return reached is not None and any(isinstance(told, Tensor) and told.ndim == 4 for told in reached.args[1])
 
 
 def stacks_of(model: Any, geometry: Geometry) -> dict[Stack, Any]:
@@ -512,11 +531,22 @@ def _pools_first_token(model: Any, geometry: Geometry) -> bool:
 
 def _switch_attention(model: Any, injected: Injection) -> None:
     """Let every configuration in the model name our function over the attention that it named."""
+    injected.implementations = _name_attention(model, registered(model.config._attn_implementation))
+
+
+def _name_attention(model: Any, name: str) -> list[tuple[Any, str]]:
+    """Let every configuration in the model name this attention; each of them, with the name that it had."""
     register()
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
-    injected.implementations = [(config, config._attn_implementation) for config in configs.values()]
-    name = registered(model.config._attn_implementation)
+    before = [(config, config._attn_implementation) for config in configs.values()]
     for config in configs.values():
+        config._attn_implementation_internal = name
+    return before
+
+
+def _restore_names(before: Iterable[tuple[Any, str]]) -> None:
+    """Undo `_name_attention`."""
+    for config, name in before:
         config._attn_implementation_internal = name
 
 

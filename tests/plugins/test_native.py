@@ -568,7 +568,7 @@ def test_refusals() -> None:
     assert obstacle_names(prefix, tiny_model("gpt2", reorder_and_upcast_attn=True)) == ["attention"]
     umt5 = build(AutoConfig.for_model("umt5", **TINY["t5"]), "seq2seq-lm", torch.float64, 0)
     assert set(obstacle_names(make_prompt(umt5, "prefix"), umt5)) in ({"relative-bias"}, {"attention"})
-    gpt2.config._attn_implementation = "flash_attention_2"
+    gpt2.config._attn_implementation = "flash_attention_3"
     assert obstacle_names(prefix, gpt2) == ["attention"]
     assert obstacle_names(vectors, gpt2) == []
 
