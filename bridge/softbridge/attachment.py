@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from softbridge import drop_in
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.head import load_head, restore_head
+from softbridge.hookspecs import Insertable
 from softbridge.lower import Target, check_fits, lower
 from softbridge.methods import Method
 from softbridge.passes import inexpressible
@@ -79,7 +81,18 @@ def attach(
         restore_head(model, displaced)
         raise
     setattr(running, ATTACHED, _Attached(engine, prompt.head, displaced))
+    if running is model and isinstance(chosen, Insertable):
+        drop_in.become(running)
     return running
+
+
+def attached_by(model: Any) -> str:
+    """The name of the engine that attached to a model.
+
+    Raises:
+        EngineError: nothing is attached.
+    """
+    return _attached(model).engine
 
 
 def extract(model: Any) -> SoftPrompt:
@@ -114,6 +127,7 @@ def detach(model: Any) -> Any:
     """
     attached = _attached(model)
     delattr(model, ATTACHED)
+    drop_in.unbecome(model)
     detached = engine_named(attached.engine).detach(model)
     restore_head(detached, attached.displaced)
     return detached
