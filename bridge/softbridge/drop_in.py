@@ -10,14 +10,14 @@ is the prompt: softbridge's own format, whose tensors go by the names of `SoftPr
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from softbridge.container import WEIGHTS_FILE, pack, refilled
-from softbridge.errors import CheckpointError, EngineError
+from softbridge.errors import EngineError
 from softbridge.head import load_head
 from softbridge.hookspecs import Insertable
 from softbridge.prompt import SoftPrompt
@@ -88,7 +88,7 @@ class DropIn:
             model.generation_config.save_pretrained(folder)
         (folder / WEIGHTS_FILE).write_bytes(pack(_now(model, state_dict or {})))
         if push_to_hub:
-            hub = {name: settings[name] for name in ("commit_message", "private", "token", "revision") & settings.keys()}
+            hub = {name: value for name, value in settings.items() if name in ("commit_message", "private", "token")}
             model.push_to_hub(settings.get("repo_id", folder.name), **hub)
 
     def load_state_dict(self, state_dict: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
@@ -162,11 +162,11 @@ def _holding(model: Any, state: Mapping[str, Any]) -> Iterator[None]:
 
 
 @cache
-def _derived(plain: type) -> type:
+def _derived(plain: Any) -> Any:
     same = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(plain.__name__, (DropIn, plain), {**same, "plain": plain})
 
 
 def _blank(plain: type) -> Any:
-    derived: Callable[..., Any] = _derived(plain)
-    return derived.__new__(derived)  # type: ignore[call-overload]
+    derived = _derived(plain)
+    return derived.__new__(derived)

@@ -26,9 +26,7 @@ def insert(injected: Any, prompt: SoftPrompt) -> None:
             "a checkpoint that holds it",
             "to train the prompt's own numbers, attach replace(prompt, training=None)",
         )
-    pairs = [
-        pair for module, part in zip(injected.parts, prompt.parts, strict=True) for pair in _pairs(module, part)
-    ]
+    pairs = [pair for module, part in zip(injected.parts, prompt.parts, strict=True) for pair in _pairs(module, part)]
     if network is not None and prompt.training is not None:
         pairs += [(getattr(network, local), prompt.training.tensors[name]) for name, local in network.local.items()]
     with torch.no_grad():

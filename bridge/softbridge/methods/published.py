@@ -211,7 +211,9 @@ _HEAD_MODULES: Mapping[Task, str] = {
 
 @dataclass(frozen=True)
 class TaskHead:
-    """The linear layer that P-tuning v2 trains with the prefix, and other methods if one is given: ``{module}.weight`` [C, H], ``{module}.bias`` [C].
+    """The linear layer that P-tuning v2 trains with the prefix, and others if they are given one.
+
+    ``{module}.weight`` [C, H] and ``{module}.bias`` [C].
 
     Attributes:
         task: what it is for.
