@@ -1,9 +1,20 @@
-"""Two profiles for hypothesis: a quick one that is the same every time, and SOFTBRIDGE_PROFILE=long to go looking."""
+"""Two profiles for hypothesis: a quick one that is the same every time, and SOFTBRIDGE_PROFILE=long to go looking.
+
+And a memory of what ran, for tests that compare many pairs of few sides.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import inspect
 import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pytest
 from hypothesis import HealthCheck, settings
 
 # No clock decides: the machine may be busy.
@@ -14,3 +25,90 @@ settings.register_profile(
     "long", max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile(os.environ.get("SOFTBRIDGE_PROFILE", "default"))
+
+#: Runs that are remembered at most, the latest: some 100 kB each.
+REMEMBERED = 300
+
+
+@pytest.fixture(scope="module")
+def remembered_runs() -> Iterator[None]:
+    """Run each side of a comparison once, however many others it is compared with.
+
+    A run is a function of what it is given, and all of that is the key: the model down to its weights, the probes, the
+    engine, the prompt as it was read, and the bytes of the files for the toolkit's own loader. Whatever a conversion
+    gets wrong is another key, and is run.
+    """
+    from softbridge.verification.comparison import Bench
+
+    known: dict[Any, Any] = {}
+
+    def once(run: Callable[..., Any]) -> Callable[..., Any]:
+        arguments = inspect.signature(run)
+
+        def remembered(*args: Any, **settings: Any) -> Any:
+            given = arguments.bind(*args, **settings)
+            given.apply_defaults()
+            more = {probe.name for probe in given.arguments.pop("more", ())}  # what ran them did for less, too
+            key = (run, *(_told(value) for value in given.arguments.values()))
+            found = known.pop(key, None)
+            if found is None or (more and not more <= found[0].keys()):
+                found = run(*args, **settings)
+            known[key] = found
+            if len(known) > REMEMBERED:
+                del known[next(iter(known))]
+            return found
+
+        return remembered
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("own", "other", "gradient"):
+            patch.setattr(Bench, name, once(getattr(Bench, name)))
+        yield
+
+
+def _told(value: Any) -> Any:
+    """What an argument holds, to know it again by: where it came from is no matter."""
+    import torch
+
+    from softbridge.container import pack
+    from softbridge.prompt import SoftPrompt
+    from softbridge.registry import engines
+    from softbridge.verification.comparison import Bench, Subject
+    from softbridge.verification.recording import fingerprint
+
+    match value:
+        case None | bool() | int() | str():
+            return value
+        case Mapping():
+            return tuple((name, _told(one)) for name, one in value.items())
+        case list() | tuple():
+            return tuple(_told(one) for one in value)
+        case np.ndarray():
+            return str(value.dtype), value.shape, value.tobytes()
+        case SoftPrompt():
+            return hashlib.sha256(pack(replace(value, origin=None))).hexdigest()
+        case Subject():
+            loads = value.directory is not None and hasattr(engines().get(value.engine), "load")
+            return _told((value.prompt, (value.engine, _files(value.directory)) if loads else None))
+        case Bench():
+            if "told" not in vars(value):
+                # By `frames` nothing is run: what ran is turned.
+                names = {field.name for field in fields(value)} - {"base", "frames"}
+                settings = [(name, getattr(value, name)) for name in sorted(names)]
+                vars(value)["told"] = str((settings, value.base.task, value.config.to_dict(), fingerprint(value)))
+            return vars(value)["told"]
+        case torch.nn.Module():  # the bench's own, as it is told already
+            return None
+    return value.name  # an engine
+
+
+def _files(directory: Path) -> dict[str, str]:
+    """What a toolkit reads of its own files: the manifest and the certificate are not its own."""
+    from softbridge.conversion import CERTIFICATE, MANIFEST
+
+    paths = sorted(path for path in directory.rglob("*") if path.is_file())
+    return {
+        str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in paths
+        if path.name not in (MANIFEST, CERTIFICATE)
+    }

@@ -8,7 +8,9 @@ written by that toolkit where it is installed.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from softbridge.errors import LoweringError
 from softbridge.prompt import Positions, SoftPrompt
 from softbridge.registry import engines
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
+
+pytestmark = pytest.mark.usefixtures("remembered_runs")
 
 FORMATS = ("softbridge", "peft", "adapterhub", "google")
 
@@ -98,6 +102,25 @@ def canonical(family: str, method: str, source: str) -> SoftPrompt:
     return SoftPrompt(prompt.parts, Positions(start, "skewed", "pinned"), prompt.base)
 
 
+@cache
+def base_of(family: str, method: str) -> BaseModel:
+    """Vectors go behind the embedding block with its weights, and positions are all that matters to the others."""
+    return BaseModel.resolve(tiny_model(family) if (family, method) == ("bert", "prompt") else tiny_config(family))
+
+
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str, str], Path]:
+    """(family, method, format) -> the directory of its files, written once and not to be changed."""
+
+    @cache
+    def written(family: str, method: str, source: str) -> Path:
+        directory = tmp_path_factory.mktemp(f"{family}-{method}") / source
+        write_source(family, method, source, directory)
+        return directory
+
+    return written
+
+
 def write_source(family: str, method: str, source: str, directory: Path) -> None:
     """By the toolkit itself if it is installed, else by this project's writer."""
     engine = engines().get(source)
@@ -118,23 +141,30 @@ def refusal(family: str, method: str, unreachable: str) -> str:
 
 
 @pytest.mark.parametrize(("family", "method", "source", "target", "outcome"), cells())
-def test_cell(family: str, method: str, source: str, target: str, outcome: str, tmp_path: Path) -> None:
-    # Vectors go behind the embedding block with its weights, and positions are all that matters to the others.
-    config = tiny_model(family) if (family, method) == ("bert", "prompt") else tiny_config(family)
+def test_cell(
+    family: str,
+    method: str,
+    source: str,
+    target: str,
+    outcome: str,
+    sources: Callable[[str, str, str], Path],
+    tmp_path: Path,
+) -> None:
+    base = base_of(family, method)
     holds = [f for f in FORMATS if cell_of(family, method, f, f) != "."]
     if source not in holds:
         assert outcome == "."
         with pytest.raises(LoweringError) as refused:
-            sb.save(canonical(family, method, "softbridge"), tmp_path / "source", source, config)
+            sb.save(canonical(family, method, "softbridge"), tmp_path / "source", source, base)
         assert refusal(family, method, source) in {obstacle.name for obstacle in refused.value.obstacles}
         assert not (tmp_path / "source").exists()
         return
 
-    write_source(family, method, source, tmp_path / "source")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}
+    directory = sources(family, method, source)
+    before = {path.name: path.read_bytes() for path in directory.iterdir()}
     if outcome in ".c":
         with pytest.raises(LoweringError) as refused:
-            sb.convert(tmp_path / "source", tmp_path / "target", target, config, verify=True)
+            sb.convert(directory, tmp_path / "target", target, base, verify=True)
         obstacles = {obstacle.name: obstacle for obstacle in refused.value.obstacles}
         assert not (tmp_path / "target").exists(), "a refused conversion writes nothing"
         if outcome == ".":
@@ -147,7 +177,7 @@ def test_cell(family: str, method: str, source: str, target: str, outcome: str, 
         assert "--accept positions" in str(refused.value)
 
     accept = ["positions"] if outcome == "c" else []
-    report = sb.convert(tmp_path / "source", tmp_path / "target", target, config, accept=accept, verify=True)
+    report = sb.convert(directory, tmp_path / "target", target, base, accept=accept, verify=True)
     certificate = report.certificate
     assert certificate is not None
     print(certificate.summary())
@@ -169,10 +199,10 @@ def test_cell(family: str, method: str, source: str, target: str, outcome: str, 
         assert fault.noticed, fault
         assert fault.moved * certificate.scale > 0.1, fault
 
-    after = {path.name: path.read_bytes() for path in (tmp_path / "source").iterdir()}
+    after = {path.name: path.read_bytes() for path in directory.iterdir()}
     assert after == before, "the input is not modified"
     if "head" not in {step.name for step in report.steps}:
-        again = sb.verify(tmp_path / "source", tmp_path / "target", config)
+        again = sb.verify(directory, tmp_path / "target", base)
         assert again.same, "the files, read back by someone else, are still the same function"
 
 

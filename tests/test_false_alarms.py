@@ -31,6 +31,10 @@ FORMATS = ("softbridge", "peft", "adapterhub", "google")
 SIZES = (0.01, 0.3, 0.8, 3.0)
 #: Methods whose example has one length.
 FIXED = {"p-tuning-template", "context-aware-prompt-tuning"}
+#: Two layers do. T5 keeps three: of an even number PEFT uses half.
+FEWER = {family: {"n_layer" if family == "gpt2" else "num_hidden_layers": 2} for family in TINY if family != "t5"}
+#: It alone can say that two prompts are different, so that nothing is run beside it.
+PRECISION = "float64"
 #: Pairs in each family: a hundred on each stack.
 PAIRS = 17
 #: Every so many pairs one goes through files, and through the toolkits' own loaders.
@@ -39,7 +43,7 @@ ON_DISK = 3
 
 @cache
 def base_of(family: str) -> BaseModel:
-    return BaseModel.resolve(tiny_model(family)).imagine()
+    return BaseModel.resolve(tiny_model(family, **FEWER.get(family, {}))).imagine()
 
 
 def lossless(base: BaseModel, method: str, source: str, target: str) -> bool:
@@ -86,18 +90,20 @@ def compared(prompt: SoftPrompt, source: str, target: str, base: BaseModel) -> C
     lowering = lower(prompt, Target(target, there.capabilities, base), (), there.obstacles)
     rounded = tuple(step.name for step in lowering.steps if step.exactness == "rounding")
     first, second = Subject("source", prompt, here.engine), Subject("target", lowering.prompt, there.engine)
-    return verify_prompts(first, second, base, rounded=rounded)
+    return verify_prompts(first, second, base, rounded=rounded, dtype=PRECISION)
 
 
 def converted(prompt: SoftPrompt, source: str, target: str, base: BaseModel, directory: Path) -> Certificate:
     """Through files."""
     sb.save(prompt, directory / "source", source, base)
     sb.convert(directory / "source", directory / "target", target, base)
-    return sb.verify(directory / "source", directory / "target", base)
+    return sb.verify(directory / "source", directory / "target", base, dtype=PRECISION)
 
 
 @pytest.mark.parametrize("family", TINY)
-def test_equal_prompts_are_never_called_different(family: str, tmp_path: Path) -> None:
+def test_equal_prompts_are_never_called_different(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Of the deliberate faults the verdict asks for one, and the others have tests of their own.
+    monkeypatch.setattr("softbridge.verification.comparison.mutations", lambda prompt, scheme: [("dropped", None)])
     base, generator = base_of(family), np.random.default_rng([2024, list(TINY).index(family)])
     cells = [
         (method, source, target)

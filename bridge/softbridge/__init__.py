@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from softbridge.attachment import attach as attach
     from softbridge.attachment import detach as detach
     from softbridge.attachment import extract as extract
+    from softbridge.bank import PromptBank as PromptBank
     from softbridge.base import BaseModel as BaseModel
     from softbridge.conversion import convert as convert
     from softbridge.conversion import load as load
@@ -24,6 +25,15 @@ if TYPE_CHECKING:
     from softbridge.conversion import save as save
     from softbridge.errors import SoftbridgeError as SoftbridgeError
     from softbridge.geometry import Geometry as Geometry
+    from softbridge.methods import MLP as MLP
+    from softbridge.methods import Cartridge as Cartridge
+    from softbridge.methods import ContextAwarePromptTuning as ContextAwarePromptTuning
+    from softbridge.methods import MultitaskPromptTuning as MultitaskPromptTuning
+    from softbridge.methods import PrefixTuning as PrefixTuning
+    from softbridge.methods import PromptTuning as PromptTuning
+    from softbridge.methods import PTuning as PTuning
+    from softbridge.methods import PTuningV2 as PTuningV2
+    from softbridge.methods import TaskHead as TaskHead
     from softbridge.prompt import InputPrompt as InputPrompt
     from softbridge.prompt import KeyValuePrefix as KeyValuePrefix
     from softbridge.prompt import SoftPrompt as SoftPrompt
@@ -37,6 +47,7 @@ _HOME = {
     "attach": "attachment",
     "detach": "attachment",
     "extract": "attachment",
+    "PromptBank": "bank",
     "BaseModel": "base",
     "convert": "conversion",
     "load": "conversion",
@@ -44,6 +55,15 @@ _HOME = {
     "save": "conversion",
     "SoftbridgeError": "errors",
     "Geometry": "geometry",
+    "Cartridge": "methods",
+    "ContextAwarePromptTuning": "methods",
+    "MLP": "methods",
+    "MultitaskPromptTuning": "methods",
+    "PTuning": "methods",
+    "PTuningV2": "methods",
+    "PrefixTuning": "methods",
+    "PromptTuning": "methods",
+    "TaskHead": "methods",
     "InputPrompt": "prompt",
     "KeyValuePrefix": "prompt",
     "SoftPrompt": "prompt",

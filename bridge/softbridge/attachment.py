@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from softbridge import drop_in
+from softbridge.bank import Entry, PromptBank
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.head import load_head, restore_head
@@ -33,7 +35,11 @@ class _Attached:
 
 
 def attach(
-    model: Any, prompt: SoftPrompt | Method | str | Path, engine: str = "native", *, seed: int | None = None
+    model: Any,
+    prompt: SoftPrompt | Method | PromptBank | str | Path,
+    engine: str = "native",
+    *,
+    seed: int | None = None,
 ) -> Any:
     """Make a transformers model run with a soft prompt, to use it or to train it.
 
@@ -46,7 +52,8 @@ def attach(
 
     Args:
         model: a `PreTrainedModel`.
-        prompt: for a base model of this geometry; or the path of its file or directory; or a method, for a new one.
+        prompt: for a base model of this geometry; or the path of its file or directory; or a method, for a new one;
+            or a bank of prompts, of which each row of a batch has its own.
         engine: the name of an engine.
         seed: of a new prompt's random start, which is the same for the same seed; drawn from torch's own random
             numbers if it is None, which `transformers.set_seed` governs.
@@ -63,17 +70,21 @@ def attach(
     chosen = engine_named(engine)
     _check_base(model)
     base = BaseModel.resolve(model)
-    if isinstance(prompt, (str, Path)):
-        from softbridge.conversion import load
-
-        prompt = load(prompt, base)
-    elif isinstance(prompt, Method):
+    if isinstance(prompt, PromptBank):
+        if not hasattr(chosen, "attach_bank"):
+            able = [name for name, other in engines().items() if hasattr(other, "attach_bank")]
+            raise EngineError(
+                f"engine '{engine}' runs one prompt for all rows of a batch",
+                f"an engine that takes a bank: {', '.join(able)}",
+                "choose one of them, or attach one prompt",
+            )
+        running = chosen.attach_bank(model, prompt, partial(_fetch, engine, model))
+        setattr(running, ATTACHED, _Attached(engine, {}, {}))
+        return running
+    if isinstance(prompt, Method):
         method, prompt = prompt, prompt.initialise(base.geometry, _drawn() if seed is None else seed)
         _check_trains(engine, method, prompt, model)
-    check_fits(prompt, base.geometry)
-    if inexpressible(prompt, chosen.capabilities, base) or chosen.obstacles(prompt, model):
-        lowered = lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions",))
-        prompt = lowered.prompt
+    prompt = _expressed(prompt, engine, model)
     displaced = load_head(model, prompt.head)
     try:
         running = chosen.attach(model, prompt)
@@ -138,6 +149,23 @@ def attached_by(model: Any) -> str:
         EngineError: nothing is attached.
     """
     return _attached(model).engine
+
+
+def _fetch(engine: str, model: Any, entry: Entry) -> SoftPrompt:
+    return _expressed(entry.source, engine, model)
+
+
+def _expressed(prompt: SoftPrompt | str | Path, engine: str, model: Any) -> SoftPrompt:
+    """The prompt, read if need be, in a form that the engine can run on this model if there is one."""
+    chosen, base = engine_named(engine), BaseModel.resolve(model)
+    if isinstance(prompt, (str, Path)):
+        from softbridge.conversion import load
+
+        prompt = load(prompt, base)
+    check_fits(prompt, base.geometry)
+    if inexpressible(prompt, chosen.capabilities, base) or chosen.obstacles(prompt, model):
+        return lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions",)).prompt
+    return prompt
 
 
 def extract(model: Any) -> SoftPrompt:

@@ -6,6 +6,7 @@ Nothing here loads weights unless asked to, and remote code is never trusted on 
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -99,7 +100,11 @@ class BaseModel:
 
     def imagine(self) -> BaseModel:
         """The same, with random weights for its own: for whoever asks what would be done, and not for the numbers."""
-        return self if self._imagined else BaseModel(self.config, self.name, head=self._head, imagined=True)
+        return self if self._imagined else self._imagination
+
+    @cached_property
+    def _imagination(self) -> BaseModel:
+        return BaseModel(self.config, self.name, head=self._head, imagined=True)
 
     @property
     def task(self) -> Task:
@@ -133,7 +138,14 @@ class BaseModel:
         return config
 
     def bare(self) -> Any:
-        """The model of `structure` without any weights, on no device, or None if it cannot be built so."""
+        """The model of `structure` without any weights, on no device, or None if it cannot be built so.
+
+        It is built once, to be looked at: what is run, or given a prompt, is a model of its own.
+        """
+        return self._bare
+
+    @cached_property
+    def _bare(self) -> Any:
         import torch
 
         try:
@@ -163,7 +175,7 @@ class BaseModel:
         if self._imagined:
             return self.structure(dtype)
         if self._model is not None:
-            return copy.deepcopy(self._model).to(dtype).eval()
+            return fresh(self._model).to(dtype).eval()
         if self.name is None or self.name.endswith(".json"):
             raise BaseModelError(
                 "the base model was given as a configuration only",
@@ -240,6 +252,20 @@ def build(config: Any, task: Task, dtype: Any, seed: int) -> Any:
         ) from error
     draw_weights(model, seed)
     return model.to(dtype).eval()
+
+
+def fresh(model: Any) -> Any:
+    """A copy of a model that shares nothing with it, as `copy.deepcopy` makes it, in less than half the time.
+
+    Most of what a module holds are tables of hooks, and most of these are empty: they are copied beforehand, without
+    the detour through `__reduce_ex__`.
+    """
+    empty: dict[int, Any] = {}
+    for module in model.modules():
+        for value in vars(module).values():
+            if type(value) in (dict, OrderedDict, set) and not value:
+                empty[id(value)] = type(value)()
+    return copy.deepcopy(model, empty)
 
 
 def draw_weights(model: Any, seed: int) -> None:

@@ -34,6 +34,12 @@ MANIFEST = "softbridge.json"
 MANIFEST_VERSION = 1
 CERTIFICATE = "certificate.json"
 
+#: What can be left out on reading -> what that means.
+DROPPED = {
+    "training": "what trained the prompt; it runs, and its training cannot be resumed",
+    "manifest": f"{MANIFEST}; real tokens stand where the toolkit itself has them",
+}
+
 #: Suffixes that name a file rather than a directory, whatever the format.
 FILE_SUFFIXES = frozenset((".npy", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"))
 
@@ -107,27 +113,48 @@ def recognise(files: untrusted.Files) -> Format:
     )
 
 
-def read(path: str | Path, base: Any = None, format: str | None = None) -> Loaded:
+def read(
+    path: str | Path,
+    base: Any = None,
+    format: str | None = None,
+    *,
+    revision: str | None = None,
+    drop: Collection[str] = (),
+) -> Loaded:
     """Read a soft prompt of any known format, recognised by content unless named.
 
     Args:
-        path: a file or a directory.
+        path: a file or a directory; or its id on the hub, ``owner/name``, with ``/name`` of an adapter's sub-folder
+            where there are several, and perhaps ``@revision``. Only the prompt's files are fetched.
         base: whatever `BaseModel.resolve` takes. Needed where the files alone do not say for which stack or which
             attention their numbers are; if given, the prompt is checked against it.
         format: the name of the format.
+        revision: of an id on the hub: a branch, a tag or a commit.
+        drop: what is not to be read, though it is there (see `DROPPED`): softbridge's own files beside a toolkit's,
+            which no longer belong to them when the toolkit has written its own anew.
 
     Raises:
-        CheckpointError: the files are malformed, incomplete or hostile.
+        CheckpointError: the files are malformed, incomplete or hostile, or not to be had.
         UnknownFormatError: no format recognises them.
         BaseModelError: the base model is needed and missing, or the prompt does not fit it.
     """
-    files = untrusted.Files(path)
-    form = format_named(format) if format is not None else recognise(files)
-    return _read(files, form, None if base is None else BaseModel.resolve(base).geometry)
+    named = None if format is None else format_named(format)
+    files = untrusted.Files(untrusted.located(path, revision, lambda folder: _files_of(folder, named)))
+    form = named or recognise(files)
+    unknown = sorted(set(drop) - DROPPED.keys())
+    if unknown:
+        raise SoftbridgeError(f"nothing that can be dropped: {', '.join(unknown)}", ", ".join(DROPPED), "correct it")
+    return _read(files, form, None if base is None else BaseModel.resolve(base).geometry, drop)
 
 
-def _read(files: untrusted.Files, form: Format, geometry: Geometry | None) -> Loaded:
-    prompt = form.read(files, geometry)
+def _read(files: untrusted.Files, form: Format, geometry: Geometry | None, drop: Collection[str] = ()) -> Loaded:
+    try:
+        prompt = form.read(files, geometry)
+    except CheckpointError:
+        kept = getattr(form, "training_files", ())
+        if "training" not in drop or not kept:
+            raise
+        prompt = form.read(files.without(kept), geometry)
     if geometry is not None:
         recorded = prompt.base.geometry
         if recorded is not None and not _same_attention(recorded, geometry):
@@ -140,7 +167,7 @@ def _read(files: untrusted.Files, form: Format, geometry: Geometry | None) -> Lo
         prompt = replace(prompt, base=replace(prompt.base, geometry=geometry))
     steps: tuple[Step, ...] = ()
     dtype = None
-    if MANIFEST in files:
+    if MANIFEST in files and "manifest" not in drop:
         positions, steps, dtype = _manifest_of(files, form, prompt)
         prompt = replace(prompt, positions=positions)
     digests = {name: files.digest(name) for name in files.names}
@@ -148,9 +175,18 @@ def _read(files: untrusted.Files, form: Format, geometry: Geometry | None) -> Lo
     return Loaded(replace(prompt, origin=replace(origin, digests=digests)), form, files.path, steps, dtype)
 
 
-def load(path: str | Path, base: Any = None, format: str | None = None) -> SoftPrompt:
-    """The soft prompt in a file or directory; see `read` for arguments and errors."""
-    return read(path, base, format).prompt
+def _files_of(folder: Path, form: Format | None) -> Sequence[str] | None:
+    """The files that a format reads, if it says so; the format is known by descriptions alone if it is not named."""
+    if form is None:
+        files = untrusted.Files(folder)
+        matches = [known for known in formats().values() if known.sniff(files)]
+        form = matches[0] if len(matches) == 1 else None
+    return getattr(form, "files", None)
+
+
+def load(path: str | Path, base: Any = None, format: str | None = None, *, revision: str | None = None) -> SoftPrompt:
+    """The soft prompt in a file or directory, or on the hub; see `read` for arguments and errors."""
+    return read(path, base, format, revision=revision).prompt
 
 
 def save(
@@ -196,13 +232,14 @@ def convert(
     dtype: str | None = None,
     task: int | None = None,
     part: str | None = None,
+    drop: Collection[str] = (),
     verify: bool = False,
     overwrite: bool = False,
 ) -> Report:
     """Convert a checkpoint to another format, and prove on request that it computes the same function.
 
     Args:
-        source: what to read.
+        source: what to read: a file, a directory or an id on the hub; see `read`.
         target: where to write: a directory, or a file for formats of one file.
         to: name of the format to write.
         base: the base model; see `read`. Needed for `verify`.
@@ -212,6 +249,7 @@ def convert(
         dtype: name of the dtype to store the numbers in, None: as they are. The report says what that rounds.
         task: which task of a multitask prompt to convert, alone; the matrices of all tasks stay behind.
         part: which part of a prompt to convert, by its name (`softbridge.parts.name_of`); the others stay behind.
+        drop: what of the source is left out; see `read`.
         verify: run both through their own toolkits where installed, write the certificate beside the files, and write
             nothing if they differ.
         overwrite: replace an existing target.
@@ -220,14 +258,18 @@ def convert(
         SoftbridgeError: see `read`, `save` and `softbridge.verify`. Nothing is written.
     """
     resolved = None if base is None else BaseModel.resolve(base)
-    _apart(Path(source), Path(target))
+    if untrusted.hub_id(source) is None:
+        _apart(Path(source), Path(target))
     _check_target(Path(target), overwrite)  # before the work, and again when it is written
-    loaded = read(source, resolved, format)
+    loaded = read(source, resolved, format, drop=drop)
     chosen = _choose(loaded.prompt, task, part)
+    if "training" in drop and chosen.training is not None:
+        chosen = replace(chosen, training=None)
     form = format_named(to)
     wanted = Target(form.name, form.capabilities, resolved, dtype)
     lowering, content = _prepare(chosen, form, wanted, accept, encoding)
-    lowering = replace(lowering, steps=(*_notes(loaded.prompt), *_choice(task, part), *lowering.steps))
+    dropped = [Step("drop", "exact", f"left out, as asked: {DROPPED[name]}") for name in dict.fromkeys(drop)]
+    lowering = replace(lowering, steps=(*_notes(loaded.prompt), *_choice(task, part), *dropped, *lowering.steps))
     single = _is_file(Path(target), content)
     certificate = None
     if verify:

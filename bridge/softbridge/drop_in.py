@@ -30,7 +30,8 @@ _PARTS = "parts."
 
 def become(model: Any) -> None:
     """Give an attached model its class. `unbecome` undoes it."""
-    model.__class__ = _derived(type(model))
+    plain: Any = type(model)
+    model.__class__ = _derived(plain)
 
 
 def unbecome(model: Any) -> None:

@@ -6,12 +6,13 @@ A plugin is a module named in the entry-point group ``softbridge``. Its top modu
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import pluggy
 
+from softbridge.bank import Entry, PromptBank
 from softbridge.capabilities import Capabilities
 from softbridge.errors import Obstacle
 from softbridge.geometry import Geometry
@@ -141,6 +142,18 @@ class Insertable(Protocol):
 
         Raises:
             EngineError: the model trains a parameterisation, and the prompt has none.
+        """
+        ...
+
+
+class Banker(Protocol):
+    """What an engine can do besides, if it can give each row of a batch a prompt of its own."""
+
+    def attach_bank(self, model: Any, bank: PromptBank, fetch: Callable[[Entry], SoftPrompt]) -> Any:
+        """Like `Engine.attach`, with all the prompts of a bank.
+
+        Each call runs with the prompts of `bank.names(rows)`, and `fetch(bank.entry(name))` reads one of them and
+        lowers it to what the engine can express on this model. A row's outputs are those that it has alone.
         """
         ...
 

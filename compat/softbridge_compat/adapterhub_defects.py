@@ -131,9 +131,27 @@ DEFECTS: tuple[Defect, ...] = (
         _installed,
     ),
     Defect(
+        "adapterhub-split-lengths",
+        "adapters",
+        "BatchSplit and Parallel of prefixes of different lengths: the shorter is filled up with keys that tokens see",
+        _installed,
+    ),
+    Defect(
+        "adapterhub-split-prompts",
+        "adapters",
+        "BatchSplit and Parallel of prompt tuning: every row runs with the first prompt, and no row is repeated",
+        _installed,
+    ),
+    Defect(
         "adapterhub-t5-head",
         "adapters",
         "the head file of a T5 classifier holds the whole model",
+        _installed,
+    ),
+    Defect(
+        "adapterhub-t5-flex-head",
+        "adapters",
+        "a flex head for questions on a T5 with tied embeddings sees hidden states scaled as for output embeddings",
         _installed,
     ),
     Defect(

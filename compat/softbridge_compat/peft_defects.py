@@ -5,9 +5,16 @@ Measured with PEFT 0.21.2 on transformers 4.57.6 and 5.23.0; tests/compat/test_p
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
 from packaging.version import Version
 
 from softbridge_compat.defects import Defect, installed
+
+if TYPE_CHECKING:
+    from softbridge.geometry import Geometry
+    from softbridge.prompt import SoftPrompt
 
 
 def _peft() -> bool:
@@ -23,18 +30,74 @@ def _transformers_5() -> bool:
     return _peft() and not _transformers_4()
 
 
+def _input(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return bool(prompt.inputs)
+
+
+def _prefix(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return bool(prompt.prefixes)
+
+
+def _both_stacks(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return geometry is None or geometry.is_encoder_decoder
+
+
+def _seq2seq_prefix(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return any(part.site == "self" for part in prompt.prefixes) and _both_stacks(prompt, geometry)
+
+
+def _classifier(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return bool(prompt.head) or geometry is None or geometry.decoder is None
+
+
+def _encoder_prefix(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return _prefix(prompt, geometry) and (geometry is None or geometry.decoder is None)
+
+
+def _generates(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return _input(prompt, geometry) and (geometry is None or geometry.decoder is not None)
+
+
+def _in_decoder(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return "decoder" in prompt.counted()
+
+
+def _trained_by(*kinds: str) -> Callable[[SoftPrompt, Geometry | None], bool]:
+    return lambda prompt, geometry: prompt.training is not None and prompt.training.kind in kinds
+
+
+_multitask = _trained_by("multitask")
+_thrown_away = _trained_by("p-tuning-mlp", "p-tuning-lstm", "mlp", "context-aware")
+
+
+def _multitask_seq2seq(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return _multitask(prompt, geometry) and _both_stacks(prompt, geometry)
+
+
+def _multitask_encoder(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return _multitask(prompt, geometry) and (geometry is None or geometry.decoder is None)
+
+
+def _dropout(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return _trained_by("p-tuning-lstm")(prompt, geometry) and bool(
+        prompt.training is not None and prompt.training.settings.get("dropout")
+    )
+
+
 LEFT_PADDED_PROMPT = Defect(
     "peft-left-padded-prompt",
     "peft",
     "prompt tuning puts the virtual tokens before the pads of a left-padded row, and counts the pads as positions: "
     "such a row generates other tokens than without its pads",
     _peft,
+    _input,
 )
 LEFT_PADDED_PREFIX_FORWARD = Defect(
     "peft-left-padded-prefix-forward",
     "peft",
     "the forward of a prefix counts the pads of a left-padded row as positions, unlike generate",
     _peft,
+    _prefix,
 )
 ONE_SUBMODULE = Defect(
     "peft-one-submodule",
@@ -42,12 +105,14 @@ ONE_SUBMODULE = Defect(
     "an encoder-decoder prefix with num_transformer_submodules=1 is put into a cache without a cross-attention half: "
     "transformers 4.57 fails, and in 5.23 cross-attention, without a word, sees the prefix and the decoder's tokens",
     _peft,
+    _seq2seq_prefix,
 )
 CACHED_T5_PREFIX = Defect(
     "peft-t5-cached-prefix",
     "peft",
     "on transformers 4, cached generation of T5 with a prefix differs from the uncached forward",
     _transformers_4,
+    _seq2seq_prefix,
 )
 UNPOOLED_PREFIX = Defect(
     "peft-unpooled-prefix",
@@ -55,6 +120,7 @@ UNPOOLED_PREFIX = Defect(
     "on transformers 4, a prefix on a sequence classifier without a pooler (RoBERTa, ELECTRA) fails: PEFT hands the "
     "classifier the cache instead of the hidden states",
     _transformers_4,
+    _encoder_prefix,
 )
 ADAPTER_NAMES = Defect(
     "peft-adapter-names",
@@ -67,18 +133,21 @@ MISSING_HEAD = Defect(
     "peft",
     "a classification checkpoint without a classifier, as PEFT 0.15 and 0.16 wrote them, ends in a KeyError",
     _peft,
+    _classifier,
 )
 GROWING_CONFIG = Defect(
     "peft-growing-config",
     "peft",
     "every load and save of a classification checkpoint doubles entries of modules_to_save",
     _peft,
+    _classifier,
 )
 UNASKED_WARNING = Defect(
     "peft-position-warning",
     "peft",
     "generate with prompt tuning warns that position ids are ignored, although the caller gave none",
     _peft,
+    _generates,
 )
 DEPRECATED = Defect(
     "peft-deprecated",
@@ -91,6 +160,7 @@ MULTITASK_DECODER = Defect(
     "peft",
     "multitask prompt tuning of an encoder-decoder model drops decoder_input_ids: its forward runs with labels only",
     _peft,
+    _multitask_seq2seq,
 )
 MULTITASK_HALF = Defect(
     "peft-multitask-half",
@@ -98,6 +168,7 @@ MULTITASK_HALF = Defect(
     "multitask prompt tuning of an encoder-decoder model with two submodules, the default, trains vectors in the "
     "decoder's input, too, and generate leaves them out",
     _peft,
+    _multitask_seq2seq,
 )
 MULTITASK_TASK = Defect(
     "peft-multitask-task",
@@ -105,24 +176,36 @@ MULTITASK_TASK = Defect(
     "models for question answering and feature extraction take task_ids and do not hand them to a multitask prompt, "
     "which fails",
     _peft,
+    _multitask_encoder,
 )
 SAVED_DROPOUT = Defect(
     "peft-saved-dropout",
     "peft",
     "P-tuning with dropout, saved while the model is in training mode (as the Trainer does), saves one random draw",
     _peft,
+    _dropout,
 )
 LOST_TRAINING = Defect(
     "peft-lost-training",
     "peft",
     "P-tuning, a projected prefix and CPT are saved as what they evaluate to: no training goes on from the file",
     _peft,
+    _thrown_away,
+)
+LOST_ENCODER = Defect(
+    "peft-lost-encoder",
+    "peft",
+    "a checkpoint that is loaded into a model in training (the Trainer does it to resume, and to load the best) puts "
+    "what a prompt encoder evaluated to into its input: another loss for P-tuning, an error for a projected prefix",
+    _peft,
+    _thrown_away,
 )
 CPT_DEFAULT = Defect(
     "peft-cpt-default",
     "peft",
     "the loss of a CPT adapter with another name than 'default' ends in a KeyError",
     _peft,
+    _trained_by("context-aware"),
 )
 PREFIX_CHECKPOINTING = Defect(
     "peft-prefix-checkpointing",
@@ -130,6 +213,7 @@ PREFIX_CHECKPOINTING = Defect(
     "a prefix under gradient checkpointing that is switched on after PEFT has wrapped the model, as the Trainer does, "
     "fails in the middle of the first step",
     _peft,
+    _prefix,
 )
 STATIC_CACHE = Defect(
     "peft-static-cache",
@@ -137,6 +221,7 @@ STATIC_CACHE = Defect(
     "generate of a decoder with cache_implementation='static' fails: the cache has no room for virtual tokens, or, on "
     "transformers 5, PEFT asks for an argument that is no longer there",
     _peft,
+    _in_decoder,
 )
 
 DEFECTS: tuple[Defect, ...] = (
@@ -155,6 +240,7 @@ DEFECTS: tuple[Defect, ...] = (
     MULTITASK_TASK,
     SAVED_DROPOUT,
     LOST_TRAINING,
+    LOST_ENCODER,
     CPT_DEFAULT,
     PREFIX_CHECKPOINTING,
     STATIC_CACHE,

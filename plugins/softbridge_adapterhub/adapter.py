@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from softbridge.geometry import Geometry, Site
+from softbridge.geometry import Geometry, Site, Stack, stack_of
 from softbridge.methods import MLP_TENSORS, materialise
 from softbridge.prompt import Array, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt, Training, same_array
 from softbridge_adapterhub import facts
@@ -211,6 +211,17 @@ class Adapter:
     def _gathered(self, training: Training) -> Training:
         """The inverse of `_spread`."""
         return _layered(training, lambda rows: rows[: len(rows) // facts.copies(self.geometry)])
+
+
+def starts(parts: Iterable[Part]) -> dict[Stack, int]:
+    """Where real tokens stand with AdapterHub: at 0, in every stack that has virtual ones."""
+    stacks: list[Stack] = []
+    for part in parts:
+        if isinstance(part, InputPrompt):
+            stacks.append(part.stack)
+        elif part.site != "cross":
+            stacks.append(stack_of(part.site))
+    return dict.fromkeys(stacks, 0)
 
 
 def _layered(training: Training, change: Callable[[Array], Array]) -> Training:

@@ -13,6 +13,7 @@ import importlib.util
 import inspect
 import logging
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
@@ -20,15 +21,15 @@ from pathlib import Path
 from typing import Any
 
 from softbridge.base import BaseModel
-from softbridge.errors import EngineError, Obstacle
+from softbridge.errors import EngineError, Obstacle, SoftbridgeError
 from softbridge.geometry import read_geometry
 from softbridge.head import load_head
 from softbridge.prompt import InputPrompt, SoftPrompt
 from softbridge.tensors import from_torch, to_torch
 from softbridge.untrusted import Files
-from softbridge_adapterhub import facts
+from softbridge_adapterhub import composition, facts
 from softbridge_adapterhub.adapter import FLAT, Adapter
-from softbridge_adapterhub.format import CAPABILITIES, folder_of
+from softbridge_adapterhub.format import CAPABILITIES, FORMAT, folder_of
 
 log = logging.getLogger(__name__)
 
@@ -107,7 +108,7 @@ class AdapterHubEngine:
         AdapterHub holds them in float32, and evaluates a perceptron in float32, here for one row; the keys and values
         that come of it are converted to the model's dtype, exactly where that is wider. What AdapterHub does not load
         into this class, the head of a class of its own, and what it cannot load alone, the prompt of a union with
-        others, is attached.
+        others or beside a head that is not read, or as one, a stack, is attached.
 
         Args:
             model: one that nothing else needs, it cannot be detached.
@@ -120,7 +121,12 @@ class AdapterHubEngine:
         self._check(model, prompt)
         flat = replace(prompt, training=None)
         partial = prompt.origin is not None and prompt.origin.details.get("partial") is not None
-        _run(model.eval(), prompt, lambda: _add(model, flat) if partial else _load(model, prompt, directory))
+        folder = None if partial else folder_of(Files(directory))
+        _run(
+            model.eval(),
+            prompt,
+            lambda: _add(model, flat) if folder is None else _load(model, prompt, directory, folder),
+        )
         return model.eval()
 
     def _check(self, model: Any, prompt: SoftPrompt) -> None:
@@ -137,8 +143,48 @@ class AdapterHubEngine:
                 "; ".join(dict.fromkeys(obstacle.remedy for obstacle in obstacles)),
             )
 
-    def extract(self, model: Any) -> SoftPrompt:
-        """The prompt as it is now, a flat prefix, in the model's dtype. See `Engine.extract`."""
+    def extract(self, model: Any, adapter: str | None = None) -> SoftPrompt:
+        """The prompt as it is now, a flat prefix, in the model's dtype. See `Engine.extract`.
+
+        Of a model that AdapterHub itself set up, what it would save: with a perceptron, and with a head.
+
+        Args:
+            adapter: its name there; None: what is active, if that is one prompt, alone or stacked.
+
+        Raises:
+            EngineError: no prompt is attached, or what is active is several, one for some rows each; or none.
+        """
+        if adapter is None and isinstance(getattr(model, _ATTACHMENT, None), _Attachment):
+            return self._attached(model)
+        if adapter is not None:
+            return _saved(model, adapter)
+        found = self.blocks(model)
+        if len(found) > 1:
+            setup = composition.describe(_active(model))
+            raise EngineError(
+                f"{setup} is active, which is several prompts for different rows",
+                "one prompt for all rows",
+                "say which: extract(model, adapter=...), or take them all: blocks(model)",
+            )
+        return found[0].prompt
+
+    def blocks(self, model: Any) -> tuple[composition.Prompted, ...]:
+        """The prompts that are active in a model which AdapterHub itself set up, and the rows that each is for.
+
+        One for a single adapter and for `Stack`. For `BatchSplit` one per block, with the number of its rows in the
+        batch. For `Parallel` one per child, with None: AdapterHub repeats the batch, and puts out all rows with the
+        first child, then all rows with the next.
+
+        Raises:
+            EngineError: nothing is active, or there is no prompt that computes the same; with the reason.
+        """
+        setup = _active(model)
+        try:
+            return composition.prompted(setup, lambda name: _saved(model, name))
+        except ValueError as error:
+            raise EngineError(str(error), "soft prompts, alone or composed", "activate one of the adapters") from error
+
+    def _attached(self, model: Any) -> SoftPrompt:
         prompt = _attachment(model).prompt
         adapter = Adapter.of(prompt, read_geometry(model.config), ADAPTER)
         parts, _ = adapter.read({key: from_torch(model.base_model.get_parameter(key)) for key in adapter.shapes()})
@@ -266,6 +312,34 @@ def _attachment(model: Any) -> _Attachment:
     return attachment
 
 
+def _active(model: Any) -> Any:
+    """The active composition, as `adapter_setup.json` would say it."""
+    config = getattr(model, "adapters_config", None)
+    if config is None or config.active_setup is None:
+        raise EngineError(
+            "no prompt is attached to this model by engine 'adapterhub', and no adapter of AdapterHub's is active",
+            "a model that `attach` returned, or that AdapterHub set up",
+            "attach first, or call set_active_adapters",
+        )
+    return config.active_setup.to_dict()
+
+
+def _saved(model: Any, name: str) -> SoftPrompt:
+    """An adapter as AdapterHub would save it."""
+    if name not in model.adapters_config:
+        known = ", ".join(model.adapters_config) or "none"
+        raise EngineError(f"no adapter '{name}' in this model", f"one of {known}", "say one of these")
+    with tempfile.TemporaryDirectory() as folder:
+        further = {"with_head": True} if "with_head" in inspect.signature(model.save_adapter).parameters else {}
+        model.save_adapter(folder, name, **further)
+        try:
+            return FORMAT.read(Files(folder), read_geometry(model.config))
+        except SoftbridgeError as error:
+            raise EngineError(
+                f"adapter '{name}': {error.found}", "an adapter that is a soft prompt", error.remedy
+            ) from error
+
+
 def _holders(model: Any) -> Iterator[Any]:
     for module in model.modules():
         yield module
@@ -312,29 +386,34 @@ def _add(model: Any, prompt: SoftPrompt) -> str:
     return adapter.name
 
 
-def _load(model: Any, prompt: SoftPrompt, directory: Path) -> str:
+def _load(model: Any, prompt: SoftPrompt, directory: Path, folder: str) -> str:
     """Let AdapterHub load its files, under the name that they give: under another it would not find all of them."""
     files = Files(directory)
-    folder = folder_of(files)
     weights = facts.weights_in(files, folder, facts.WEIGHTS_FILE)
     if weights is None:  # AdapterHub would ask the hub
         expected = f"{facts.WEIGHTS_FILE} or {facts.SAFE[facts.WEIGHTS_FILE]}"
         raise EngineError(f"no weights in {directory}", expected, "give AdapterHub's directory")
-    headed = (
-        bool(prompt.head) and files.json(folder + facts.HEAD_CONFIG_FILE).get("model_class") == type(model).__name__
-    )
     found: dict[str, list[str]] = {}
+    here = str((directory / folder).absolute())
     name: str = model.load_adapter(
-        str((directory / folder).absolute()),
+        here,
         use_safetensors=weights.endswith(facts.SAFE[facts.WEIGHTS_FILE]),
         loading_info=found,
-        **({"with_head": headed} if "with_head" in inspect.signature(model.load_adapter).parameters else {}),
+        **({"with_head": False} if "with_head" in inspect.signature(model.load_adapter).parameters else {}),
     )
     # Under the attention modules are the same objects again. What is missing AdapterHub leaves random, without a word.
     missing = [key for key in found["missing_keys"] if ".pool." not in key]
+    headed = (
+        bool(prompt.head) and files.json(folder + facts.HEAD_CONFIG_FILE).get("model_class") == type(model).__name__
+    )
+    if headed:
+        head = facts.weights_in(files, folder, facts.HEAD_WEIGHTS_FILE) or ""
+        found = {}
+        model.load_head(here, use_safetensors=head == folder + facts.SAFE[facts.HEAD_WEIGHTS_FILE], loading_info=found)
+        missing += [key for key in found["missing_keys"] if key in prompt.head]
     if missing:
         raise EngineError(
-            f"AdapterHub does not find {', '.join(missing)} in {directory / weights}",
+            f"AdapterHub does not find {', '.join(missing)} in {directory / folder}",
             "files that hold the whole prompt",
             "save the adapter again with AdapterHub's save_adapter",
         )
@@ -418,7 +497,10 @@ def _cache_is_of_no_use(model: Any) -> bool:
 
     tokens = torch.zeros((1, 2), dtype=torch.long, device=model.device)
     inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if model.config.is_encoder_decoder:  # the encoder's input may be no tokens, and is not what this is about
+    if model.config.is_encoder_decoder:
+        if not model.can_generate():  # a classifier is called once for a text
+            return False
+        # The encoder's input may be no tokens, and is not what this is about.
         states = torch.zeros((1, 2, model.config.hidden_size), dtype=model.dtype, device=model.device)
         inputs = {"encoder_outputs": (states,), "decoder_input_ids": tokens}
     with torch.random.fork_rng(), torch.no_grad():

@@ -1,7 +1,7 @@
 """AdapterHub's directories: `adapter_config.json` beside `pytorch_adapter.bin` or `adapter.safetensors`.
 
 Prefix tuning (flat or as the perceptron that produces it, with gates or without), prompt tuning, both in one adapter,
-and a classifier beside them are read and written. AdapterHub repeats the whole pool of prefixes under every attention
+and a head beside them are read and written. AdapterHub repeats the whole pool of prefixes under every attention
 module; one copy is read and all are checked to be equal. Written are the tensors without the base model's own name in
 front: `load_adapter` takes that on every model class.
 """
@@ -17,12 +17,12 @@ import numpy as np
 from softbridge import untrusted
 from softbridge.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
-from softbridge.geometry import Geometry, stack_of
-from softbridge.prompt import Array, BaseId, InputPrompt, Origin, Positions, SoftPrompt, same_array
+from softbridge.geometry import Geometry
+from softbridge.prompt import Array, BaseId, Origin, Positions, SoftPrompt, same_array
 from softbridge.tensors import BFLOAT16
 from softbridge.untrusted import Files
-from softbridge_adapterhub import facts, heads
-from softbridge_adapterhub.adapter import FLAT, Adapter, Configs
+from softbridge_adapterhub import composition, facts, heads
+from softbridge_adapterhub.adapter import FLAT, Adapter, Configs, starts
 
 #: What stands in front of a copy of the pool.
 _COPY = re.compile(r"(?:\w+\.)*prefix_tuning\.(?:pool\.)?(?=prefix_tunings\.)")
@@ -44,7 +44,7 @@ CAPABILITIES = Capabilities(
 
 
 class AdapterHubFormat:
-    """A directory as AdapterHub's `save_adapter` writes it, or `save_adapter_setup` of one adapter."""
+    """A directory as AdapterHub's `save_adapter` writes it, or `save_adapter_setup` of one adapter or a stack."""
 
     name = "adapterhub"
     summary = "AdapterHub: prefix tuning (flat, reparameterised, gated), prompt tuning"
@@ -64,8 +64,25 @@ class AdapterHubFormat:
         return isinstance(document.get("config"), dict) and "model_type" in document
 
     def read(self, files: Files, geometry: Geometry | None) -> SoftPrompt:
-        """Read a prompt. See `Format.read`."""
-        folder = folder_of(files)
+        """Read a prompt; of a setup that stacks several, the one that they are. See `Format.read`."""
+        if facts.SETUP_FILE not in files:
+            return self._read(files, "", geometry)
+        setup = files.json(facts.SETUP_FILE).get("adapter_setup")
+        remedy = "give the folder of one of the adapters"
+        try:
+            found = composition.prompted(setup, lambda name: self._read(files, f"{name}/", geometry))
+        except ValueError as error:
+            raise CheckpointError(str(error), "adapters that are one prompt together", remedy) from error
+        if len(found) > 1:
+            raise CheckpointError(
+                f"{facts.SETUP_FILE} composes {composition.describe(setup):.200}",
+                "a setup of one adapter, or of several that are stacked: these are several prompts, for different rows",
+                remedy,
+            )
+        return found[0].prompt
+
+    def _read(self, files: Files, folder: str, geometry: Geometry | None) -> SoftPrompt:
+        """Read the adapter in a folder."""
         document = files.json(folder + facts.CONFIG_FILE)
         configs, others = _configs(document)
         if geometry is None:
@@ -91,11 +108,15 @@ class AdapterHubFormat:
             if flat and not prefix["flat"]:
                 notes.append("an ejected prefix: the configuration says flat: false, the tensors are flat")
             configs = {**configs, facts.PREFIX: {**prefix, "flat": flat}}
-        partial = None
+        lost = []
         if others:
             foreign = " and ".join(others)
             notes.append(f"of a union the soft prompt alone is read, and {foreign} left out")
-            partial = f"the source is a union with {foreign}, without which it computes another function"
+            lost.append(f"the source is a union with {foreign}, without which it computes another function")
+        if head.lost is not None:
+            notes.append(f"the prompt alone is read: {head.lost}")
+            lost.append(head.lost)
+        partial = "; ".join(lost) or None
         details = {**document, "head": head.document, "notes": notes, "partial": partial}
         adapter = Adapter(document["name"], configs, geometry)
         tensors = _checked(tensors, adapter, partial=bool(others))
@@ -105,14 +126,9 @@ class AdapterHubFormat:
             raise CheckpointError(
                 str(error), "an activation that AdapterHub knows", "check adapter_config.json"
             ) from error
-        stacks = [
-            part.stack if isinstance(part, InputPrompt) else stack_of(part.site)
-            for part in parts
-            if isinstance(part, InputPrompt) or part.site != "cross"
-        ]
         return SoftPrompt(
             parts,
-            Positions(dict.fromkeys(stacks, 0), "skewed", "pinned"),
+            Positions(starts(parts), "skewed", "pinned"),
             BaseId(document.get("model_name") or None, geometry),
             head.tensors,
             training,
@@ -134,11 +150,12 @@ class AdapterHubFormat:
             if wrong:
                 reason = f"AdapterHub has another shape for, or no tensor like, the perceptron's {', '.join(wrong)}"
                 found.append(Obstacle("training", reason, "eject the parameterisation first"))
-        classifier = heads.CLASSIFIERS.get(geometry.model_type)
-        names = set() if classifier is None else set(classifier.tensors().values())
-        if prompt.head and prompt.head.keys() != names:
-            reason = f"beside prompts of '{geometry.model_type}' stands no head of {', '.join(prompt.head)}"
-            reason += f", but of {', '.join(sorted(names))}" if names else ""
+        if prompt.head and heads.counterpart_of(geometry.model_type, prompt.head) is None:
+            known = ", ".join(
+                one.model_class for one in heads.HEADS.get(geometry.model_type, {}).values() if one.layers
+            )
+            reason = f"AdapterHub has no head of {', '.join(prompt.head)} for '{geometry.model_type}'"
+            reason += f", but those of {known}" if known else ""
             found.append(Obstacle("head", reason, "leave the head out: replace(prompt, head={})"))
         return found
 
@@ -152,7 +169,8 @@ class AdapterHubFormat:
         if geometry is None:
             raise BaseModelError("no base model was given", "its type and its size", "give it with --base")
         given = dict(prompt.origin.details) if prompt.origin is not None and prompt.origin.format == self.name else {}
-        head = {name: given.pop(name, None) for name in ("head", "notes", "partial")}["head"]
+        for name in ("head", "notes", "partial"):
+            given.pop(name, None)
         known = {str(config.get("architecture")): config for config in _members(given.get("config", {}))}
         adapter = Adapter.of(prompt, geometry, given.get("name", "softbridge"), known)
         document = {
@@ -170,7 +188,7 @@ class AdapterHubFormat:
         weights = {facts.WEIGHTS_FILE: adapter.tensors(prompt)}
         if prompt.head:
             described[facts.HEAD_CONFIG_FILE], weights[facts.HEAD_WEIGHTS_FILE] = heads.write(
-                prompt.head, document, head
+                prompt.head, document, _head_of(prompt)
             )
         content = {name: untrusted.json_bytes(value) for name, value in described.items()}
         for name, tensors in weights.items():
@@ -192,8 +210,9 @@ class AdapterHubFormat:
             advice.append("pass use_cache=False to forward and generate: AdapterHub never fills this model's cache")
         if kind in facts.CACHE_FAILS and geometry is not None and geometry.decoder is not None:
             advice.append("pass use_cache=False to forward and generate: AdapterHub fails with this model's cache")
-        if prompt.head and kind in heads.CLASSIFIERS:
-            advice.append(f"load it into a {heads.CLASSIFIERS[kind].model_class}: other classes do not take the head")
+        counterpart = heads.counterpart_of(kind, prompt.head, _head_of(prompt))
+        if counterpart is not None:
+            advice.append(f"load it into a {counterpart.model_class}: other classes do not take the head")
         advice += [
             f"pass position_ids = torch.arange(T) + {start} for T unpadded tokens, in every call: the first real token "
             f"of the {stack} stands at {start}"
@@ -206,33 +225,23 @@ class AdapterHubFormat:
 FORMAT = AdapterHubFormat()
 
 
-def folder_of(files: Files) -> str:
-    """The folder in which the adapter lies: ``""``, or ``name/`` for a setup of one.
+def _head_of(prompt: SoftPrompt) -> Mapping[str, Any] | None:
+    """What AdapterHub's files say of the head, if the prompt came from there."""
+    if prompt.origin is None or prompt.origin.format != FORMAT.name:
+        return None
+    said: Mapping[str, Any] | None = prompt.origin.details.get("head")
+    return said
 
-    Raises:
-        CheckpointError: a setup composes several adapters.
-    """
+
+def folder_of(files: Files) -> str | None:
+    """The folder in which the adapter lies: ``""``, ``name/`` for a setup of one, or None for one of several."""
     if facts.SETUP_FILE not in files:
         return ""
-    setup = files.json(facts.SETUP_FILE).get("adapter_setup")
-    match setup:
-        case {"type": "Stack", "children": [{"type": "single", "children": [str(name)]}]}:
-            return f"{name}/"
-    raise CheckpointError(
-        f"{facts.SETUP_FILE} composes {_composed(setup):.200}",
-        "a setup of one adapter: what several compute together is no soft prompt",
-        "give the folder of one of the adapters",
-    )
-
-
-def _composed(setup: object) -> str:
-    """A composition as AdapterHub prints it: ``Stack[a, b]``."""
-    match setup:
-        case {"type": "single", "children": [str(name)]}:
-            return name
-        case {"type": str(kind), "children": [*children]}:
-            return f"{kind}[{', '.join(map(_composed, children))}]"
-    return f"{setup!r:.40}"
+    try:
+        found = composition.blocks(files.json(facts.SETUP_FILE).get("adapter_setup"))
+    except ValueError:
+        return None
+    return f"{found[0].names[0]}/" if len(found) == 1 and len(found[0].names) == 1 else None
 
 
 def _members(config: Mapping[str, Any]) -> list[Any]:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from softbridge.errors import EngineError
 from softbridge.prompt import Gate, KeyValue
 from softbridge.tensors import from_torch, to_torch
+from softbridge_native.apart import Group, attend, pays
 
 #: Underlying implementations. Others skip the mask, or take it in a form of their own.
 UNDERLYING = ("eager", "sdpa")
@@ -57,8 +59,9 @@ class LayerPrefix(nn.Module):
     The keys and values are parameters, or what a network made: see `softbridge_native.parameterisation.Made`.
     """
 
-    def __init__(self, pair: KeyValue, device: torch.device, made: bool) -> None:
+    def __init__(self, pair: KeyValue, stand: Stand, device: torch.device, made: bool) -> None:
         super().__init__()
+        self.stand = stand
         for name, array in (("keys", pair.keys), ("values", pair.values)):
             tensor = to_torch(array).to(device)
             if made:
@@ -71,6 +74,12 @@ class LayerPrefix(nn.Module):
 
     keys: Tensor
     values: Tensor
+
+    def join(self, entered: Tensor | None, like: Tensor) -> Joined:
+        keys, values = self(entered, like)
+        if keys.ndim == 4:
+            return Joined(self.stand, each=(keys, values))
+        return Joined(self.stand, (Group(keys, values),))
 
     def forward(self, entered: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each [K, P, D] or [B, K, P, D], as they are for what enters the attention module."""
@@ -90,29 +99,92 @@ class LayerPrefix(nn.Module):
 
 
 @dataclass(frozen=True)
+class Stand:
+    """How a prefix stands to the sequence that it joins, the same for all rows or for each: int and bool, or [B, 1].
+
+    Attributes:
+        origin: where the first token of the sequence stands, counted from the first virtual token.
+        skewed: AdapterHub's T5 bias: between real tokens, too, keys count the prefix and queries do not.
+        slides: whether a sliding window drops virtual tokens.
+    """
+
+    origin: int | Tensor
+    skewed: bool
+    slides: bool | Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Joined:
+    """What joins the keys and values of one call of an attention module.
+
+    Attributes:
+        stand: how it stands to the sequence.
+        groups: the rows that share a prefix, each row in one of them or in none.
+        each: keys and values [B, K, P, D], where each row has its own and there are no groups.
+        lengths: how many of the P virtual tokens each row has, [B, 1]; None: all.
+    """
+
+    stand: Stand
+    groups: tuple[Group, ...] = ()
+    each: tuple[Tensor, Tensor] | None = None
+    lengths: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """P."""
+        return int(self.each[0].shape[-2]) if self.each else max([group.keys.shape[1] for group in self.groups])
+
+    @property
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [K, P, D], or [B, K, P, D] where rows differ; zeros behind what is shorter."""
+        if self.each is not None:
+            return self.each
+        if self.groups[0].rows is None:
+            return self.groups[0].keys, self.groups[0].values
+        heads, _, width = self.groups[0].keys.shape
+        named = [(group, group.rows) for group in self.groups if group.rows is not None]
+        rows = sum(len(rows) for _, rows in named) if self.lengths is None else len(self.lengths)
+        keys, values = (self.groups[0].keys.new_zeros(rows, heads, self.length, width) for _ in range(2))
+        for group, mine in named:
+            keys[mine, :, : group.keys.shape[1]], values[mine, :, : group.keys.shape[1]] = group.keys, group.values
+        return keys, values
+
+
+class Source(Protocol):
+    """Where an attention module finds what joins its keys and values."""
+
+    def join(self, entered: Tensor | None, like: Tensor) -> Joined | None:
+        """What joins in this call; None: nothing.
+
+        Args:
+            entered: what entered the module [B, Q, H], where it is kept for a gate.
+            like: the call's own keys [B, K, N, D].
+        """
+
+
+@dataclass(frozen=True)
 class Binding:
     """What an attention module must know of its prefix.
 
     Attributes:
-        prefix: the layer's keys and values.
+        source: where it comes from.
         causal: whether the module's queries see the past only.
-        origin: where the first token of its sequence stands, counted from the first virtual token.
-        skewed: AdapterHub's T5 bias: between real tokens, too, keys count the prefix and queries do not.
-        slides: whether a sliding window drops virtual tokens.
         bias: the module that holds the table of a T5-like relative bias, or None.
     """
 
-    prefix: LayerPrefix
+    source: Source
     causal: bool
-    origin: int
-    skewed: bool
-    slides: bool
     bias: Any
 
 
 def registered(implementation: str) -> str:
     """The name under which our function over an underlying implementation is registered."""
     return f"softbridge_{implementation}"
+
+
+def underlying(implementation: str) -> str:
+    """The implementation under a name of ours; any other name is its own."""
+    return next((name for name in UNDERLYING if registered(name) == implementation), implementation)
 
 
 def register() -> None:
@@ -183,28 +255,64 @@ def _attend(
     length, real = query.shape[2], key.shape[2]
     attention_mask = _above_float32(attention_mask)
     binding: Binding | None = module.__dict__.get(_BINDING)
-    if binding is None:
+    joined = None if binding is None else binding.source.join(module.__dict__.pop(_ENTERED, None), key)
+    if binding is None or joined is None:
         # The last queries alone: a model asks SDPA for them with a mask, but knows it by its own name only.
         if attention_mask is None and 1 < length < real and getattr(module, "is_causal", False):
             attention_mask = _past(query, real)
         return function(module, query, key, value, attention_mask, **settings)
 
-    _check(binding.prefix, module, key, value)
-    window = settings.get("sliding_window") if binding.slides else None
+    _check(joined, module, key, value)
+    if implementation == "sdpa" and _falls_apart(joined, settings) and pays(joined.groups, query):
+        return _in_two_parts(module, binding, joined, query, key, value, attention_mask, settings), None
+    window = settings.get("sliding_window") if joined.stand.slides is not False else None
     # No mask means causal, which SDPA's own flag would align to the first key; that one is virtual here.
     if attention_mask is None and (window is not None or (binding.causal and length > 1)):
         attention_mask = _past(query, real)
+    if attention_mask is None and joined.lengths is not None:
+        attention_mask = query.new_zeros(1, 1, 1, real)
     if attention_mask is not None:
         attention_mask = attention_mask[..., :real]
     if settings.get("position_bias") is not None:
-        settings["position_bias"] = _bias(binding, length, real, attention_mask, settings["position_bias"])
+        settings["position_bias"] = _bias(binding, joined, length, real, attention_mask, settings["position_bias"])
     if attention_mask is not None:
-        virtual = _columns(binding, attention_mask, length, window, settings.get("position_ids"))
+        virtual = _columns(joined, attention_mask, length, window, settings.get("position_ids"))
         attention_mask = torch.cat([virtual, attention_mask.expand(*virtual.shape[:-1], -1)], dim=-1)
-    keys, values = binding.prefix(module.__dict__.pop(_ENTERED, None), key)
+    keys, values = joined.whole
     key = torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)
     value = torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)
     return function(module, query, key, value, attention_mask, **{**settings, "is_causal": False})
+
+
+def _falls_apart(joined: Joined, settings: Mapping[str, Any]) -> bool:
+    """Whether nothing but keys and queries, and the rows' own mask, decides how much a query sees of the prefix."""
+    window = settings.get("sliding_window") if joined.stand.slides is not False else None
+    more = (window, *(settings.get(name) for name in ("position_bias", "softcap", "s_aux", "head_mask")))
+    return bool(joined.groups) and not settings.get("dropout") and all(setting is None for setting in more)
+
+
+def _in_two_parts(
+    module: nn.Module,
+    binding: Binding,
+    joined: Joined,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    settings: Mapping[str, Any],
+) -> Tensor:
+    """What transformers' SDPA attention returns for the joined keys: [B, Q, heads, D]."""
+    length, real = query.shape[2], key.shape[2]
+    causal = mask is None and binding.causal and length > 1
+    if causal and length < real:
+        mask, causal = _past(query, real), False
+    if mask is not None:
+        mask = mask[..., :real]
+        if mask.dtype == torch.bool:
+            mask = query.new_zeros(mask.shape).masked_fill(~mask, torch.finfo(query.dtype).min)
+    scale = settings.get("scaling")
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    return attend(query, key, value, mask, causal, scale, joined.groups).transpose(1, 2).contiguous()
 
 
 def _past(query: Tensor, real: int) -> Tensor:
@@ -214,9 +322,10 @@ def _past(query: Tensor, real: int) -> Tensor:
     return query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]
 
 
-def _check(prefix: LayerPrefix, module: nn.Module, key: Tensor, value: Tensor) -> None:
+def _check(joined: Joined, module: nn.Module, key: Tensor, value: Tensor) -> None:
     """Refuse attention whose keys or values are of other shapes than the model's configuration let expect."""
-    ours = [(part.shape[0], part.shape[2]) for part in (prefix.keys, prefix.values)]
+    one = (joined.groups[0].keys, joined.groups[0].values) if joined.groups else joined.whole
+    ours = [(part.shape[-3], part.shape[-1]) for part in one]
     theirs = [(part.shape[1], part.shape[3]) for part in (key, value)]
     if ours != theirs:
         raise EngineError(
@@ -226,10 +335,13 @@ def _check(prefix: LayerPrefix, module: nn.Module, key: Tensor, value: Tensor) -
         )
 
 
-def _columns(binding: Binding, mask: Tensor, length: int, window: int | None, positions: Tensor | None) -> Tensor:
+def _columns(joined: Joined, mask: Tensor, length: int, window: int | None, positions: Tensor | None) -> Tensor:
     """The mask's columns for the virtual tokens, [B or 1, 1, Q or 1, P]: visible, unless a window slid past them."""
-    prefix = binding.prefix.keys.shape[1]
-    columns = mask.new_full((*mask.shape[:-1], prefix), mask.dtype == torch.bool)
+    prefix, lengths = torch.arange(joined.length, device=mask.device), joined.lengths
+    gone: Any = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
+    columns = mask.new_full((*mask.shape[:-1], joined.length), mask.dtype == torch.bool)
+    if lengths is not None:  # [B, 1, 1, P]
+        columns = torch.where(prefix < lengths[:, None, None], columns, gone)
     if window is None:
         return columns
     if positions is None:
@@ -239,24 +351,25 @@ def _columns(binding: Binding, mask: Tensor, length: int, window: int | None, po
             "use a prompt whose window is 'pinned'",
         )
     # A model that needs its last states only may ask for the last queries only.
-    distance = positions[:, None, -length:, None] - torch.arange(prefix, device=mask.device)
-    gone = False if mask.dtype == torch.bool else torch.finfo(mask.dtype).min
-    return torch.where(distance < window, columns, gone)
+    near, slides = positions[:, None, -length:, None] - prefix < window, joined.stand.slides
+    if isinstance(slides, Tensor):
+        near = near | ~slides[:, None, None]
+    return torch.where(near, columns, gone)
 
 
-def _bias(binding: Binding, length: int, real: int, mask: Tensor | None, bias: Tensor) -> Tensor:
+def _bias(binding: Binding, joined: Joined, length: int, real: int, mask: Tensor | None, bias: Tensor) -> Tensor:
     """A T5-like bias [1, heads, Q, N] with columns for the virtual tokens in front: [B or 1, heads, Q, P + N].
 
     The model goes on sharing the bias without them among its layers.
     """
-    prefix = binding.prefix.keys.shape[1]
-    table = binding.bias
+    prefix, table = joined.length, binding.bias
     if table is None:  # cross-attention has none
         return torch.cat([bias.new_zeros(*bias.shape[:-1], prefix), bias], dim=-1)
     slots, positions = _queries(binding.causal, length, real, mask, bias.device)
-    virtual = torch.arange(prefix, device=bias.device) - (binding.origin + positions)[..., None]
-    if binding.skewed:
-        bias = _relative(table, prefix + torch.arange(real, device=bias.device) - slots[..., None])
+    virtual = torch.arange(prefix, device=bias.device) - (joined.stand.origin + positions)[..., None]
+    if joined.stand.skewed:
+        own = prefix if joined.lengths is None else joined.lengths[..., None]
+        bias = _relative(table, own + torch.arange(real, device=bias.device) - slots[..., None])
     virtual_bias = _relative(table, virtual)
     batch = max(virtual_bias.shape[0], bias.shape[0])
     return torch.cat([part.expand(batch, -1, -1, -1).to(bias.dtype) for part in (virtual_bias, bias)], dim=-1)

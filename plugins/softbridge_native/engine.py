@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from softbridge.bank import Entry, PromptBank
 from softbridge.capabilities import EVERYTHING, Capabilities
 from softbridge.errors import EngineError, Obstacle
 from softbridge.prompt import SoftPrompt
@@ -40,11 +41,17 @@ class NativeEngine:
 
         return native.attach(model, prompt)
 
+    def attach_bank(self, model: Any, bank: PromptBank, fetch: Callable[[Entry], SoftPrompt]) -> Any:
+        """Attach a bank in place: each row of a call runs with the prompt that the bank names for it."""
+        from softbridge_native import bank as native
+
+        return native.attach(model, bank, fetch)
+
     def extract(self, model: Any) -> SoftPrompt:
         """The prompt as it is now; the very one that was attached, if training did not change it."""
         from softbridge_native import model as native
 
-        return native.injection(model).extract()
+        return native.extract(model)
 
     def insert(self, model: Any, prompt: SoftPrompt) -> None:
         """Other numbers for the attached prompt. See `Insertable`."""

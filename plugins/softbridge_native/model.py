@@ -23,15 +23,18 @@ from softbridge_native.attention import (
     UNDERLYING,
     Binding,
     LayerPrefix,
+    Source,
+    Stand,
     bind,
     dispatches,
     enter,
     register,
     registered,
     unbind,
+    underlying,
 )
 from softbridge_native.parameterisation import Making, Parameterisation, trainable
-from softbridge_native.placement import StackHooks, Vectors, counted, embedding_block, home
+from softbridge_native.placement import Circumstances, StackHooks, Vectors, counted, embedding_block, home
 
 #: The submodule of the model that holds the prompt.
 NAME = "softbridge"
@@ -44,13 +47,13 @@ class Prefix(nn.Module):
     `KeyValuePrefix.from_rows`.
     """
 
-    def __init__(self, part: KeyValuePrefix, modules: Sequence[nn.Module], made: bool) -> None:
+    def __init__(self, part: KeyValuePrefix, modules: Sequence[nn.Module], stand: Stand, made: bool) -> None:
         super().__init__()
         self.stack: Stack = stack_of(part.site)
         self.site: Site | None = part.site
         self.layers = nn.ModuleDict()
         for layer, pair in part.layers.items():
-            self.layers[str(layer)] = LayerPrefix(pair, home(next(modules[layer].parameters()).device), made)
+            self.layers[str(layer)] = LayerPrefix(pair, stand, home(next(modules[layer].parameters()).device), made)
 
     @property
     def _each(self) -> Iterable[Any]:
@@ -90,12 +93,9 @@ class Prefix(nn.Module):
 
 
 class Injection(nn.Module):
-    """The prompt's parameters, and what is needed to extract it and to restore the model.
+    """What is put into a model: where the prompt lives, and what is needed to restore the model.
 
     Attributes:
-        prompt: as it was attached.
-        parts: one module for each of the prompt's parts.
-        parameterisation: what makes some of them, or None.
         handles: of all hooks.
         reached: whether a stack has run since the model was called.
         bound: the attention modules that hold a prefix.
@@ -103,13 +103,8 @@ class Injection(nn.Module):
         trainable: the model's parameters that were trainable.
     """
 
-    def __init__(
-        self, prompt: SoftPrompt, parts: Sequence[Vectors | Prefix], parameterisation: Parameterisation | None
-    ) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.prompt = prompt
-        self.parts = nn.ModuleList(parts)
-        self.parameterisation = parameterisation
         self.handles: list[Any] = []
         self.reached = False
         self.bound: list[nn.Module] = []
@@ -133,6 +128,55 @@ class Injection(nn.Module):
                 "attach to another class of the same family, or use a toolkit's engine",
             )
 
+    def sources(self) -> Iterator[tuple[Site, int, Source, bool]]:
+        """Which attention modules are to be bound: their site and layer, to what, and whether a gate is on it."""
+        raise NotImplementedError
+
+    def hooks(self, name: Stack, stack: nn.Module, around: Circumstances) -> StackHooks:
+        """The hooks of a stack."""
+        raise NotImplementedError
+
+
+class Single(Injection):
+    """One prompt, for all rows.
+
+    Attributes:
+        prompt: as it was attached.
+        parts: one module for each of the prompt's parts.
+        parameterisation: what makes some of them, or None.
+    """
+
+    def __init__(self, prompt: SoftPrompt, modules: Mapping[Site, Sequence[nn.Module]], device: torch.device) -> None:
+        super().__init__()
+        self.prompt = prompt
+        kind = KINDS[prompt.training.kind] if prompt.training is not None and trainable(prompt) else None
+        made = [kind is not None and kind.makes(part) for part in prompt.parts]
+        parts = [
+            Prefix(part, modules[part.site], stand_of(prompt, part.site), network)
+            if isinstance(part, KeyValuePrefix)
+            else Vectors(part, device, network)
+            for part, network in zip(prompt.parts, made, strict=True)
+        ]
+        networks = [part for part, network in zip(parts, made, strict=True) if network]
+        state = prompt.training if networks else None
+        self.parts = nn.ModuleList(parts)
+        self.parameterisation = None if state is None else Parameterisation(state, networks, device)
+
+    def sources(self) -> Iterator[tuple[Site, int, Source, bool]]:
+        for module in self.parts:
+            if isinstance(module, Prefix) and module.site is not None:
+                for layer, source in module.layers.items():
+                    if isinstance(source, LayerPrefix):
+                        yield module.site, int(layer), source, source.gate is not None
+
+    def hooks(self, name: Stack, stack: nn.Module, around: Circumstances) -> StackHooks:
+        own = next((part for part in self.parts if isinstance(part, Vectors) and part.stack == name), None)
+        network = self.parameterisation
+        made = () if network is None else [part for part in network.parts if part.stack == name]
+        making = Making(network, made) if network is not None and made else None
+        start = self.prompt.positions.start.get(name, 0)
+        return StackHooks(stack, around, own, start, making)
+
     def extract(self) -> SoftPrompt:
         """The prompt as it is now. A changed one has no origin, and no parameterisation but one that was trained."""
         modules: Iterable[Any] = self.parts
@@ -148,10 +192,14 @@ class Injection(nn.Module):
 
 def attach(model: Any, prompt: SoftPrompt) -> Any:
     """Attach in place. See `Engine.attach`."""
-    if NAME in model._modules:
-        raise EngineError(
-            f"this {type(model).__name__} has a prompt attached already", "a model without one", "detach that one first"
-        )
+    check(prompt, model)
+    geometry = read_geometry(model.config)
+    modules = attention_modules(model, geometry)
+    return install(model, Single(prompt, modules, home(model.device)), geometry, bool(prompt.prefixes), prompt.head)
+
+
+def check(prompt: SoftPrompt, model: Any) -> None:
+    """Raise an `EngineError` with all obstacles to this prompt on this model."""
     found = obstacles(prompt, model)
     if found:
         raise EngineError(
@@ -160,37 +208,42 @@ def attach(model: Any, prompt: SoftPrompt) -> Any:
             "a prompt and a model that the engine can run",
             "; ".join(dict.fromkeys(obstacle.remedy for obstacle in found)),
         )
-    geometry = read_geometry(model.config)
-    modules = _attention_modules(model, geometry)
-    device = home(model.device)
-    kind = KINDS[prompt.training.kind] if prompt.training is not None and trainable(prompt) else None
-    made = [kind is not None and kind.makes(part) for part in prompt.parts]
-    parts = [
-        Prefix(part, modules[part.site], network)
-        if isinstance(part, KeyValuePrefix)
-        else Vectors(part, device, network)
-        for part, network in zip(prompt.parts, made, strict=True)
-    ]
-    networks = [part for part, network in zip(parts, made, strict=True) if network]
-    state = prompt.training if networks else None
-    parameterisation = None if state is None else Parameterisation(state, networks, device)
-    injected = Injection(prompt, parts, parameterisation)
-    injected.trainable = [
-        parameter for name, parameter in model.named_parameters() if parameter.requires_grad and name not in prompt.head
-    ]
+
+
+def install(model: Any, injected: Injection, geometry: Geometry, prefixed: bool, head: Iterable[str]) -> Any:
+    """Put an injection into the model, and freeze all of the model but the head's parameters of these names."""
+    if NAME in model._modules:
+        raise EngineError(
+            f"this {type(model).__name__} has a prompt attached already", "a model without one", "detach that one first"
+        )
+    modules, head = attention_modules(model, geometry), set(head)
+    injected.trainable = [p for name, p in model.named_parameters() if p.requires_grad and name not in head]
     for parameter in injected.trainable:
         parameter.requires_grad_(False)
     model.add_module(NAME, injected.train(model.training))
     try:
         # An input prompt needs of ours, in eager attention, what bounds the mask: see `attention._above_float32`.
-        if prompt.prefixes or (any(modules.values()) and model.config._attn_implementation == "eager"):
+        if prefixed or (any(modules.values()) and model.config._attn_implementation == "eager"):
             _switch_attention(model, injected)
-        _bind_prefixes(injected, modules)
+        if prefixed:
+            _bind(injected, modules)
         _hook(model, injected, geometry)
     except BaseException:
         detach(model)
         raise
     return model
+
+
+def extract(model: Any) -> SoftPrompt:
+    """The prompt as it is now. See `Engine.extract`."""
+    found = injection(model)
+    if not isinstance(found, Single):
+        raise EngineError(
+            "this model has a bank of prompts, none of which is trained",
+            "a model with one prompt",
+            "take it from the bank: model.softbridge.bank[name]",
+        )
+    return found.extract()
 
 
 def detach(model: Any) -> Any:
@@ -232,7 +285,7 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
     except BaseModelError as error:
         return [Obstacle("base-model", error.found, error.remedy)]
     found = []
-    stacks = _stacks(model, geometry)
+    stacks = stacks_of(model, geometry)
     for part in prompt.inputs:
         stack = stacks[part.stack]
         if part.entry == "after" and embedding_block(stack) is None:
@@ -245,8 +298,7 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         found += _attention_obstacles(prompt, model, geometry)
     for name, stack in stacks.items():
         origin = _origin(prompt, name)
-        tellable = "position_ids" in inspect.signature(stack.forward).parameters or _bias_table(stack) is not None
-        if origin < 0 or (origin > 0 and not tellable):
+        if origin < 0 or (origin > 0 and not tellable(stack)):
             reason = f"the {name}'s first token would stand at {origin}, and this model cannot be told so"
             found.append(Obstacle("positions", reason, "use a prompt whose positions the model counts by itself"))
     return found
@@ -258,18 +310,29 @@ def _looks_back(stack: Any) -> bool:
     return look is not None and "inputs_embeds" in inspect.signature(look).parameters
 
 
+def tellable(stack: Any) -> bool:
+    """Whether a stack can be told where its tokens stand, or asks for nothing but how far they are apart."""
+    return "position_ids" in inspect.signature(stack.forward).parameters or _bias_table(stack) is not None
+
+
 def _origin(prompt: SoftPrompt, stack: Stack) -> int:
     """Where the first token of the stack's sequence stands, be it virtual or real."""
     return prompt.positions.start.get(stack, 0) - sum(counted(part) for part in prompt.inputs if part.stack == stack)
 
 
+def stand_of(prompt: SoftPrompt, site: Site) -> Stand:
+    """How the prompt's prefix of a site stands to the sequence."""
+    told = prompt.positions
+    return Stand(_origin(prompt, stack_of(site)), told.relative_bias == "skewed", told.window == "slides")
+
+
 def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> list[Obstacle]:
-    implementation = model.config._attn_implementation
+    implementation = underlying(model.config._attn_implementation)
     found = []
     if implementation not in UNDERLYING:
         reason = f"a prefix runs in {' or '.join(UNDERLYING)} attention, the model has '{implementation}'"
         found.append(Obstacle("attention", reason, f"model.set_attn_implementation('{UNDERLYING[0]}')"))
-    modules, text = _attention_modules(model, geometry), model.config.get_text_config()
+    modules, text = attention_modules(model, geometry), model.config.get_text_config()
     for part in prompt.prefixes:
         shape, heard = geometry.site(part.site), modules[part.site]
         layers = 0 if shape is None else shape.layers
@@ -295,7 +358,7 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
         if slides and getattr(text, "attention_chunk_size", None):
             reason = f"attention in chunks of {text.attention_chunk_size} tokens drops virtual tokens otherwise"
             found.append(Obstacle("window", reason, "use the engine of the prompt's own toolkit"))
-        elif slides and heard and not _hears_positions(_stacks(model, geometry)["decoder"], heard[0]):
+        elif slides and heard and not _hears_positions(stacks_of(model, geometry)["decoder"], heard[0]):
             reason = "its attention layers do not learn where their queries stand, so a prefix cannot slide"
             found.append(Obstacle("window", reason, "use a prompt whose window is 'pinned'"))
         latent = [name for name in ("kv_lora_rank", "qk_nope_head_dim") if getattr(text, name, None)]
@@ -335,7 +398,7 @@ def _hears_positions(stack: Any, attention: nn.Module) -> bool:
     return True
 
 
-def _stacks(model: Any, geometry: Geometry) -> dict[Stack, Any]:
+def stacks_of(model: Any, geometry: Geometry) -> dict[Stack, Any]:
     """The module that runs each stack: embeddings, layers, last norm; no head."""
     if geometry.is_encoder_decoder:
         return {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
@@ -344,9 +407,9 @@ def _stacks(model: Any, geometry: Geometry) -> dict[Stack, Any]:
     return {"decoder": model.base_model.get_decoder()}
 
 
-def _attention_modules(model: Any, geometry: Geometry) -> dict[Site, list[nn.Module]]:
+def attention_modules(model: Any, geometry: Geometry) -> dict[Site, list[nn.Module]]:
     """The attention modules that dispatch, by site and in the order of the layers (self before cross, as they run)."""
-    found = {name: [m for m in stack.modules() if dispatches(m)] for name, stack in _stacks(model, geometry).items()}
+    found = {name: [m for m in stack.modules() if dispatches(m)] for name, stack in stacks_of(model, geometry).items()}
     decoder, crossed = found.get("decoder", []), geometry.is_encoder_decoder
     return {
         "encoder": found.get("encoder", []),
@@ -377,59 +440,35 @@ def _switch_attention(model: Any, injected: Injection) -> None:
 
 def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
     """Hook the stacks, and the model around them."""
-    prompt, handles = injected.prompt, injected.handles
+    handles = injected.handles
     handles += [model.register_forward_pre_hook(injected.enter), model.register_forward_hook(injected.leave)]
-    vectors: Iterable[Any] = (module for module in injected.parts if isinstance(module, Vectors))
-    inputs: dict[Stack, Vectors] = dict(zip((part.stack for part in prompt.inputs), vectors, strict=True))
     pools = _pools_first_token(model, geometry)
     implementation = model.config._attn_implementation if injected.implementations else None
-    for name, stack in _stacks(model, geometry).items():
-        own = inputs.get(name)
-        pooled = pools and own is not None and own.placement == "before-sequence"
+    for name, stack in stacks_of(model, geometry).items():
         crossed = geometry.is_encoder_decoder and name == "encoder"
-        strip = not (pooled or crossed)
-        making = _making(injected, name)
-        hooks = StackHooks(stack, own, prompt.positions.start.get(name, 0), implementation, strip, making)
+        hooks = injected.hooks(name, stack, Circumstances(implementation, crossed, pools))
         handles += [
             stack.register_forward_pre_hook(injected.reach),
             stack.register_forward_pre_hook(hooks.before, with_kwargs=True),
             stack.register_forward_hook(hooks.after),
             stack.get_input_embeddings().register_forward_hook(hooks.embedded),
         ]
-        block = embedding_block(stack) if own is not None and own.entry == "after" else None
+        block = embedding_block(stack)
         if block is not None:
             handles.append(block.register_forward_pre_hook(hooks.before_block, with_kwargs=True))
             handles.append(block.register_forward_hook(hooks.after_block))
-        if crossed and own is not None and own.placement != "template":
+        if crossed:
             handles.append(model.get_decoder().register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
 
 
-def _making(injected: Injection, stack: Stack) -> Making | None:
-    """What a network makes for this stack, or None."""
-    network = injected.parameterisation
-    parts = () if network is None else [part for part in network.parts if part.stack == stack]
-    return Making(network, parts) if network is not None and parts else None
-
-
-def _bind_prefixes(injected: Injection, modules: Mapping[Site, Sequence[nn.Module]]) -> None:
-    positions = injected.prompt.positions
-    prefixes: Iterable[Any] = (module for module in injected.parts if isinstance(module, Prefix))
-    for part, prefix in zip(injected.prompt.prefixes, prefixes, strict=True):
-        site = modules[part.site]
-        for layer in part.layers:
-            own_table = _bias_table(site[layer])
-            binding = Binding(
-                prefix=prefix.layers[str(layer)],
-                causal=part.site != "cross" and getattr(site[layer], "is_causal", part.site == "self"),
-                origin=_origin(injected.prompt, stack_of(part.site)),
-                skewed=positions.relative_bias == "skewed",
-                slides=positions.window == "slides",
-                bias=None if part.site == "cross" else own_table or _bias_table(nn.ModuleList(site)),
-            )
-            bind(site[layer], binding)
-            injected.bound.append(site[layer])
-            if binding.prefix.gate is not None:
-                injected.handles.append(site[layer].register_forward_pre_hook(enter, with_kwargs=True))
+def _bind(injected: Injection, modules: Mapping[Site, Sequence[nn.Module]]) -> None:
+    for site, layer, source, gated in injected.sources():
+        module, table = modules[site][layer], _bias_table(nn.ModuleList(modules[site]))
+        causal = site != "cross" and getattr(module, "is_causal", site == "self")
+        bind(module, Binding(source, causal, None if site == "cross" else _bias_table(module) or table))
+        injected.bound.append(module)
+        if gated:
+            injected.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
 
 
 def _bias_table(module: nn.Module) -> Any:

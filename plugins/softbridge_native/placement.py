@@ -12,14 +12,14 @@ from __future__ import annotations
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from softbridge.errors import EngineError
 from softbridge.geometry import Site, Stack
-from softbridge.prompt import InputPrompt
+from softbridge.prompt import Entry, InputPrompt, Placement
 from softbridge.template import PLACEHOLDER
 from softbridge.tensors import from_torch, to_torch
 from softbridge_native.parameterisation import Making
@@ -43,6 +43,33 @@ def embedding_block(stack: Any) -> nn.Module | None:
     return None
 
 
+class Inserted(Protocol):
+    """The virtual tokens of one call of a stack.
+
+    Attributes:
+        length: P.
+        lengths: how many of them each row has, [B, 1], or P where all have the same.
+        entry: as in `InputPrompt`.
+        placement: as in `InputPrompt`.
+        counted: by how many places they move the tokens behind them, [B, 1] or one number; see `counted`.
+        behind: whether rows with fewer virtual tokens have their pads behind all; see `Layout`.
+        device: where they are.
+    """
+
+    length: int
+    lengths: int | Tensor
+    entry: Entry
+    placement: Placement
+    counted: int | Tensor
+    behind: bool
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __call__(self, like: Tensor) -> Tensor:
+        """[1 or B, P, H], as they enter a sequence of such embeddings."""
+
+
 class Vectors(nn.Module):
     """An input prompt: vectors [P, H], a parameter, or what a network made (see `parameterisation.Made`)."""
 
@@ -59,9 +86,11 @@ class Vectors(nn.Module):
         self.used: Tensor | None = None
         self.stack: Stack = part.stack
         self.length = part.length
+        self.lengths: int | Tensor = part.length
         self.entry = part.entry
         self.placement = part.placement
-        self.counted = counted(part)
+        self.counted: int | Tensor = counted(part)
+        self.behind = False
 
     def forward(self, like: Tensor) -> Tensor:
         """[1, P, H], as they enter a sequence of such embeddings."""
@@ -82,32 +111,67 @@ class Vectors(nn.Module):
         """The part as it is now; what a network makes, as it was given."""
         return replace(part, vectors=from_torch(self.vectors)) if isinstance(self.vectors, nn.Parameter) else part
 
-    def layout(self, mask: Tensor | None) -> Layout:
-        """Where the virtual tokens stand in rows with this mask [B, T]; without one no row has pads."""
-        first = int(self.placement == "after-first-token")
-        if mask is None:
-            return Layout(torch.full((1, 1), first, device=self.vectors.device), self.length)
-        return Layout((left_pads(mask) + first).clamp(max=mask.shape[1]), self.length)
+    @property
+    def device(self) -> torch.device:
+        return self.vectors.device
+
+
+def layout(inserted: Inserted, mask: Tensor | None) -> Layout:
+    """Where the virtual tokens stand in rows with this mask [B, T]; without one no row has pads."""
+    first = int(inserted.placement == "after-first-token")
+    if mask is None:
+        front = torch.full((1, 1), first, device=inserted.device)
+    else:
+        front = (left_pads(mask) + first).clamp(max=mask.shape[1])
+    return Layout(front, inserted.length, inserted.lengths, inserted.behind)
 
 
 @dataclass(frozen=True)
 class Layout:
-    """The order of virtual and real tokens in each row: of a row's columns, the first `front` stand in front.
+    """The order of virtual and real tokens in each row.
+
+    Of a row's own columns the first `front` stand in front, then come its virtual tokens, then the others. Rows with
+    fewer virtual tokens than P have pads in their stead: in front of all, where a cache grows at the other end, or
+    behind all.
 
     Attributes:
         front: [B or 1, 1]: a row's pads on the left, and its first real token where that comes first.
         length: P.
+        lengths: how many virtual tokens each row has, [B, 1], or P.
+        behind: whether the pads are behind.
     """
 
     front: Tensor
     length: int
+    lengths: Tensor | int
+    behind: bool = False
+
+    @property
+    def shift(self) -> Tensor | int:
+        """How many pads come before all."""
+        return 0 if self.behind else self.length - self.lengths
 
     def insert(self, real: Tensor, virtual: Tensor) -> Tensor:
-        """[B, P + T, ...] from what belongs to real tokens [B or 1, T, ...] and to virtual ones [B or 1, P, ...]."""
-        both = torch.cat([virtual.expand(real.shape[0], *virtual.shape[1:]), real], dim=1)
-        column = torch.arange(both.shape[1], device=both.device)
-        ahead, behind = column < self.front, column >= self.front + self.length
-        return _take(both, column + self.length * ahead - self.front * ~(ahead | behind))
+        """[B, P + T, ...] from what belongs to real tokens [B or 1, T, ...] and to virtual ones [B or 1, P, ...].
+
+        In pads there is anything valid.
+        """
+        rows = max(real.shape[0], virtual.shape[0])
+        both = torch.cat([part.expand(rows, *part.shape[1:]) for part in (virtual, real)], dim=1)
+        column = torch.arange(both.shape[1], device=both.device) - self.shift
+        ahead, behind = column < self.front, column >= self.front + self.lengths
+        order = column + self.length * ahead - self.front * ~(ahead | behind) + (self.length - self.lengths) * behind
+        if isinstance(self.lengths, Tensor):
+            order = order.clamp(0, both.shape[1] - 1)
+        return _take(both, order)
+
+    def mask(self, mask: Tensor) -> Tensor:
+        """The mask [B, P + T] from that of the real tokens [B, T]."""
+        both = self.insert(mask, mask.new_ones(1, self.length))
+        if not isinstance(self.lengths, Tensor):
+            return both
+        column = torch.arange(both.shape[1], device=both.device) - self.shift
+        return both * ((column >= 0) & (column < self.lengths + mask.shape[1]))
 
     def reserve(self, real: Tensor) -> Tensor:
         """[B, P + T, ...] with anything valid in the places of the virtual tokens: the row's first."""
@@ -116,7 +180,7 @@ class Layout:
     def real(self, both: Tensor) -> Tensor:
         """[B, T, ...] of [B, P + T, ...]: without what belongs to virtual tokens."""
         column = torch.arange(both.shape[1] - self.length, device=both.device)
-        return _take(both, column + self.length * (column >= self.front))
+        return _take(both, column + self.lengths * (column >= self.front) + self.shift)
 
 
 def home(device: torch.device) -> torch.device:
@@ -134,31 +198,43 @@ def _take(both: Tensor, order: Tensor) -> Tensor:
     return torch.take_along_dim(both, order.view(*order.shape, *[1] * (both.ndim - 2)), dim=1)
 
 
+@dataclass(frozen=True)
+class Circumstances:
+    """What a stack's hooks must know of the model around it.
+
+    Attributes:
+        implementation: ours, which the stack's configuration names, or None where the model keeps its own.
+        keeps: whether the last hidden state keeps the virtual tokens: cross-attention is to see them.
+        pools: whether the model's head takes the first state for the whole sequence.
+    """
+
+    implementation: str | None
+    keeps: bool
+    pools: bool
+
+
 class StackHooks:
     """What happens before and after one stack of the model, and its embedding block, run.
 
     Args:
         stack: the module.
+        around: of the model around it.
         vectors: its input prompt, or None.
-        start: where its first real token stands; see `Positions`.
-        implementation: ours, which the stack's configuration names, or None where the model keeps its own.
-        strip: whether to take the virtual tokens out of the last hidden state again.
+        start: where its first real token stands, in each row [B, 1] or in all; see `Positions`.
         making: what a network makes for this stack, or None.
     """
 
     def __init__(
         self,
         stack: nn.Module,
-        vectors: Vectors | None,
-        start: int,
-        implementation: str | None,
-        strip: bool,
-        making: Making | None,
+        around: Circumstances,
+        vectors: Inserted | None = None,
+        start: int | Tensor = 0,
+        making: Making | None = None,
     ) -> None:
+        self.around = around
         self.vectors = vectors
         self.start = start
-        self.implementation = implementation
-        self.strip = strip
         self.making = making
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.offset = _position_offset(stack)
@@ -169,10 +245,10 @@ class StackHooks:
 
     def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         """Put the virtual tokens into the sequence, and tell the real ones where they stand."""
-        if self.implementation not in (None, stack.config._attn_implementation):
+        if self.around.implementation not in (None, stack.config._attn_implementation):
             raise EngineError(
                 f"the attention implementation became '{stack.config._attn_implementation}' with a prompt attached",
-                f"'{self.implementation}', in which the prompt lives",
+                f"'{self.around.implementation}', in which the prompt lives",
                 "detach the prompt, set the implementation, and attach again",
             )
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
@@ -197,12 +273,16 @@ class StackHooks:
                     "pass the tokens' own mask, and use a cache that grows",
                 )
             kwargs.pop("cache_position", None)  # counted without the prompt; the model counts its cache
-            layout = self.vectors.layout(plain)
+            if plain is None and isinstance(self.vectors.lengths, Tensor):
+                tokens = given_tokens(kwargs)
+                real = tokens.shape[1] + max(past - self.vectors.length, 0)
+                plain = torch.ones(tokens.shape[0], real, dtype=torch.long, device=tokens.device)
+            rows = layout(self.vectors, plain)
             if plain is not None:
-                kwargs["attention_mask"] = layout.insert(plain, plain.new_ones(1, layout.length))
+                kwargs["attention_mask"] = rows.mask(plain)
             if past == 0:
-                self.layout = layout
-                self._insert(self.vectors, layout, stack, kwargs, positions)
+                self.layout = rows
+                self._insert(self.vectors, rows, stack, kwargs, positions)
         return (), kwargs
 
     def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -210,7 +290,9 @@ class StackHooks:
         if self.making is not None:
             self.making.leave()
         layout, self.layout = self.layout, None
-        if layout is None or not self.strip:
+        if layout is None or self.around.keeps or self.vectors is None:
+            return output
+        if self.around.pools and self.vectors.placement == "before-sequence":
             return output
         hidden = layout.real(output[0])
         if isinstance(output, tuple):
@@ -228,7 +310,7 @@ class StackHooks:
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give the embedding block the real tokens only, as without a prompt."""
-        layout = self.layout
+        layout = None if self.vectors is None or self.vectors.entry == "before" else self.layout
 
         def real(value: Any) -> Any:
             if layout is None or not isinstance(value, Tensor) or value.shape[1:2] != (self.width,):
@@ -239,7 +321,7 @@ class StackHooks:
 
     def after_block(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Put the vectors among what the embedding block made of the real tokens."""
-        if self.layout is None or self.vectors is None:
+        if self.layout is None or self.vectors is None or self.vectors.entry == "before":
             return output
         return self.layout.insert(output, self.vectors(output))
 
@@ -248,10 +330,14 @@ class StackHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Let cross-attention see the virtual tokens, which are in the encoder's output."""
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
-        if self.vectors is not None and mask is not None and states is not None:
-            layout = self.vectors.layout(mask)
-            if mask.shape[1] + layout.length == states.shape[1]:
-                kwargs["encoder_attention_mask"] = layout.insert(mask, mask.new_ones(1, layout.length))
+        if self.vectors is None or self.vectors.placement == "template" or states is None:
+            return args, kwargs
+        if mask is None and isinstance(self.vectors.lengths, Tensor):
+            mask = states.new_ones(states.shape[0], states.shape[1] - self.vectors.length, dtype=torch.long)
+        if mask is not None:
+            rows = layout(self.vectors, mask)
+            if mask.shape[1] + rows.length == states.shape[1]:
+                kwargs["encoder_attention_mask"] = rows.mask(mask)
         return args, kwargs
 
     def _positions(self, kwargs: Mapping[str, Any], mask: Tensor | None, past: int) -> Tensor | None:
@@ -262,9 +348,10 @@ class StackHooks:
         vectors = self.vectors
         cached = vectors.length if past and vectors is not None and vectors.placement != "template" else 0
         ahead = cached or (0 if vectors is None else vectors.counted)
-        if "position_ids" not in self.names or (mask is None and self.start == ahead):
+        same = isinstance(self.start, int) and isinstance(ahead, int) and self.start == ahead
+        if "position_ids" not in self.names or (mask is None and same):
             return None
-        tokens = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        tokens = given_tokens(kwargs)
         column = torch.arange(past - cached, past - cached + tokens.shape[1], device=tokens.device)[None]
         if mask is None:
             return column + self.start + self.offset
@@ -275,7 +362,7 @@ class StackHooks:
         return positions
 
     def _insert(
-        self, vectors: Vectors, layout: Layout, stack: Any, kwargs: dict[str, Any], positions: Tensor | None
+        self, vectors: Inserted, layout: Layout, stack: Any, kwargs: dict[str, Any], positions: Tensor | None
     ) -> None:
         """Insert the virtual tokens into whatever is given for each token."""
         name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
@@ -294,16 +381,22 @@ class StackHooks:
             kwargs["token_type_ids"] = layout.insert(types, types.new_zeros(1, layout.length))
         if positions is not None:
             ahead = int(vectors.placement == "after-first-token")
-            first = self.start - layout.length + self.offset + ahead
-            virtual = torch.arange(first, first + layout.length, device=real.device)[None]
+            first = self.start - layout.lengths + self.offset + ahead
+            virtual = torch.arange(layout.length, device=real.device)[None] + first
             if ahead:
                 column = torch.arange(real.shape[1], device=real.device)
-                moved = (positions - layout.length).clamp(min=0)
+                moved = (positions - layout.lengths).clamp(min=0)
                 positions = torch.where(column == layout.front - 1, moved, positions)
             kwargs["position_ids"] = layout.insert(positions, virtual)
 
 
-def _fill(vectors: Vectors, stack: Any, kwargs: dict[str, Any], past: int) -> None:
+def given_tokens(kwargs: Mapping[str, Any]) -> Tensor:
+    """The token ids [B, T], or their embeddings [B, T, H], whichever are given."""
+    given: Tensor = kwargs["input_ids"] if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+    return given
+
+
+def _fill(vectors: Inserted, stack: Any, kwargs: dict[str, Any], past: int) -> None:
     """Put the vectors in the places of a template's virtual tokens, all of them in the first call of a text."""
     ids = kwargs.get("input_ids")
     if ids is None:
@@ -313,15 +406,20 @@ def _fill(vectors: Vectors, stack: Any, kwargs: dict[str, Any], past: int) -> No
             "fill the template (softbridge.template.Template.fill) and pass the token ids",
         )
     virtual = ids == PLACEHOLDER
-    found, expected = virtual.sum(-1), 0 if past else vectors.length
-    if bool((found != expected).any()):
+    expected = 0 if past else vectors.lengths
+    wrong = virtual.sum(-1, keepdim=True) != expected
+    if torch.compiler.is_compiling():  # a graph has no words for it
+        torch._assert_async(~wrong.any(), "the rows do not have the virtual tokens of the template")
+    elif bool(wrong.any()):
+        numbers = expected.flatten().tolist() if isinstance(expected, Tensor) else [expected]
         raise EngineError(
-            f"rows with {', '.join(map(str, found.tolist()))} virtual tokens (token id {PLACEHOLDER})",
-            f"{expected} in each row" + (", as the cache holds the template already" if past else ""),
+            f"rows with {', '.join(map(str, virtual.sum(-1).tolist()))} virtual tokens (token id {PLACEHOLDER})",
+            f"{', '.join(map(str, numbers))} in each row" + (", as the cache holds the template" if past else ""),
             "fill the template (softbridge.template.Template.fill) for each row",
         )
     embedded = stack.get_input_embeddings()(ids.masked_fill(virtual, 0))
-    filled = vectors(embedded)[0, (virtual.cumsum(-1) - 1).clamp(min=0)]
+    every = vectors(embedded)
+    filled = _take(every.expand(len(ids), -1, -1), (virtual.cumsum(-1) - 1).clamp(0, vectors.length - 1))
     kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.where(virtual[..., None], filled, embedded)
 
 

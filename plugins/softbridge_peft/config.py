@@ -9,6 +9,7 @@ from typing import Any
 from softbridge.errors import BaseModelError, CheckpointError
 from softbridge.geometry import Geometry, Site
 from softbridge.prompt import InputPrompt, SoftPrompt
+from softbridge_compat import peft_releases
 from softbridge_peft import facts
 from softbridge_peft.origin import config_of_origin, unused
 from softbridge_peft.training import described
@@ -151,8 +152,15 @@ def config_of(
             given["encoder_hidden_size"] = sizes["token_dim"]
         if prompt.head and given["modules_to_save"] is None:
             given["modules_to_save"] = sorted({name.split(".")[0] for name in prompt.head})
-    named = {"base_model_name_or_path": prompt.base.name, "task_type": task, "inference_mode": True}
-    return {**given, **implied, **named, **sizes, "peft_type": peft_type}
+    name = prompt.base.name or ("" if given.get("base_model_name_or_path") == "" else None)  # as old releases write
+    named = {"base_model_name_or_path": name, "task_type": task, "inference_mode": True}
+    said = {**given, **implied, **named, **sizes, "peft_type": peft_type}
+    bloom = geometry is not None and geometry.model_type == facts.BLOOM
+    if bloom and peft_releases.scrambles_bloom(peft_releases.release(said, None)):
+        # What is written has today's order: no reader shall take it for that of the release it came from.
+        said = {**facts.COMMON, **said}
+        said.pop("peft_version", None)
+    return said
 
 
 def _method(prompt: SoftPrompt, origin: Mapping[str, Any], task: str | None) -> tuple[str, dict[str, Any]]:

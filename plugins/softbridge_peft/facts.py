@@ -14,6 +14,8 @@ Kind = Literal["input", "prefix"]
 CONFIG_FILE = "adapter_config.json"
 #: In PEFT's own order of preference (utils/save_and_load.py, load_peft_weights).
 WEIGHTS_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+#: The model card, which names the release that wrote it.
+CARD_FILE = "README.md"
 #: softbridge's own, beside PEFT's: what trained the prompt, which PEFT throws away. PEFT opens no file of this name.
 TRAINING_FILE = "softbridge_training.safetensors"
 
@@ -114,6 +116,13 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
     PREFIX_TUNING: {"init_weights": None, "prefix_projection": False},
     CARTRIDGE: {},
 }
+
+
+#: Families with one key/value head of whose prefix PEFT saved as many heads as the queries have, and handed the first
+#: to the model, as long as their cache was one tensor for keys and values (utils/constants.py).
+FIRST_HEAD = ("gpt_bigcode",)
+#: The family whose prefix old releases order otherwise: see softbridge_compat.peft_releases, scrambles_bloom.
+BLOOM = "bloom"
 
 
 def stored_block(layer: int, layers: int, submodules: int) -> int:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import numpy as np
+from packaging.version import Version
 
 from softbridge import untrusted
 from softbridge.capabilities import UP_TO_FLOAT32, Capabilities
@@ -35,6 +36,7 @@ from softbridge.prompt import (
     SoftPrompt,
     Training,
 )
+from softbridge_compat import peft_releases
 from softbridge_peft import facts, training
 from softbridge_peft.config import Config, config_of, first_site
 from softbridge_peft.origin import config_of_origin, unused, unused_details
@@ -49,6 +51,8 @@ class PeftFormat:
     summary = "Hugging Face PEFT: prompt, P-, prefix, multitask and context-aware prompt tuning, cartridges"
     encodings = ("safetensors", "bin")
     engine = "peft"
+    training_files = (facts.TRAINING_FILE,)
+    files = (*facts.WEIGHTS_FILES, facts.CONFIG_FILE, facts.CARD_FILE, facts.TRAINING_FILE, MANIFEST)
     capabilities = Capabilities(
         inputs=frozenset((stack, "before", "before-sequence") for stack in get_args(Stack)),
         prefix_sites=frozenset(("self", "encoder")),
@@ -80,14 +84,16 @@ class PeftFormat:
                 f"{facts.CONFIG_FILE} and one of {', '.join(facts.WEIGHTS_FILES)}",
                 "pass the directory that save_pretrained wrote",
             )
-        kept = folder + facts.TRAINING_FILE
+        kept, card = folder + facts.TRAINING_FILE, folder + facts.CARD_FILE
         others = [] if folder else [f"not read: {files.path / name}, an adapter of its own" for name in _nested(files)]
+        config = files.json(folder + facts.CONFIG_FILE)
         return parse(
-            files.json(folder + facts.CONFIG_FILE),
+            config,
             files.tensors(weights),
             geometry,
             training.read(files, kept) if kept in files else None,
             others,
+            peft_releases.release(config, files.text(card) if card in files else None),
         )
 
     def obstacles(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[Obstacle]:
@@ -168,6 +174,7 @@ def parse(
     geometry: Geometry | None,
     kept: Training | None = None,
     notes: Sequence[str] = (),
+    written_by: Version | None = None,
 ) -> SoftPrompt:
     """The prompt that PEFT runs for a configuration and its tensors.
 
@@ -177,6 +184,7 @@ def parse(
         geometry: of the base model, to check against and to say which stack is prompted; None if not known.
         kept: what `training.read` found beside them. Without it a multitask prompt is that of task 0.
         notes: what to tell the user, besides what is found here.
+        written_by: the release that wrote them, if that is known: numbers of old ones may mean something else.
 
     Raises:
         CheckpointError: they are malformed, incomplete, or do not agree.
@@ -185,28 +193,38 @@ def parse(
     fields = Config.check(config)
     _check_tensors(fields, tensors)
     stack = _stack(fields, geometry)
+    beside: dict[str, Any] = {"notes": []}
     part: Part
-    if fields.kind == "input":
-        part = InputPrompt(tensors[facts.PROMPT][: fields.length], stack)
+    others: tuple[InputPrompt, ...] = ()
+    if fields.kind == "prefix":
+        part, said = _read_prefix(
+            fields, tensors[facts.PROMPT], "encoder" if stack == "encoder" else "self", geometry, written_by
+        )
+        beside = unused_details(fields, tensors)
+        notes = [*notes, *said]
     else:
-        part = _read_prefix(fields, tensors[facts.PROMPT], "encoder" if stack == "encoder" else "self")
+        part = InputPrompt(tensors[facts.PROMPT][: fields.length], stack)
+        if fields.submodules == 2 and peft_releases.prompts_decoder(written_by):
+            others = (InputPrompt(tensors[facts.PROMPT][fields.length :], "decoder"),)
+            notes = [*notes, "written by a release of PEFT that prompts the decoder, too; today's does not"]
+        else:
+            beside = unused_details(fields, tensors)
     state = _training(fields, tensors, part, kept)
     if isinstance(part, InputPrompt) and fields.peft_type == facts.MULTITASK and state is not None:
         try:
             part = replace(part, vectors=materialise_vectors(state))
         except ValueError as error:
             raise training.refused(str(error)) from error
-    beside = unused_details(fields, tensors)
-    said = [*notes, *beside["notes"]]
+    notes = [*notes, *beside["notes"]]
     if fields.tasks > 1:
-        said.append(f"the prompt of one task of {fields.tasks}: --task (task=... in Python) takes another, alone")
+        notes.append(f"the prompt of one task of {fields.tasks}: --task (task=... in Python) takes another, alone")
     prompt = SoftPrompt(
-        parts=(part,),
-        positions=Positions({stack: fields.length}),
+        parts=(part, *others),
+        positions=Positions(dict.fromkeys((stack, *(other.stack for other in others)), fields.length)),
         base=BaseId(fields.name, geometry),
         head={name.removeprefix(facts.HEAD): array for name, array in tensors.items() if name.startswith(facts.HEAD)},
         training=state,
-        origin=Origin("peft", {"config": dict(config), **beside, "notes": said}),
+        origin=Origin("peft", {"config": dict(config), **beside, "notes": notes}),
     )
     if geometry is not None:
         check_fits(prompt, geometry)
@@ -310,11 +328,45 @@ def _check_layers(fields: Config, geometry: Geometry) -> None:
         )
 
 
-def _read_prefix(fields: Config, flat: Array, site: Site) -> KeyValuePrefix:
+def _read_prefix(
+    fields: Config, flat: Array, site: Site, geometry: Geometry | None, written_by: Version | None
+) -> tuple[KeyValuePrefix, list[str]]:
+    """The prefix that the release which wrote it hands to the model, and what to tell the user of that."""
     heads, layers = fields.heads or 0, fields.layers or 0
+    family, shape = (None, None) if geometry is None else (geometry.model_type, geometry.site(site))
+    old, notes = peft_releases.scrambles_bloom(written_by), []
+    if geometry is None and old and facts.BLOOM in (fields.name or "").lower():
+        raise BaseModelError(f"a prefix of {fields.name} by an old release of PEFT", "its base model", fields.remedy)
+    if family == facts.BLOOM and old:
+        notes.append("written by a release of PEFT that orders a Bloom prefix otherwise than today's: reordered")
+        return _scrambled(fields, flat, site), notes
+    if family == facts.BLOOM and written_by is None:
+        notes.append(peft_releases.UNKNOWN_BLOOM)
     stored = KeyValuePrefix.from_flat(site, flat, tuple(range(layers)), heads, (fields.token_dim or 0) // heads)
     used = {layer: stored.layers[facts.stored_block(layer, layers, fields.submodules)] for layer in range(layers)}
-    return KeyValuePrefix(site, used)
+    if family in facts.FIRST_HEAD and shape is not None and shape.kv_heads == 1 < heads:
+        used = {layer: KeyValue(pair.keys[:1], pair.values[:1]) for layer, pair in used.items()}
+        notes.append(f"heads 1 to {heads - 1} of each layer, which PEFT never used, are left out")
+    return KeyValuePrefix(site, used), notes
+
+
+def _scrambled(fields: Config, flat: Array, site: Site) -> KeyValuePrefix:
+    """A Bloom prefix as old releases read it: keys of all layers first, and theirs in a strange order.
+
+    Such a release swaps heads and virtual tokens of the keys, [P, K, D], and takes the result for [K, D, P] (their
+    bloom_model_postprocess_past_key_value).
+    """
+    length, layers, heads = fields.length, fields.layers or 0, fields.heads or 0
+    blocks = flat.reshape(length, 2 * layers, heads, -1).transpose(1, 0, 2, 3)
+    return KeyValuePrefix(
+        site,
+        {
+            layer: KeyValue(
+                blocks[layer].reshape(heads, -1, length).transpose(0, 2, 1), blocks[layers + layer].transpose(1, 0, 2)
+            )
+            for layer in range(layers)
+        },
+    )
 
 
 def _refusals(part: Part, geometry: Geometry | None) -> list[Obstacle]:

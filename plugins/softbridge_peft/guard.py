@@ -95,7 +95,7 @@ class _Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.run.__self__  # type: ignore[attr-defined]
         # The model's own settings, under those of the call's generation_config, under its arguments.
-        told = {}
+        told: dict[str, Any] = {}
         for config in (getattr(model, "generation_config", None), kwargs.get("generation_config")):
             asked = getattr(config, "cache_implementation", None)
             told |= {} if asked is None else {"cache_implementation": asked}

@@ -71,7 +71,7 @@ def of_encoder(config: Mapping[str, Any], state: Mapping[str, Array], part: Part
         state: of the encoder, by PEFT's names.
         part: what it makes.
     """
-    encoder = _encoder(config)
+    encoder = encoder_of(config)
     if encoder is None:
         return None
     kind, settings = encoder
@@ -94,7 +94,52 @@ def of_encoder(config: Mapping[str, Any], state: Mapping[str, Array], part: Part
     return Training(kind, settings, tensors)
 
 
-def _encoder(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
+def to_encoder(config: Mapping[str, Any], state: Mapping[str, Array], prompt: SoftPrompt) -> dict[str, Array]:
+    """The inverse of `of_encoder`: the state of a live prompt encoder, with the numbers that trained a prompt.
+
+    What the training state does not hold (rows and blocks that PEFT never uses) stays as it is in `state`.
+
+    Raises:
+        ValueError: the prompt was trained by another network, or one of other sizes.
+    """
+    training, part = prompt.training, prompt.parts[0]
+    if training is None or not _is_its(config, training, part):
+        raise ValueError(f"it is {training}, and the adapter has {encoder_of(config)}")
+    prefix = f"{part.site}." if isinstance(part, KeyValuePrefix) else ""
+    again = {}
+    for name, old in state.items():
+        kinds = facts.ENCODERS[training.kind].items()
+        ours = next(ours + name.removeprefix(theirs) for theirs, ours in kinds if name.startswith(theirs))
+        if prefix + ours not in training.tensors:
+            raise ValueError(f"it has no {ours}")
+        new = training.tensors[prefix + ours]
+        if prefix and ours.startswith("output."):
+            layers, submodules = config["num_layers"], config["num_transformer_submodules"]
+            chunks = np.split(old, layers)
+            for layer, chunk in enumerate(np.split(new, layers)):
+                chunks[facts.stored_block(layer, layers, submodules)] = chunk
+            new = np.concatenate(chunks)
+        elif ours == "embedding":
+            new = np.concatenate([new, old[len(new) :]])
+        if new.shape != old.shape:
+            raise ValueError(f"{ours} is {list(new.shape)}, not {list(old.shape)}")
+        again[name] = new
+    return again
+
+
+def _is_its(config: Mapping[str, Any], training: Training, part: Part) -> bool:
+    """Whether an adapter's prompt encoder is the network of a training state."""
+    if (training.kind, training.settings) == encoder_of(config):
+        return True
+    found = described(training, part)
+    return (
+        found is not None
+        and encoder_of(config) is not None
+        and all(config.get(name) == value for name, value in {**found[1], "peft_type": found[0]}.items())
+    )
+
+
+def encoder_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
     """Kind and settings of the network that PEFT has between what is trained and the prompt."""
     peft_type = config["peft_type"]
     if peft_type == facts.P_TUNING and config["encoder_reparameterization_type"] == "LSTM":
@@ -175,5 +220,6 @@ def refused(why: str) -> CheckpointError:
     return CheckpointError(
         f"{facts.TRAINING_FILE}: {why}",
         "the training state of the prompt beside it, as softbridge wrote it",
-        f"remove {facts.TRAINING_FILE} if PEFT wrote the prompt anew; it takes nothing from the prompt",
+        f"convert with --drop training, or remove {facts.TRAINING_FILE}, if PEFT wrote the prompt anew; that takes "
+        "nothing from the prompt",
     )

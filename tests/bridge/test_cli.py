@@ -350,8 +350,14 @@ def table_of(**changes: object) -> str:
         "bound": 1e-12,
         "figures": (SimpleNamespace(probe="alone", float64=0.0, working=1e-6, judged=True, note=""),),
         "faults": (SimpleNamespace(name="dropped", moved=1.0, noticed=True),),
+        "untried": {"two layers swapped": "[/reason]"},
         "naive": None,
         "verdict": "exact",
+        "same": True,
+        "level": "exact",
+        "yardstick": 2e-6,
+        "unit": 1e-6,
+        "parted": None,
         "longest": 23,
         "conditions": (),
         "independent": True,
@@ -364,7 +370,15 @@ def table_of(**changes: object) -> str:
 
 def test_a_certificate_says_what_it_does_not_show() -> None:
     shown = table_of()
-    for words in ("[/a]", r"b\x1b", "peft ([/why])", "base: [/base]", "texts of up to 23 tokens"):
+    for words in (
+        "[/a]",
+        r"b\x1b",
+        "peft ([/why])",
+        "base: [/base]",
+        "texts of up to 23 tokens",
+        "(1 units)",
+        "[/reason]",
+    ):
         assert words in shown
     source, target = (next(line for line in shown.splitlines() if side in line) for side in ("source", "target"))
     assert "by its own loader" in source

@@ -22,7 +22,7 @@ SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
     "intermediate_size": 48,
-    "num_hidden_layers": 4,
+    "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
@@ -31,6 +31,8 @@ SIZES: dict[str, Any] = {
     "eos_token_id": 2,
 }
 SMALL_HEAD = {"head_dim": 8}
+#: Of four layers one has no rotary positions or no window.
+EVERY_FOURTH = {"num_hidden_layers": 4}
 
 #: Family -> what its configuration needs beside SIZES. Head sizes are set where the family's default is large.
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -47,14 +49,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm": {**SMALL_HEAD, "partial_rotary_factor": 0.5},
     "glm4": {**SMALL_HEAD, "partial_rotary_factor": 0.5},
     "cohere": {"logit_scale": 1.0},
-    "cohere2": {"sliding_window": 64, "logit_scale": 1.0},
+    "cohere2": {**EVERY_FOURTH, "sliding_window": 64, "logit_scale": 1.0},
     "stablelm": {"partial_rotary_factor": 0.5},
     "olmo2": {},
-    "smollm3": {},
+    "smollm3": EVERY_FOURTH,
     "granite": {},
     "starcoder2": {"sliding_window": 64},
     "nemotron": {},
-    "exaone4": {"sliding_window": 64},
+    "exaone4": {**EVERY_FOURTH, "sliding_window": 64},
 }
 
 SCALINGS: dict[str, dict[str, Any]] = {

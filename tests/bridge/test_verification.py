@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -45,17 +45,20 @@ def test_a_prompt_is_itself(prefix: SoftPrompt) -> None:
     assert certificate.exit_status == 0
     assert certificate.islands == ()
     assert certificate.bound == 1e-12
-    probes = {"alone", "right-padded", "left-padded", "greedy", "loss", "gradient"}
+    probes = {"alone", "batch", "right-padded", "left-padded", "greedy", "loss", "gradient"}
     assert {figure.probe for figure in certificate.figures} == probes
     assert all(fault.noticed for fault in certificate.faults)
     assert len(certificate.faults) == 4
+    assert certificate.untried == {}
+    assert certificate.parted is None
+    assert [layer.apart for layer in certificate.layers] == [0.0] * 6
 
 
-@pytest.mark.parametrize("amount", [1e-3, 1e-8])
-def test_one_number_changed_is_another_prompt(prefix: SoftPrompt, amount: float) -> None:
-    """The bound is as tight as it says: a key that is 1e-8 off is found."""
+@pytest.mark.parametrize(("amount", "verdict"), [(1e-3, "different"), (1e-8, "rounding")])
+def test_one_number_changed_is_another_prompt(prefix: SoftPrompt, amount: float, verdict: str) -> None:
+    """The bound is as tight as it says: a key that is 1e-8 off is found, though not in float32."""
     certificate = compare(prefix, touched(prefix, amount))
-    assert certificate.verdict == "different"
+    assert certificate.verdict == verdict
     assert certificate.exit_status == 1
     assert certificate.bound < certificate.worst < 1
 
@@ -122,7 +125,8 @@ def test_files_are_compared_and_the_certificate_is_complete(prefix: SoftPrompt, 
     certificate = sb.verify(tmp_path / "a", tmp_path / "b", config)
     assert certificate.same
     form = certificate.to_json()
-    assert form["schema"] == "softbridge/certificate/1"
+    assert form["schema"] == "softbridge/certificate/2"
+    assert form.keys() - {"schema", "verdict", "parted"} == {field.name for field in fields(Certificate)}
     assert form["source"]["engine"] == "native"
     assert form["target"]["engine"] == "peft"
     assert set(form["target"]["files"]) == {"adapter_config.json", "adapter_model.safetensors", "softbridge.json"}

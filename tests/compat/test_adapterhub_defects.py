@@ -12,6 +12,7 @@ import pytest
 adapters = pytest.importorskip("adapters")
 
 import torch  # noqa: E402
+from adapters.composition import BatchSplit, Parallel  # noqa: E402
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
 from softbridge.base import build  # noqa: E402
@@ -270,6 +271,46 @@ def prompt_labels(folder: Path) -> bool:
     return False
 
 
+def composed(configs: list[Any], family: str = "gpt2") -> Any:
+    """A model with an adapter of each configuration: a, b, ..., of large random numbers."""
+    model = tiny_model(family)
+    adapters.init(model)
+    generator = torch.Generator().manual_seed(3)
+    for name, config in zip("ab", configs, strict=False):
+        model.add_adapter(name, config)
+        model.adapter_to(name, dtype=torch.float64)
+        with torch.no_grad():
+            for path, parameter in model.named_parameters():
+                if f".{name}." in path:
+                    parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def split_apart(model: Any) -> float:
+    """How far the second of two rows under a split is from the second prompt alone."""
+    two = {"input_ids": TOKENS.repeat(2, 1)}
+    model.set_active_adapters("b")
+    alone = logits(model, **two)[1]
+    model.set_active_adapters(BatchSplit("a", "b", batch_sizes=[1, 1]))
+    split = logits(model, **two)[1]
+    return difference(split, alone)
+
+
+def split_lengths(folder: Path) -> bool:
+    def apart(*lengths: int) -> float:
+        configs = [adapters.PrefixTuningConfig(flat=True, prefix_length=length) for length in lengths]
+        return split_apart(composed(configs))
+
+    assert apart(4, 4) < 1e-12
+    return apart(5, 3) > 0.1
+
+
+def split_prompts(folder: Path) -> bool:
+    model = composed([adapters.PromptTuningConfig(prompt_length=4) for _ in "ab"], "bert")
+    model.set_active_adapters(Parallel("a", "b"))
+    return len(logits(model)) == 1 and split_apart(model) > 0.1
+
+
 def t5_head(folder: Path) -> bool:
     model = build(tiny_model("t5").config, "sequence-classification", torch.float32, seed=0)
     adapters.init(model)
@@ -277,6 +318,22 @@ def t5_head(folder: Path) -> bool:
     model.save_adapter(str(folder), "x")
     held = Files(folder).tensors("pytorch_model_head.bin")
     return set(held) > {name for name, _ in model.named_parameters() if not name.startswith("classification_head")}
+
+
+def t5_flex_head(folder: Path) -> bool:
+    def scaled(tied: bool) -> bool:
+        config = copy.deepcopy(tiny_model("t5").config)
+        config.tie_word_embeddings = tied
+        model = adapters.AutoAdapterModel.from_config(config)
+        model.add_qa_head("x")
+        model = model.double().eval()
+        with torch.no_grad():
+            head, inputs = model.heads["x"][-1], {"input_ids": TOKENS, "decoder_input_ids": TOKENS}
+            plain = head(model.base_model(**inputs).last_hidden_state)[..., 0]
+            return difference(model(**inputs).start_logits, plain) > 0.01
+
+    assert not scaled(False)
+    return scaled(True)
 
 
 def xmod_languages(folder: Path) -> bool:
@@ -330,7 +387,10 @@ SHOWN: dict[str, Callable[[Path], bool]] = {
     "adapterhub-prompt-left-padding": prompt_left_padding,
     "adapterhub-prompt-decoder": prompt_decoder,
     "adapterhub-prompt-labels": prompt_labels,
+    "adapterhub-split-lengths": split_lengths,
+    "adapterhub-split-prompts": split_prompts,
     "adapterhub-t5-head": t5_head,
+    "adapterhub-t5-flex-head": t5_flex_head,
     "adapterhub-xmod-languages": xmod_languages,
     "adapterhub-beit-bias": beit_bias,
     "adapterhub-deberta-bias": deberta_bias,

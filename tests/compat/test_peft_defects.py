@@ -224,6 +224,23 @@ def lost_training(directory: Path) -> bool:
     return False
 
 
+def lost_encoder(directory: Path) -> bool:
+    def loss() -> float:
+        return float(model.eval()(input_ids=ROW, labels=ROW).loss)
+
+    model = encoder(peft.PromptEncoderConfig, num_virtual_tokens=LENGTH)
+    model.save_pretrained(directory / "mlp")
+    before = loss()
+    model.load_adapter(directory / "mlp", "default", is_trainable=True)
+    other = encoder(peft.PrefixTuningConfig, num_virtual_tokens=LENGTH, prefix_projection=True)
+    other.save_pretrained(directory / "projected")
+    try:
+        other.load_adapter(directory / "projected", "default", is_trainable=True)
+    except RuntimeError:
+        return loss() != before
+    return False
+
+
 def cpt_default(_: Path) -> bool:
     text = {"cpt_token_ids": [5, 6, 7, 8], "cpt_tokens_type_mask": [1, 2, 3, 4]}
     assert encoder(peft.CPTConfig, **text)(input_ids=ROW, labels=ROW).loss > 0
@@ -278,6 +295,7 @@ SHOWN: dict[Defect, Callable[[Path], bool]] = {
     peft_defects.MULTITASK_TASK: multitask_task,
     peft_defects.SAVED_DROPOUT: saved_dropout,
     peft_defects.LOST_TRAINING: lost_training,
+    peft_defects.LOST_ENCODER: lost_encoder,
     peft_defects.CPT_DEFAULT: cpt_default,
     peft_defects.PREFIX_CHECKPOINTING: prefix_checkpointing,
     peft_defects.STATIC_CACHE: static_cache,

@@ -278,6 +278,9 @@ def test_a_file_of_the_toolkit_there_and_back(family: str, method: str, adapters
     assert FORMAT.read(written_again, geometry) == prompt
 
     assert difference(logits(ENGINE.attach(copy.deepcopy(model), prompt)), reference) == 0
+    if prompt.training is not None and family in ("llama", "t5"):  # grouped heads, and heads of another size
+        with pytest.raises(RuntimeError, match="invalid for input of size"):
+            loaded(adapters, model, tmp_path / "theirs").eject_prefix_tuning("example")
     ejected = put(tmp_path / "ejected", FORMAT.write(replace(prompt, training=None), geometry))
     assert difference(logits(loaded(adapters, model, tmp_path / "ejected")), reference) == 0
     assert FORMAT.read(ejected, geometry).parts == prompt.parts
@@ -415,26 +418,29 @@ def test_every_family(family: str, kind: str, adapters: Any, tmp_path: Path) -> 
     # Written again it is the same, bit for bit, in fewer copies.
     ours = put(tmp_path / "ours", FORMAT.write(prompt, geometry))
     first = {key.removeprefix(f"{model.base_model_prefix}."): array for key, array in theirs.tensors(WEIGHTS).items()}
-    again = ours.tensors(WEIGHTS)
-    assert again.keys() == {key for key in first if ".pool." not in key}
-    assert all(same_array(array, first[key]) for key, array in again.items())
+    written = ours.tensors(WEIGHTS)
+    assert written.keys() == {key for key in first if ".pool." not in key}
+    assert all(same_array(array, first[key]) for key, array in written.items())
     assert ours.json(facts.CONFIG_FILE)["config"] == theirs.json(facts.CONFIG_FILE)["config"]
 
     running = ENGINE.attach(copy.deepcopy(model), prompt)
     runs = NATIVE.unavailable() is None and not NATIVE.obstacles(prompt, model)
     assert runs or family not in (NATIVE_PREFIXES if prompt.prefixes else facts.PROMPT_MODEL_TYPES)
+    toolkit, again = (loaded(adapters, model, tmp_path / name) for name in ("theirs", "ours"))
+    through = ENGINE.load(copy.deepcopy(model), prompt, tmp_path / "theirs")
+    native = NATIVE.attach(copy.deepcopy(model), prompt) if runs else None
     for rows in (1, 2):
-        reference = logits(loaded(adapters, model, tmp_path / "theirs"), rows)
-        assert difference(logits(loaded(adapters, model, tmp_path / "ours"), rows), reference) == 0
+        reference = logits(toolkit, rows)
+        assert difference(logits(again, rows), reference) == 0
         real = of_tokens(reference, prompt)
         assert difference(real, logits(model, rows)) > 0.1
         assert difference(logits(running, rows), real) == 0
-        assert difference(logits(ENGINE.load(copy.deepcopy(model), prompt, tmp_path / "theirs"), rows), real) == 0
-        if runs:
-            native = logits(NATIVE.attach(copy.deepcopy(model), prompt), rows)
-            if rows == 2 and native.ndim == 3 and not geometry.is_encoder_decoder:
-                native[1, -2:] = real[1, -2:]  # after the padding
-            assert difference(native, real) < 1e-12 * np.abs(real).max()
+        assert difference(logits(through, rows), real) == 0
+        if native is not None:
+            found = logits(native, rows)
+            if rows == 2 and found.ndim == 3 and not geometry.is_encoder_decoder:
+                found[1, -2:] = real[1, -2:]  # after the padding
+            assert difference(found, real) < 1e-12 * np.abs(real).max()
 
     if geometry.encoder is not None and reference.ndim == 3 and not geometry.is_encoder_decoder:
         assert running(**inputs_of(model), labels=inputs_of(model)["input_ids"]).loss > 0
@@ -461,6 +467,7 @@ def test_tokens_are_moved_to_where_the_prompt_counts_them(family: str, adapters:
     unmoved = logits(loaded(adapters, model, tmp_path / "x"))
     moved = logits(ENGINE.attach(copy.deepcopy(model), counted))
     assert difference(moved, unmoved) > 0.1
+    assert difference(logits(ENGINE.load(copy.deepcopy(model), counted, tmp_path / "x")), moved) == 0
     if family == "distilbert":
         return  # its forward takes no positions to compare with
     first = model.config.pad_token_id + 1 if family in ("roberta", "xlm-roberta") else 0
@@ -588,7 +595,10 @@ def test_training_is_extracted_and_touches_the_prefix_only(adapters: Any) -> Non
     assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
 
 
-@pytest.mark.parametrize(("family", "method"), TRAINED)
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("gpt2", "prefix-tuning"), ("llama", "prefix-tuning-gated"), ("t5", "prefix-tuning"), ("bert", "prompt-tuning")],
+)
 def test_loaded_by_the_toolkit_is_attached_by_us(family: str, method: str, adapters: Any, tmp_path: Path) -> None:
     model = model_of(family)
     geometry = geometry_of(model)
@@ -610,17 +620,6 @@ def test_loaded_by_the_toolkit_is_attached_by_us(family: str, method: str, adapt
         assert difference(found, expected) > 0.1
     assert (tmp_path / "safetensors" / "adapter.safetensors").is_file()
     assert not (tmp_path / "safetensors" / WEIGHTS).exists()
-
-
-@pytest.mark.parametrize("family", sorted(facts.POSITION_INPUTS))
-def test_loaded_tokens_stand_where_they_are_told(family: str, adapters: Any, tmp_path: Path) -> None:
-    model = model_of(family)
-    prompt = prefix_for(geometry_of(model))
-    put(tmp_path / "x", FORMAT.write(prompt, None))
-    told = replace(prompt, positions=replace(prompt.positions, start=dict.fromkeys(prompt.positions.start, P)))
-    moved = logits(ENGINE.load(copy.deepcopy(model), told, tmp_path / "x"))
-    assert difference(moved, logits(ENGINE.attach(copy.deepcopy(model), told))) == 0
-    assert difference(moved, logits(ENGINE.attach(copy.deepcopy(model), prompt))) > 0.1
 
 
 @pytest.mark.parametrize(

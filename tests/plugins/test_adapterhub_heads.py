@@ -14,7 +14,7 @@ import pytest
 
 import softbridge as sb
 from softbridge import untrusted
-from softbridge.errors import CheckpointError
+from softbridge.errors import CheckpointError, EngineError
 from softbridge.geometry import Geometry, StackGeometry, read_geometry
 from softbridge.prompt import Array, KeyValuePrefix, Positions, SoftPrompt, same_array
 from softbridge.testing import random_prefix
@@ -45,31 +45,37 @@ def prompt_for(geometry: Geometry) -> SoftPrompt:
     return replace(prompt, parts=(part,), positions=Positions(start, "skewed", "pinned"))
 
 
-def head_for(family: str, flex: str | None = None) -> dict[str, Array]:
+#: (family, type of the flex head) of every head that is read.
+READ = [(family, kind) for family, known in heads.HEADS.items() for kind, one in known.items() if one.layers]
+
+
+def head_for(family: str, flex: str | None = None, kind: str = "classification") -> dict[str, Array]:
     """A head's tensors, by their names in a file."""
-    classifier = heads.CLASSIFIERS[family]
-    last = list(classifier.layers.values())[-1]
+    counterpart = heads.HEADS[family][kind]
+    last = list(counterpart.layers.values())[-1]
+    rows = {"classification": LABELS, "tagging": LABELS, "question_answering": 2, "multiple_choice": 1}.get(kind, H)
     generator = np.random.default_rng(4)
     shapes = {
-        theirs: (LABELS if ours.startswith(f"{last}.") else H, *([H] if ours.endswith("weight") else []))
-        for theirs, ours in classifier.tensors(flex).items()
+        theirs: (rows if ours.startswith(f"{last}.") else H, *([H] if ours.endswith("weight") else []))
+        for theirs, ours in counterpart.tensors(flex).items()
     }
     return {name: generator.normal(0, 0.6, shape).astype(np.float32) for name, shape in shapes.items()}
 
 
-def document(family: str, flex: str | None = None, **changes: Any) -> dict[str, Any]:
+def document(family: str, flex: str | None = None, kind: str = "classification", **changes: Any) -> dict[str, Any]:
     """What AdapterHub writes of a head."""
-    classifier = heads.CLASSIFIERS[family]
-    config = {"head_type": "classification", "num_labels": LABELS, "dropout_prob": None, **classifier.settings}
+    counterpart = heads.HEADS[family][kind]
+    labels = {"num_labels": LABELS} if kind in ("classification", "tagging") else {}
+    config = {"head_type": kind, "dropout_prob": None, **labels, **counterpart.settings}
     return {
         "config": None if flex is None else config,
         "hidden_size": H,
-        "model_class": classifier.model_class if flex is None else "Some" + "AdapterModel",
+        "model_class": counterpart.model_class if flex is None else "Some" + "AdapterModel",
         "model_name": "org/model",
         "model_type": family,
         "name": flex,
         "version": "adapters.x",
-        **({"num_labels": LABELS} if flex is None else {}),
+        **(labels if flex is None else {}),
         **changes,
     }
 
@@ -90,22 +96,30 @@ def put(folder: Path, files: Mapping[str, bytes]) -> Files:
     return Files(folder)
 
 
-@pytest.mark.parametrize("encoding", FORMAT.encodings)
 @pytest.mark.parametrize("flex", [None, "mine"])
-@pytest.mark.parametrize("family", heads.CLASSIFIERS)
-def test_there_and_back(family: str, flex: str | None, encoding: str, tmp_path: Path) -> None:
-    head, described = head_for(family, flex), document(family, flex)
-    prompt = FORMAT.read(put(tmp_path / "x", written(family, head, described)), geometry_of(family))
-    names = heads.CLASSIFIERS[family].tensors(flex)
-    assert prompt.head.keys() == set(names.values())
-    assert all(same_array(prompt.head[ours], head[theirs]) for theirs, ours in names.items())
-    assert not FORMAT.obstacles(prompt, None)
-    files = FORMAT.write(prompt, None, encoding)
-    assert json.loads(files[facts.HEAD_CONFIG_FILE]) == described
-    again = put(tmp_path / "y", files)
-    assert FORMAT.read(again, geometry_of(family)) == prompt
-    weights = facts.HEAD_WEIGHTS_FILE if encoding == "bin" else "model_head.safetensors"
-    assert all(same_array(array, head[name]) for name, array in again.tensors(weights).items())
+def test_there_and_back(flex: str | None, tmp_path: Path) -> None:
+    assert len(READ) == 59
+    for number, (family, kind) in enumerate(READ):
+        encoding = FORMAT.encodings[number % 2]
+        if flex is not None and kind == "question_answering" and family in facts.RELATIVE_BIAS:
+            continue  # not read
+        head, described = head_for(family, flex, kind), document(family, flex, kind)
+        prompt = FORMAT.read(put(tmp_path / "x", written(family, head, described)), geometry_of(family))
+        names = heads.HEADS[family][kind].tensors(flex)
+        assert prompt.head.keys() == set(names.values())
+        assert all(same_array(prompt.head[ours], head[theirs]) for theirs, ours in names.items())
+        assert not FORMAT.obstacles(prompt, None)
+        files = FORMAT.write(prompt, None, encoding)
+        again = json.loads(files[facts.HEAD_CONFIG_FILE])
+        back = put(tmp_path / f"{family} {kind}", files)
+        weights = back.tensors(facts.HEAD_WEIGHTS_FILE if encoding == "bin" else "model_head.safetensors")
+        if flex is not None and kind in heads.LANGUAGE_MODELS:  # for the class that has the output embeddings
+            assert again["model_class"] == heads.HEADS[family][kind if kind == "masked_lm" else "causal_lm"].model_class
+            assert weights.keys() == prompt.head.keys()
+        else:
+            assert again == described
+            assert all(same_array(array, head[name]) for name, array in weights.items())
+        assert FORMAT.read(back, geometry_of(family)) == prompt
 
 
 def test_a_head_from_elsewhere_is_written_for_the_transformers_class(tmp_path: Path) -> None:
@@ -125,18 +139,20 @@ def test_a_head_from_elsewhere_is_written_for_the_transformers_class(tmp_path: P
 @pytest.mark.parametrize(
     ("family", "described", "message"),
     [
-        ("bert", None, "None, is not read: of a BertForSequenceClassification is"),
-        ("bert", document("bert", model_class="BertForTokenClassification"), "'BertForTokenClassification'"),
-        ("gpt2", document("gpt2", model_class="GPT2LMHeadModel"), "'GPT2LMHeadModel'"),
-        ("bert", document("bert", "mine", config={"head_type": "tagging"}), "'tagging'"),
+        ("bert", None, "None, computes what none of BertForSequenceClassification, BertForTokenClassification, "),
+        ("bert", document("bert", model_class="BertForNextSentencePrediction"), "'BertForNextSentencePrediction'"),
+        ("bert", document("bert", "mine", config={"head_type": "dependency_parsing"}), "'dependency_parsing'"),
+        ("bert", document("bert", "mine", config={"head_type": "tagging", "layers": 2}), "'tagging'"),
+        ("gpt2", document("gpt2", "mine", config={"head_type": "causal_lm", "layers": 2}), "'causal_lm'"),
         ("bert", document("bert", "mine", config={"head_type": "classification", "layers": 2}), "'classification'"),
+        ("t5", document("t5", "mine", "question_answering"), "'question_answering'"),
         ("bert", document("bert", "mine", name=None), "'classification'"),
         ("bert", document("bert", "mine", name=4), "'classification'"),
         ("bert", document("bert", config=[]), "'BertForSequenceClassification'"),
         (
             "bert-generation",
             document("bert"),
-            "'BertForSequenceClassification', is not read: of 'bert-generation' none",
+            "'BertForSequenceClassification', computes what none of BertGenerationDecoder does",
         ),
     ],
 )
@@ -147,10 +163,28 @@ def test_a_head_that_is_not_read_is_named(
     prompt = FORMAT.read(files, geometry_of(family))
     assert not prompt.head
     assert prompt.origin is not None
-    (note,) = prompt.origin.details["notes"]
-    assert note.startswith("the prediction head in pytorch_model_head.bin, ")
-    assert message in note
+    lost = prompt.origin.details["partial"]
+    assert lost.startswith("the prediction head in pytorch_model_head.bin, ")
+    assert message in lost
+    assert prompt.origin.details["notes"] == [f"the prompt alone is read: {lost}"]
     assert FORMAT.write(prompt, None).keys() == {facts.CONFIG_FILE, facts.WEIGHTS_FILE}
+
+
+@pytest.mark.parametrize(
+    ("family", "described"),
+    [
+        ("gpt2", document("gpt2", model_class="GPT2LMHeadModel")),
+        ("t5", {**document("t5"), "model_class": "T5ForConditionalGeneration"}),
+        ("llama", document("llama", "mine", config={"head_type": "causal_lm", "layers": 1})),
+    ],
+)
+def test_output_embeddings_are_the_base_models(family: str, described: dict[str, Any], tmp_path: Path) -> None:
+    files = put(tmp_path / "x", written(family, {"lm_head.weight": np.ones((40, H), np.float32)}, described))
+    prompt = FORMAT.read(files, geometry_of(family))
+    assert not prompt.head
+    assert prompt.origin is not None
+    assert prompt.origin.details["partial"] is None
+    assert "which AdapterHub freezes" in " ".join(prompt.origin.details["notes"])
 
 
 def test_a_head_that_is_not_whole_is_refused(tmp_path: Path) -> None:
@@ -165,13 +199,35 @@ def test_a_head_that_is_not_whole_is_refused(tmp_path: Path) -> None:
 _SIZES = {"vocab_size": 40, "hidden_size": H, "intermediate_size": 20, "num_hidden_layers": 2, "num_attention_heads": 2}
 _SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "num_labels": LABELS}
 _GPT = {"vocab_size": 40, "n_embd": H, "n_layer": 2, "n_head": 2, "n_positions": 32}
+_BART = {"vocab_size": 40, "d_model": H, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+_BART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 20, "decoder_ffn_dim": 20, "max_position_embeddings": 32}
+_T5 = {
+    "vocab_size": 40,
+    "d_model": H,
+    "d_kv": 6,
+    "d_ff": 20,
+    "num_layers": 1,
+    "num_heads": 2,
+    "decoder_start_token_id": 0,
+}
 CONFIGS: dict[str, dict[str, Any]] = {
-    **{family: {**_SIZES, "max_position_embeddings": 32} for family in heads.CLASSIFIERS},
+    **{family: {**_SIZES, "max_position_embeddings": 32} for family in heads.HEADS},
+    "albert": {**_SIZES, "max_position_embeddings": 32, "embedding_size": 12},
+    **dict.fromkeys(("bart", "mbart", "plbart"), _BART),
     "distilbert": {"vocab_size": 40, "dim": H, "hidden_dim": 20, "n_layers": 2, "n_heads": 2},
     "gpt2": _GPT,
     "gptj": {**_GPT, "rotary_dim": 4},
     "mistral": {**_SIZES, "num_key_value_heads": 1},
+    "mt5": _T5,
+    "t5": _T5,
 }
+#: What is run: each family's classifier, and each other type on families that name it differently.
+RUN = [(family, "classification") for family in heads.HEADS if "classification" in heads.HEADS[family]]
+RUN += [(family, "tagging") for family in ("bert", "gpt2", "llama", "deberta-v2")]
+RUN += [(family, "question_answering") for family in ("distilbert", "gpt2", "llama", "bart", "t5")]
+RUN += [(family, "multiple_choice") for family in ("roberta", "electra", "deberta-v2")]
+RUN += [(family, "masked_lm") for family in ("albert", "bert", "distilbert", "electra", "xlm-roberta")]
+RUN += [("roberta", "causal_lm")]
 
 
 @pytest.fixture
@@ -179,23 +235,34 @@ def adapters() -> Any:
     return pytest.importorskip("adapters")
 
 
-def classifier_of(family: str) -> Any:
+def model_of(family: str, kind: str) -> Any:
     import torch
-    from transformers import AutoConfig
+    import transformers
 
-    from softbridge.base import build
+    from softbridge.base import draw_weights
 
-    config = AutoConfig.for_model(family, **CONFIGS[family], **_SPECIAL)
-    return build(config, "sequence-classification", torch.float32, 0)
+    settings = {**CONFIGS[family], **_SPECIAL, "is_decoder": kind == "causal_lm" and family == "roberta"}
+    if kind == "question_answering":
+        settings["num_labels"] = 2
+    config = transformers.AutoConfig.for_model(family, **settings)
+    config._attn_implementation = "eager"
+    with torch.random.fork_rng():
+        model = getattr(transformers, heads.HEADS[family][kind].model_class)(config)
+    draw_weights(model, 0)
+    return model.eval()
 
 
-def logits(model: Any) -> Array:
-    """Of two texts, one of them padded."""
+def logits(model: Any, kind: str = "classification") -> Array:
+    """Of two texts with an end token each, one of them padded; or of two choices."""
     import torch
 
-    tokens = torch.tensor([[5, 9, 17, 33, 21, 8, 4], [7, 11, 3, 30, 6, 0, 0]])
+    tokens = torch.tensor([[5, 9, 17, 33, 21, 8, 2], [7, 11, 3, 30, 2, 0, 0]])
+    tokens = tokens[None] if kind == "multiple_choice" else tokens
     with torch.no_grad():
-        return np.asarray(model(input_ids=tokens, attention_mask=(tokens != 0).long()).logits)
+        found = model(input_ids=tokens, attention_mask=(tokens != 0).long())
+    if kind == "question_answering":
+        return np.stack([found.start_logits, found.end_logits])
+    return np.asarray(found.logits)
 
 
 def prefixed(adapters: Any, model: Any) -> Any:
@@ -214,82 +281,122 @@ def prefixed(adapters: Any, model: Any) -> Any:
 def test_the_table_is_that_of_the_installed_package(adapters: Any) -> None:
     from adapters.head_utils import STATIC_TO_FLEX_HEAD_MAP
 
-    for classifier in heads.CLASSIFIERS.values():
-        theirs = STATIC_TO_FLEX_HEAD_MAP[classifier.model_class]
-        assert {number: name for number, name in enumerate(theirs["layers"]) if name} == classifier.layers
-        assert theirs["config"]["head_type"] == "classification"
-        said = {name: theirs["config"].get(name, default) for name, default in heads.FLEX_DEFAULTS.items()}
-        assert said == classifier.settings
+    ours = {one.model_class: one for known in heads.HEADS.values() for one in known.values()}
+    others = {name for name in STATIC_TO_FLEX_HEAD_MAP if name.startswith(("Beit", "Deberta", "ViT", "Xmod"))}
+    assert ours.keys() == STATIC_TO_FLEX_HEAD_MAP.keys() - {name for name in others if "V2" not in name}
+    for name, one in ours.items():
+        theirs = STATIC_TO_FLEX_HEAD_MAP[name]
+        numbered = {number: layer for number, layer in enumerate(theirs["layers"]) if layer not in (None, "dropout")}
+        if one.head_type in heads.LANGUAGE_MODELS:
+            numbered.popitem()  # output embeddings
+        assert numbered == one.layers
+        said = {**heads.FLEX_DEFAULTS[one.head_type], **theirs["config"]}
+        assert said["head_type"] == one.head_type
+        assert {key: said[key] for key in one.settings} == one.settings
+        assert one.settings.keys() <= heads.FLEX_DEFAULTS[one.head_type].keys()
 
 
-@pytest.mark.parametrize("family", heads.CLASSIFIERS)
-def test_the_transformers_classifier(family: str, adapters: Any, tmp_path: Path) -> None:
+def test_what_is_trained_of_a_head(adapters: Any) -> None:
+    """Not the output embeddings, tied or not: so they are the base model's, and no file need bring them."""
+    for family, kind in [*RUN, ("gpt2", "causal_lm"), ("llama", "causal_lm"), ("bart", "seq2seq_lm")]:
+        model = model_of(family, kind)
+        adapters.init(model)
+        model.add_adapter("mine", adapters.PrefixTuningConfig(flat=True, prefix_length=4))
+        model.train_adapter("mine")
+        trained = {name for name, p in model.named_parameters() if p.requires_grad and ".mine." not in name}
+        if family != "t5" or kind == "classification":
+            assert trained == set(heads.HEADS[family][kind].tensors().values()), (family, kind)
+
+
+@pytest.mark.parametrize(("family", "kind"), RUN)
+def test_the_head_of_a_transformers_class(family: str, kind: str, adapters: Any, tmp_path: Path) -> None:
     import torch
 
-    fresh = classifier_of(family)
-    model = copy.deepcopy(fresh)
+    fresh = model_of(family, kind)
+    model, generator = copy.deepcopy(fresh), torch.Generator().manual_seed(4)
     with torch.no_grad():
-        for name in heads.CLASSIFIERS[family].tensors().values():
-            model.get_parameter(name).add_(0.5)
+        for name in heads.HEADS[family][kind].tensors().values():
+            parameter = model.get_parameter(name)
+            parameter.add_(0.5 * torch.randn(parameter.shape, generator=generator))
     running = prefixed(adapters, model)
-    reference = logits(running)
+    reference = logits(running, kind)
     running.save_adapter(str(tmp_path / "theirs"), "mine", with_head=True)
 
     prompt = FORMAT.read(Files(tmp_path / "theirs"), read_geometry(fresh.config))
     assert prompt.origin is not None
     assert prompt.origin.details["notes"] == []
-    assert set(prompt.head) == {name for name, _ in fresh.named_parameters() if name.split(".")[0] not in BASES}
+    assert prompt.head.keys() == set(heads.HEADS[family][kind].tensors().values())
     put(tmp_path / "ours", FORMAT.write(prompt, None))
     for folder in ("theirs", "ours"):
         again = copy.deepcopy(fresh)
         adapters.init(again)
         again.load_adapter(str(tmp_path / folder), set_active=True)
-        np.testing.assert_array_equal(logits(again.eval()), reference)
+        np.testing.assert_array_equal(logits(again.eval(), kind), reference)
         loaded = ENGINE.load(copy.deepcopy(fresh), prompt, tmp_path / folder)
-        np.testing.assert_array_equal(logits(loaded), reference)
+        np.testing.assert_array_equal(logits(loaded, kind), reference)
     attached = sb.attach(copy.deepcopy(fresh), prompt, engine="adapterhub")
-    np.testing.assert_array_equal(logits(attached), reference)
+    np.testing.assert_array_equal(logits(attached, kind), reference)
     extracted = sb.extract(attached).head
     assert extracted.keys() == prompt.head.keys()
     assert all(same_array(array, prompt.head[name]) for name, array in extracted.items())
     headless = sb.attach(copy.deepcopy(fresh), replace(prompt, head={}), engine="adapterhub")
-    assert np.abs(logits(headless) - reference).max() > 0.1
+    assert np.abs(logits(headless, kind) - reference).max() > 0.01
 
 
-#: Names of base models in transformers classes.
-BASES = ("albert", "bert", "deberta", "distilbert", "electra", "roberta", "transformer", "model")
-
-
-@pytest.mark.parametrize("family", heads.CLASSIFIERS)
-def test_a_flex_head_that_computes_the_same(family: str, adapters: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("family", "kind"), [one for one in RUN if one != ("t5", "question_answering")])
+def test_a_flex_head_that_computes_the_same(family: str, kind: str, adapters: Any, tmp_path: Path) -> None:
     import torch
 
-    fresh, classifier = classifier_of(family), heads.CLASSIFIERS[family]
+    fresh, counterpart = model_of(family, kind), heads.HEADS[family][kind]
     with torch.random.fork_rng():
         flex = adapters.AutoAdapterModel.from_config(copy.deepcopy(fresh.config)).eval()
         flex.base_model.load_state_dict(fresh.base_model.state_dict(), strict=False)
         prefixed(adapters, flex)
-        settings = {"head_type": "classification", "num_labels": LABELS, "label2id": None, **classifier.settings}
-        flex.add_prediction_head_from_config("mine", settings)
+        labels = {"label2id": None} if kind not in ("classification", "tagging") else {"num_labels": LABELS}
+        labels = {"num_choices": 2} if kind == "multiple_choice" else labels
+        flex.add_prediction_head_from_config("mine", {"head_type": kind, **labels, **counterpart.settings})
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for parameter in flex.heads["mine"].parameters():
+        for name in counterpart.tensors("mine"):
+            parameter = flex.get_parameter(name)
             parameter.copy_(0.5 * torch.randn(parameter.shape, generator=generator))
+        if kind in heads.LANGUAGE_MODELS:
+            ours, theirs = fresh.get_output_embeddings(), flex.get_output_embeddings()
+            theirs.weight.copy_(ours.weight)
+            theirs.bias.copy_(ours.bias)
     flex.active_head = "mine"
-    reference = logits(flex.eval())
+    reference = logits(flex.eval(), kind)
     flex.save_adapter(str(tmp_path / "theirs"), "mine", with_head=True)
 
     prompt = FORMAT.read(Files(tmp_path / "theirs"), read_geometry(fresh.config))
-    assert prompt.head.keys() == set(classifier.tensors().values())
-    for running in (
-        sb.attach(copy.deepcopy(fresh), prompt, engine="adapterhub"),
-        ENGINE.load(copy.deepcopy(fresh), prompt, tmp_path / "theirs"),
-    ):
-        np.testing.assert_allclose(logits(running), reference, atol=1e-6)
+    assert prompt.head.keys() == set(counterpart.tensors().values())
+    attached = sb.attach(copy.deepcopy(fresh), prompt, engine="adapterhub")
+    np.testing.assert_allclose(logits(attached, kind), reference, atol=1e-5)
+    if (family, kind) == ("llama", "question_answering"):
+        # The base model has another name in that class, under which AdapterHub does not find its own tensors.
+        with pytest.raises(EngineError, match="does not find"):
+            ENGINE.load(copy.deepcopy(fresh), prompt, tmp_path / "theirs")
+    else:
+        loaded = ENGINE.load(copy.deepcopy(fresh), prompt, tmp_path / "theirs")
+        np.testing.assert_array_equal(logits(loaded, kind), logits(attached, kind))
 
-    # And back into a class of the package's own.
     put(tmp_path / "ours", FORMAT.write(prompt, None))
+    if kind in heads.LANGUAGE_MODELS:
+        return  # written for the transformers class
+    # And back into a class of the package's own.
     flex.delete_adapter("mine")
     flex.delete_head("mine")
     flex.load_adapter(str(tmp_path / "ours"), set_active=True)
-    np.testing.assert_array_equal(logits(flex.eval()), reference)
+    np.testing.assert_array_equal(logits(flex.eval(), kind), reference)
+
+
+def test_a_head_of_several_labels_for_a_text_is_a_classifier(tmp_path: Path) -> None:
+    config = {
+        "head_type": "multilabel_classification",
+        "num_labels": LABELS,
+        **heads.HEADS["bert"]["classification"].settings,
+    }
+    described = document("bert", "mine", config=config)
+    prompt = FORMAT.read(put(tmp_path / "x", written("bert", head_for("bert", "mine"), described)), geometry_of("bert"))
+    assert prompt.head.keys() == {"classifier.weight", "classifier.bias"}
+    assert json.loads(FORMAT.write(prompt, None)[facts.HEAD_CONFIG_FILE]) == described

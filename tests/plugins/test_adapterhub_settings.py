@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import tempfile
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,7 @@ CONFIGURATIONS = st.fixed_dictionaries(
 )
 
 
+@cache
 def model_of(family: str) -> Any:
     config = AutoConfig.for_model(family, **MODELS[family])
     return build(config, BaseModel(config).task, torch.float64, 0)

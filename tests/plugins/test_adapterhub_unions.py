@@ -113,25 +113,6 @@ def test_a_setup_of_one_adapter(geometry: Geometry, tmp_path: Path) -> None:
         FORMAT.read(Files(folder), geometry)
 
 
-@pytest.mark.parametrize(
-    ("composition", "name"),
-    [
-        ({"type": "Stack", "children": [single("a"), single("b")]}, r"Stack\[a, b\]"),
-        ({"type": "Parallel", "children": [single("a")]}, r"Parallel\[a\]"),
-        ({"type": "Stack", "children": [{"type": "Fuse", "children": [single("a"), single("b")]}]}, r"Fuse\[a, b\]"),
-        ({"type": "Stack", "children": []}, r"Stack\[\]"),
-        ({"type": "Stack", "children": "ab"}, r"\{'children': 'ab', 'type': 'Stack'\}"),
-        ({"type": "Stack", "children": [{"type": "single", "children": [4]}]}, r"Stack\[single\[4\]\]"),
-    ],
-)
-def test_a_composition_is_refused_by_name(composition: Any, name: str, geometry: Geometry, tmp_path: Path) -> None:
-    folder = put(tmp_path / "x", setup(composition))
-    put(folder / "a", FORMAT.write(prefix_for(geometry), None))
-    assert FORMAT.sniff(Files(folder))
-    with pytest.raises(CheckpointError, match=rf"composes .*{name}"):
-        FORMAT.read(Files(folder), geometry)
-
-
 def test_what_is_no_setup_is_not_taken_for_one(tmp_path: Path) -> None:
     assert not FORMAT.sniff(Files(put(tmp_path / "x", setup(None))))
     assert not FORMAT.sniff(Files(put(tmp_path / "y", {facts.SETUP_FILE: b"{"})))
@@ -207,7 +188,6 @@ def test_the_prefix_in_a_published_union(method: str, adapters: Any, tmp_path: P
 
 def test_a_setup_that_the_toolkit_wrote(adapters: Any, tmp_path: Path) -> None:
     import torch
-    from adapters.composition import Stack
 
     model = tiny_model("bert", torch.float32)
     config = adapters.PrefixTuningConfig(flat=True, prefix_length=5)
@@ -217,7 +197,3 @@ def test_a_setup_that_the_toolkit_wrote(adapters: Any, tmp_path: Path) -> None:
     assert prompt.head.keys() == {"classifier.weight", "classifier.bias"}
     np.testing.assert_array_equal(logits(sb.attach(copy.deepcopy(model), prompt, "adapterhub")), logits(running))
     np.testing.assert_array_equal(logits(ENGINE.load(copy.deepcopy(model), prompt, tmp_path / "x")), logits(running))
-    running.add_adapter("yours", config)
-    running.save_adapter_setup(str(tmp_path / "y"), Stack("mine", "yours"))
-    with pytest.raises(CheckpointError, match=r"Stack\[mine, yours\]"):
-        FORMAT.read(Files(tmp_path / "y"), read_geometry(model.config))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -30,19 +31,23 @@ def t5_base(**changes: Any) -> Any:
     return T5Config(**{**sizes, **facts, "decoder_start_token_id": 0, **changes})
 
 
+@cache
+def whole_t5() -> Any:
+    """Vocabulary and feed-forward are shrunk for the time it takes; the attention is whole."""
+    return BaseModel(t5_base()).structure(torch.float64)
+
+
 @REAL
 @pytest.mark.parametrize("name", ["sst2", "mrpc"])
 def test_a_released_prompt_runs_in_peft_as_if_prepended_by_hand(name: str, tmp_path: Path) -> None:
     """Encoder input and logits, against the vectors put in front of the embedded text without any toolkit."""
     peft = pytest.importorskip("peft")
-    config = t5_base()
-    report = sb.convert(SHARED / f"{name}.npy", tmp_path / "out", "peft", config)
+    report = sb.convert(SHARED / f"{name}.npy", tmp_path / "out", "peft", t5_base())
     assert [step.name for step in report.steps] == []
     vectors = np.load(SHARED / f"{name}.npy")
     assert vectors.shape == (100, 768)
 
-    # The weights' vocabulary and feed-forward are shrunk for the time it takes; the attention is whole.
-    model = BaseModel(config).structure(torch.float64)
+    model = whole_t5()
     ids = torch.randint(3, model.config.vocab_size, (2, 9), generator=torch.Generator().manual_seed(0))
     mask = torch.ones_like(ids)
     mask[1, 6:] = 0

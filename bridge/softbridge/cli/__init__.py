@@ -82,6 +82,21 @@ class StoredDtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
+class Alike(str, Enum):
+    """What can be counted as the same."""
+
+    bitwise = "bitwise"
+    exact = "exact"
+    rounding = "rounding"
+
+
+class Dropped(str, Enum):
+    """What of a source can be left out; see `softbridge.conversion.DROPPED`."""
+
+    training = "training"
+    manifest = "manifest"
+
+
 Base = Annotated[
     str | None,
     typer.Option("--base", help="The base model: a directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG"),
@@ -208,6 +223,10 @@ def convert(
             metavar="NAME",
         ),
     ] = None,
+    drop: Annotated[
+        list[Dropped] | None,
+        typer.Option("--drop", help="Leave this out of the source, stale or not; may be repeated."),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run both, and write nothing if they differ. Needs --base.")
     ] = False,
@@ -230,6 +249,7 @@ def convert(
                 dtype=None if dtype is None else dtype.value,
                 task=task,
                 part=part,
+                drop=[name.value for name in drop or ()],
                 verify=verify,
                 overwrite=overwrite,
             )
@@ -317,6 +337,16 @@ Memory = Annotated[
     int | None,
     typer.Option("--memory", help="Bytes that a model without weights may take; larger ones run in pieces.", min=1),
 ]
+AsLevel = Annotated[
+    Alike,
+    typer.Option(
+        "--level",
+        help="What counts as the same: no bit differs; float64 agrees; or no more than the working precision rounds.",
+    ),
+]
+AsPage = Annotated[
+    Path | None, typer.Option("--html", help="Write the certificate as a page with plots, too.", metavar="FILE")
+]
 NeededBase = Annotated[
     str, typer.Option("--base", help="A directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG")
 ]
@@ -340,13 +370,16 @@ def verify(
             metavar="ENGINE=PATH",
         ),
     ] = None,
+    level: AsLevel = Alike.exact,
+    html: AsPage = None,
     as_json: AsJson = False,
 ) -> None:
     """Do two checkpoints compute the same function? Exit status 0 same, 1 different, 2 refused or not to be judged."""
     from softbridge.verification import verify as run
+    from softbridge.verification.structure import BUDGET
 
     if b is None:
-        _verify_again(a, base, as_json)
+        _verify_again(a, base, html, as_json)
 
     def certify() -> Certificate:
         if b is None or base is None:
@@ -361,10 +394,11 @@ def verify(
             seed=seed,
             texts=_token_ids(texts, base),
             python=elsewhere,
-            **({} if memory is None else {"memory": memory}),
+            level=level.value,
+            memory=BUDGET if memory is None else memory,
         )
 
-    _show_certificate(certify, as_json)
+    _show_certificate(certify, html, as_json)
 
 
 @app.command()
@@ -408,19 +442,30 @@ def probe(
 def compare(
     a: Annotated[Path, typer.Argument(help="The reference, as 'softbridge probe' wrote it.")],
     b: Annotated[Path, typer.Argument(help="What is compared with it.")],
+    level: AsLevel = Alike.exact,
+    html: AsPage = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge two recordings. Exit status as of 'verify'."""
     from softbridge.verification import compare as run
     from softbridge.verification.recording import unpack
 
-    _show_certificate(lambda: run(unpack(a), unpack(b)), as_json)
+    _show_certificate(lambda: run(unpack(a), unpack(b), level=level.value), html, as_json)
 
 
-def _show_certificate(certify: Callable[[], Certificate], as_json: bool) -> NoReturn:
+def _write_page(certificate: Certificate, path: Path | None) -> None:
+    from softbridge import untrusted
+    from softbridge.cli.page import page
+
+    if path is not None:
+        untrusted.write_file(path, page(certificate).encode())
+
+
+def _show_certificate(certify: Callable[[], Certificate], html: Path | None, as_json: bool) -> NoReturn:
     try:
         with _quiet():
             certificate = certify()
+        _write_page(certificate, html)
     except SoftbridgeError as error:
         _refuse(error, as_json)
     if as_json:
@@ -430,12 +475,13 @@ def _show_certificate(certify: Callable[[], Certificate], as_json: bool) -> NoRe
     raise typer.Exit(certificate.exit_status)
 
 
-def _verify_again(path: Path, base: str | None, as_json: bool) -> NoReturn:
+def _verify_again(path: Path, base: str | None, html: Path | None, as_json: bool) -> NoReturn:
     from softbridge.verification.again import verify_again
 
     try:
         with _quiet():
             again = verify_again(path, base)
+        _write_page(again.certificate, html)
     except SoftbridgeError as error:
         _refuse(error, as_json)
     if as_json:
@@ -462,6 +508,26 @@ def _token_ids(path: Path | None, base: str) -> list[list[int]] | None:
     from softbridge.verification.texts import read_texts
 
     return None if path is None else read_texts(path, base)
+
+
+@app.command()
+def doctor(
+    path: Annotated[Path | None, typer.Argument(help="A prompt: only defects that concern it are listed.")] = None,
+    base: Base = None,
+    as_json: AsJson = False,
+) -> None:
+    """What can be run here, and which known defects of the toolkits are met?"""
+    from softbridge.cli.doctor import diagnosis_table
+    from softbridge.doctor import diagnose
+
+    try:
+        found = diagnose(path, base)
+    except SoftbridgeError as error:
+        _refuse(error, as_json)
+    if as_json:
+        _print_json(found.to_json())
+    else:
+        _out().print(diagnosis_table(found))
 
 
 @app.command()

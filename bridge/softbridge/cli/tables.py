@@ -202,28 +202,45 @@ def certificate_table(certificate: Certificate) -> Group:
     for fault in certificate.faults:
         name = "the prompt's effect (dropped)" if fault.name == "dropped" else f"fault: {fault.name}"
         _row(effects, name, f"{fault.moved:.1e}", "", "noticed" if fault.noticed else "not noticed")
+    for name, why in certificate.untried.items():
+        _row(effects, f"fault: {name}", "not run", "", why)
     if certificate.naive is not None:
         _row(effects, "copied as it is", f"{certificate.naive:.1e}", "", "another function")
+    _row(effects, "the source against itself", "", _with_unit(certificate.yardstick, certificate), "in another order")
     for figure in certificate.figures:
         if figure.probe == "greedy":
-            values = ["the same tokens" if value == 0 else "other tokens" for value in (figure.float64, figure.working)]
+            same = "the same tokens", "other tokens"
+            values = [same[0] if value == 0 else same[1] for value in (figure.float64, figure.working)]
         else:
-            values = [f"{figure.float64:.1e}", f"{figure.working:.1e}"]
+            values = [f"{figure.float64:.1e}", _with_unit(figure.working, certificate)]
         _row(effects, f"difference: {figure.probe}", *values, f"not judged: {figure.note}" if not figure.judged else "")
-    verdict = {
-        "bitwise": "the same, bit for bit",
-        "exact": "the same function",
-        "different": "DIFFERENT",
-        "insensitive": "could not be judged: the outputs do not depend on the prompt",
-    }[certificate.verdict]
     facts = [
         f"base: {certificate.base or certificate.geometry.model_type}; weights: {certificate.weights}; "
         f"texts of up to {certificate.longest} tokens; {bound}"
     ]
+    if certificate.parted is not None:
+        facts.append(f"the two part at {certificate.parted}: by {certificate.parted.apart:.1e} of what comes out there")
     if not certificate.independent:
         facts.append(
             "one engine ran both sides: it shows that both files hold the same prompt, not that two toolkits agree"
         )
     if certificate.conditions:
         facts.append(f"under the conditions: {', '.join(certificate.conditions)}")
-    return Group(sides, effects, *map(shown, facts), shown(f"verdict: {verdict}", "bold"))
+    return Group(sides, effects, *map(shown, facts), shown(f"verdict: {verdict_of(certificate)}", "bold"))
+
+
+def verdict_of(certificate: Certificate) -> str:
+    """A verdict in words."""
+    asked = "" if certificate.same or certificate.verdict == "insensitive" else f", where {certificate.level} is asked"
+    return {
+        "bitwise": "the same, bit for bit",
+        "exact": "the same function" + asked,
+        "rounding": f"another function, by no more than {certificate.dtype} rounds by itself{asked}",
+        "different": "DIFFERENT",
+        "insensitive": "could not be judged: the outputs do not depend on the prompt",
+    }[certificate.verdict]
+
+
+def _with_unit(relative: float | None, certificate: Certificate) -> str:
+    """A difference in the working precision, also in units of least precision."""
+    return "" if relative is None else f"{relative:.1e} ({relative / certificate.unit:.3g} units)"

@@ -21,6 +21,7 @@ from __future__ import annotations
 from softbridge.untrusted.claims import DEPTH, DTYPE_CODES, LIMIT, MEMBERS, is_safe_name, parse_json
 from softbridge.untrusted.content import json_bytes, little_endian, npy_bytes, pickle_bytes, safetensors_bytes
 from softbridge.untrusted.files import Files, Kind
+from softbridge.untrusted.hub import hub_id, located
 from softbridge.untrusted.output import check_vacant, write, write_file
 
 __all__ = [
@@ -31,9 +32,11 @@ __all__ = [
     "Files",
     "Kind",
     "check_vacant",
+    "hub_id",
     "is_safe_name",
     "json_bytes",
     "little_endian",
+    "located",
     "npy_bytes",
     "parse_json",
     "pickle_bytes",

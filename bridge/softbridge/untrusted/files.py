@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -55,6 +55,14 @@ class Files:
             ) from error
         self.names = tuple(sorted(self._files))
 
+    def without(self, names: Collection[str]) -> Files:
+        """The same without the files of these names, in whatever folder."""
+        others = object.__new__(Files)
+        others.path, others.is_file = self.path, self.is_file
+        others._files = {name: real for name, real in self._files.items() if name.rpartition("/")[2] not in names}
+        others.names = tuple(name for name in self.names if name in others._files)
+        return others
+
     def __contains__(self, name: object) -> bool:
         return name in self._files
 
@@ -98,6 +106,11 @@ class Files:
         """The JSON object in a file; see `parse_json`."""
         with self._open(name) as (stream, _, what):
             return parse_json(stream.read(LIMIT + 1), what)
+
+    def text(self, name: str) -> str:
+        """The beginning of a text file, up to `LIMIT` bytes; what is no UTF-8 in it is replaced."""
+        with self._open(name) as (stream, _, _what):
+            return stream.read(LIMIT).decode("utf-8", "replace")
 
     def tensors(self, name: str) -> dict[str, Array]:
         """Every tensor of a safetensors file or one that torch.save wrote, checked; a bare tensor is named ''."""
@@ -172,7 +185,9 @@ def _describe(kind: Kind) -> str:
 
 def _listed(root: Path) -> Iterator[tuple[str, Path]]:
     """Name -> real path of the regular files in a folder and one level below."""
-    stores = (root, root.parent.parent / "blobs") if root.parent.name == "snapshots" else (root,)
+    # A snapshot, or a folder in one.
+    snapshot = next((path for path in (root, root.parent) if path.parent.name == "snapshots"), None)
+    stores = (root,) if snapshot is None else (root, snapshot.parent.parent / "blobs")
 
     def inside(path: Path) -> Path | None:
         real = Path(os.path.realpath(path))  # unlike Path.resolve, lets a loop of links be

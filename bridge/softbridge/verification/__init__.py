@@ -8,8 +8,9 @@ how far the outputs move when the prompt is dropped, shifted or scrambled.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +23,7 @@ from softbridge.lower import Step, as_dtype
 from softbridge.passes import DTYPES
 from softbridge.prompt import SoftPrompt
 from softbridge.untrusted import json_bytes
-from softbridge.verification.certificate import Certificate, Fault, Figure, Side
+from softbridge.verification.certificate import Certificate, Fault, Figure, Layer, Level, Side
 from softbridge.verification.comparison import (
     Bench,
     Capture,
@@ -35,7 +36,7 @@ from softbridge.verification.comparison import (
 )
 from softbridge.verification.probes import LENGTHS
 from softbridge.verification.recording import Recording, check_same_setting, fingerprint, record_elsewhere
-from softbridge.verification.run import choose_engine
+from softbridge.verification.run import choose_engine, threads
 from softbridge.verification.structure import BUDGET, Structure, structures
 
 if TYPE_CHECKING:
@@ -45,6 +46,8 @@ __all__ = [
     "Certificate",
     "Fault",
     "Figure",
+    "Layer",
+    "Level",
     "Recording",
     "Side",
     "Subject",
@@ -65,6 +68,7 @@ def verify(
     seed: int = 0,
     texts: Sequence[Sequence[int]] | None = None,
     memory: int = BUDGET,
+    level: Level = "exact",
     python: Mapping[str, str] | None = None,
 ) -> Certificate:
     """Compare the prompts in two files or directories.
@@ -78,6 +82,7 @@ def verify(
         seed: of texts and weights.
         texts: token ids to run instead of random ones.
         memory: bytes that a model without weights may take; a larger one is run some layers at a time.
+        level: what counts as the same; see `softbridge.verification.certificate.Level`.
         python: name of an engine -> the interpreter of the environment in which that engine is installed; the side
             that is this toolkit's runs there. The base must then be a path or a hub id.
 
@@ -89,7 +94,8 @@ def verify(
     resolved = BaseModel.resolve(base)
     files = [read(a, resolved), read(b, resolved)]
     if python:
-        return _across(files, base, python, weights=weights, dtype=dtype, seed=seed, texts=texts, memory=memory)
+        recordings = _across(files, base, python, weights=weights, dtype=dtype, seed=seed, texts=texts, memory=memory)
+        return compare(*recordings, level=level)
     conditions = tuple(dict.fromkeys(name for loaded in files for name in loaded.conditions))
     rounded = _rounding([step for loaded in files for step in loaded.steps])
     subjects = [Subject(str(one.path), one.prompt, one.format.engine, one.path) for one in files]
@@ -117,6 +123,7 @@ def verify(
         seed=seed,
         texts=texts,
         memory=memory,
+        level=level,
     )
 
 
@@ -130,8 +137,8 @@ def _across(
     seed: int,
     texts: Sequence[Sequence[int]] | None,
     memory: int,
-) -> Certificate:
-    """Record each side where its toolkit is, and judge the recordings here."""
+) -> list[Recording]:
+    """Record each side where its toolkit is."""
     unknown = sorted(set(python) - {loaded.format.engine for loaded in files})
     if unknown or not isinstance(base, (str, Path)):
         raise SoftbridgeError(
@@ -172,7 +179,7 @@ def _across(
             sides.append(
                 record_elsewhere(where, [str(loaded.path), *arguments], Path(scratch) / "recording.safetensors")
             )
-    return compare(*sides)
+    return sides
 
 
 def _is_wider(subject: Subject, kind: np.dtype[Any]) -> bool:
@@ -193,8 +200,9 @@ def verify_prompts(
     seed: int = 0,
     texts: Sequence[Sequence[int]] | None = None,
     memory: int = BUDGET,
+    level: Level = "exact",
 ) -> Certificate:
-    """Compare two prompts; the first is the reference.
+    """Compare two prompts; the first is the reference. See `verify` for the other arguments.
 
     Args:
         naive: the first prompt's numbers as the second side would run them untold; its difference is reported.
@@ -205,22 +213,24 @@ def verify_prompts(
     base = base.with_head(a.prompt.head or b.prompt.head)
     template = common_template(a.prompt, b.prompt)
     window = None if "window" in conditions else _window(a.prompt)  # they must agree beyond it, too
-    chosen = _engines([a, b], base, weights)
-    pieces = _pieces([a, b], chosen, base, weights, memory)
     captures: list[tuple[Capture, Capture]] = []
-    for piece in pieces:
-        subjects = [_fitted(piece, one) for one in (a, b)]
-        if any(one is None for one in subjects):
-            continue
-        first, second = cast("tuple[Subject, Subject]", subjects)
-        bench = Bench(piece.base, weights, seed, window, texts, template, not (_gated(a.prompt) or _gated(b.prompt)))
-        copy = None if naive is None else piece.fit(naive)
-        captures.append(
-            (
-                capture(bench, first, chosen[0][0], dtype, faults=False),
-                capture(bench, second, chosen[1][0], dtype, naive=copy),
+    with threads(None if weights else 1):
+        chosen, pieces = _plan([a, b], base, weights, memory)
+        for piece in pieces:
+            subjects = [_fitted(piece, one) for one in (a, b)]
+            if any(one is None for one in subjects):
+                continue
+            first, second = cast("tuple[Subject, Subject]", subjects)
+            cached = not (_gated(a.prompt) or _gated(b.prompt))
+            frames = a.prompt.positions.start != b.prompt.positions.start
+            bench = Bench(piece.base, weights, seed, window, texts, template, cached, piece.first, frames)
+            copy = None if naive is None else piece.fit(naive)
+            captures.append(
+                (
+                    capture(bench, first, chosen[0][0], dtype, faults=False),
+                    capture(bench, second, chosen[1][0], dtype, reference=False, naive=copy),
+                )
             )
-        )
     return _certificate(
         (_side(a, *chosen[0]), _side(b, *chosen[1])),
         [judge(one, other, rounded) for one, other in captures],
@@ -229,6 +239,7 @@ def verify_prompts(
         weights=_weights_note(weights, seed, pieces),
         seed=seed,
         dtype=dtype,
+        level=level,
         conditions=tuple(conditions),
         rounded=tuple(rounded),
         versions=_versions(),
@@ -262,16 +273,17 @@ def probe(
         window = _window(loaded.prompt)
     rounded = _rounding(loaded.steps)
     weights = weights or "entry" in rounded
-    chosen = _engines([subject], resolved, weights)
-    pieces = _pieces([subject], chosen, resolved, weights, memory)
     captures, models = [], []
-    for piece in pieces:
-        part = _fitted(piece, subject)
-        if part is not None:
-            template = common_template(loaded.prompt, loaded.prompt)
-            bench = Bench(piece.base, weights, seed, window, texts, template, not _gated(loaded.prompt))
-            captures.append(capture(bench, part, chosen[0][0], dtype))
-            models.append(fingerprint(bench))
+    with threads(None if weights else 1):
+        chosen, pieces = _plan([subject], resolved, weights, memory)
+        template = common_template(loaded.prompt, loaded.prompt)
+        for piece in pieces:
+            part = _fitted(piece, subject)
+            if part is not None:
+                cached = not _gated(loaded.prompt)
+                bench = Bench(piece.base, weights, seed, window, texts, template, cached, piece.first)
+                captures.append(capture(bench, part, chosen[0][0], dtype))
+                models.append(fingerprint(bench))
     return Recording(
         side=_side(subject, *chosen[0]),
         setting={"seed": seed, "precision": dtype, "window": window, "own weights": weights, "model": models},
@@ -285,8 +297,8 @@ def probe(
     )
 
 
-def compare(a: Recording, b: Recording) -> Certificate:
-    """Judge two recordings; the first is the reference.
+def compare(a: Recording, b: Recording, *, level: Level = "exact") -> Certificate:
+    """Judge two recordings; the first is the reference. `level` is what counts as the same.
 
     Raises:
         SoftbridgeError: they are of different probes or models.
@@ -302,6 +314,7 @@ def compare(a: Recording, b: Recording) -> Certificate:
         weights=a.weights,
         seed=a.setting["seed"],
         dtype=a.setting["precision"],
+        level=level,
         conditions=tuple(dict.fromkeys((*a.conditions, *b.conditions))),
         rounded=rounded,
         versions={**a.versions, **theirs},
@@ -318,23 +331,26 @@ def _certificate(sides: tuple[Side, Side], found: Sequence[Findings], **known: A
         islands=tuple(sorted({island for one in found for island in one.islands})),
         bound=max(one.bound for one in found),
         yardstick=max(one.yardstick for one in found),
+        unit=max(one.unit for one in found),
         figures=_worst([one.figures for one in found]),
+        layers=tuple(place for one in found for place in one.layers),
         faults=_least([one.faults for one in found]),
+        untried={name: why for one in found for name, why in one.untried.items()},
         naive=max((one.naive for one in found if one.naive is not None), default=None),
         **known,
     )
 
 
-def _engines(subjects: Sequence[Subject], base: BaseModel, weights: bool) -> list[tuple[Engine, str]]:
-    """For each subject its engine, and why not its own toolkit's."""
-    model = base.weights(_float64()) if weights else base.bare() or base.structure(_float64())
-    return [choose_engine(one.prompt, one.engine, model) for one in subjects]
+def _plan(
+    subjects: Sequence[Subject], base: BaseModel, weights: bool, memory: int
+) -> tuple[list[tuple[Engine, str]], list[Structure]]:
+    """For each subject its engine, and why not its own toolkit's; and what to run of the model.
 
-
-def _pieces(
-    subjects: Sequence[Subject], chosen: Sequence[tuple[Engine, str]], base: BaseModel, weights: bool, memory: int
-) -> list[Structure]:
-    """What to run of the model: all of it, or a small one whose layers the same engines run."""
+    That is all of it, or a small one whose layers the same engines run.
+    """
+    bare = None if weights else base.bare()
+    model = bare or (base.weights(_float64()) if weights else base.structure(_float64()))
+    chosen = [choose_engine(one.prompt, one.engine, model) for one in subjects]
 
     def runs(smaller: Any) -> bool:
         try:
@@ -343,8 +359,8 @@ def _pieces(
             return False
 
     if weights:
-        return [Structure(base)]
-    return list(structures(base, [subject.prompt for subject in subjects], runs, memory))
+        return chosen, [Structure(base)]
+    return chosen, list(structures(base, bare, [subject.prompt for subject in subjects], runs, memory))
 
 
 def _gated(prompt: SoftPrompt) -> bool:
@@ -366,6 +382,7 @@ def _weights_note(weights: bool, seed: int, pieces: Sequence[Structure]) -> str:
     return "the model's own" if weights else f"random, seed {seed}; {pieces[0].note}"
 
 
+@cache
 def _versions() -> dict[str, str]:
     from softbridge_compat import versions
 
@@ -394,13 +411,18 @@ def _worst(found: Sequence[Sequence[Figure]]) -> tuple[Figure, ...]:
     return tuple(
         replace(
             figures[0],
-            float64=max(figure.float64 for figure in figures),
-            working=max(figure.working for figure in figures),
+            float64=_largest(figure.float64 for figure in figures),
+            working=None if figures[0].working is None else _largest(figure.working for figure in figures),
             judged=all(figure.judged for figure in figures),
             note="; ".join(dict.fromkeys(figure.note for figure in figures if figure.note)),
         )
         for figures in named.values()
     )
+
+
+def _largest(found: Iterable[float | None]) -> float:
+    """The largest; what is not a number, if there is one."""
+    return float(np.max([one for one in found if one is not None]))
 
 
 def _least(found: Sequence[Sequence[Fault]]) -> tuple[Fault, ...]:

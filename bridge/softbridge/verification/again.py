@@ -9,7 +9,7 @@ from typing import Any
 
 from softbridge.errors import CheckpointError
 from softbridge.untrusted import Files
-from softbridge.verification.certificate import SCHEMA, Certificate
+from softbridge.verification.certificate import LEVELS, OLDER, SCHEMA, Certificate
 
 
 @dataclass(frozen=True)
@@ -47,11 +47,14 @@ def verify_again(path: str | Path, base: Any = None) -> Again:
     files = Files(path)
     recorded = files.json(files.names[0]) if files.is_file else {}
     remedy = "make it anew with 'softbridge verify --json' or 'softbridge convert --verify'"
-    if recorded.get("schema") != SCHEMA:
+    if recorded.get("schema") not in (SCHEMA, *OLDER):
         raise CheckpointError(f"{path} is no certificate of the schema {SCHEMA}", "a certificate.json", remedy)
     sides = [recorded.get(name) for name in ("source", "target")]
+    level = recorded.get("level", "exact")
     settings = [recorded.get(name) for name in ("dtype", "seed", "weights", "verdict")]
-    if not all(isinstance(side, dict) and isinstance(side.get("path"), str) for side in sides) or None in settings:
+    if not all(isinstance(side, dict) and isinstance(side.get("path"), str) for side in sides) or (
+        None in settings or level not in LEVELS
+    ):
         raise CheckpointError(f"{path} is a damaged certificate", "sides with paths, and the settings", remedy)
     folder = Path(path).resolve().parent
     source, target = (_place((side or {})["path"], folder) for side in sides)
@@ -65,14 +68,15 @@ def verify_again(path: str | Path, base: Any = None) -> Again:
         weights=recorded["weights"] == "the model's own",
         dtype=recorded["dtype"],
         seed=recorded["seed"],
+        level=level,
     )
     changes = []
     for name, side in zip(("source", "target"), sides, strict=True):
         changes += _changes(name, side or {}, getattr(certificate, name))
-    if certificate.verdict != recorded["verdict"] and {certificate.verdict, recorded["verdict"]} != {
-        "bitwise",
-        "exact",
-    }:
+    verdicts, alike = {certificate.verdict, recorded["verdict"]}, [{"bitwise", "exact"}]
+    if recorded["schema"] in OLDER:
+        alike.append({"different", "rounding"})
+    if len(verdicts) > 1 and verdicts not in alike:
         changes.append(f"the verdict was {recorded['verdict']}, and is {certificate.verdict}")
     return Again(recorded["verdict"], certificate, tuple(changes))
 

@@ -1,4 +1,10 @@
-"""What a comparison found, as a value that can be printed, stored and read by a program."""
+"""What a comparison found, as a value that can be printed, stored and read by a program.
+
+The JSON form, ``softbridge/certificate/2``, has the attributes of `Certificate` by their names, of whatever they hold
+too, and besides ``schema``, ``verdict`` and ``parted``. A number that is not finite is null there. Version 1 has no
+``level``, ``unit``, ``layers``, ``parted`` and ``untried``, repeats a loss's and a gradient's figure as that of the
+working precision, and calls what is ``rounding`` here ``different``; `softbridge.verification.again` runs both.
+"""
 
 from __future__ import annotations
 
@@ -10,11 +16,18 @@ from typing import Any, Literal
 from softbridge.geometry import Geometry
 
 #: The name and version of the JSON form. A change of meaning changes the number.
-SCHEMA = "softbridge/certificate/1"
+SCHEMA = "softbridge/certificate/2"
+#: Earlier ones that can still be run again.
+OLDER = ("softbridge/certificate/1",)
 
-#: bitwise: not one bit differs, in float64 and in the working precision. exact: within the stated bound in float64.
+#: How alike two sides are, the strictest first. bitwise: not one bit differs, in float64 and in the working precision.
+#: exact: within the stated bound in float64. rounding: another function in float64, but in the working precision no
+#: probe's outputs are further apart than the yardstick, and without the prompt they are; the generated tokens are the
+#: same.
+Level = Literal["bitwise", "exact", "rounding"]
+LEVELS: tuple[Level, ...] = ("bitwise", "exact", "rounding")
 #: different: further apart. insensitive: the comparison would not have noticed a missing prompt, and proves nothing.
-Verdict = Literal["bitwise", "exact", "different", "insensitive"]
+Verdict = Literal["bitwise", "exact", "rounding", "different", "insensitive"]
 
 
 @dataclass(frozen=True)
@@ -44,26 +57,55 @@ class Figure:
 
     Attributes:
         probe: its name.
-        float64: largest difference of logits relative to the certificate's scale (for greedy: 1 if a token differs).
-        working: the same in the working precision.
+        float64: largest difference of logits relative to the certificate's scale (for greedy: 1 if a token differs; for
+            the loss and the gradient relative to themselves).
+        working: the same in the working precision; None for what is computed in float64 alone.
         judged: whether it counts for the verdict.
         note: why not, otherwise.
     """
 
     probe: str
     float64: float
-    working: float
+    working: float | None
     judged: bool = True
     note: str = ""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """How far a deliberate fault moves the outputs, relative to the scale, and whether that was noticed."""
+    """A deliberate fault in the target, and whether the comparison would have noticed it.
+
+    Attributes:
+        name: ``dropped`` (the prompt's effect), ``shifted by one position``, ``two layers swapped`` or ``keys and
+            values swapped``.
+        moved: how far it moves the outputs of the first text, relative to the scale.
+        noticed: whether that is far beyond the bound.
+    """
 
     name: str
     moved: float
     noticed: bool
+
+
+@dataclass(frozen=True)
+class Layer:
+    """How far apart two sides are at one place of the model, on the first text in float64.
+
+    Attributes:
+        stack: ``encoder`` or ``decoder``.
+        layer: its number in the stack.
+        part: the path, in the layer, of a module that attends; or ``output``, for what the layer puts out.
+        apart: the largest difference of what comes out there, relative to the largest number there.
+    """
+
+    stack: str
+    layer: int
+    part: str
+    apart: float
+
+    def __str__(self) -> str:
+        part = "what follows attention" if self.part == "output" else f"attention ('{self.part}')"
+        return f"{self.stack} layer {self.layer}, {part}"
 
 
 @dataclass(frozen=True)
@@ -78,6 +120,7 @@ class Certificate:
         weights: with which weights it was run.
         seed: of texts and random weights.
         dtype: the working precision.
+        level: what its caller counts as the same.
         conditions: names of the conditions under which the two are the same, as the caller accepted them.
         rounded: names of the conversion's steps that stored what they computed in float32.
         longest: tokens of the longest text that was run; nothing is shown beyond (a window or a table of frequencies
@@ -85,10 +128,14 @@ class Certificate:
         scale: the largest logit of the source, in absolute value.
         islands: modules of the model that compute in less than float64.
         bound: what counts as exact.
-        yardstick: what the working precision does by itself: the largest difference between the source's texts alone
-            and in one padded batch, both in that precision.
+        yardstick: what the working precision does by itself: how far the source alone is from itself when a padded
+            batch is run in another order and, where float64 says that padding changes nothing, when each text is run
+            alone.
+        unit: a unit of least precision of the largest logit in the working precision, relative to `scale`.
         figures: the differences.
+        layers: the differences inside the model, in the order in which it runs.
         faults: the sensitivity.
+        untried: fault -> why the target's engine cannot run it.
         naive: the difference if the source's numbers are copied as they are, where that is another function.
         versions: of everything that can change a result.
     """
@@ -100,6 +147,7 @@ class Certificate:
     weights: str
     seed: int
     dtype: str
+    level: Level
     conditions: tuple[str, ...]
     rounded: tuple[str, ...]
     longest: int
@@ -107,8 +155,11 @@ class Certificate:
     islands: tuple[str, ...]
     bound: float
     yardstick: float
+    unit: float
     figures: tuple[Figure, ...]
+    layers: tuple[Layer, ...]
     faults: tuple[Fault, ...]
+    untried: Mapping[str, str]
     naive: float | None
     versions: Mapping[str, str]
 
@@ -117,9 +168,15 @@ class Certificate:
         if not all(fault.noticed for fault in self.faults if fault.name == "dropped"):
             return "insensitive"
         judged = [figure for figure in self.figures if figure.judged]
-        if all(figure.float64 == 0 and figure.working == 0 for figure in judged):
+        working = [figure.working for figure in judged if figure.working is not None]
+        if all(figure.float64 == 0 for figure in judged) and not any(working):
             return "bitwise"
-        return "exact" if all(figure.float64 <= self.bound for figure in judged) else "different"
+        if all(figure.float64 <= self.bound for figure in judged):
+            return "exact"
+        # A yardstick that a missing prompt would pass, too, measures nothing.
+        if all(far <= self.yardstick for far in working) and self.yardstick < self.effect:
+            return "rounding"
+        return "different"
 
     @property
     def independent(self) -> bool:
@@ -128,17 +185,23 @@ class Certificate:
 
     @property
     def same(self) -> bool:
-        return self.verdict in ("bitwise", "exact")
+        """Whether they are at least as alike as `level` asks."""
+        return self.verdict in LEVELS[: LEVELS.index(self.level) + 1]
 
     @property
     def exit_status(self) -> int:
         """0 the same, 1 different, 2 could not be judged."""
-        return {"bitwise": 0, "exact": 0, "different": 1, "insensitive": 2}[self.verdict]
+        return 2 if self.verdict == "insensitive" else 0 if self.same else 1
+
+    @property
+    def parted(self) -> Layer | None:
+        """Where in the model the two sides part: the first place at which they are further apart than the bound."""
+        return next((place for place in self.layers if not place.apart <= self.bound), None)
 
     @property
     def worst(self) -> float:
         """The largest judged difference in float64."""
-        return max(figure.float64 for figure in self.figures if figure.judged)
+        return max((figure.float64 for figure in self.figures if figure.judged), key=lambda far: (far != far, far))
 
     @property
     def effect(self) -> float:
@@ -151,11 +214,13 @@ class Certificate:
         return (
             f"{self.verdict}: prompt's effect {self.effect:.1e}{copied}, difference {self.worst:.1e} "
             f"(float64, bound {self.bound:.0e}, relative to the largest logit {self.scale:.3g})"
+            + (f", parted at {self.parted}" if self.verdict == "different" and self.parted else "")
         )
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON value; the README documents its fields. A number that is not finite becomes null."""
-        return {"schema": SCHEMA, "verdict": self.verdict, **_plain(asdict(self))}
+        """A JSON value; see the module and the README."""
+        parted = None if self.parted is None else asdict(self.parted)
+        return {"schema": SCHEMA, "verdict": self.verdict, "parted": _plain(parted), **_plain(asdict(self))}
 
 
 def _plain(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -13,15 +14,16 @@ import numpy as np
 
 from softbridge.base import BaseModel
 from softbridge.errors import SoftbridgeError
-from softbridge.head import load_head
+from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Engine, Loader
 from softbridge.lower import turn
 from softbridge.parts import named_arrays
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.template import Template
-from softbridge.verification.certificate import Fault, Figure
+from softbridge.verification.certificate import Fault, Figure, Layer
+from softbridge.verification.layers import differences, places, watch
 from softbridge.verification.mutations import mutations
-from softbridge.verification.probes import GREEDY, Probe, make_probes
+from softbridge.verification.probes import GREEDY, REVERSED, Probe, make_probes, reverse
 from softbridge.verification.run import attached, find_islands, gradient, obstacles_of, run
 
 #: Relative to the largest logit. Float64 rounding of other summation orders stays below it on any depth we measured.
@@ -60,13 +62,17 @@ class Capture:
         islands: modules of the model that compute in less than float64.
         longest: tokens of the longest text.
         exact: probe -> logits at the real tokens in float64, or generated tokens.
-        rough: the same in the working precision.
+        rough: the same in the working precision; of a reference also ``reversed``.
+        unit: what that precision calls a unit of the last place of 1.
+        states: what the layers put out for the first text in float64; see `softbridge.verification.layers`.
         loss: of the first text.
         start: stack -> where its first real token stands.
         gradient: array of the prompt -> gradient of that loss.
-        turned: of a model with rotary positions, the same in the frame of tokens that stand at 0; else empty.
+        turned: of a model with rotary positions, the same in the frame of tokens that stand at 0; else, or where
+            nobody needs it, empty.
         repeats: whether two layers of the prompt have the same numbers.
-        faults: deliberate fault -> how far it moves the logits of the texts alone.
+        faults: deliberate fault -> how far it moves the logits of the first text.
+        untried: deliberate fault -> why the engine cannot run it.
         naive: the logits of the texts alone for the naive copy, if there was one.
     """
 
@@ -76,12 +82,15 @@ class Capture:
     longest: int
     exact: Mapping[str, Array]
     rough: Mapping[str, Array]
+    unit: float
+    states: Mapping[str, Array]
     loss: float
     start: Mapping[str, int]
     gradient: Mapping[str, Array]
     turned: Mapping[str, Array]
     repeats: bool
     faults: Mapping[str, float]
+    untried: Mapping[str, str]
     naive: Mapping[str, Array] | None
 
 
@@ -93,15 +102,18 @@ class Findings:
     islands: tuple[str, ...]
     bound: float
     yardstick: float
+    unit: float
     longest: int
     figures: tuple[Figure, ...]
+    layers: tuple[Layer, ...]
     faults: tuple[Fault, ...]
+    untried: Mapping[str, str]
     naive: float | None
 
 
 @dataclass(frozen=True)
 class Bench:
-    """A fresh model for every run, so that no run can leave anything behind for the next.
+    """A fresh model for every run that decides, so that no run can leave anything behind for the next.
 
     Attributes:
         base: the base model, with the head that the prompts bring.
@@ -112,6 +124,9 @@ class Bench:
         template: that of the prompts, if they have one.
         cached: whether generating may use the model's cache. A gate weighs the positions of each call, so that with a
             cache it is another function, and whether a toolkit has one is its own affair.
+        first: which layer of the whole model this one's layer 0 is.
+        frames: whether the two sides' tokens may start at different positions, so that gradients must be turned into a
+            common frame.
     """
 
     base: BaseModel
@@ -121,6 +136,8 @@ class Bench:
     texts: Sequence[Sequence[int]] | None
     template: Template | None
     cached: bool = True
+    first: int = 0
+    frames: bool = True
 
     @cached_property
     def _pristine(self) -> Any:
@@ -134,6 +151,18 @@ class Bench:
 
         kind = getattr(torch, dtype)
         return self.base.weights(kind) if self.weights else copy.deepcopy(self._pristine).to(kind)
+
+    def spare(self) -> Any:
+        """A model for whatever leaves it as it was. One with its own weights may be too large to keep."""
+        return self.model() if self.weights else self._kept
+
+    @cached_property
+    def _kept(self) -> Any:
+        return self.model()
+
+    @cached_property
+    def islands(self) -> tuple[str, ...]:
+        return find_islands(self.spare(), self.alone(None)[0])
 
     @cached_property
     def config(self) -> Any:
@@ -167,23 +196,36 @@ class Bench:
     def alone(self, prompt: SoftPrompt | None) -> list[Probe]:
         return [probe for probe in self.probes(prompt) if probe.name.startswith("alone")]
 
-    def own(self, subject: Subject, engine: Engine, dtype: str = "float64") -> dict[str, Array]:
-        """All probes, with the toolkit's own loader reading its own files where there are any."""
-        model = self.model(dtype)
-        loader, probes = loader_of(subject, engine), self.probes(subject.prompt)
-        if loader is not None and subject.directory is not None:
-            return run(loader.load(model, subject.prompt, subject.directory), probes)
-        with attached(engine, model, subject.prompt) as running:
-            return run(running, probes)
+    def own(
+        self, subject: Subject, engine: Engine, dtype: str = "float64", more: Sequence[Probe] = ()
+    ) -> tuple[dict[str, Array], dict[str, Array]]:
+        """All probes, and what the layers put out for the first of them.
 
-    def other(self, engine: Engine, prompt: SoftPrompt | None, head: Mapping[str, Array]) -> dict[str, Array]:
-        """The texts alone, for another prompt (None: none, but the same head)."""
-        model = self.model()
-        if prompt is None:
-            load_head(model, head)
-            return run(model, self.alone(None))
+        The toolkit's own loader reads its own files where there are any.
+        """
+        model = self.model(dtype)
+        inside = places(model)
+        loader, probes = loader_of(subject, engine), (*self.probes(subject.prompt), *more)
+        if loader is not None and subject.directory is not None:
+            running = loader.load(model, subject.prompt, subject.directory)
+            states = watch(inside, self.first)
+            return run(running, probes), states
+        with attached(engine, model, subject.prompt) as running:
+            states = watch(inside, self.first)
+            return run(running, probes), states
+
+    def other(self, model: Any, engine: Engine, prompt: SoftPrompt, texts: int | None = None) -> dict[str, Array]:
+        """The first texts (None: all) alone, for another prompt; the model is given back as it was."""
         with attached(engine, model, prompt) as running:
-            return run(running, self.alone(prompt))
+            return run(running, self.alone(prompt)[:texts])
+
+    def without(self, model: Any, head: Mapping[str, Array], texts: int | None = None) -> dict[str, Array]:
+        """The same for none, but the same head."""
+        before = load_head(model, head)
+        try:
+            return run(model, self.alone(None)[:texts])
+        finally:
+            restore_head(model, before)
 
     def gradient(self, engine: Engine, prompt: SoftPrompt) -> tuple[float, SoftPrompt]:
         """Loss of the first text and its gradient, in the prompt's own form."""
@@ -191,7 +233,14 @@ class Bench:
 
 
 def capture(
-    bench: Bench, subject: Subject, engine: Engine, dtype: str, *, faults: bool = True, naive: SoftPrompt | None = None
+    bench: Bench,
+    subject: Subject,
+    engine: Engine,
+    dtype: str,
+    *,
+    faults: bool = True,
+    reference: bool = True,
+    naive: SoftPrompt | None = None,
 ) -> Capture:
     """Run one side.
 
@@ -200,39 +249,57 @@ def capture(
         subject: what is run.
         engine: one that runs it.
         dtype: the working precision, beside float64.
-        faults: whether to measure how far deliberate faults move the outputs.
+        faults: whether to measure how far deliberate faults move the outputs, which the target's side is asked.
+        reference: whether to measure what the working precision does by itself, which the source's side is asked.
         naive: the other side's numbers as this engine would run them untold, or None.
     """
+    import torch
+
     prompt = subject.prompt
-    alone = [probe.name for probe in bench.alone(prompt)]
-    exact = bench.own(subject, engine)
+    probes = bench.probes(prompt)
+    backwards = [reverse(probes)] if reference else []
+    if dtype == "float64":  # there is nothing beside it
+        rough, states = bench.own(subject, engine, more=backwards)
+        exact = {name: found for name, found in rough.items() if name != REVERSED}
+    else:
+        exact, states = bench.own(subject, engine)
+        rough, _ = bench.own(subject, engine, dtype, backwards)
     loss, grown = bench.gradient(engine, prompt)
     grown = replace(grown, head={}, training=None)
     scheme, turned = bench.base.positions, grown
-    if scheme.kind == "rotary":
+    if bench.frames and scheme.kind == "rotary":
         for stack, start in prompt.positions.start.items():
             turned = turn(turned, stack, scheme.rotation(-start))
     moved: dict[str, float] = {}
+    untried: dict[str, str] = {}
+    spare = bench.spare() if faults or naive is not None else None
+    first = [bench.alone(prompt)[0].name]
     for fault, wrong in mutations(prompt, scheme) if faults else ():
-        if wrong is None or not obstacles_of(engine, wrong, bench.model()):
-            moved[fault] = _apart(bench.other(engine, wrong, prompt.head), alone, exact, alone)
+        obstacles = [] if wrong is None else obstacles_of(engine, wrong, spare)
+        if obstacles:
+            untried[fault] = f"{engine.name}: {'; '.join(obstacle.reason for obstacle in obstacles)}"
+            continue
+        found = bench.without(spare, prompt.head, 1) if wrong is None else bench.other(spare, engine, wrong, 1)
+        moved[fault] = _apart(found, first, exact, first)
     copied = None
-    if naive is not None and not obstacles_of(engine, naive, bench.model()):
-        copied = bench.other(engine, naive, naive.head)
-    probes = bench.probes(prompt)
+    if naive is not None and not obstacles_of(engine, naive, spare):
+        copied = bench.other(spare, engine, naive)
     return Capture(
         engine=engine.name,
         left_pads=engine.capabilities.left_pads,
-        islands=find_islands(bench.model(), bench.alone(None)[0]),
+        islands=bench.islands,
         longest=max(probe.inputs["input_ids"].shape[1] for probe in probes),
         exact=exact,
-        rough=bench.own(subject, engine, dtype),
+        rough=rough,
+        unit=float(torch.finfo(getattr(torch, dtype)).eps),
+        states=states,
         loss=loss,
         start={str(stack): start for stack, start in prompt.positions.start.items()},
         gradient=named_arrays(grown),
         turned={} if turned is grown else named_arrays(turned),
         repeats=_repeats(prompt),
         faults=moved,
+        untried=untried,
         naive=copied,
     )
 
@@ -262,15 +329,22 @@ def judge(a: Capture, b: Capture, rounded: Sequence[str]) -> Findings:
             note = "; ".join(dict.fromkeys(variant))
         apart, rough = (_apart(x, names, y, names) / scale for x, y in ((a.exact, b.exact), (a.rough, b.rough)))
         figures.append(Figure(group, apart, rough, judged=not note, note=note))
+    padded, backwards = ["right-padded"], [REVERSED]
+    yardstick = _apart(a.rough, padded, a.rough, backwards) / scale
+    if _apart(a.exact, alone, a.exact, padded) / scale <= bound:
+        yardstick = max(yardstick, _apart(a.rough, alone, a.rough, padded) / scale)
     return Findings(
         scale=scale,
         islands=tuple(sorted({*a.islands, *b.islands})),
         bound=bound,
-        yardstick=_apart(a.rough, alone, a.rough, ["right-padded"]) / scale,
+        yardstick=yardstick,
+        unit=a.unit * 2.0 ** math.floor(math.log2(scale)) / scale if 0 < scale < math.inf else a.unit,
         longest=max(a.longest, b.longest),
         figures=(*figures, *_training(a, b, rounded)),
+        layers=differences(a.states, b.states),
         # What is not a number is noticed.
         faults=tuple(Fault(name, far / scale, not far / scale <= NOTICED * bound) for name, far in b.faults.items()),
+        untried=b.untried,
         naive=None if b.naive is None else _apart(b.naive, alone, a.exact, alone) / scale,
     )
 
@@ -278,7 +352,7 @@ def judge(a: Capture, b: Capture, rounded: Sequence[str]) -> Findings:
 def _training(a: Capture, b: Capture, rounded: Sequence[str]) -> list[Figure]:
     """Whether training goes on identically: the loss, and its gradient in the prompt's numbers, in float64 alone."""
     loss = abs(a.loss - b.loss) / (abs(a.loss) or 1.0)
-    figures = [Figure("loss", loss, loss)]
+    figures = [Figure("loss", loss, None)]
     together = a.start == b.start or not a.turned
     ours, theirs = (side.gradient if together else side.turned for side in (a, b))
     if ours.keys() != theirs.keys():  # what was moved to another place is not trained there alike
@@ -290,7 +364,7 @@ def _training(a: Capture, b: Capture, rounded: Sequence[str]) -> list[Figure]:
         note = "layers share their numbers, and what a toolkit does with that in training is not compared"
     size = max(float(np.abs(array).max()) for array in ours.values()) or 1.0
     apart = max(float(np.abs(ours[name] - theirs[name]).max()) for name in ours) / size
-    return [*figures, Figure("gradient", apart, apart, judged=not note, note=note)]
+    return [*figures, Figure("gradient", apart, None, judged=not note, note=note)]
 
 
 def _repeats(prompt: SoftPrompt) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -16,9 +16,11 @@ from softbridge.template import PLACEHOLDER, Template
 #: Lengths of the texts. They differ, so that a batch of them needs padding.
 LENGTHS = (11, 7, 4)
 DECODER_LENGTH = 5
-GREEDY_TOKENS = 8
+GREEDY_TOKENS = 5
 #: The name of the probe that generates.
 GREEDY = "greedy"
+#: A probe that is judged against the same side's ``right-padded``: its rows, run in the opposite order.
+REVERSED = "reversed"
 
 
 @dataclass(frozen=True)
@@ -26,13 +28,14 @@ class Probe:
     """One call of the model.
 
     Attributes:
-        name: ``alone-0`` ..., ``right-padded``, ``left-padded`` or ``greedy``.
+        name: ``alone-0`` ..., ``batch``, ``right-padded``, ``left-padded``, ``greedy`` or ``reversed``.
         inputs: argument name -> integer array [B, T].
         real: [B, T] booleans: which of the outputs' positions belong to real tokens.
         greedy: whether tokens are generated rather than logits computed.
         pooled: whether the model gives one row of logits for a text, not one for each token.
         causal: whether the logits at a token are for the next one.
         cached: whether generating may use the model's cache.
+        backwards: whether the rows are run from the last to the first. What comes out is in their own order.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Probe:
     pooled: bool = False
     causal: bool = False
     cached: bool = True
+    backwards: bool = False
 
 
 def make_probes(
@@ -55,7 +59,7 @@ def make_probes(
     texts: Sequence[Sequence[int]] | None = None,
     cached: bool = True,
 ) -> tuple[Probe, ...]:
-    """Every text alone, all together padded right and (decoders) left, and greedy decoding of one.
+    """Every text alone; all together, cut to one length, padded right and (decoders) left; greedy decoding of one.
 
     Args:
         geometry: of the base model.
@@ -73,11 +77,13 @@ def make_probes(
     ordinary = np.array([token for token in range(config.vocab_size) if token not in special])
     given = texts or [generator.choice(ordinary, length).tolist() for length in LENGTHS]
     rows = [_row(template, placeholders, text, config.vocab_size) for text in given]
+    shortest = min(map(len, given))
+    even = [_row(template, placeholders, text[:shortest], config.vocab_size) for text in given]
     pooled, causal = task == "sequence-classification", task == "causal-lm"
     answers = generator.choice(ordinary, (len(rows), DECODER_LENGTH)) if geometry.is_encoder_decoder else None
     pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
 
-    def probe(name: str, chosen: list[int], side: str) -> Probe:
+    def probe(name: str, chosen: list[int], side: str = "right", rows: list[Array] = rows) -> Probe:
         width = max(len(rows[row]) for row in chosen)
         ids = np.full((len(chosen), width), pad)
         mask = np.zeros((len(chosen), width), dtype=np.int64)
@@ -92,8 +98,8 @@ def make_probes(
         return Probe(name, inputs, np.ones((len(chosen), DECODER_LENGTH), dtype=bool))
 
     everyone = list(range(len(rows)))
-    probes = [probe(f"alone-{row}", [row], "right") for row in everyone]
-    probes.append(probe("right-padded", everyone, "right"))
+    probes = [probe(f"alone-{row}", [row]) for row in everyone]
+    probes += [probe("batch", everyone, rows=even), probe("right-padded", everyone)]
     generates = geometry.decoder is not None and task != "sequence-classification"
     if generates and answers is None:
         probes.append(probe("left-padded", everyone, "left"))
@@ -102,6 +108,12 @@ def make_probes(
         inputs = {name: array for name, array in first.inputs.items() if name != "decoder_input_ids"}
         probes.append(Probe(GREEDY, inputs, first.real, greedy=True, cached=cached))
     return tuple(probes)
+
+
+def reverse(probes: Sequence[Probe]) -> Probe:
+    """The padded batch in another order, which shows what a working precision does by itself."""
+    batch = next(probe for probe in probes if probe.name == "right-padded")
+    return replace(batch, name=REVERSED, backwards=True)
 
 
 def _row(template: Template | None, placeholders: bool, text: Sequence[int], vocabulary: int) -> Array:

@@ -24,8 +24,8 @@ from softbridge.verification.certificate import Side
 from softbridge.verification.comparison import Bench, Capture
 
 KEY = "softbridge-recording"
-VERSION = 1
-_ARRAYS = ("exact", "rough", "gradient", "turned")
+VERSION = 2
+_ARRAYS = ("exact", "rough", "states", "gradient", "turned")
 
 
 @dataclass(frozen=True)
@@ -82,6 +82,8 @@ def pack(recording: Recording) -> bytes:
             "repeats": capture.repeats,
             "left_pads": capture.left_pads,
             "faults": dict(capture.faults),
+            "untried": dict(capture.untried),
+            "unit": capture.unit,
         }
         order = {group: list(getattr(capture, group)) for group in _ARRAYS}
         plain.append({"islands": list(capture.islands), "longest": capture.longest, "order": order, **numbers})
@@ -125,6 +127,8 @@ def unpack(path: str | Path) -> Recording:
                     repeats=plain["repeats"],
                     left_pads=plain["left_pads"],
                     faults=plain["faults"],
+                    untried=plain["untried"],
+                    unit=float(plain["unit"]),
                     naive=None,
                     **groups,
                 )

@@ -58,6 +58,23 @@ def obstacles_of(engine: Engine, prompt: SoftPrompt, model: Any) -> list[Obstacl
 
 
 @contextmanager
+def threads(most: int | None) -> Iterator[None]:
+    """Let torch use no more threads than this (None: as many as it likes) for the length of a block.
+
+    Small products gain nothing from a second thread, and where other programs want the cores each of them waits for
+    it: with two threads on two busy cores the same forward passes took five times as long as with one.
+    """
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(most or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
 def attached(engine: Engine, model: Any, prompt: SoftPrompt) -> Iterator[Any]:
     """The model with the prompt and its head attached, for the length of a block."""
     before = load_head(model, prompt.head)
@@ -83,8 +100,13 @@ def run(model: Any, probes: Sequence[Probe]) -> dict[str, Array]:
 def _logits(model: Any, probe: Probe) -> Array:
     import torch
 
+    inputs = _tensors(model, probe.inputs)
+    if probe.backwards:
+        inputs = {name: tensor.flip(0) for name, tensor in inputs.items()}
     with torch.no_grad():
-        logits = model(**_tensors(model, probe.inputs)).logits
+        logits = model(**inputs).logits
+    if probe.backwards:
+        logits = logits.flip(0)
     if logits.ndim == 2:
         return np.asarray(logits.double().cpu().numpy())
     real = torch.from_numpy(probe.real).to(logits.device)
@@ -173,7 +195,7 @@ def _tensors(model: Any, inputs: Mapping[str, Array]) -> dict[str, Any]:
 
 
 def find_islands(model: Any, probe: Probe) -> tuple[str, ...]:
-    """Where a float64 model computes in less than float64, as "Module: operator", sorted.
+    """Where a float64 model computes in less than float64: names of modules' classes, sorted.
 
     Such an island bounds how closely two ways of running a prompt can agree: a rotary table or a softmax in float32
     rounds to 1e-7. It is found by watching every operator for narrower floating-point inputs that come out as float64.

@@ -63,18 +63,19 @@ class Structure:
 
 
 def structures(
-    base: BaseModel, prompts: Sequence[SoftPrompt], runs: Callable[[Any], bool], budget: int = BUDGET
+    base: BaseModel, bare: Any, prompts: Sequence[SoftPrompt], runs: Callable[[Any], bool], budget: int = BUDGET
 ) -> Iterator[Structure]:
     """What to run, one after the other, so that all layers of the prompts are run.
 
     Args:
         base: the base model.
+        bare: what `BaseModel.bare` gives of it.
         prompts: what is to be compared.
         runs: whether the engines that were chosen run the prompts on a model (which has no weights).
         budget: bytes.
     """
     whole = Structure(base, note="vocabulary and feed-forward shrunk")
-    size = _size(base)
+    size = None if bare is None else _size(bare)
     if size is None or size <= SMALL:
         yield whole
         return
@@ -82,9 +83,8 @@ def structures(
     for smaller, note in _smaller(base, prompts):
         model = smaller.bare()
         if model is not None and _same_attention(smaller.geometry, geometry) and runs(model):
-            whole = Structure(smaller, note=f"{whole.note}, {note}")
+            whole, size = Structure(smaller, note=f"{whole.note}, {note}"), _size(model)
             break
-    size = _size(whole.base) or 0
     layers = None if geometry.is_encoder_decoder else (geometry.decoder or geometry.encoder)
     if size <= budget or layers is None:
         yield whole
@@ -173,7 +173,6 @@ def _layers(model: Any, count: int) -> list[Any] | None:
     ]
 
 
-def _size(base: BaseModel) -> int | None:
-    """Bytes of the shrunk model's weights in float64, or None if that is not known."""
-    model = base.bare()
-    return None if model is None else sum(parameter.numel() for parameter in model.parameters()) * 8
+def _size(bare: Any) -> int:
+    """Bytes of a model's weights in float64."""
+    return int(sum(parameter.numel() for parameter in bare.parameters())) * 8

@@ -1,0 +1,32 @@
+"""What `softbridge doctor` shows."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.console import Group
+from rich.table import Table
+
+from softbridge.cli.tables import shown
+from softbridge.doctor import Diagnosis
+
+
+def diagnosis_table(found: Diagnosis) -> Group:
+    """Versions, engines and defects, and of which prompt, if of one."""
+    installed = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("installed", "version"):
+        installed.add_column(heading)
+    for name, version in found.versions.items():
+        installed.add_row(shown(name), shown(version))
+    usable = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("engine", "here"):
+        usable.add_column(heading, overflow="fold")
+    for name, reason in found.engines.items():
+        usable.add_row(shown(name), shown("yes" if reason is None else f"no: {reason}"))
+    known = Table(box=box.SIMPLE, pad_edge=False)
+    for heading in ("known defect", "what happens"):
+        known.add_column(heading, overflow="fold")
+    for defect in found.defects:
+        known.add_row(shown(defect.id), shown(defect.summary))
+    what = "of these toolkits" if found.prompt is None else f"that concern {found.prompt}"
+    count = shown(f"{len(found.defects)} known defects {what}")
+    return Group(shown(found.platform), installed, usable, count, known)

@@ -1,0 +1,89 @@
+"""What this environment can do, and which known defects of toolkits are met in it, with any prompt or with this one."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softbridge.conversion import read
+from softbridge.geometry import Geometry
+from softbridge.prompt import SoftPrompt
+from softbridge.registry import engines
+from softbridge_compat import versions
+from softbridge_compat.defects import Defect
+from softbridge_compat.defects import defects as known
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What `diagnose` found.
+
+    Attributes:
+        platform: of the machine.
+        versions: distribution -> installed version, of whatever can change a result.
+        engines: name -> why it cannot be used here, or None.
+        defects: known defects of the toolkits at hand: all, or those that concern the prompt.
+        prompt: what was asked about, or None.
+    """
+
+    platform: str
+    versions: dict[str, str]
+    engines: dict[str, str | None]
+    defects: tuple[Defect, ...]
+    prompt: SoftPrompt | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """JSON values; the prompt as a line of text."""
+        return {
+            "platform": self.platform,
+            "versions": self.versions,
+            "engines": self.engines,
+            "defects": [named(defect) for defect in self.defects],
+            "prompt": None if self.prompt is None else repr(self.prompt),
+        }
+
+
+def defects(
+    prompt: SoftPrompt | None = None, geometry: Geometry | None = None, engines: Collection[str] | None = None
+) -> tuple[Defect, ...]:
+    """The known defects that the installed versions have, in the order of `softbridge_compat.defects`.
+
+    Depends on nothing but its arguments and what is installed; reads no file and imports no toolkit.
+
+    Args:
+        prompt: if given, only those that can be met with it.
+        geometry: of its base model, if that is known; without it, those that can be met on any base model.
+        engines: names of the engines that run it; all if None.
+    """
+    return tuple(
+        defect
+        for defect in known()
+        if (engines is None or defect.engine in engines)
+        and defect.applies()
+        and (prompt is None or defect.concerns(prompt, geometry))
+    )
+
+
+def named(defect: Defect) -> dict[str, str]:
+    """A defect as a certificate or a program names it."""
+    return {"id": defect.id, "toolkit": defect.toolkit, "summary": defect.summary}
+
+
+def diagnose(path: str | Path | None = None, base: Any = None) -> Diagnosis:
+    """Look at this environment, and at one prompt if there is a path.
+
+    Args:
+        path: whatever `softbridge.load` takes.
+        base: whatever `BaseModel.resolve` takes; with it, defects that other base models would meet are left out.
+
+    Raises:
+        SoftbridgeError: the prompt cannot be read; see `softbridge.read`.
+    """
+    prompt = None if path is None else read(path, base).prompt
+    reasons = {name: engine.unavailable() for name, engine in engines().items()}
+    usable = [name for name, reason in reasons.items() if reason is None]
+    found = defects(prompt, None if prompt is None else prompt.base.geometry, usable)
+    return Diagnosis(platform.platform(), versions(), reasons, found, prompt)

@@ -1,0 +1,243 @@
+"""A long prefix is attended to once for all rows, and its result is merged with that of the rows' own keys."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import softbridge as sb
+from softbridge.bank import PromptBank
+from softbridge.geometry import read_geometry
+from softbridge.prompt import SoftPrompt
+from softbridge.testing import random_prefix, tiny_model
+from softbridge_native import apart, attention
+from softbridge_native.apart import Group
+
+P, NEW = 40, 5
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many virtual tokens each attention in two parts had."""
+    calls: list[int] = []
+
+    def attend(*args: Any) -> Tensor:
+        calls.append(sum(group.keys.shape[1] for group in args[-1]))
+        return apart.attend(*args)
+
+    monkeypatch.setattr(attention, "attend", attend)
+    return calls
+
+
+def random(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)).requires_grad_()
+
+
+def joined(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, groups: Any) -> Tensor:
+    """By definition: one softmax over a row's prefix and its own keys."""
+    rows = []
+    for row in range(len(query)):
+        keys, values, hidden = key[row], value[row], query.new_zeros(query.shape[2], key.shape[2])
+        if mask is not None:
+            hidden = mask.expand(len(query), 1, query.shape[2], -1)[row, 0]
+        elif causal:
+            hidden = hidden.masked_fill(torch.ones_like(hidden, dtype=torch.bool).triu(1), -torch.inf)
+        for group in groups:
+            if group.rows is None or row in group.rows.tolist():
+                keys, values = torch.cat([group.keys, keys], 1), torch.cat([group.values, values], 1)
+                hidden = torch.cat([hidden.new_zeros(len(hidden), group.keys.shape[1]), hidden], 1)
+        times = query.shape[1] // key.shape[1]
+        scores = query[row] @ keys.repeat_interleave(times, 0).transpose(-1, -2) * 0.3 + hidden
+        rows.append(scores.softmax(-1) @ values.repeat_interleave(times, 0))
+    return torch.stack(rows)
+
+
+def relative(a: Tensor, b: Tensor) -> float:
+    return float((a - b).detach().abs().max() / b.detach().abs().max())
+
+
+MASKS = {"none": None, "some": torch.tensor([[1.0, 1, 1, 0, 1, 1], [0, 0, 1, 1, 1, 1], [0] * 6])}
+
+
+@pytest.mark.parametrize("device", ["cpu", "elsewhere"])
+@pytest.mark.parametrize("heads", [2, 4])
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("length", [1, 6])
+def test_it_is_one_softmax_over_both_parts(
+    length: int, mask: str, heads: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs and all gradients; a row that sees nothing of its own sees the prefix alone."""
+    query, key, value = random(3, 4, length, 8, seed=0), random(3, heads, 6, 8, seed=1), random(3, heads, 6, 8, seed=2)
+    keys, values = random(heads, P, 8, seed=3), random(heads, P, 8, seed=4)
+    table = MASKS[mask]
+    hidden = None
+    if table is not None:
+        hidden = torch.zeros(3, 1, 1, 6, dtype=torch.float64)
+        hidden = hidden.masked_fill(table[:, None, None] == 0, torch.finfo(torch.float64).min)
+    causal = length > 1 and hidden is None
+    leaves = (query, key, value, keys, values)
+    # What runs on a GPU is the same on a CPU.
+    function = apart.attend if device == "cpu" else lambda q, k, v, m, _, s, g: apart._in_one_softmax(q, k, v, m, s, g)
+    if device != "cpu" and length > 1:
+        pytest.skip("more than one query a row are joined there")
+    found = function(query, key, value, hidden, causal, 0.3, [Group(keys, values)])
+    expected = joined(query, key, value, hidden, causal, [Group(keys, values)])
+    assert relative(found, expected) < 1e-12
+    other = joined(query, key, value, hidden, causal, [Group(keys[:, 1:], values[:, 1:])])
+    assert relative(other, expected) > 1e-3
+    weights = random(*expected.shape, seed=5).detach()
+    ours, theirs = (torch.autograd.grad((out * weights).sum(), leaves) for out in (found, expected))
+    for a, b in zip(ours, theirs, strict=True):
+        assert relative(a, b) < 1e-12
+    with torch.no_grad():
+        still = function(query, key, value, hidden, causal, 0.3, [Group(keys, values)])
+        assert relative(still, expected) < 1e-12
+        # Two rows have one prefix, one has another, or none.
+        pair, single = torch.tensor([0, 2]), torch.tensor([1])
+        for groups in (
+            [Group(keys, values, pair), Group(values[:, :7], keys[:, :7], single)],
+            [Group(keys, values, pair)],
+        ):
+            several = function(query, key, value, hidden, causal, 0.3, groups)
+            wanted = joined(query, key, value, hidden, causal, groups)
+            assert relative(several, wanted) < 1e-12
+            assert relative(several, expected) > 1e-2
+
+
+def make(family: str) -> tuple[Any, SoftPrompt]:
+    model = tiny_model(family)
+    if not model._can_set_attn_implementation():
+        pytest.skip(f"{family} does not dispatch here")
+    model.set_attn_implementation("sdpa")
+    if model.can_generate():
+        model.generation_config.eos_token_id = None
+    geometry = read_geometry(model.config)
+    prompt = random_prefix(geometry, P, std=1.0)
+    wide = {
+        part.site: replace(
+            part, layers={n: type(p)(p.keys.astype("f8"), p.values.astype("f8")) for n, p in part.layers.items()}
+        )
+        for part in prompt.prefixes
+    }
+    return model, replace(prompt, parts=tuple(wide.values()))
+
+
+def batch(family: str) -> tuple[Tensor, Tensor]:
+    ids = torch.randint(3, 96, (3, 7), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    return ids.masked_fill(mask == 0, 0), mask
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "bert"])
+def test_a_model_computes_the_same_in_two_parts(
+    family: str, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits, gradients in the prompt, and what is generated, padded and not."""
+    model, prompt = make(family)
+    running = sb.attach(model, prompt)
+    close = 1e-12 if family in ("gpt2", "bert") else 1e-5  # float32 rotary tables
+    ids, mask = batch(family)
+
+    def everything() -> dict[str, Tensor]:
+        found = {}
+        for name, given in (("padded", mask), ("whole", None), ("ones", torch.ones_like(mask))):
+            with torch.no_grad():
+                found[f"{name} logits"] = running(input_ids=ids, attention_mask=given).logits
+            running.zero_grad()
+            logits = running(input_ids=ids, attention_mask=given).logits
+            torch.log_softmax(logits, -1)[..., 3].sum().backward()
+            gradients = [p.grad.flatten() for p in running.parameters() if p.grad is not None]
+            found[f"{name} gradient"] = torch.cat(gradients)
+        if running.can_generate():
+            made = running.generate(
+                ids,
+                attention_mask=mask,
+                max_new_tokens=NEW,
+                do_sample=False,
+                pad_token_id=0,
+                output_logits=True,
+                return_dict_in_generate=True,
+            )
+            found["tokens"], found["steps"] = made.sequences, torch.stack(made.logits)
+        return found
+
+    for name in ("SHARED", "ALONE", "TRAINED"):
+        monkeypatch.setattr(apart, name, 1)
+    apartly = everything()
+    layers = 3
+    assert counted
+    assert set(counted) == {P}
+    assert len(counted) == layers * (6 + (NEW if running.can_generate() else 0))
+    for name in ("SHARED", "ALONE", "TRAINED"):
+        monkeypatch.setattr(apart, name, 10**9)
+    counted.clear()
+    together = everything()
+    assert not counted
+    for name, expected in together.items():
+        found = apartly[name]
+        if name == "tokens":
+            assert torch.equal(found, expected)
+        else:
+            rounding = 1e-6 if name == "steps" else close  # `generate` keeps logits in float32
+            assert float((found - expected).abs().max()) <= rounding * float(expected.abs().max()), name
+    with torch.no_grad():
+        bare = sb.detach(running)(input_ids=ids, attention_mask=mask).logits
+    assert float((bare - together["padded logits"]).abs().max()) > 0.1
+
+
+def test_rows_of_a_bank_that_share_a_prefix_share_its_attention(
+    counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, prompt = make("gpt2")
+    short = random_prefix(read_geometry(model.config), 7, seed=3)
+    running = sb.attach(copy.deepcopy(model), bank := PromptBank({"long": prompt, "short": short}))
+    ids = torch.randint(3, 96, (6, 5), generator=torch.Generator().manual_seed(1))
+    names = ["long", "short", None, "long", "long", "long"]
+    found = []
+    for least in (1, 10**9):
+        monkeypatch.setattr(apart, "SHARED", least)
+        with torch.no_grad(), bank.rows(names):
+            found.append(running(input_ids=ids).logits)
+    assert counted == [P + 7] * 3
+    assert float((found[0] - found[1]).abs().max()) < 1e-12 * float(found[1].abs().max())
+    with torch.no_grad(), bank.rows("long"):
+        assert float((running(input_ids=ids).logits - found[0]).abs().max()) > 0.1
+
+
+def test_where_two_parts_are_not_the_same_they_stay_together(
+    counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("SHARED", "ALONE", "TRAINED"):
+        monkeypatch.setattr(apart, name, 1)
+    ids = torch.randint(3, 96, (2, 5))
+    for family, changes in (("gpt2", {"attn_pdrop": 0.1}), ("t5", {})):
+        model = tiny_model(family, **changes)
+        if not model._can_set_attn_implementation():
+            continue
+        model.set_attn_implementation("sdpa")
+        running = sb.attach(model, random_prefix(read_geometry(model.config), P)).train()
+        given = {"input_ids": ids, **({"decoder_input_ids": ids} if family == "t5" else {})}
+        running(**given)  # dropout of scores; a relative bias
+    assert not counted
+    model, prompt = make("gpt2")
+    model.set_attn_implementation("eager")
+    sb.attach(model, prompt)(input_ids=ids)
+    assert not counted
+    assert apart.pays([Group(torch.zeros(2, 5, 8), torch.zeros(2, 5, 8))], torch.zeros(2, 4, 1, 8))
+    elsewhere = torch.zeros(2, 4, 3, 8, device="meta")
+    assert not apart.pays([Group(torch.zeros(2, 5, 8), torch.zeros(2, 5, 8))], elsewhere)
