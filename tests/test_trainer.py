@@ -164,7 +164,7 @@ def test_resuming_is_bit_equal_parameterisation_included(name: str, tmp_path: Pa
 
 
 def test_the_best_is_restored_and_what_is_saved_is_the_same_function(tmp_path: Path) -> None:
-    model = sb.attach(model_of("llama"), PTuningV2(P), seed=0)
+    model = sb.attach(model_of("llama"), PrefixTuning(P, MLP(8)), seed=0)
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "greater_is_better": True}  # so that the
     run = trainer(model, tmp_path / "run", load_best_model_at_end=True, max_steps=3, **settings)  # last is not the best
     run.train()

@@ -96,9 +96,17 @@ class Plan:
 
 
 class Method(ABC):
-    """What all methods have in common. Each says in `plan` what it is."""
+    """What all methods have in common. Each says in `plan` what it is.
+
+    Attributes:
+        paper: where it was published.
+        learning_rate: one with which AdamW learns, to start from: tests/golden/make_messages.py uses it on a small
+            BERT. None where none was tried. Rates for the tensors of a network are far below those for the prompt's
+            own numbers.
+    """
 
     paper: ClassVar[Paper]
+    learning_rate: ClassVar[float | None] = None
 
     @abstractmethod
     def plan(self, geometry: Geometry) -> Plan:
@@ -261,6 +269,7 @@ class PromptTuning(Method):
     paper: ClassVar = Paper(
         "The Power of Scale for Parameter-Efficient Prompt Tuning", "Lester, Al-Rfou, Constant", 2021, "2104.08691"
     )
+    learning_rate: ClassVar = 3e-2
 
     length: int = 100
     stack: Stack | None = None
@@ -328,6 +337,7 @@ class PTuning(Method):
     """
 
     paper: ClassVar = Paper("GPT Understands, Too", "Liu, Zheng, Du, Ding, Qian, Yang, Tang", 2021, "2103.10385")
+    learning_rate: ClassVar = 3e-3
 
     length: int = 9
     encoder: Encoder = "mlp"
@@ -397,6 +407,7 @@ class PrefixTuning(Method):
     paper: ClassVar = Paper(
         "Prefix-Tuning: Optimizing Continuous Prompts for Generation", "Li, Liang", 2021, "2101.00190"
     )
+    learning_rate: ClassVar = 1e-3
 
     length: int = 10
     reparameterisation: MLP | None = MLP()
@@ -435,6 +446,7 @@ class PTuningV2(Method):
         2022,
         "2110.07602",
     )
+    learning_rate: ClassVar = 5e-2
 
     length: int = 4
     head: TaskHead | None = None
