@@ -71,6 +71,14 @@ class Held:
 def _ready(model: Any, fetch: Fetch, modules: Mapping[Site, Sequence[nn.Module]], entry: Entry) -> Ready:
     prompt = fetch(entry)
     check(prompt, model)
+    missing = [part.site for part in prompt.prefixes if part.site not in modules]
+    if missing:
+        raise EngineError(
+            f"prefixes at the site {', '.join(missing)}, where {type(model).__name__} does not dispatch through "
+            "transformers' attention interface",
+            "input prompts in a bank for this model",
+            "attach it alone",
+        )
     if prompt.head:
         raise EngineError(
             f"the prompt {prompt.base.name or ''} brings a head of its own: {', '.join(prompt.head)}",

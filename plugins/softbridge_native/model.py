@@ -7,6 +7,7 @@ The model keeps its class. Its stacks (the module under the heads, or the encode
 from __future__ import annotations
 
 import inspect
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -19,6 +20,7 @@ from softbridge.geometry import Geometry, Site, Stack, read_geometry, stack_of
 from softbridge.lower import check_fits
 from softbridge.methods import KINDS, rematerialise
 from softbridge.prompt import KeyValuePrefix, Part, SoftPrompt
+from softbridge_native import seed
 from softbridge_native.attention import (
     UNDERLYING,
     Binding,
@@ -47,13 +49,13 @@ class Prefix(nn.Module):
     `KeyValuePrefix.from_rows`.
     """
 
-    def __init__(self, part: KeyValuePrefix, modules: Sequence[nn.Module], stand: Stand, made: bool) -> None:
+    def __init__(self, part: KeyValuePrefix, devices: Mapping[int, torch.device], stand: Stand, made: bool) -> None:
         super().__init__()
         self.stack: Stack = stack_of(part.site)
         self.site: Site | None = part.site
         self.layers = nn.ModuleDict()
         for layer, pair in part.layers.items():
-            self.layers[str(layer)] = LayerPrefix(pair, stand, home(next(modules[layer].parameters()).device), made)
+            self.layers[str(layer)] = LayerPrefix(pair, stand, devices[layer], made)
 
     @property
     def _each(self) -> Iterable[Any]:
@@ -92,6 +94,12 @@ class Prefix(nn.Module):
         return replace(part, layers={number: layer.extract(pair) for (number, pair), layer in pairs})
 
 
+def _devices(modules: Sequence[nn.Module], device: torch.device) -> Mapping[int, torch.device]:
+    """Where each layer's prefix is to be: with its attention module, if that is known."""
+    found = {layer: home(next(module.parameters()).device) for layer, module in enumerate(modules)}
+    return defaultdict(lambda: device, found)
+
+
 class Injection(nn.Module):
     """What is put into a model: where the prompt lives, and what is needed to restore the model.
 
@@ -101,6 +109,8 @@ class Injection(nn.Module):
         bound: the attention modules that hold a prefix.
         implementations: each configuration in the model, with the attention implementation that it named.
         trainable: the model's parameters that were trainable.
+        virtual_logits: whether states and logits of virtual tokens are to be returned, too, in their places: P + T of
+            them. Off unless set; there is no loss then, as labels are of real tokens.
     """
 
     def __init__(self) -> None:
@@ -110,10 +120,21 @@ class Injection(nn.Module):
         self.bound: list[nn.Module] = []
         self.implementations: list[tuple[Any, str]] = []
         self.trainable: list[nn.Parameter] = []
+        self.virtual_logits = False
 
-    def enter(self, model: nn.Module, args: tuple[Any, ...]) -> None:
+    def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model runs; no stack has been reached yet."""
         self.reached = False
+        if self.virtual_logits and kwargs.get("labels") is not None:
+            raise EngineError(
+                "labels, which are of real tokens, and logits of virtual tokens",
+                "a call without labels while model.softbridge.virtual_logits is on",
+                "set it to False to train or to compute a loss",
+            )
+
+    def shows(self) -> bool:
+        """Whether what is of virtual tokens is to be returned."""
+        return self.virtual_logits
 
     def reach(self, stack: nn.Module, args: tuple[Any, ...]) -> None:
         """A stack runs."""
@@ -149,10 +170,11 @@ class Single(Injection):
     def __init__(self, prompt: SoftPrompt, modules: Mapping[Site, Sequence[nn.Module]], device: torch.device) -> None:
         super().__init__()
         self.prompt = prompt
+        self.seeded = bool(prompt.prefixes) and not modules[prompt.prefixes[0].site]
         kind = KINDS[prompt.training.kind] if prompt.training is not None and trainable(prompt) else None
         made = [kind is not None and kind.makes(part) for part in prompt.parts]
         parts = [
-            Prefix(part, modules[part.site], stand_of(prompt, part.site), network)
+            Prefix(part, _devices(modules[part.site], device), stand_of(prompt, part.site), network)
             if isinstance(part, KeyValuePrefix)
             else Vectors(part, device, network)
             for part, network in zip(prompt.parts, made, strict=True)
@@ -164,7 +186,7 @@ class Single(Injection):
 
     def sources(self) -> Iterator[tuple[Site, int, Source, bool]]:
         for module in self.parts:
-            if isinstance(module, Prefix) and module.site is not None:
+            if isinstance(module, Prefix) and module.site is not None and not self.seeded:
                 for layer, source in module.layers.items():
                     if isinstance(source, LayerPrefix):
                         yield module.site, int(layer), source, source.gate is not None
@@ -175,7 +197,9 @@ class Single(Injection):
         made = () if network is None else [part for part in network.parts if part.stack == name]
         making = Making(network, made) if network is not None and made else None
         start = self.prompt.positions.start.get(name, 0)
-        return StackHooks(stack, around, own, start, making)
+        prefix: Any = self.parts[0] if self.seeded else None
+        planted = None if prefix is None else seed.Seed(list(prefix.layers.values()), seed.padded(stack))
+        return StackHooks(stack, around, own, start, making, planted)
 
     def extract(self) -> SoftPrompt:
         """The prompt as it is now. A changed one has no origin, and no parameterisation but one that was trained."""
@@ -298,6 +322,8 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         found += _attention_obstacles(prompt, model, geometry)
     for name, stack in stacks.items():
         origin = _origin(prompt, name)
+        if name == "decoder" and seeded(prompt, model, geometry) is not None:
+            continue  # see `_seed_obstacles`
         if origin < 0 or (origin > 0 and not tellable(stack)):
             reason = f"the {name}'s first token would stand at {origin}, and this model cannot be told so"
             found.append(Obstacle("positions", reason, "use a prompt whose positions the model counts by itself"))
@@ -312,6 +338,8 @@ def _looks_back(stack: Any) -> bool:
 
 def tellable(stack: Any) -> bool:
     """Whether a stack can be told where its tokens stand, or asks for nothing but how far they are apart."""
+    if getattr(stack.config, "alibi", False):  # Falcon takes positions then, too, and looks at none
+        return False
     return "position_ids" in inspect.signature(stack.forward).parameters or _bias_table(stack) is not None
 
 
@@ -332,6 +360,8 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
     if implementation not in UNDERLYING:
         reason = f"a prefix runs in {' or '.join(UNDERLYING)} attention, the model has '{implementation}'"
         found.append(Obstacle("attention", reason, f"model.set_attn_implementation('{UNDERLYING[0]}')"))
+    if (part := seeded(prompt, model, geometry)) is not None:
+        return _seed_obstacles(part, prompt, model, geometry)
     modules, text = attention_modules(model, geometry), model.config.get_text_config()
     for part in prompt.prefixes:
         shape, heard = geometry.site(part.site), modules[part.site]
@@ -374,6 +404,28 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
     return found
 
 
+def seeded(prompt: SoftPrompt, model: Any, geometry: Geometry) -> KeyValuePrefix | None:
+    """The prefix that has no way into the model but its cache, or None."""
+    part = prompt.prefix("self")
+    alone = part is not None and geometry.decoder is not None and not geometry.is_encoder_decoder and not prompt.inputs
+    return part if alone and not attention_modules(model, geometry)["self"] else None
+
+
+def _seed_obstacles(part: KeyValuePrefix, prompt: SoftPrompt, model: Any, geometry: Geometry) -> list[Obstacle]:
+    stack, shape = stacks_of(model, geometry)["decoder"], geometry.site("self")
+    if shape is None:
+        return []
+    start = prompt.positions.start.get("decoder", 0)
+    return [
+        Obstacle(
+            "attention",
+            f"{type(model).__name__} does not dispatch through transformers' attention interface, and {reason}",
+            "use an input prompt, a toolkit's engine, or other transformers",
+        )
+        for reason in seed.reasons(stack, shape, part, start, tellable(stack))
+    ]
+
+
 class _Reached(Exception):  # noqa: N818
     """An attention module was reached; with whether it was told where its queries stand."""
 
@@ -391,7 +443,7 @@ def _hears_positions(stack: Any, attention: nn.Module) -> bool:
     token = torch.zeros(1, 1, dtype=torch.long, device=stack.get_input_embeddings().weight.device)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            stack(token)
+            stack.forward(token)  # past the hooks of a bank
     except _Reached as reached:
         return bool(reached.args[0])
     except Exception:  # foreign code; nothing is known
@@ -444,12 +496,13 @@ def _switch_attention(model: Any, injected: Injection) -> None:
 def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
     """Hook the stacks, and the model around them."""
     handles = injected.handles
-    handles += [model.register_forward_pre_hook(injected.enter), model.register_forward_hook(injected.leave)]
+    handles.append(model.register_forward_pre_hook(injected.enter, with_kwargs=True))
+    handles.append(model.register_forward_hook(injected.leave))
     pools = _pools_first_token(model, geometry)
     implementation = model.config._attn_implementation if injected.implementations else None
     for name, stack in stacks_of(model, geometry).items():
         crossed = geometry.is_encoder_decoder and name == "encoder"
-        hooks = injected.hooks(name, stack, Circumstances(implementation, crossed, pools))
+        hooks = injected.hooks(name, stack, Circumstances(implementation, crossed, pools, injected.shows))
         handles += [
             stack.register_forward_pre_hook(injected.reach),
             stack.register_forward_pre_hook(hooks.before, with_kwargs=True),

@@ -10,9 +10,10 @@ rows: there the vectors are put, and nothing else changes.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,9 @@ from softbridge.prompt import Entry, InputPrompt, Placement
 from softbridge.template import PLACEHOLDER
 from softbridge.tensors import from_torch, to_torch
 from softbridge_native.parameterisation import Making
+
+if TYPE_CHECKING:
+    from softbridge_native.seed import Seed
 
 
 def counted(part: InputPrompt) -> int:
@@ -198,6 +202,47 @@ def _take(both: Tensor, order: Tensor) -> Tensor:
     return torch.take_along_dim(both, order.view(*order.shape, *[1] * (both.ndim - 2)), dim=1)
 
 
+#: Of a cache: whether the stack that filled it is running, and counts all that it holds.
+_RUNNING = "_softbridge_running"
+
+
+def hide(cache: Any, length: int) -> None:
+    """Let a cache that holds so many virtual tokens count, and be cropped to, real ones; but not while its stack runs.
+
+    What `generate` knows are real tokens: assisted decoding compares their number with the cache's, and crops.
+    """
+    if cache is not None and not hides(cache):
+        running(cache, False)
+        cache.get_seq_length = partial(_real_length, cache, length)
+        if hasattr(cache, "crop"):
+            cache.crop = partial(_crop, cache, length)
+
+
+def running(cache: Any, now: bool) -> None:
+    """Say whether the stack runs; see `hide`."""
+    vars(cache)[_RUNNING] = now
+
+
+def hides(cache: Any) -> bool:
+    """Whether a cache was told to hide virtual tokens."""
+    return cache is not None and _RUNNING in vars(cache)
+
+
+def full_length(cache: Any) -> int:
+    """How many tokens a cache holds, virtual ones included."""
+    return 0 if cache is None else int(type(cache).get_seq_length(cache))
+
+
+def _real_length(cache: Any, virtual: int, *args: Any, **kwargs: Any) -> int:
+    full = int(type(cache).get_seq_length(cache, *args, **kwargs))
+    return full if vars(cache)[_RUNNING] else max(full - virtual, 0)
+
+
+def _crop(cache: Any, virtual: int, length: int) -> None:
+    """A number of tokens to keep counts real ones; a negative number is of those to drop."""
+    type(cache).crop(cache, length + virtual if length > 0 else length)
+
+
 @dataclass(frozen=True)
 class Circumstances:
     """What a stack's hooks must know of the model around it.
@@ -206,11 +251,13 @@ class Circumstances:
         implementation: ours, which the stack's configuration names, or None where the model keeps its own.
         keeps: whether the last hidden state keeps the virtual tokens: cross-attention is to see them.
         pools: whether the model's head takes the first state for the whole sequence.
+        shows: says whether logits of virtual tokens are wanted.
     """
 
     implementation: str | None
     keeps: bool
     pools: bool
+    shows: Callable[[], bool]
 
 
 class StackHooks:
@@ -222,6 +269,7 @@ class StackHooks:
         vectors: its input prompt, or None.
         start: where its first real token stands, in each row [B, 1] or in all; see `Positions`.
         making: what a network makes for this stack, or None.
+        seed: the prefix that its cache starts with, or None.
     """
 
     def __init__(
@@ -231,17 +279,21 @@ class StackHooks:
         vectors: Inserted | None = None,
         start: int | Tensor = 0,
         making: Making | None = None,
+        seed: Seed | None = None,
     ) -> None:
         self.around = around
         self.vectors = vectors
         self.start = start
         self.making = making
+        self.seed = seed
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.offset = _position_offset(stack)
         #: Where the virtual tokens stand that were put into the sequence of the running call, or None.
         self.layout: Layout | None = None
         #: P + T of that call.
         self.width = 0
+        #: Its cache, or None.
+        self.cache: Any = None
 
     def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         """Put the virtual tokens into the sequence, and tell the real ones where they stand."""
@@ -257,12 +309,14 @@ class StackHooks:
             if kwargs.get("inputs_embeds") is not None:  # then the embedding is not called
                 kwargs["inputs_embeds"] = self.making.gather(kwargs["inputs_embeds"])
         mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
-        past = 0 if cache is None else cache.get_seq_length()
+        past = full_length(cache)
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         positions = self._positions(kwargs, plain, past)
         if positions is not None:
             kwargs["position_ids"] = positions
         self.layout = None  # should the last call have failed
+        if self.seed is not None:
+            self.seed.plant(stack, kwargs, plain, past)
         if self.vectors is not None and self.vectors.placement == "template":
             _fill(self.vectors, stack, kwargs, past)
         elif self.vectors is not None:
@@ -282,15 +336,23 @@ class StackHooks:
                 kwargs["attention_mask"] = rows.mask(plain)
             if past == 0:
                 self.layout = rows
+                hide(cache, self.vectors.length)
                 self._insert(self.vectors, rows, stack, kwargs, positions)
+        self.cache = kwargs.get("past_key_values")
+        if hides(self.cache):
+            running(self.cache, True)
         return (), kwargs
 
     def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Take the virtual tokens out of the last hidden state."""
         if self.making is not None:
             self.making.leave()
-        layout, self.layout = self.layout, None
-        if layout is None or self.around.keeps or self.vectors is None:
+        if self.seed is not None:
+            self.seed.take_back(output)
+        if hides(self.cache):
+            running(self.cache, False)
+        layout, self.layout, self.cache = self.layout, None, None
+        if layout is None or self.around.keeps or self.vectors is None or self.around.shows():
             return output
         if self.around.pools and self.vectors.placement == "before-sequence":
             return output
@@ -345,9 +407,7 @@ class StackHooks:
         given = kwargs.get("position_ids")
         if given is not None:
             return given + self.start  # type: ignore[no-any-return]
-        vectors = self.vectors
-        cached = vectors.length if past and vectors is not None and vectors.placement != "template" else 0
-        ahead = cached or (0 if vectors is None else vectors.counted)
+        cached, ahead = self._virtual(past)
         same = isinstance(self.start, int) and isinstance(ahead, int) and self.start == ahead
         if "position_ids" not in self.names or (mask is None and same):
             return None
@@ -360,6 +420,15 @@ class StackHooks:
         if self.offset and tokens.ndim == 2:
             positions = torch.where(tokens == self.offset - 1, self.offset - 1, positions)
         return positions
+
+    def _virtual(self, past: int) -> tuple[int, int | Tensor]:
+        """How many virtual tokens are in a cache of this length, and how many the model counts by itself."""
+        if self.seed is not None:
+            return self.seed.length if past else 0, self.seed.length
+        if self.vectors is None:
+            return 0, 0
+        cached = self.vectors.length if past and self.vectors.placement != "template" else 0
+        return cached, cached or self.vectors.counted
 
     def _insert(
         self, vectors: Inserted, layout: Layout, stack: Any, kwargs: dict[str, Any], positions: Tensor | None

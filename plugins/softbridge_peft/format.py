@@ -238,7 +238,7 @@ def _training(fields: Config, tensors: Mapping[str, Array], part: Part, kept: Tr
     """What trained the prompt, where the files say it."""
     length, frozen = fields.length, fields.frozen
     if fields.peft_type == facts.MULTITASK:
-        # Of two submodules, the second half of the rows is for the decoder; see `_notes`.
+        # Of two submodules, the second half of the rows is for the decoder; see `origin`.
         ours = {
             "embedding": tensors[facts.PROMPT][:length],
             "columns": tensors[facts.COLUMNS][:, :length],

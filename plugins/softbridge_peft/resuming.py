@@ -52,7 +52,7 @@ def resume(model: Any, directory: str | Path) -> Any:
     config.inference_mode = False
     start = getattr(config, "prompt_tuning_init", None)
     if start is not None:  # a text, say, for which PEFT would ask for a tokenizer
-        config.prompt_tuning_init = type(start)("RANDOM") if not isinstance(start, str) else "RANDOM"
+        config.prompt_tuning_init = "RANDOM"
     adapted = peft.get_peft_model(model, config)
     if start is not None:
         adapted.peft_config[adapted.active_adapter].prompt_tuning_init = start
@@ -77,38 +77,49 @@ def restore(model: Any, prompt: SoftPrompt, adapter: str | None = None) -> None:
     import torch
 
     name, config, encoder = _adapter(model, adapter)
+    head = _head(model, name, prompt)
     if (network := training.encoder_of(config)) is None:
         _restore_stored(model, name, config, prompt)
+    elif prompt.training is None:
+        raise CheckpointError(
+            f"a prompt as it was evaluated, and an adapter with a prompt encoder ({network[0]})",
+            f"the training state of that encoder, which softbridge keeps in {facts.TRAINING_FILE}",
+            "train with softbridge_peft.resuming.resumable(model); from an evaluated prompt, start PROMPT_TUNING or "
+            "PREFIX_TUNING without projection",
+        )
     else:
-        found = None if prompt.training is None else prompt.training.kind
-        if found is None:
-            raise CheckpointError(
-                f"a prompt as it was evaluated, and an adapter with a prompt encoder ({network[0]})",
-                f"the training state of that encoder, which softbridge keeps in {facts.TRAINING_FILE}",
-                "train with softbridge_peft.resuming.resumable(model); from an evaluated prompt, start PROMPT_TUNING "
-                "or PREFIX_TUNING without projection",
-            )
         state = {key: from_torch(tensor) for key, tensor in encoder.state_dict().items()}
         try:
             again = training.to_encoder(config, state, prompt)
         except ValueError as error:
             raise EngineError(
-                f"the training state ({found}) does not fit the adapter '{name}': {error}",
+                f"the training state ({prompt.training.kind}) does not fit the adapter '{name}': {error}",
                 f"the tensors of its prompt encoder ({network[0]})",
                 "make the adapter from the configuration beside the training state: softbridge_peft.resuming.resume",
             ) from error
         with torch.no_grad():
             for key, tensor in encoder.state_dict(keep_vars=True).items():
                 tensor.copy_(to_torch(again[key]))
-    parameters = dict(model.get_base_model().named_parameters())
     with torch.no_grad():
-        for key, array in prompt.head.items():
-            owner = next((module for module in facts.HEAD_MODULES if key.startswith(f"{module}.")), "")
-            copied = f"{owner}.modules_to_save.{name}.{key.removeprefix(f'{owner}.')}"
-            parameter = parameters.get(copied, parameters.get(key))
-            if parameter is None or tuple(parameter.shape) != array.shape:
-                raise EngineError(f"a head with '{key}' {list(array.shape)}", "a tensor of the model", "check its head")
+        for parameter, array in head:
             parameter.copy_(to_torch(array))
+
+
+def _head(model: Any, name: str, prompt: SoftPrompt) -> list[tuple[Any, Array]]:
+    """The parameters of an adapter's head, PEFT's own copy where there is one, and what belongs into them."""
+    parameters = dict(model.get_base_model().named_parameters())
+    found = []
+    for key, array in prompt.head.items():
+        owner, _, rest = key.partition(".")
+        parameter = parameters.get(f"{owner}.modules_to_save.{name}.{rest}", parameters.get(key))
+        if parameter is None or tuple(parameter.shape) != array.shape:
+            raise EngineError(
+                f"a head with '{key}' {list(array.shape)}, which the model does not have",
+                "the head that the prompt was trained with",
+                "build the model with the prompt's own kind of head and number of labels",
+            )
+        found.append((parameter, array))
+    return found
 
 
 def _restore_stored(model: Any, name: str, config: dict[str, Any], prompt: SoftPrompt) -> None:
@@ -132,7 +143,7 @@ def _restore_stored(model: Any, name: str, config: dict[str, Any], prompt: SoftP
 
 
 def resumable(model: Any) -> Any:
-    """Let a live PeftModel keep what trains its active prompt, so that training with PEFT or the Trainer can go on.
+    """Let a live PeftModel keep what trains the prompt that is active now, so that its training can go on.
 
     From now on `save_pretrained` writes softbridge's file beside PEFT's, evaluated without dropout; and `load_adapter`,
     which the Trainer calls to resume and to load the best model, puts back from there what PEFT's loader cannot.
@@ -165,6 +176,8 @@ class _Save:
 
     def __call__(self, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.run.__self__  # type: ignore[attr-defined]
+        if model.active_adapter != self.adapter:
+            return self.run(save_directory, *args, **kwargs)
         name, config, encoder = _adapter(model, self.adapter)
         prompt = ENGINE.extract(model)  # first: a context-aware prompt is changed by saving it
         mode = encoder.training

@@ -88,6 +88,16 @@ def test_a_yardstick_that_a_missing_prompt_would_pass_measures_nothing() -> None
     assert replace(beyond, yardstick=2e-3, figures=tuple(tokens)).verdict == "different"
 
 
+def test_what_the_first_text_does_not_show_has_no_place() -> None:
+    right = certify(prefix_of("gpt2"), prefix_of("gpt2"))
+    tokens = [replace(one, float64=1.0, working=1.0) if one.probe == "greedy" else one for one in right.figures]
+    decodes = replace(right, figures=tuple(tokens))
+    assert decodes.verdict == "different"
+    assert decodes.parted is None
+    assert decodes.to_json()["parted"] is None
+    assert "parted" not in decodes.summary()
+
+
 def test_the_yardstick_and_its_unit_are_of_the_working_precision() -> None:
     prompt = prefix_of("llama")
     fine, coarse = (certify(prompt, prompt, "llama", dtype) for dtype in ("float32", "bfloat16"))

@@ -143,6 +143,11 @@ def test_real_weights_are_used_on_request(prefix: SoftPrompt, tmp_path: Path) ->
     assert certificate.same
     assert certificate.weights == "the model's own"
     assert certificate.scale != compare(prefix, prefix).scale
+    sb.save(touched(prefix, 0.1), tmp_path / "b", "softbridge", model)
+    other = sb.verify(tmp_path / "a", tmp_path / "b", tmp_path / "base", weights=True)
+    assert other.verdict == "different"
+    assert other.parted is not None
+    assert (other.parted.layer, other.parted.part) == (1, "attn"), "where two sides part is found with weights, too"
     with pytest.raises(BaseModelError, match="configuration only"):
         sb.verify(tmp_path / "a", tmp_path / "a", tiny_config("gpt2"), weights=True)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +132,11 @@ def put(folder: Path, files: Mapping[str, bytes]) -> Files:
 
 
 def model_of(family: str, dtype: Any = None) -> Any:
+    return copy.deepcopy(_built(family, dtype))
+
+
+@cache
+def _built(family: str, dtype: Any) -> Any:
     import torch
     from transformers import AutoConfig
 

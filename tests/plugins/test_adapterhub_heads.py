@@ -221,13 +221,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "mt5": _T5,
     "t5": _T5,
 }
-#: What is run: each family's classifier, and each other type on families that name it differently.
-RUN = [(family, "classification") for family in heads.HEADS if "classification" in heads.HEADS[family]]
-RUN += [(family, "tagging") for family in ("bert", "gpt2", "llama", "deberta-v2")]
-RUN += [(family, "question_answering") for family in ("distilbert", "gpt2", "llama", "bart", "t5")]
-RUN += [(family, "multiple_choice") for family in ("roberta", "electra", "deberta-v2")]
-RUN += [(family, "masked_lm") for family in ("albert", "bert", "distilbert", "electra", "xlm-roberta")]
-RUN += [("roberta", "causal_lm")]
+#: What is run: each type of head on families whose classes build it differently. (The names of all are compared with
+#: the package's own.)
+RUN = [
+    *((family, "classification") for family in ("albert", "bert", "deberta-v2", "distilbert", "electra", "roberta")),
+    *((family, "classification") for family in ("gpt2", "llama", "bart", "t5")),
+    *((family, "tagging") for family in ("bert", "gpt2", "llama")),
+    *((family, "question_answering") for family in ("distilbert", "gpt2", "llama", "bart", "t5")),
+    *((family, "multiple_choice") for family in ("roberta", "electra")),
+    *((family, "masked_lm") for family in ("albert", "bert", "distilbert", "electra")),
+    ("roberta", "causal_lm"),
+]
 
 
 @pytest.fixture
@@ -298,14 +302,14 @@ def test_the_table_is_that_of_the_installed_package(adapters: Any) -> None:
 
 def test_what_is_trained_of_a_head(adapters: Any) -> None:
     """Not the output embeddings, tied or not: so they are the base model's, and no file need bring them."""
-    for family, kind in [*RUN, ("gpt2", "causal_lm"), ("llama", "causal_lm"), ("bart", "seq2seq_lm")]:
+    kinds = {kind: (family, kind) for family, kind in reversed(RUN)}
+    for family, kind in [*kinds.values(), ("gpt2", "causal_lm"), ("llama", "causal_lm"), ("bart", "seq2seq_lm")]:
         model = model_of(family, kind)
         adapters.init(model)
         model.add_adapter("mine", adapters.PrefixTuningConfig(flat=True, prefix_length=4))
         model.train_adapter("mine")
         trained = {name for name, p in model.named_parameters() if p.requires_grad and ".mine." not in name}
-        if family != "t5" or kind == "classification":
-            assert trained == set(heads.HEADS[family][kind].tensors().values()), (family, kind)
+        assert trained == set(heads.HEADS[family][kind].tensors().values()), (family, kind)
 
 
 @pytest.mark.parametrize(("family", "kind"), RUN)

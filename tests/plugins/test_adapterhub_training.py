@@ -159,17 +159,32 @@ def test_a_flat_prefix_trains_on_exactly(family: str, tmp_path: Path) -> None:
     assert Toolkit(family, tmp_path).load(tmp_path / "c").loss() == pytest.approx(losses[-1], rel=1e-6)
 
 
-def test_a_perceptron_is_ejected_and_its_keys_and_values_train_on(tmp_path: Path) -> None:
+def test_a_perceptron_trains_on_exactly_and_ejected_from_the_same_loss(tmp_path: Path) -> None:
     toolkit = Toolkit("gpt2", tmp_path).add()
     untrained = toolkit.loss()
     prompt = toolkit.train().save(tmp_path / "a")
     assert prompt.training is not None
     start = toolkit.loss()
     assert abs(start - untrained) > 1e-3
-    losses = train(NATIVE.attach(model_of("gpt2"), prompt))
+
+    ejected = train(NATIVE.attach(model_of("gpt2"), replace(prompt, training=None)))
+    assert ejected[0] == pytest.approx(start, rel=1e-12)
+    assert ejected[-1] < start - 0.02
+
+    ours = NATIVE.attach(model_of("gpt2"), prompt)
+    losses = train(ours)
+    after = toolkit.train().save(tmp_path / "b")
     assert losses[0] == pytest.approx(start, rel=1e-12)
-    assert losses[-1] < start - 0.02
-    # The toolkit goes on with the perceptron, which the file kept: as it does without stopping, in its float32.
+    assert losses[-1] == pytest.approx(toolkit.loss(), rel=1e-12)
+    assert abs(losses[-1] - ejected[-1]) > 1e-4, "another parameterisation takes other steps"
+    trained = NATIVE.extract(ours).training
+    assert trained is not None
+    assert after.training is not None
+    for name, array in after.training.tensors.items():
+        np.testing.assert_allclose(trained.tensors[name], array, rtol=0, atol=1e-12)
+        assert np.abs(array - prompt.training.tensors[name]).max() > 1e-6, name
+
+    # And from the file, in AdapterHub's float32.
     again = Toolkit("gpt2", tmp_path).load(tmp_path / "a")
     assert again.loss() == pytest.approx(start, rel=1e-6)
-    assert again.train().loss() == pytest.approx(toolkit.train().loss(), rel=1e-6)
+    assert again.train().loss() == pytest.approx(losses[-1], rel=1e-6)

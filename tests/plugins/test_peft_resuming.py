@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -150,6 +151,19 @@ def test_a_head_is_put_back(tmp_path: Path) -> None:
     wide = peft.get_peft_model(tiny_model("bert", num_labels=7), config)
     with pytest.raises(EngineError, match="head"):
         restore(wide, prompt)
+
+
+def test_what_started_a_prompt_is_not_asked_for_again(tmp_path: Path) -> None:
+    """PEFT would look for the tokenizer of a prompt that started as a text."""
+    model = live("llama", "prompt-tuning")
+    model.save_pretrained(tmp_path)
+    path = tmp_path / facts.CONFIG_FILE
+    start = {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "a b", "tokenizer_name_or_path": "no/such"}
+    path.write_text(json.dumps({**json.loads(path.read_text()), **start}))
+    again = resume(base("llama"), tmp_path)
+    assert losses(again) == losses(model)
+    again.save_pretrained(tmp_path / "again")
+    assert json.loads((tmp_path / "again" / facts.CONFIG_FILE).read_text()).items() >= start.items()
 
 
 def test_dropout_is_left_out_of_what_is_kept(tmp_path: Path) -> None:

@@ -82,19 +82,23 @@ def _height(value: float) -> float:
     return _TOP + _HEIGHT * (_MOST + 1 - power) / (_MOST - _LEAST + 2)
 
 
+def _across(y: float, stroke: str) -> str:
+    return f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="{stroke}"/>'
+
+
 def _plot(rows: Sequence[_Row], series: Sequence[str], lines: Sequence[tuple[str, float]]) -> str:
     """Dots over the rows' labels, on a logarithmic axis; `lines` are drawn across."""
     step = (_WIDTH - _LEFT) / len(rows)
     bottom, parts = _TOP + _HEIGHT, []
     marks = [("0", 0.0), *((f"1e{power}", 10.0**power) for power in range(_LEAST, _MOST + 1, 4))]
-    for label, value, stroke in [(*mark, "#ddd") for mark in marks] + [(*line, "#888") for line in lines]:
+    for label, value in marks:
         y = _height(value)
-        parts.append(f'<line x1="{_LEFT}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="{stroke}"/>')
-        if stroke == "#ddd":
-            parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
-        else:
-            note = _text(f"{label} {value:.0e}")
-            parts.append(f'<text x="{_WIDTH - 4}" y="{y - 3:.1f}" text-anchor="end">{note}</text>')
+        parts.append(_across(y, "#ddd"))
+        parts.append(f'<text x="{_LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{label}</text>')
+    for number, (label, value) in enumerate(lines):
+        y, note = _height(value), _text(f"{label} {value:.0e}")
+        parts.append(_across(y, "#888"))
+        parts.append(f'<text x="{_WIDTH - 4 - 120 * number}" y="{y - 3:.1f}" text-anchor="end">{note}</text>')
     every = -(-len(rows) // 40)
     for number, (label, values) in enumerate(rows):
         x = _LEFT + (number + 0.5) * step

@@ -213,7 +213,12 @@ def certificate_table(certificate: Certificate) -> Group:
             values = [same[0] if value == 0 else same[1] for value in (figure.float64, figure.working)]
         else:
             values = [f"{figure.float64:.1e}", _with_unit(figure.working, certificate)]
-        _row(effects, f"difference: {figure.probe}", *values, f"not judged: {figure.note}" if not figure.judged else "")
+        _row(
+            effects,
+            f"difference: {figure.probe}",
+            *values,
+            figure.note if figure.judged else f"not judged: {figure.note}",
+        )
     facts = [
         f"base: {certificate.base or certificate.geometry.model_type}; weights: {certificate.weights}; "
         f"texts of up to {certificate.longest} tokens; {bound}"

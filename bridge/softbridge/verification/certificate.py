@@ -195,7 +195,12 @@ class Certificate:
 
     @property
     def parted(self) -> Layer | None:
-        """Where in the model the two sides part: the first place at which they are further apart than the bound."""
+        """Where in the model two different sides part: the first place at which they are further apart than the bound.
+
+        None, too, where the first text does not show it: what is wrong is then in padding or in decoding.
+        """
+        if self.verdict in ("bitwise", "exact"):
+            return None
         return next((place for place in self.layers if not place.apart <= self.bound), None)
 
     @property
