@@ -139,12 +139,21 @@ def read(
         BaseModelError: the base model is needed and missing, or the prompt does not fit it.
     """
     named = None if format is None else format_named(format)
-    files = untrusted.Files(untrusted.located(path, revision, lambda folder: _files_of(folder, named)))
+    files = files_at(path, revision, named)
     form = named or recognise(files)
     unknown = sorted(set(drop) - DROPPED.keys())
     if unknown:
         raise SoftbridgeError(f"nothing that can be dropped: {', '.join(unknown)}", ", ".join(DROPPED), "correct it")
     return _read(files, form, None if base is None else BaseModel.resolve(base).geometry, drop)
+
+
+def files_at(path: str | Path, revision: str | None = None, form: Format | None = None) -> untrusted.Files:
+    """The files of a prompt: at the path, or in the hub's cache (see `load`).
+
+    Raises:
+        CheckpointError: there are none, or they are not to be had.
+    """
+    return untrusted.Files(untrusted.located(path, revision, lambda folder: _files_of(folder, form)))
 
 
 def _read(files: untrusted.Files, form: Format, geometry: Geometry | None, drop: Collection[str] = ()) -> Loaded:
