@@ -434,17 +434,18 @@ def _prepare(
         )
     lowering = lower(prompt, target, accept, form.obstacles)
     if target.base is not None:
-        lowering = replace(lowering, prompt=replace(lowering.prompt, base=_known(lowering.prompt.base, target.base)))
+        lowering = replace(lowering, prompt=replace(lowering.prompt, base=_known(lowering.prompt, target.base)))
     return lowering, form.write(lowering.prompt, lowering.prompt.base.geometry, encoding)
 
 
-def _known(recorded: BaseId, base: BaseModel) -> BaseId:
+def _known(prompt: SoftPrompt, base: BaseModel) -> BaseId:
     """What the file says of its base model, completed by what the caller gave.
 
     The path of a mere configuration is no name: nobody could load a model from it.
     """
     name = base.name if base.name is not None and not base.name.endswith(".json") else None
-    return BaseId(recorded.name or name, base.geometry)
+    task = base.with_head(prompt.head).task if prompt.head else None
+    return BaseId(prompt.base.name or name, base.geometry, task)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,19 +14,19 @@ from transformers import AutoModelForTokenClassification
 import softbridge as sb
 from softbridge.base import BaseModel
 from softbridge.geometry import read_geometry
-from softbridge.prompt import Origin, SoftPrompt
+from softbridge.prompt import SoftPrompt
 from softbridge.testing import random_prefix, tiny_config
 
-#: Task -> the class that has it, and its head's tensors with their rows.
+#: Task -> the class that has it, its head and how many rows that has, and PEFT's name of the task.
 HEADS = {
-    "sequence-classification": ("BertForSequenceClassification", "classifier", 3),
-    "token-classification": ("BertForTokenClassification", "classifier", 5),
-    "question-answering": ("BertForQuestionAnswering", "qa_outputs", 2),
+    "sequence-classification": ("BertForSequenceClassification", "classifier", 3, "SEQ_CLS"),
+    "token-classification": ("BertForTokenClassification", "classifier", 5, "TOKEN_CLS"),
+    "question-answering": ("BertForQuestionAnswering", "qa_outputs", 2, "QUESTION_ANS"),
 }
 
 
 def prompt_with(task: str) -> tuple[SoftPrompt, BaseModel]:
-    name, module, rows = HEADS[task]
+    name, module, rows, _ = HEADS[task]
     config = tiny_config("bert", architectures=[name])
     # A prefix: with vectors in the input, PEFT's loss counts the places of a span from the first virtual token.
     prompt = random_prefix(read_geometry(config), 4)
@@ -34,12 +35,7 @@ def prompt_with(task: str) -> tuple[SoftPrompt, BaseModel]:
         f"{module}.weight": generator.normal(0, 1, (rows, config.hidden_size)).astype(np.float32),
         f"{module}.bias": generator.normal(0, 1, rows).astype(np.float32),
     }
-    # Where a head's names are those of several tasks, a PEFT file goes by what it was read from.
-    origin = Origin(
-        "peft",
-        {"config": {"task_type": "TOKEN_CLS", "peft_type": "PREFIX_TUNING"}} if task == "token-classification" else {},
-    )
-    return replace(prompt, head=head, origin=origin), BaseModel(config)
+    return replace(prompt, head=head), BaseModel(config)
 
 
 @pytest.mark.parametrize("task", HEADS)
@@ -48,6 +44,7 @@ def test_the_head_that_a_prompt_brings_is_the_one_that_is_run(task: str, tmp_pat
     assert base.with_head(prompt.head).task == task
     for name, format in (("ours", "softbridge"), ("theirs", "peft")):
         sb.save(prompt, tmp_path / name, format=format, base=base)
+    assert json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["task_type"] == HEADS[task][3]
     certificate = sb.verify(tmp_path / "theirs", tmp_path / "ours", base=base)
     assert certificate.same, certificate.to_json()
     # With the classes in another order it is another function.
