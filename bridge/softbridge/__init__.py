@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from softbridge.prompt import SoftPrompt as SoftPrompt
     from softbridge.registry import engines as engines
     from softbridge.registry import formats as formats
+    from softbridge.trainer import SoftPromptCallback as SoftPromptCallback
     from softbridge.verification import Certificate as Certificate
     from softbridge.verification import verify as verify
 
@@ -68,6 +69,7 @@ _HOME = {
     "SoftPrompt": "prompt",
     "engines": "registry",
     "formats": "registry",
+    "SoftPromptCallback": "trainer",
     "Certificate": "verification",
     "verify": "verification",
 }

@@ -8,14 +8,16 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from softbridge import drop_in
 from softbridge.bank import Entry, PromptBank
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.head import load_head, restore_head
+from softbridge.hookspecs import Insertable
 from softbridge.lower import Target, check_fits, lower
 from softbridge.methods import Method
 from softbridge.passes import inexpressible
-from softbridge.prompt import Array, SoftPrompt
+from softbridge.prompt import Array, SoftPrompt, same_array
 from softbridge.registry import engine_named, engines
 from softbridge.tensors import from_torch
 
@@ -66,6 +68,7 @@ def attach(
         ValueError: the method does not fit the model.
     """
     chosen = engine_named(engine)
+    _check_base(model)
     base = BaseModel.resolve(model)
     if isinstance(prompt, PromptBank):
         if not hasattr(chosen, "attach_bank"):
@@ -79,9 +82,8 @@ def attach(
         setattr(running, ATTACHED, _Attached(engine, {}, {}))
         return running
     if isinstance(prompt, Method):
-        import torch
-
-        prompt = prompt.initialise(base.geometry, int(torch.randint(2**31, ())) if seed is None else seed)
+        method, prompt = prompt, prompt.initialise(base.geometry, _drawn() if seed is None else seed)
+        _check_trains(engine, method, prompt, model)
     prompt = _expressed(prompt, engine, model)
     displaced = load_head(model, prompt.head)
     try:
@@ -90,7 +92,63 @@ def attach(
         restore_head(model, displaced)
         raise
     setattr(running, ATTACHED, _Attached(engine, prompt.head, displaced))
+    if running is model and isinstance(chosen, Insertable):
+        drop_in.become(running)
     return running
+
+
+def _drawn() -> int:
+    import torch
+
+    return int(torch.randint(2**31, ()))
+
+
+def _check_base(model: Any) -> None:
+    """Refuse what is no transformers model, a toolkit's wrapper of one above all."""
+    from transformers import PreTrainedModel
+
+    if isinstance(model, PreTrainedModel):
+        return
+    kind = type(model)
+    raise EngineError(
+        f"a {kind.__name__} of {kind.__module__.partition('.')[0]}, which is no PreTrainedModel of transformers",
+        "the transformers model itself, which the engine wraps or hooks",
+        "give the model inside, or load the base anew (what softbridge attached, softbridge.detach undoes); the prompt "
+        "that is in a toolkit's model is softbridge.extract(model), and that can be attached",
+    )
+
+
+def _check_trains(engine: str, method: Method, prompt: SoftPrompt, model: Any) -> None:
+    """Refuse to start a training that would lose its parameterisation, or that transformers' trainer will not begin."""
+
+    def trains(name: str) -> bool:
+        through = engines()[name].capabilities.trains_through
+        return prompt.training is None or through is None or prompt.training.kind in through
+
+    if prompt.training is not None and not trains(engine):
+        raise EngineError(
+            f"{type(method).__name__} trains the prompt through '{prompt.training.kind}', and the engine '{engine}' "
+            "trains a prompt's own numbers only: its checkpoints hold nothing else",
+            f"an engine that keeps it: {', '.join(name for name in engines() if trains(name))}",
+            "choose that engine, convert what it trained afterwards, or choose a method without (PromptTuning, "
+            "PTuningV2, PrefixTuning(reparameterisation=None))",
+        )
+    if getattr(model, "is_quantized", False) and not engines()[engine].capabilities.quantised:
+        able = [name for name, other in engines().items() if other.capabilities.quantised]
+        raise EngineError(
+            f"a quantised base model: transformers' trainer refuses to train it with the engine '{engine}'",
+            f"an engine whose models it takes: {', '.join(able)}",
+            "choose that engine; to run a trained prompt, attach the prompt itself",
+        )
+
+
+def attached_by(model: Any) -> str:
+    """The name of the engine that attached to a model.
+
+    Raises:
+        EngineError: nothing is attached.
+    """
+    return _attached(model).engine
 
 
 def _fetch(engine: str, model: Any, entry: Entry) -> SoftPrompt:
@@ -128,10 +186,16 @@ def extract(model: Any) -> SoftPrompt:
     # An engine that works in place leaves the head where it is; a wrapper that copied it returns its own.
     parameters = dict(model.named_parameters())
     head = {
-        name: from_torch(parameters[name]).astype(array.dtype) if name in parameters else array
+        name: _as_given(from_torch(parameters[name]), array) if name in parameters else array
         for name, array in {**attached.head, **prompt.head}.items()
     }
     return replace(prompt, head=head)
+
+
+def _as_given(now: Array, given: Array) -> Array:
+    """In the precision in which it was given, if that holds it: a wider model may have trained it since."""
+    narrow = now.astype(given.dtype)
+    return narrow if same_array(narrow.astype(now.dtype), now) else now
 
 
 def detach(model: Any) -> Any:
@@ -142,6 +206,7 @@ def detach(model: Any) -> Any:
     """
     attached = _attached(model)
     delattr(model, ATTACHED)
+    drop_in.unbecome(model)
     detached = engine_named(attached.engine).detach(model)
     restore_head(detached, attached.displaced)
     return detached

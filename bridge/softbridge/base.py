@@ -19,7 +19,22 @@ from softbridge.prompt import Array, BaseId
 if TYPE_CHECKING:
     from softbridge.positions import PositionScheme
 
-Task = Literal["causal-lm", "seq2seq-lm", "sequence-classification"]
+Task = Literal[
+    "causal-lm",
+    "seq2seq-lm",
+    "sequence-classification",
+    "token-classification",
+    "question-answering",
+    "masked-lm",
+]
+
+#: The tasks whose models have a head that may come with a prompt, the commonest first, with transformers' list of them.
+HEADED: Mapping[Task, str] = {
+    "sequence-classification": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
+    "token-classification": "MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES",
+    "question-answering": "MODEL_FOR_QUESTION_ANSWERING_MAPPING_NAMES",
+    "masked-lm": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+}
 
 #: What the shrunk model keeps of its vocabulary and its feed-forward width. Attention is not touched.
 SMALL_VOCABULARY = 512
@@ -106,13 +121,34 @@ class BaseModel:
     def _imagination(self) -> BaseModel:
         return BaseModel(self.config, self.name, head=self._head, imagined=True)
 
-    @property
+    @cached_property
     def task(self) -> Task:
-        """The head that verification puts on the model."""
+        """The head that verification puts on the model: one that the prompt's own fits, where it has one.
+
+        Heads of several tasks may have the same names (BERT's classifiers of texts and of tokens): then the class of
+        the model decides, or those that its configuration names.
+        """
         if self.geometry.is_encoder_decoder:
             return "seq2seq-lm"
-        classifies = self.geometry.decoder is None or bool(self._head)
-        return "sequence-classification" if classifies and has_classifier(self.config) else "causal-lm"
+        able = [task for task in HEADED if self.config.model_type in _classes(task)]
+        if self._head:
+            named = {type(self._model).__name__} if self._model is not None else set(self.config.architectures or ())
+            able.sort(key=lambda task: _classes(task).get(self.config.model_type) not in named)
+            return next((task for task in able if self._fits(task)), "causal-lm")
+        return (
+            "sequence-classification" if self.geometry.decoder is None and has_classifier(self.config) else "causal-lm"
+        )
+
+    def _fits(self, task: Task) -> bool:
+        """Whether a model of this task has parameters of the names of the head."""
+        import torch
+
+        try:
+            with torch.device("meta"):
+                names = {name for name, _ in auto_class(task).from_config(self.small_config()).named_parameters()}
+        except (SoftbridgeError, ValueError, TypeError, RuntimeError, ArithmeticError):
+            return False
+        return names >= self._head.keys()
 
     def structure(self, dtype: Any, seed: int = 0, window: int | None = None) -> Any:
         """A model with random weights and the same attention geometry, vocabulary and feed-forward width shrunk.
@@ -199,9 +235,15 @@ class BaseModel:
 
 def has_classifier(config: Any) -> bool:
     """Whether transformers has a sequence classifier of this family."""
-    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+    return config.model_type in _classes("sequence-classification")
 
-    return config.model_type in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
+
+def _classes(task: Task) -> Mapping[str, str]:
+    """Family -> the name of its class for a task that has a head."""
+    from transformers.models.auto import modeling_auto
+
+    names: Mapping[str, str] = getattr(modeling_auto, HEADED[task])
+    return names
 
 
 def auto_class(task: Task) -> Any:
@@ -212,6 +254,9 @@ def auto_class(task: Task) -> Any:
         "causal-lm": "AutoModelForCausalLM",
         "seq2seq-lm": "AutoModelForSeq2SeqLM",
         "sequence-classification": "AutoModelForSequenceClassification",
+        "token-classification": "AutoModelForTokenClassification",
+        "question-answering": "AutoModelForQuestionAnswering",
+        "masked-lm": "AutoModelForMaskedLM",
     }
     return getattr(transformers, names[task])
 

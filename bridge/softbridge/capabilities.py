@@ -34,6 +34,9 @@ class Capabilities:
         dtypes: names of the dtypes that the toolkit keeps when it loads a prompt, or None for any.
         head: whether tensors that ride along are kept.
         left_pads: whether pads on the left of a row leave its results as they are.
+        trains_through: kinds of parameterisation that an engine trains a prompt through, or None for any. It trains the
+            prompt's own numbers in any case.
+        quantised: whether transformers' trainer takes what an engine makes of a quantised base model.
         model_types: families that the toolkit can run at all, or None if it names none.
     """
 
@@ -52,6 +55,8 @@ class Capabilities:
     dtypes: frozenset[str] | None = None
     head: bool = False
     left_pads: bool = True
+    trains_through: frozenset[str] | None = frozenset()
+    quantised: bool = False
     model_types: frozenset[str] | None = None
 
 
@@ -72,4 +77,5 @@ EVERYTHING = Capabilities(
     ragged=True,
     training=None,
     head=True,
+    trains_through=None,
 )

@@ -41,7 +41,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any, TypeVar, cast
 
 from softbridge.errors import CheckpointError, OutputError
@@ -66,6 +66,8 @@ Made = TypeVar("Made")
 
 KEY = "softbridge"
 VERSION = 1
+#: The name of such a file where transformers' trainer saves a model, and looks for one.
+WEIGHTS_FILE = "model.safetensors"
 
 _FIELDS = {"version", "parts", "positions", "base", "head", "training", "origin", "digest"}
 
@@ -114,6 +116,37 @@ def unpack(files: Files, name: str) -> SoftPrompt:
     if prompt is None or reader.problems:
         raise _damaged(files, name, reader.problems)
     return prompt
+
+
+def refilled(prompt: SoftPrompt, arrays: Mapping[str, Array]) -> SoftPrompt:
+    """The prompt with other numbers, and its training state only if there are numbers for it.
+
+    Args:
+        prompt: what is not numbers comes from it, and so do the shapes.
+        arrays: by the names of `SoftPrompt.arrays`, all of them and no others.
+
+    Raises:
+        CheckpointError: names or shapes are not the prompt's. All that is wrong is in the one error.
+    """
+    if not any(name.startswith("training.") for name in arrays):
+        prompt = replace(prompt, training=None)
+    expected = {name: array.shape for name, array in prompt.arrays()}
+    problems = [f"missing tensor '{name}'" for name in expected.keys() - arrays.keys()]
+    problems += [f"unexpected tensor '{name:.200}'" for name in arrays.keys() - expected.keys()]
+    problems += [
+        f"{name} {list(array.shape)}, the prompt's is {list(expected[name])}"
+        for name, array in arrays.items()
+        if name in expected and array.shape != expected[name]
+    ]
+    reader = _Reader(json.loads(_canonical({**_describe(prompt), "digest": None})), arrays)
+    new = None if problems else reader.prompt()
+    if new is None:
+        raise CheckpointError(
+            f"not the tensors of the prompt that is attached: {'; '.join(sorted(problems or reader.problems))}",
+            f"the tensors {', '.join(expected)}",
+            "attach a prompt of the same method, length and base model first",
+        )
+    return new
 
 
 def _damaged(files: Files, name: str, problems: list[str]) -> CheckpointError:

@@ -139,12 +139,21 @@ def read(
         BaseModelError: the base model is needed and missing, or the prompt does not fit it.
     """
     named = None if format is None else format_named(format)
-    files = untrusted.Files(untrusted.located(path, revision, lambda folder: _files_of(folder, named)))
+    files = files_at(path, revision, named)
     form = named or recognise(files)
     unknown = sorted(set(drop) - DROPPED.keys())
     if unknown:
         raise SoftbridgeError(f"nothing that can be dropped: {', '.join(unknown)}", ", ".join(DROPPED), "correct it")
     return _read(files, form, None if base is None else BaseModel.resolve(base).geometry, drop)
+
+
+def files_at(path: str | Path, revision: str | None = None, form: Format | None = None) -> untrusted.Files:
+    """The files of a prompt: at the path, or in the hub's cache (see `load`).
+
+    Raises:
+        CheckpointError: there are none, or they are not to be had.
+    """
+    return untrusted.Files(untrusted.located(path, revision, lambda folder: _files_of(folder, form)))
 
 
 def _read(files: untrusted.Files, form: Format, geometry: Geometry | None, drop: Collection[str] = ()) -> Loaded:
@@ -425,17 +434,18 @@ def _prepare(
         )
     lowering = lower(prompt, target, accept, form.obstacles)
     if target.base is not None:
-        lowering = replace(lowering, prompt=replace(lowering.prompt, base=_known(lowering.prompt.base, target.base)))
+        lowering = replace(lowering, prompt=replace(lowering.prompt, base=_known(lowering.prompt, target.base)))
     return lowering, form.write(lowering.prompt, lowering.prompt.base.geometry, encoding)
 
 
-def _known(recorded: BaseId, base: BaseModel) -> BaseId:
+def _known(prompt: SoftPrompt, base: BaseModel) -> BaseId:
     """What the file says of its base model, completed by what the caller gave.
 
     The path of a mere configuration is no name: nobody could load a model from it.
     """
     name = base.name if base.name is not None and not base.name.endswith(".json") else None
-    return BaseId(recorded.name or name, base.geometry)
+    task = base.with_head(prompt.head).task if prompt.head else None
+    return BaseId(prompt.base.name or name, base.geometry, task)
 
 
 def _check_target(target: Path, overwrite: bool) -> None:

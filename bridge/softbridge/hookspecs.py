@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import pluggy
 
@@ -125,6 +125,23 @@ class Loader(Protocol):
 
         `prompt` is what softbridge read from the same files; it says where the tokens stand. The model is for running
         only, and is not detached again. Verification uses this, so that a fault in our own reading shows.
+        """
+        ...
+
+
+@runtime_checkable
+class Insertable(Protocol):
+    """What an engine can do besides, if it attaches in place: its model is then a drop-in for any trainer."""
+
+    def insert(self, model: Any, prompt: SoftPrompt) -> None:
+        """Give an attached model other numbers, in place: the tensors that an optimiser holds stay what they are.
+
+        Args:
+            model: what `attach` returned.
+            prompt: one that `extract` could have returned: of the same parts and shapes. Its head is not touched.
+
+        Raises:
+            EngineError: the model trains a parameterisation, and the prompt has none.
         """
         ...
 

@@ -79,7 +79,10 @@ class PositionScheme:
         position, once = 16, self._keys.maps(16)
         while position <= 2 * self._keys.longest:  # doubling meets every regime on the way
             position *= 2
-            twice = self._keys.maps(position)
+            try:
+                twice = self._keys.maps(position)
+            except (IndexError, RuntimeError):  # a table of positions that ends here, as GPT-J's: no other regime
+                return False
             if any(np.abs(once[layer] @ once[layer] - twice[layer]).max() > REGIME_TOLERANCE for layer in once):
                 return True
             once = twice

@@ -376,10 +376,18 @@ class Positions:
 
 @dataclass(frozen=True)
 class BaseId:
-    """For which base model a prompt was trained: its name as the file gives it, and its geometry, where known."""
+    """For which base model a prompt was trained, as far as it is known.
+
+    Attributes:
+        name: as the file gives it.
+        geometry: of its attention.
+        task: of the prompt's head, in the words of `softbridge.base.Task`, while a prompt with a head is written for a
+            base model at hand: heads of several tasks have the same names. Not stored, and not part of equality.
+    """
 
     name: str | None = None
     geometry: Geometry | None = None
+    task: str | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

@@ -95,6 +95,10 @@ class AdapterHubEngine:
         except BaseException:
             snapshot.restore()
             raise
+        keys = Adapter.of(flat, read_geometry(model.config), ADAPTER).shapes()
+        own = {id(model.base_model.get_parameter(key)) for key in keys}
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(id(parameter) in own or name in prompt.head)
         setattr(model, _ATTACHMENT, _Attachment(flat, snapshot))
         return model
 
@@ -185,6 +189,15 @@ class AdapterHubEngine:
         adapter = Adapter.of(prompt, read_geometry(model.config), ADAPTER)
         parts, _ = adapter.read({key: from_torch(model.base_model.get_parameter(key)) for key in adapter.shapes()})
         return SoftPrompt(parts, prompt.positions, prompt.base)
+
+    def insert(self, model: Any, prompt: SoftPrompt) -> None:
+        """Other numbers for the attached prompt. See `Insertable`."""
+        import torch
+
+        adapter = Adapter.of(_attachment(model).prompt, read_geometry(model.config), ADAPTER)
+        with torch.no_grad():
+            for key, array in adapter.tensors(replace(prompt, training=None)).items():
+                model.base_model.get_parameter(key).copy_(to_torch(array))
 
     def detach(self, model: Any) -> Any:
         """Give the model back as `attach` met it: classes, modules, hooks, configuration and what is frozen.

@@ -81,7 +81,7 @@ def _ready(model: Any, fetch: Fetch, modules: Mapping[Site, Sequence[nn.Module]]
         )
     if prompt.head:
         raise EngineError(
-            f"the prompt {prompt.base.name or ''} brings a head of its own: {', '.join(prompt.head)}",
+            f"a prompt of the bank brings a head of its own: {', '.join(prompt.head)}",
             "prompts without heads in a bank, as all rows of a batch go through one head",
             "attach it alone, or leave its head out: dataclasses.replace(prompt, head={})",
         )

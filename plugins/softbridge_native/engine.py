@@ -53,6 +53,13 @@ class NativeEngine:
 
         return native.extract(model)
 
+    def insert(self, model: Any, prompt: SoftPrompt) -> None:
+        """Other numbers for the attached prompt. See `Insertable`."""
+        from softbridge_native import drop_in
+        from softbridge_native import model as native
+
+        drop_in.insert(native.injection(model), prompt)
+
     def detach(self, model: Any) -> Any:
         """Restore the model bit for bit."""
         from softbridge_native import model as native

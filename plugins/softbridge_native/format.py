@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from softbridge.capabilities import EVERYTHING
-from softbridge.container import KEY, pack, unpack
+from softbridge.container import KEY, WEIGHTS_FILE, pack, unpack
 from softbridge.errors import Obstacle
 from softbridge.geometry import Geometry
 from softbridge.prompt import SoftPrompt
@@ -46,9 +46,10 @@ class NativeFormat:
 
 
 def _file(files: Files) -> str | None:
-    """``prompt.safetensors`` of a folder, or the one file if that is a safetensors file."""
-    if FILE in files:
-        return FILE
+    """``prompt.safetensors`` of a folder, or what a trainer saved there; or the one file, if of safetensors."""
+    for name in (FILE, WEIGHTS_FILE):
+        if name in files:
+            return name
     return files.names[0] if files.is_file and files.names[0].endswith(".safetensors") else None
 
 

@@ -406,6 +406,9 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
     if any(getattr(module, "reorder_and_upcast_attn", False) for module in model.modules()):
         reason = "this model's attention upcasts only under the name 'eager'"
         found.append(Obstacle("attention", reason, "set reorder_and_upcast_attn to false in its configuration"))
+    if (getattr(model, "_tp_size", None) or 1) > 1:
+        reason = f"a tensor parallel plan gives each of {model._tp_size} processes its own heads, and a prefix has all"
+        found.append(Obstacle("tensor-parallel", reason, "use an input prompt, or FSDP2, which shards and gathers it"))
     return found
 
 

@@ -96,6 +96,10 @@ class Parameterisation(nn.Module):
         self.train(training)
         self._held = now
 
+    def changes(self) -> None:
+        """A training step begins. Optimisers change tensors, and fused ones do not count it as a version."""
+        self._held = ()
+
     def extract(self) -> Training:
         """The training state as it is now; the very one that was given, if nothing changed."""
         now = {name: from_torch(getattr(self, local)) for name, local in self.local.items()}
@@ -124,6 +128,7 @@ class Making:
         if not self.parameterisation.wanted:
             self.parameterisation.hold()
             return
+        self.parameterisation.changes()
         self.used = tuple(tensor for part in self.parts for tensor in part.use(self.parameterisation(part.site)))
         if stack.training and any(getattr(module, "gradient_checkpointing", False) for module in stack.modules()):
             self.leaves = tuple(leaf for part in self.parts for leaf in part.branch())

@@ -187,6 +187,8 @@ def _task(prompt: SoftPrompt, geometry: Geometry | None) -> str:
         return facts.SEQ_2_SEQ_LM
     if geometry.encoder is None:
         return facts.CAUSAL_LM
+    if prompt.base.task in facts.TASK_OF_HEAD:
+        return facts.TASK_OF_HEAD[prompt.base.task]
     # Without a classifier in the file PEFT refuses SEQ_CLS: see softbridge_compat.peft_defects, peft-missing-head.
     return facts.SEQ_CLS if prompt.head else facts.FEATURE_EXTRACTION
 

@@ -51,7 +51,7 @@ class PeftEngine:
 
     name = "peft"
     summary = "Hugging Face PEFT itself"
-    capabilities = replace(FORMAT.capabilities, prefix_start=None, left_pads=False)
+    capabilities = replace(FORMAT.capabilities, prefix_start=None, left_pads=False, quantised=True)
 
     def unavailable(self) -> str | None:
         return None if find_spec("peft") is not None else "PEFT is not installed (softbridge's extra 'peft' brings it)"
@@ -102,7 +102,7 @@ class PeftEngine:
             adapted = peft.get_peft_model(model, peft.PeftConfig.from_peft_type(**config))
             # PEFT refuses a state without the head that it has made a copy of.
             peft.set_peft_model_state_dict(adapted, {**peft.get_peft_model_state_dict(adapted), **tensors})
-        adapted.eval().prompt_encoder.requires_grad_(False)
+        _freeze(adapted.eval(), prompt)
         hook = _tell_positions(model, prompt)
         guard.guard(adapted, prompt)
         setattr(adapted, _ATTACHMENT, _Attachment(prompt, trainable, training, attributes, settings, hook))
@@ -278,6 +278,14 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
+
+
+def _freeze(adapted: Any, prompt: SoftPrompt) -> None:
+    """Leave nothing to be trained but the prompt and its head, of which PEFT trains its own copy."""
+    for name, parameter in adapted.named_parameters():
+        owner, copied, rest = name.removeprefix("base_model.").partition(f".modules_to_save.{adapted.active_adapter}.")
+        mine = f"{owner}.{rest}" if copied else owner
+        parameter.requires_grad_(name.startswith("prompt_encoder.") or mine in prompt.head)
 
 
 def _not_attached(model: Any) -> EngineError:

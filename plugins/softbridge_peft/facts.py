@@ -96,6 +96,9 @@ TASKS: Mapping[str, str] = {
     FEATURE_EXTRACTION: "MODEL_MAPPING_NAMES",
 }
 
+#: The task of a prompt's head -> PEFT's, where that is not by the geometry.
+TASK_OF_HEAD: Mapping[str | None, str] = {"token-classification": "TOKEN_CLS", "question-answering": QUESTION_ANS}
+
 #: Tasks in whose models PEFT does not hand task_ids on: see softbridge_compat.peft_defects, peft-multitask-task.
 UNTOLD = (QUESTION_ANS, FEATURE_EXTRACTION)
 

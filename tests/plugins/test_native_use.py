@@ -1,4 +1,4 @@
-"""An attached model is used as any model of transformers: decoding of every kind, a pipeline, autocast, a device map."""
+"""An attached model is used as any other of transformers: every kind of decoding, pipeline, autocast, device map."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_a_base_of_low_precision_and_a_prompt_of_float32(kind: str, dtype: torch
         for parameter in parameters:
             assert parameter.grad is not None
             parameter -= 1e-6 * parameter.grad.sign()
-    changed = [p - was for p, was in zip(parameters, before, strict=True)]
+    changed = [p.detach() - was for p, was in zip(parameters, before, strict=True)]
     assert all(float(part.abs().max()) > 5e-7 for part in changed)
     # The base's own precision would have kept none of it where the number is near one.
     one = torch.ones((), dtype=dtype)

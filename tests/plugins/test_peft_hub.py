@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -13,8 +14,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import filter_repo_objects
+from typer.testing import CliRunner
 
 import softbridge as sb
+from softbridge.cli import app
 from softbridge.errors import CheckpointError, SoftbridgeError
 from softbridge.geometry import read_geometry
 from softbridge.prompt import SoftPrompt
@@ -98,6 +101,9 @@ def test_the_cache_is_enough(cache: Path, tmp_path: Path) -> None:
     report = sb.convert("org/name@v1", tmp_path / "converted", "softbridge", tiny_config("gpt2"))
     assert same(sb.load(tmp_path / "converted"), 1)
     assert (report.source.prompt.origin and report.source.prompt.origin.digests.keys()) >= {"adapter_config.json"}
+    shown = CliRunner().invoke(app, ["inspect", "org/name@v1", "--json"])
+    assert shown.exit_code == 0, shown.output
+    assert json.loads(shown.stdout)["format"] == "peft"
 
     store(cache, "org/canonical", new, written(tmp_path / "canonical", 3, "softbridge"), "main")
     assert same(sb.load("org/canonical"), 3)

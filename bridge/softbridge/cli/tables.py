@@ -15,7 +15,6 @@ from softbridge.errors import BaseModelError
 from softbridge.explain import LENGTH
 from softbridge.prompt import InputPrompt, SoftPrompt
 from softbridge.registry import engines, formats, owners
-from softbridge.untrusted import Files
 
 if TYPE_CHECKING:
     from softbridge.explain import Explanation
@@ -90,9 +89,9 @@ def plugins_table() -> tuple[Table, Rows]:
 
 def inspection(path: Path, base: str | None) -> dict[str, Any]:
     """What can be said of a file; without its base model, if it can only be understood with it."""
-    from softbridge.conversion import read, recognise
+    from softbridge.conversion import files_at, read, recognise
 
-    files = Files(path)
+    files = files_at(path)
     form = recognise(files)
     found: dict[str, Any] = {"path": str(path), "format": form.name, "files": {}, "needs_base": None}
     for name in files.names:

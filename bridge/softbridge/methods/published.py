@@ -96,9 +96,17 @@ class Plan:
 
 
 class Method(ABC):
-    """What all methods have in common. Each says in `plan` what it is."""
+    """What all methods have in common. Each says in `plan` what it is.
+
+    Attributes:
+        paper: where it was published.
+        learning_rate: one with which AdamW learns, to start from: tests/golden/make_messages.py uses it on a small
+            BERT. None where none was tried. Rates for the tensors of a network are far below those for the prompt's
+            own numbers.
+    """
 
     paper: ClassVar[Paper]
+    learning_rate: ClassVar[float | None] = None
 
     @abstractmethod
     def plan(self, geometry: Geometry) -> Plan:
@@ -200,6 +208,52 @@ def _need_counts(method: object, *names: str, least: int = 1) -> None:
             raise ValueError(f"{type(method).__name__}: {name} is {value!r}, expected a whole number from {least}")
 
 
+Task: TypeAlias = Literal["sequence-classification", "token-classification", "question-answering"]
+
+_HEAD_MODULES: Mapping[Task, str] = {
+    "sequence-classification": "classifier",
+    "token-classification": "classifier",
+    "question-answering": "qa_outputs",
+}
+
+
+@dataclass(frozen=True)
+class TaskHead:
+    """The linear layer that P-tuning v2 trains with the prefix, and others if they are given one.
+
+    ``{module}.weight`` [C, H] and ``{module}.bias`` [C].
+
+    Attributes:
+        task: what it is for.
+        labels: C; 2 in question answering (start and end).
+        module: its name in the model; None: that of the published code, which BERT has too: ``classifier``, or
+            ``qa_outputs``.
+        bias: whether it has one (decoders' ``score`` has none).
+    """
+
+    task: Task = "sequence-classification"
+    labels: int = 2
+    module: str | None = None
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        _need_counts(self, "labels")
+        if self.task not in _HEAD_MODULES:
+            raise ValueError(f"task: one of {', '.join(_HEAD_MODULES)}, not {self.task!r}")
+        if self.task == "question-answering" and self.labels != 2:
+            raise ValueError(f"labels: question answering has 2, the start and the end, not {self.labels}")
+
+    def shapes(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+        """Its tensors: name -> shape."""
+        module = self.module or _HEAD_MODULES[self.task]
+        bias = {f"{module}.bias": (self.labels,)} if self.bias else {}
+        return {f"{module}.weight": (self.labels, geometry.hidden), **bias}
+
+
+def _head_shapes(head: TaskHead | None, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    return {} if head is None else head.shapes(geometry)
+
+
 @dataclass(frozen=True)
 class PromptTuning(Method):
     """Prompt tuning: the vectors [P, H] in the input are trained themselves. P·H numbers.
@@ -209,20 +263,24 @@ class PromptTuning(Method):
     Attributes:
         length: P; the paper's default.
         stack: which input; None: the encoder's, where there is one.
+        head: a task head that is trained with it, where the model's own is not.
     """
 
     paper: ClassVar = Paper(
         "The Power of Scale for Parameter-Efficient Prompt Tuning", "Lester, Al-Rfou, Constant", 2021, "2104.08691"
     )
+    learning_rate: ClassVar = 3e-2
 
     length: int = 100
     stack: Stack | None = None
+    head: TaskHead | None = None
 
     def __post_init__(self) -> None:
         _need_counts(self, "length")
 
     def plan(self, geometry: Geometry) -> Plan:
-        return Plan(_input_slot(geometry, self.stack), {"P": self.length}, start=uniform(0.5))
+        head = _head_shapes(self.head, geometry)
+        return Plan(_input_slot(geometry, self.stack), {"P": self.length}, start=uniform(0.5), head=head)
 
 
 Encoder: TypeAlias = Literal["mlp", "lstm", "lstm-paper", "mlp-fewshot", "lstm-fewshot"]
@@ -275,9 +333,11 @@ class PTuning(Method):
         layers: of the LSTM.
         dropout: rate between the layers of the LSTM, in training only.
         stack: which input; None: the encoder's, where there is one.
+        head: a task head that is trained with it, where the model's own is not.
     """
 
     paper: ClassVar = Paper("GPT Understands, Too", "Liu, Zheng, Du, Ding, Qian, Yang, Tang", 2021, "2103.10385")
+    learning_rate: ClassVar = 3e-3
 
     length: int = 9
     encoder: Encoder = "mlp"
@@ -285,6 +345,7 @@ class PTuning(Method):
     layers: int = 2
     dropout: float = 0.0
     stack: Stack | None = None
+    head: TaskHead | None = None
 
     def __post_init__(self) -> None:
         _need_counts(self, "length", "layers", *(["hidden_size"] if self.hidden_size is not None else []))
@@ -304,7 +365,8 @@ class PTuning(Method):
         settings: dict[str, Json] = {"non_linearity": "relu", "layers": network.linear or self.layers}
         if not network.linear:
             settings["dropout"] = self.dropout
-        return Plan(_input_slot(geometry, self.stack), sizes, network.kind, settings)
+        head = _head_shapes(self.head, geometry)
+        return Plan(_input_slot(geometry, self.stack), sizes, network.kind, settings, head=head)
 
 
 @dataclass(frozen=True)
@@ -339,15 +401,18 @@ class PrefixTuning(Method):
         length: P; the paper's for table-to-text.
         reparameterisation: the perceptron, as in the paper, or None for a flat prefix.
         sites: where; see `Sites`. The paper prefixes all sites of an encoder-decoder model, PEFT ``("self",)``.
+        head: a task head that is trained with it, where the model's own is not.
     """
 
     paper: ClassVar = Paper(
         "Prefix-Tuning: Optimizing Continuous Prompts for Generation", "Li, Liang", 2021, "2101.00190"
     )
+    learning_rate: ClassVar = 1e-3
 
     length: int = 10
     reparameterisation: MLP | None = MLP()
     sites: Sites = None
+    head: TaskHead | None = None
 
     def __post_init__(self) -> None:
         _need_counts(self, "length")
@@ -355,51 +420,12 @@ class PrefixTuning(Method):
 
     def plan(self, geometry: Geometry) -> Plan:
         slots, mlp = _prefix_slots(geometry, self.sites), self.reparameterisation
+        head = _head_shapes(self.head, geometry)
         if mlp is None:
-            return Plan(slots, {"P": self.length})
+            return Plan(slots, {"P": self.length}, head=head)
         sizes = {"P": self.length, "E": mlp.embedding_size or geometry.hidden, "M": mlp.bottleneck_size}
         names = ("non_linearity", "dropout", "bottleneck_size")
-        return Plan(slots, sizes, "mlp", {name: getattr(mlp, name) for name in names})
-
-
-Task: TypeAlias = Literal["sequence-classification", "token-classification", "question-answering"]
-
-_HEAD_MODULES: Mapping[Task, str] = {
-    "sequence-classification": "classifier",
-    "token-classification": "classifier",
-    "question-answering": "qa_outputs",
-}
-
-
-@dataclass(frozen=True)
-class TaskHead:
-    """The linear layer that P-tuning v2 trains with the prefix: ``{module}.weight`` [C, H], ``{module}.bias`` [C].
-
-    Attributes:
-        task: what it is for.
-        labels: C; 2 in question answering (start and end).
-        module: its name in the model; None: that of the published code, which BERT has too: ``classifier``, or
-            ``qa_outputs``.
-        bias: whether it has one (decoders' ``score`` has none).
-    """
-
-    task: Task = "sequence-classification"
-    labels: int = 2
-    module: str | None = None
-    bias: bool = True
-
-    def __post_init__(self) -> None:
-        _need_counts(self, "labels")
-        if self.task not in _HEAD_MODULES:
-            raise ValueError(f"task: one of {', '.join(_HEAD_MODULES)}, not {self.task!r}")
-        if self.task == "question-answering" and self.labels != 2:
-            raise ValueError(f"labels: question answering has 2, the start and the end, not {self.labels}")
-
-    def shapes(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
-        """Its tensors: name -> shape."""
-        module = self.module or _HEAD_MODULES[self.task]
-        bias = {f"{module}.bias": (self.labels,)} if self.bias else {}
-        return {f"{module}.weight": (self.labels, geometry.hidden), **bias}
+        return Plan(slots, sizes, "mlp", {name: getattr(mlp, name) for name in names}, head=head)
 
 
 @dataclass(frozen=True)
@@ -420,6 +446,7 @@ class PTuningV2(Method):
         2022,
         "2110.07602",
     )
+    learning_rate: ClassVar = 5e-2
 
     length: int = 4
     head: TaskHead | None = None
@@ -430,8 +457,7 @@ class PTuningV2(Method):
         _freeze(self)
 
     def plan(self, geometry: Geometry) -> Plan:
-        head = {} if self.head is None else self.head.shapes(geometry)
-        return Plan(_prefix_slots(geometry, self.sites), {"P": self.length}, head=head)
+        return Plan(_prefix_slots(geometry, self.sites), {"P": self.length}, head=_head_shapes(self.head, geometry))
 
 
 @dataclass(frozen=True)

@@ -383,6 +383,7 @@ def _weights_note(weights: bool, seed: int, pieces: Sequence[Structure]) -> str:
 
 
 @cache
+@cache
 def _versions() -> dict[str, str]:
     from softbridge_compat import versions
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +11,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from softbridge.base import BaseModel
+from softbridge.base import BaseModel, fresh
 from softbridge.errors import SoftbridgeError
 from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Engine, Loader
@@ -150,7 +149,7 @@ class Bench:
         import torch
 
         kind = getattr(torch, dtype)
-        return self.base.weights(kind) if self.weights else copy.deepcopy(self._pristine).to(kind)
+        return self.base.weights(kind) if self.weights else fresh(self._pristine).to(kind)
 
     def spare(self) -> Any:
         """A model for whatever leaves it as it was. One with its own weights may be too large to keep."""

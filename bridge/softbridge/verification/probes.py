@@ -34,6 +34,8 @@ class Probe:
         greedy: whether tokens are generated rather than logits computed.
         pooled: whether the model gives one row of logits for a text, not one for each token.
         causal: whether the logits at a token are for the next one.
+        spans: whether the model looks for the start and the end of a span.
+        classes: how many classes a token has, where that is not the vocabulary.
         cached: whether generating may use the model's cache.
         backwards: whether the rows are run from the last to the first. What comes out is in their own order.
     """
@@ -44,6 +46,8 @@ class Probe:
     greedy: bool = False
     pooled: bool = False
     causal: bool = False
+    spans: bool = False
+    classes: int | None = None
     cached: bool = True
     backwards: bool = False
 
@@ -79,7 +83,8 @@ def make_probes(
     rows = [_row(template, placeholders, text, config.vocab_size) for text in given]
     shortest = min(map(len, given))
     even = [_row(template, placeholders, text[:shortest], config.vocab_size) for text in given]
-    pooled, causal = task == "sequence-classification", task == "causal-lm"
+    pooled, causal, spans = task == "sequence-classification", task == "causal-lm", task == "question-answering"
+    classes = config.num_labels if task == "token-classification" else None
     answers = generator.choice(ordinary, (len(rows), DECODER_LENGTH)) if geometry.is_encoder_decoder else None
     pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
 
@@ -93,14 +98,15 @@ def make_probes(
             mask[i, where] = 1
         inputs: dict[str, Array] = {"input_ids": ids, "attention_mask": mask}
         if answers is None:
-            return Probe(name, inputs, mask.astype(bool) & (ids != PLACEHOLDER), pooled=pooled, causal=causal)
+            real = mask.astype(bool) & (ids != PLACEHOLDER)
+            return Probe(name, inputs, real, pooled=pooled, causal=causal, spans=spans, classes=classes)
         inputs["decoder_input_ids"] = answers[chosen]
         return Probe(name, inputs, np.ones((len(chosen), DECODER_LENGTH), dtype=bool))
 
     everyone = list(range(len(rows)))
     probes = [probe(f"alone-{row}", [row]) for row in everyone]
     probes += [probe("batch", everyone, rows=even), probe("right-padded", everyone)]
-    generates = geometry.decoder is not None and task != "sequence-classification"
+    generates = geometry.decoder is not None and task in ("causal-lm", "seq2seq-lm")
     if generates and answers is None:
         probes.append(probe("left-padded", everyone, "left"))
     if generates:

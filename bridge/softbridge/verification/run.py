@@ -104,7 +104,7 @@ def _logits(model: Any, probe: Probe) -> Array:
     if probe.backwards:
         inputs = {name: tensor.flip(0) for name, tensor in inputs.items()}
     with torch.no_grad():
-        logits = model(**inputs).logits
+        logits = _scores(model(**inputs))
     if probe.backwards:
         logits = logits.flip(0)
     if logits.ndim == 2:
@@ -135,9 +135,9 @@ def gradient(engine: Engine, model: Any, prompt: SoftPrompt, probe: Probe) -> tu
         for parameter in running.parameters():
             parameter.requires_grad_(id(parameter) not in own)
         with torch.enable_grad():
-            inputs = _tensors(model, _labelled(probe, model.config))
-            output = running(**inputs)
-            loss = _loss(output.logits.double(), inputs["labels"], probe)
+            labels = _tensors(model, _labels(probe, model.config))
+            output = running(**_tensors(model, probe.inputs), **labels)
+            loss = _loss(_scores(output).double(), labels, probe)
             loss.backward()
         with torch.no_grad():
             for parameter in trained:
@@ -147,10 +147,23 @@ def gradient(engine: Engine, model: Any, prompt: SoftPrompt, probe: Probe) -> tu
         return ours if agree else theirs, engine.extract(running)
 
 
-def _loss(logits: Any, labels: Any, probe: Probe) -> Any:
+def _scores(output: Any) -> Any:
+    """Logits [B, T, V] or [B, classes]; where a span is looked for, of its start and its end, [B, T, 2]."""
+    import torch
+
+    if hasattr(output, "start_logits"):
+        return torch.stack((output.start_logits, output.end_logits), dim=-1)
+    return output.logits
+
+
+def _loss(logits: Any, given: Mapping[str, Any], probe: Probe) -> Any:
     """What transformers' models compute of their logits and labels."""
     from torch.nn.functional import cross_entropy, mse_loss
 
+    if probe.spans:
+        ends = zip(logits[:, -probe.real.shape[1] :].unbind(-1), given.values(), strict=True)
+        return sum(cross_entropy(scores, place) for scores, place in ends) / 2
+    labels = given["labels"]
     if probe.pooled:
         return mse_loss(logits[:, 0], labels) if labels.is_floating_point() else cross_entropy(logits, labels)
     logits = logits[:, -labels.shape[1] :]
@@ -159,18 +172,21 @@ def _loss(logits: Any, labels: Any, probe: Probe) -> Any:
     return cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
-def _labelled(probe: Probe, config: Any) -> dict[str, Array]:
-    """The inputs of a probe with labels: its own tokens, or the first class."""
-    inputs = dict(probe.inputs)
-    answers = inputs.pop("decoder_input_ids", None)
-    labels = np.array(inputs["input_ids"] if answers is None else answers)
+def _labels(probe: Probe, config: Any) -> dict[str, Array]:
+    """Labels for the inputs of a probe: its own tokens, their number as a class, the first class, or a span."""
+    answers = probe.inputs.get("decoder_input_ids")
+    labels = np.array(probe.inputs["input_ids"] if answers is None else answers)
+    if probe.spans:
+        return {"start_positions": np.full(len(labels), 1), "end_positions": np.full(len(labels), 2)}
+    if probe.classes is not None:
+        labels %= probe.classes
     if answers is None:
         labels[:, :1] = IGNORED
         labels[~probe.real] = IGNORED
     if probe.pooled:
         regression = getattr(config, "num_labels", 2) == 1
         labels = np.zeros(len(labels), np.float64 if regression else np.int64)
-    return {**inputs, "labels": labels}
+    return {"labels": labels}
 
 
 def _greedy(model: Any, probe: Probe) -> Array:
