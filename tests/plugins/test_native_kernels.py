@@ -246,7 +246,7 @@ def test_gradients_are_the_same_or_refused() -> None:
 def test_rows_of_a_bank_have_prefixes_of_their_own(family: str, kernel: str) -> None:
     model = make(family)
     geometry = read_geometry(model.config)
-    bank = PromptBank({name: random_prefix(geometry, length, seed=length) for name, length in (("a", 5), ("b", 2))})
+    bank = PromptBank({name: random_prefix(geometry, length, seed=length) for name, length in (("a", T + 2), ("b", 2))})
     here, there = (sb.attach(under(model, name), bank) for name in (kernel, "sdpa"))
     for side in ("none", "left", "right"):
         with bank.rows(["b", None, "a"]):
@@ -258,11 +258,18 @@ def test_rows_of_a_bank_have_prefixes_of_their_own(family: str, kernel: str) -> 
 
 
 def test_flex_attention_pins_a_prefix_to_its_window() -> None:
+    """In a bank, in the rows that ask for it."""
     model = make("mistral")
     slides, pinned = prefix(model), prefix(model, start={"decoder": P}, window="pinned")
-    found, expected = (run(under(model, name, pinned), padded("left")) for name in ("flex_attention", "sdpa"))
-    assert distance(found, expected) < CLOSE
-    assert distance(run(under(model, "flex_attention", slides), padded("left")), expected) > 1e-3
+    bank = PromptBank({"slides": slides, "pinned": pinned})
+    here, there = (sb.attach(under(model, name), bank) for name in ("flex_attention", "sdpa"))
+    both, expected = ["pinned", "slides", "pinned"], {}
+    for names in (both, ["slides"] * 3, ["pinned"] * 3):
+        with bank.rows(names):
+            found, expected[tuple(names)] = (run(m, padded("left")) for m in (here, there))
+        assert distance(found, expected[tuple(names)]) < CLOSE
+    mixed, *others = expected.values()
+    assert min(distance(mixed, other) for other in others) > FAR
 
 
 def test_all_layers_share_one_longer_mask(monkeypatch: pytest.MonkeyPatch) -> None:
