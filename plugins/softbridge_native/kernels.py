@@ -1,7 +1,8 @@
 """Masks that are no tensor of scores: how a prefix is made visible to flex attention, and to flash attention.
 
 Flex attention is told by a function which keys a query sees. Flash attention is told which keys are padding, and sees
-the past of the last keys; so virtual tokens in front of a row's keys are seen by all of its queries.
+the past of the last keys; so virtual tokens in front of a row's keys are seen by all of its queries. No kernel of flash
+attention was run with this so far: its tests compute what its documentation says.
 """
 
 from __future__ import annotations

@@ -331,7 +331,7 @@ def test_flash_attention_refuses_what_it_cannot_know(monkeypatch: pytest.MonkeyP
 
 
 def test_models_that_know_flash_attention_by_name_are_refused() -> None:
-    """OPT on 4.57 makes scores of a mask for any other name. Where it asks the interface, it runs."""
+    """OPT in transformers 4 makes scores of a mask for any other name. Where it asks the interface, it runs."""
     model = build(AutoConfig.for_model("opt", **OPT), "causal-lm", torch.float64, 0)
     there, here = under(model, "sdpa", prefix(model)), under(model, "flash_attention_2")
     if "attention" in names(prefix(model), here):
