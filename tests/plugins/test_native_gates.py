@@ -69,7 +69,7 @@ def generate(model: Any, ids: Tensor, **settings: Any) -> tuple[Tensor, Tensor]:
 def test_is_adapterhub_bitwise(family: str, case: str, maker: Any) -> None:
     """Logits, unpadded and padded on the right, and every gradient. BART has all three sites."""
     model = maker["small"](family)
-    prompt = dict(maker["cases"](model, "gates"))[case]
+    prompt = dict(maker["cases"](model, "prefixes"))[case]
     inputs, mask = maker["inputs_for"](model)
     ours, toolkit = attached(model, prompt), maker["with_adapterhub"](model, prompt)
     wrong = {"no gates": attached(model, changed(prompt, lambda gate: None))}
@@ -99,7 +99,7 @@ def test_is_adapterhub_bitwise(family: str, case: str, maker: Any) -> None:
 def test_generates_as_adapterhub_does(maker: Any) -> None:
     """With a cache and without: two functions, for with one the mean goes over the one new token."""
     model = maker["small"]("gpt2")
-    prompt = dict(maker["cases"](model, "gates"))["own"]
+    prompt = dict(maker["cases"](model, "prefixes"))["own"]
     ours, toolkit = attached(model, prompt), maker["with_adapterhub"](model, prompt)
     ids = maker["inputs_for"](model)[0]["input_ids"]
     found = [generate(ours, ids, use_cache=use_cache) for use_cache in (True, False)]
