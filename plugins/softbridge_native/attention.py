@@ -275,8 +275,8 @@ def _attend(
         attention_mask = packing(joined, attention_mask, settings, len(query), real)
     else:
         attention_mask = _with_columns(binding, joined, query, real, attention_mask, settings)
-    # Elsewhere the mask says what is past. In flash attention it does not; yet transformers 4 tells a padded GPT-2 there
-    # that it does, as in sdpa, and then it would look ahead.
+    # Elsewhere the mask says what is past. In flash attention it does not; yet transformers 4 tells a padded GPT-2 that
+    # it does, as in sdpa, and then it would look ahead.
     settings["is_causal"] = binding.causal and implementation == FLASH
     if implementation == FLEX and isinstance(attention_mask, Tensor):  # it asks for the score of each row and query
         attention_mask = _additive(attention_mask, query).expand(len(query), -1, length, -1)
