@@ -79,18 +79,20 @@ def attached(model: Any, prompt: SoftPrompt, engine: str) -> Any:
 
 def training(model: Any, prompt: SoftPrompt, title: str, batch: int, length: int, rounds: int) -> None:
     ids = torch.randint(3, 90, (batch, length))
+    labels = ids.clone()
+    labels[:, 0] = -100  # with vectors in the input PEFT asks for it, too
     engines = {engine: attached(model, prompt, engine) for engine in ("native", "peft")}
 
     def step(running: Any) -> Tensor:
         running.zero_grad()
-        loss = running(input_ids=ids, labels=ids).loss
+        loss = running(input_ids=ids, labels=labels).loss
         loss.backward()
         return loss.detach()
 
     def bare() -> Tensor:
         """The frozen model, forward and back to its embeddings."""
         embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-        loss = model(inputs_embeds=embedded, labels=ids).loss
+        loss = model(inputs_embeds=embedded, labels=labels).loss
         loss.backward()
         return loss.detach()
 
