@@ -28,7 +28,7 @@ HERE = Path(__file__).parent
 DATA, GOLDEN, EXAMPLE = HERE / "data" / "messages.tsv", HERE / "golden", HERE / "examples" / "train_a_prompt.py"
 CLASSES = ("fault", "fine", "wish")
 #: Method -> how many of the 60 held-out sentences its prompt gets right; by chance it were 20.
-RIGHT = {"prompt-tuning": 45, "p-tuning": 47, "p-tuning-v2": 52, "prefix-tuning": 46}
+RIGHT = {"prompt-tuning": 49, "p-tuning": 47, "p-tuning-v2": 51, "prefix-tuning": 45}
 
 
 def folder() -> Path:
