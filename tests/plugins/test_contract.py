@@ -127,14 +127,6 @@ OWN: dict[str, tuple[str, ...]] = {
 FLOAT64 = ("gpt2", "bert", "roberta", "distilbert", "albert", "electra")
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def config_of(family: str) -> Any:
     return AutoConfig.for_model(family, **{**SIZES, **FAMILIES[family]})
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -44,14 +44,6 @@ INVARIANT = [*((family, kind) for family in FAMILIES for kind in ("input", "pref
 FAR = 0.1
 #: `generate` keeps the logits of its steps in float32, whatever the model computes in.
 STEP = 1e-6
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def token_classifier(config: Any) -> Any:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,14 +22,6 @@ FAR = 0.1
 
 if "gemma4_text" not in CONFIG_MAPPING_NAMES:
     pytest.skip("transformers here has no Gemma 4", allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def gemma(**changes: Any) -> Any:

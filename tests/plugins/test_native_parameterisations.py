@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import logging
-from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -48,14 +47,6 @@ METHODS: dict[str, Method] = {
     "cartridge": Cartridge(4, sites=("self",)),
 }
 QUIET = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import runpy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -39,14 +39,6 @@ FAR = 0.1
 STEP = 1e-6
 #: Virtual tokens in front, in the middle and at the end.
 TEMPLATE = Template((Virtual(2), Field("text"), Virtual(1), Words((9,)), Slot(), Virtual(2)))
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def small_encoder(family: str, head: Any = AutoModelForTokenClassification, **changes: Any) -> Any:

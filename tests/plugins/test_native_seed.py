@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -47,14 +46,6 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gptj": ("gptj", OLD),
     "codegen": ("codegen", OLD),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(family: str) -> Any:

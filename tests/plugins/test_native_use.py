@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +25,6 @@ NEW = 8
 KINDS = ("prefix", "input")
 #: No text ends, and stopping is looked for nevertheless.
 NEVER = {"eos_token_id": 10**6, "pad_token_id": 0}
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make(family: str = "gpt2", dtype: torch.dtype = torch.float64, **changes: Any) -> Any:
