@@ -110,7 +110,7 @@ ONE_SUBMODULE = Defect(
 CACHED_T5_PREFIX = Defect(
     "peft-t5-cached-prefix",
     "peft",
-    "on transformers 4, cached generation of T5 with a prefix differs from the uncached forward",
+    "on transformers 4, cached generation of T5 and BART with a prefix differs from the uncached forward",
     _transformers_4,
     _seq2seq_prefix,
 )

@@ -18,7 +18,16 @@ from softbridge.prompt import InputPrompt, Placement, SoftPrompt
 from softbridge.tensors import to_torch
 from softbridge_native.apart import Group
 from softbridge_native.attention import Joined, LayerPrefix, Source, Stand
-from softbridge_native.model import Injection, attention_modules, check, install, stand_of, tellable
+from softbridge_native.model import (
+    Injection,
+    attention_modules,
+    check,
+    install,
+    origin_of,
+    stacks_of,
+    stand_of,
+    tellable,
+)
 from softbridge_native.placement import Circumstances, StackHooks, counted, given_tokens, home
 
 #: Gives the prompt that an entry of the bank stands for, as this engine can express it on this model.
@@ -77,6 +86,18 @@ def _ready(model: Any, fetch: Fetch, modules: Mapping[Site, Sequence[nn.Module]]
             f"prefixes at the site {', '.join(missing)}, where {type(model).__name__} does not dispatch through "
             "transformers' attention interface",
             "input prompts in a bank for this model",
+            "attach it alone",
+        )
+    moved = [
+        name
+        for name, stack in stacks_of(model, read_geometry(model.config)).items()
+        if origin_of(prompt, name) and not tellable(stack)
+    ]
+    if moved:
+        raise EngineError(
+            f"a prompt that moves the tokens of the {' and '.join(moved)}, and {type(model).__name__} can move them "
+            "for all rows only",
+            "prompts in a bank whose positions this model counts by itself",
             "attach it alone",
         )
     if prompt.head:

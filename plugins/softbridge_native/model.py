@@ -39,7 +39,16 @@ from softbridge_native.attention import (
     underlying,
 )
 from softbridge_native.parameterisation import Making, Parameterisation, trainable
-from softbridge_native.placement import Circumstances, StackHooks, Vectors, counted, embedding_block, home
+from softbridge_native.placement import (
+    Circumstances,
+    Shift,
+    StackHooks,
+    Vectors,
+    counted,
+    embedding_block,
+    home,
+    position_table,
+)
 
 #: The submodule of the model that holds the prompt.
 NAME = "softbridge"
@@ -160,6 +169,10 @@ class Injection(nn.Module):
         """The hooks of a stack."""
         raise NotImplementedError
 
+    def places(self, name: Stack) -> int:
+        """By how many places all tokens of a stack are moved that counts them by itself."""
+        return 0
+
 
 class Single(Injection):
     """One prompt, for all rows.
@@ -203,6 +216,9 @@ class Single(Injection):
         prefix: Any = self.parts[0] if self.seeded else None
         planted = None if prefix is None else seed.Seed(list(prefix.layers.values()), seed.padded(stack))
         return StackHooks(stack, around, own, start, making, planted)
+
+    def places(self, name: Stack) -> int:
+        return origin_of(self.prompt, name)
 
     def extract(self) -> SoftPrompt:
         """The prompt as it is now. A changed one has no origin, and no parameterisation but one that was trained."""
@@ -323,10 +339,10 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
     if prompt.prefixes:
         found += _attention_obstacles(prompt, model, geometry)
     for name, stack in stacks.items():
-        origin = _origin(prompt, name)
+        origin = origin_of(prompt, name)
         if name == "decoder" and seeded(prompt, model, geometry) is not None:
             continue  # see `_seed_obstacles`
-        if origin < 0 or (origin > 0 and not tellable(stack)):
+        if origin < 0 or (origin > 0 and not tellable(stack) and position_table(stack) is None):
             reason = f"the {name}'s first token would stand at {origin}, and this model cannot be told so"
             found.append(Obstacle("positions", reason, "use a prompt whose positions the model counts by itself"))
     return found
@@ -345,7 +361,7 @@ def tellable(stack: Any) -> bool:
     return "position_ids" in inspect.signature(stack.forward).parameters or _bias_table(stack) is not None
 
 
-def _origin(prompt: SoftPrompt, stack: Stack) -> int:
+def origin_of(prompt: SoftPrompt, stack: Stack) -> int:
     """Where the first token of the stack's sequence stands, be it virtual or real."""
     return prompt.positions.start.get(stack, 0) - sum(counted(part) for part in prompt.inputs if part.stack == stack)
 
@@ -353,7 +369,7 @@ def _origin(prompt: SoftPrompt, stack: Stack) -> int:
 def stand_of(prompt: SoftPrompt, site: Site) -> Stand:
     """How the prompt's prefix of a site stands to the sequence."""
     told = prompt.positions
-    return Stand(_origin(prompt, stack_of(site)), told.relative_bias == "skewed", told.window == "slides")
+    return Stand(origin_of(prompt, stack_of(site)), told.relative_bias == "skewed", told.window == "slides")
 
 
 def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> list[Obstacle]:
@@ -429,7 +445,7 @@ def _flash_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> list
             found.append(Obstacle("attention", reason, remedy))
         elif shape is not None and shape.window:
             # The window counts keys as they lie. That is their distance, if positions count the prefix.
-            pinned, start = prompt.positions.window == "pinned", _origin(prompt, stack_of(part.site))
+            pinned, start = prompt.positions.window == "pinned", origin_of(prompt, stack_of(part.site))
             if pinned or start != part.length:
                 why = "is pinned" if pinned else f"moves the tokens by {start} instead of {part.length} places"
                 reason = f"flash attention counts the virtual tokens into its window, and the prefix {why}"
@@ -562,6 +578,9 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
     implementation = model.config._attn_implementation if injected.implementations else None
     for name, stack in stacks_of(model, geometry).items():
         crossed = geometry.is_encoder_decoder and name == "encoder"
+        table, places = position_table(stack), injected.places(name)
+        if table is not None and places and not tellable(stack):
+            handles.append(table.register_forward_pre_hook(Shift(table, places).before, with_kwargs=True))
         hooks = injected.hooks(name, stack, Circumstances(implementation, crossed, pools, injected.shows))
         handles += [
             stack.register_forward_pre_hook(injected.reach),

@@ -492,6 +492,37 @@ def _fill(vectors: Inserted, stack: Any, kwargs: dict[str, Any], past: int) -> N
     kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.where(virtual[..., None], filled, embedded)
 
 
+def position_table(stack: Any) -> nn.Module | None:
+    """The module of a stack that counts positions from a cache's length, and would from any other number (BART's)."""
+    table = getattr(stack, "embed_positions", None)
+    counts = isinstance(table, nn.Module) and "past_key_values_length" in inspect.signature(table.forward).parameters
+    return table if counts else None
+
+
+class Shift:
+    """Lets a `position_table` count from elsewhere.
+
+    Args:
+        table: the module.
+        places: by how many places all tokens are moved.
+    """
+
+    def __init__(self, table: nn.Module, places: int) -> None:
+        self.names = tuple(inspect.signature(table.forward).parameters)
+        self.places = places
+
+    def before(
+        self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[()], dict[str, Any]]:
+        """What the table is called with, moved."""
+        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        if kwargs.get("position_ids") is not None:
+            kwargs["position_ids"] = kwargs["position_ids"] + self.places
+        else:
+            kwargs["past_key_values_length"] = kwargs.get("past_key_values_length", 0) + self.places
+        return (), kwargs
+
+
 def _position_offset(stack: nn.Module) -> int:
     """The row of the position embedding for position 0: RoBERTa's rows up to the padding token's are reserved."""
     tables = (module for name, module in stack.named_modules() if name.endswith("position_embeddings"))

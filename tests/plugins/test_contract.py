@@ -103,7 +103,6 @@ REFUSALS = {
     **dict.fromkeys(("bert", "roberta", "electra", "t5", "mt5"), (UNDISPATCHED,)),
     "distilbert": (UNDISPATCHED, UNTELLABLE),
     "albert": (UNDISPATCHED, "1 of the 2 attention layers"),
-    **dict.fromkeys(("bart", "mbart", "pegasus"), (UNTELLABLE,)),
     "cohere2": ("do not learn where their queries stand",),
 }
 #: One module for all layers, which can hold one prefix only.

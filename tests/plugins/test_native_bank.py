@@ -267,6 +267,12 @@ def test_prompts_are_read_when_asked_for_and_make_room(tmp_path: Path) -> None:
         pass
 
 
+def tiny_bart() -> Any:
+    sizes = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4, "vocab_size": 96}
+    return build(AutoConfig.for_model("bart", **sizes, **heads), "seq2seq-lm", torch.float64, 0)
+
+
 def test_what_a_bank_does_not_take(tmp_path: Path) -> None:
     model = make_model("bert")
     geometry = read_geometry(model.config)
@@ -297,6 +303,11 @@ def test_what_a_bank_does_not_take(tmp_path: Path) -> None:
         sb.extract(running)
     with pytest.raises(EngineError, match=r"(?s)runs one prompt for all rows.*native"):
         sb.attach(copy.deepcopy(model), bank, engine="peft")
+    bart = tiny_bart()
+    counted = random_prefix(read_geometry(bart.config), 3)
+    shared = sb.attach(bart, several := PromptBank({"a": counted}))
+    with several.rows("a"), pytest.raises(EngineError, match="moves the tokens of the decoder"):
+        shared(input_ids=ids, decoder_input_ids=ids)
     assert not any(p.requires_grad for p in running.parameters())
     sb.detach(running)
 

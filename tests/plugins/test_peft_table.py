@@ -86,7 +86,7 @@ def _table() -> dict[tuple[str, str], str]:
     """Cell -> why PEFT does not train it, or the native engine does not run it: a part of the reason given there."""
     causal, unpooled = (str(why) for why in UNTRAINED)
     cells = {(family, "context-aware"): causal for family in ("bert", "roberta", "t5", "bart")}
-    refused = {"bart": "cannot be told"}
+    refused: dict[str, str] = {}
     if not BertModel._can_set_attn_implementation():
         refused |= {"bert": "dispatch", "t5": "dispatch"}
     cells |= {(family, method): why for family, why in refused.items() for method in PREFIXES}
@@ -100,7 +100,7 @@ LEFT_OUT = _table()
 
 def test_how_many_cells_are_compared() -> None:
     cells = {(family, method) for family in FAMILIES for method in METHODS}
-    assert (len(cells), len(LEFT_OUT)) in ((88, 7), (88, 16))
+    assert (len(cells), len(LEFT_OUT)) in ((88, 4), (88, 13))
     assert LEFT_OUT.keys() <= cells
 
 
@@ -164,13 +164,15 @@ def test_there_and_back_and_the_same_in_both_engines(family: str, tmp_path: Path
         assert loaded.keys() == plain.keys()
         assert apart(loaded, {name: expected[name] for name in loaded}) == 0, method
         obstacles = NATIVE.obstacles(prompt, model)
+        if config.is_encoder_decoder and prompt.prefixes and peft_defects.CACHED_T5_PREFIX.applies():
+            expected = {name: array for name, array in expected.items() if name in loaded}  # PEFT generates otherwise
         if obstacles:
             assert why is not None, (method, obstacles)
             assert any(why in obstacle.reason for obstacle in obstacles), obstacles
             continue
         assert why is None, method
         with attached(NATIVE, copy.deepcopy(model), prompt) as running:
-            found = run(running, probes)
+            found = run(running, [probe for probe in probes if probe.name in expected])
         assert apart(found, expected) == 0, method
         with attached(NATIVE, copy.deepcopy(model), replace(prompt, parts=(spoilt(prompt.parts[0]),))) as running:
             wrong = run(running, told)
