@@ -41,12 +41,15 @@ class Group:
     rows: Tensor | None = None
 
 
-def pays(groups: Sequence[Group], query: Tensor) -> bool:
-    """Whether two parts are worth it for queries [B, heads, Q, D]; where not, or not known how, they are joined."""
+def pays(groups: Sequence[Group], query: Tensor, key: Tensor) -> bool:
+    """Whether two parts are worth it for queries [B, heads, Q, D] and the rows' own keys [B, K, N, D].
+
+    Where not, or not known how, they are joined.
+    """
     if query.device.type != "cpu" and query.shape[2] > 1:
         return False
     virtual = sum(group.keys.shape[1] for group in groups)
-    if torch.is_grad_enabled() and any(t.requires_grad for g in groups for t in (query, g.keys, g.values)):
+    if torch.is_grad_enabled() and any(t.requires_grad for g in groups for t in (query, key, g.keys, g.values)):
         return len(groups) == 1 and groups[0].rows is None and query.device.type == "cpu" and virtual >= TRAINED
     return virtual >= (SHARED if query.shape[0] > len(groups) else ALONE * len(groups))
 

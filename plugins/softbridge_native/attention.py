@@ -269,7 +269,7 @@ def _attend(
         return function(told, query, key, value, attention_mask, **settings)
 
     _check(joined, module, key, value)
-    if implementation == "sdpa" and _falls_apart(joined, settings) and pays(joined.groups, query):
+    if implementation == "sdpa" and _falls_apart(joined, settings) and pays(joined.groups, query, key):
         return _in_two_parts(module, binding, joined, query, key, value, attention_mask, settings), None
     if implementation == FLASH:
         attention_mask = packing(joined, attention_mask, settings, len(query), real)

@@ -7,6 +7,7 @@ The model keeps its class. Its stacks (the module under the heads, or the encode
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -112,7 +113,7 @@ def _devices(modules: Sequence[nn.Module], device: torch.device) -> Mapping[int,
     return defaultdict(lambda: device, found)
 
 
-class Injection(nn.Module):
+class Injection(nn.Module, ABC):
     """What is put into a model: where the prompt lives, and what is needed to restore the model.
 
     Attributes:
@@ -161,13 +162,13 @@ class Injection(nn.Module):
                 "attach to another class of the same family, or use a toolkit's engine",
             )
 
+    @abstractmethod
     def sources(self) -> Iterator[tuple[Site, int, Source, bool]]:
         """Which attention modules are to be bound: their site and layer, to what, and whether a gate is on it."""
-        raise NotImplementedError
 
+    @abstractmethod
     def hooks(self, name: Stack, stack: nn.Module, around: Circumstances) -> StackHooks:
         """The hooks of a stack."""
-        raise NotImplementedError
 
     def places(self, name: Stack) -> int:
         """By how many places all tokens of a stack are moved that counts them by itself."""
@@ -237,8 +238,8 @@ def attach(model: Any, prompt: SoftPrompt) -> Any:
     """Attach in place. See `Engine.attach`."""
     check(prompt, model)
     geometry = read_geometry(model.config)
-    modules = attention_modules(model, geometry)
-    return install(model, Single(prompt, modules, home(model.device)), geometry, bool(prompt.prefixes), prompt.head)
+    single = Single(prompt, attention_modules(model, geometry), home(model.device))
+    return install(model, single, geometry, bool(prompt.prefixes) and not single.seeded, prompt.head)
 
 
 def check(prompt: SoftPrompt, model: Any) -> None:

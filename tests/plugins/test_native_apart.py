@@ -229,6 +229,15 @@ def test_where_two_parts_are_not_the_same_they_stay_together(
     model.set_attn_implementation("eager")
     sb.attach(model, prompt)(input_ids=ids)
     assert not counted
-    assert apart.pays([Group(torch.zeros(2, 5, 8), torch.zeros(2, 5, 8))], torch.zeros(2, 4, 1, 8))
-    elsewhere = torch.zeros(2, 4, 3, 8, device="meta")
-    assert not apart.pays([Group(torch.zeros(2, 5, 8), torch.zeros(2, 5, 8))], elsewhere)
+    group, query, key = (
+        Group(torch.zeros(2, 5, 8), torch.zeros(2, 5, 8)),
+        torch.zeros(2, 4, 1, 8),
+        torch.zeros(2, 2, 3, 8),
+    )
+    assert apart.pays([group], query, key)
+    assert not apart.pays([group], torch.zeros(2, 4, 3, 8, device="meta"), key)
+    # Several prefixes have no gradient together, whichever part asks for one.
+    pair = [Group(group.keys, group.values, torch.tensor([row])) for row in range(2)]
+    assert apart.pays(pair, query, key)
+    assert not apart.pays(pair, query.clone().requires_grad_(), key)
+    assert not apart.pays(pair, query, key.clone().requires_grad_())

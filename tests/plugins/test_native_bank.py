@@ -21,7 +21,6 @@ from softbridge.base import build
 from softbridge.errors import EngineError
 from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
-from softbridge.methods import PTuningV2, TaskHead
 from softbridge.prompt import Positions, SoftPrompt
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
 
@@ -310,14 +309,6 @@ def test_what_a_bank_does_not_take(tmp_path: Path) -> None:
         shared(input_ids=ids, decoder_input_ids=ids)
     assert not any(p.requires_grad for p in running.parameters())
     sb.detach(running)
-
-
-def test_a_head_that_cannot_be_shared() -> None:
-    prompt = PTuningV2(4, head=TaskHead(labels=5)).initialise(read_geometry(tiny_config("bert")))
-    model = tiny_model("bert")
-    running = sb.attach(model, bank := PromptBank({"a": prompt}))
-    with bank.rows("a"), pytest.raises(EngineError):
-        running(input_ids=torch.randint(3, 96, (2, 4)))
 
 
 class Block:

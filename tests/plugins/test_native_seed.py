@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import softbridge as sb
 from softbridge import contract
 from softbridge.bank import PromptBank
-from softbridge.base import build
+from softbridge.base import build, draw_weights
 from softbridge.errors import EngineError
 from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
@@ -28,7 +28,7 @@ from softbridge.verification.run import gradient
 from softbridge_native.engine import ENGINE
 from softbridge_peft.engine import ENGINE as PEFT
 
-P, NEW = 3, 6
+P = 3
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -94,10 +94,23 @@ def test_it_is_peft_bitwise_and_keeps_the_contract(family: str) -> None:
         running(input_ids=ids, labels=ids)
 
 
+@pytest.mark.filterwarnings("ignore")
+def test_the_model_keeps_its_own_attention() -> None:
+    """Falcon has SDPA in modules of its own, and asks for it by its own name."""
+    name, more = FAMILIES["falcon"]
+    config = AutoConfig.for_model(name, **{**SIZES, **more})
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa").double().eval()
+    draw_weights(model, 0)
+    prompt = random_prefix(read_geometry(config), P, std=0.7)
+    ours, theirs = (sb.attach(copy.deepcopy(model), prompt, engine=engine) for engine in ("native", "peft"))
+    assert ours.config._attn_implementation == "sdpa"
+    assert torch.equal(logits(ours, tokens()), logits(theirs, tokens()))
+    assert float((logits(ours, tokens()) - logits(model, tokens())).abs().max()) > 0.1
+
+
 def test_it_is_used_as_any_other_prefix() -> None:
     """Through a parameterisation, in a copy, with a cache that the caller brings or crops."""
     model = make("bloom")
-    geometry = read_geometry(model.config)
     ids = tokens()
     running = sb.attach(copy.deepcopy(model), PrefixTuning(P, MLP(8)), seed=0)
     expected = logits(running, ids)
@@ -113,7 +126,6 @@ def test_it_is_used_as_any_other_prefix() -> None:
         again = running(input_ids=ids[:, 3:], past_key_values=first.past_key_values).logits
     assert float((again - expected[:, 3:]).abs().max()) < 1e-12 * float(expected.abs().max())
     assert torch.equal(logits(sb.detach(running), ids), logits(model, ids))
-    del geometry
 
 
 def reasons(model: Any, prompt: SoftPrompt) -> str:
