@@ -47,7 +47,8 @@ def _check(model: Any, prompt: SoftPrompt, told: Mapping[str, Any]) -> None:
         raise EngineError(
             "adapter_names, a prompt for each row of the batch: PEFT gives every row the active one, without a word",
             "one prompt for all rows",
-            f"call it for the rows of each prompt in turn; {NATIVE}, which changes prompts in place",
+            f"call it for the rows of each prompt in turn; or {NATIVE}, where a softbridge.PromptBank in the "
+            "place of the prompt gives each row its own",
         )
     stacks = {part.stack if isinstance(part, InputPrompt) else stack_of(part.site) for part in prompt.parts}
     if "decoder" in stacks and (name := _static(told)):
