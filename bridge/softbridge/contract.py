@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from softbridge import cache as caches
 from softbridge.cloze import IGNORED
 from softbridge.hookspecs import Engine
 from softbridge.passes import as_dtype
@@ -182,11 +183,13 @@ def cache(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Fig
     state: Any = None
     with torch.no_grad():
         for first, last in ((0, 3), *((n, n + 1) for n in range(3, inputs[ids].shape[1]))):
-            given = {**inputs, ids: inputs[ids][:, first:last], "past_key_values": state, "use_cache": True}
+            given = {**inputs, ids: inputs[ids][:, first:last], "use_cache": True}
+            if state is not None:
+                given[caches.argument(model.forward) or caches.NAMES[0]] = state
             if ids == "input_ids":
                 given["attention_mask"] = inputs["attention_mask"][:, :last]
             output = model(**given)
-            state = output.past_key_values
+            state = caches.of(output)
             steps.append(output.logits)
     yield Figure("token by token", _distance(torch.cat(steps, dim=1), expected), "close")
 

@@ -17,6 +17,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from softbridge import cache as caches
 from softbridge import tools
 from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError
@@ -207,9 +208,10 @@ def text_cache(model: Any, ids: Tokens, length: int | None = None, *, tokenizer:
     tools.check_bare(model)
     given = torch.tensor([tokens], device=next(model.get_input_embeddings().parameters()).device)
     # A cache of its own: the model's may keep no more than a sliding window. The stack: it computes no logits.
-    cache = DynamicCache()
+    cache, stack = DynamicCache(), model.base_model
+    told = {caches.argument(stack.forward) or caches.NAMES[0]: cache, "use_cache": True}
     with tools.evaluating(model):
-        model.base_model(given, attention_mask=torch.ones_like(given), past_key_values=cache, use_cache=True)
+        stack(given, attention_mask=torch.ones_like(given), **told)
     decoder = base.geometry.decoder
     expected = [(heads, len(tokens), width) for heads, width in map(decoder.shape, range(decoder.layers))]
     held: list[tuple[Any, Any]] = [

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from softbridge import cache as caches
 from softbridge.errors import BaseModelError
 from softbridge.prompt import Array
 
@@ -109,7 +110,7 @@ class _Keys:
 
         positions = torch.full((self.tokens.shape[0], 1), position)
         with torch.no_grad():
-            cache = self.model(inputs_embeds=self.tokens, position_ids=positions, use_cache=True).past_key_values
+            cache = caches.of(self.model(inputs_embeds=self.tokens, position_ids=positions, use_cache=True))
         cache = getattr(cache, "self_attention_cache", cache)
         return [layer.keys[:, 0, 0] for layer in cache.layers], [layer.values[:, 0, 0] for layer in cache.layers]
 

@@ -20,6 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from softbridge import cache as caches
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError, Obstacle, SoftbridgeError
 from softbridge.geometry import read_geometry
@@ -505,7 +506,7 @@ def _cache_is_of_no_use(model: Any) -> bool:
         inputs = {"encoder_outputs": (states,), "decoder_input_ids": tokens}
     with torch.random.fork_rng(), torch.no_grad():
         try:
-            past = getattr(model(**inputs, use_cache=True), "past_key_values", None)
+            past = caches.of(model(**inputs, use_cache=True))
         except TypeError:  # AdapterHub concatenates tensors to a cache that holds none
             return True
     if past is None or isinstance(past, tuple):  # no cache at all, or one of tensors

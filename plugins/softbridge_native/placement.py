@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from softbridge import cache as caches
 from softbridge.errors import EngineError
 from softbridge.geometry import Site, Stack
 from softbridge.prompt import Entry, InputPrompt, Placement
@@ -287,6 +288,7 @@ class StackHooks:
         self.making = making
         self.seed = seed
         self.names = tuple(inspect.signature(stack.forward).parameters)
+        self.cache_name = caches.argument(stack.forward)
         self.offset = _position_offset(stack)
         #: Where the virtual tokens stand that were put into the sequence of the running call, or None.
         self.layout: Layout | None = None
@@ -308,7 +310,8 @@ class StackHooks:
             self.making.enter(stack)
             if kwargs.get("inputs_embeds") is not None:  # then the embedding is not called
                 kwargs["inputs_embeds"] = self.making.gather(kwargs["inputs_embeds"])
-        mask, cache = kwargs.get("attention_mask"), kwargs.get("past_key_values")
+        caches.rename(kwargs, self.cache_name)
+        mask, cache = kwargs.get("attention_mask"), caches.given(kwargs)
         past = full_length(cache)
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         positions = self._positions(kwargs, plain, past)
@@ -338,7 +341,7 @@ class StackHooks:
                 self.layout = rows
                 hide(cache, self.vectors.length)
                 self._insert(self.vectors, rows, stack, kwargs, positions)
-        self.cache = kwargs.get("past_key_values")
+        self.cache = caches.given(kwargs)
         if hides(self.cache):
             running(self.cache, True)
         return (), kwargs
@@ -495,7 +498,7 @@ def _fill(vectors: Inserted, stack: Any, kwargs: dict[str, Any], past: int) -> N
 def position_table(stack: Any) -> nn.Module | None:
     """The module of a stack that counts positions from a cache's length, and would from any other number (BART's)."""
     table = getattr(stack, "embed_positions", None)
-    counts = isinstance(table, nn.Module) and "past_key_values_length" in inspect.signature(table.forward).parameters
+    counts = isinstance(table, nn.Module) and caches.length_argument(table.forward) is not None
     return table if counts else None
 
 
@@ -509,6 +512,7 @@ class Shift:
 
     def __init__(self, table: nn.Module, places: int) -> None:
         self.names = tuple(inspect.signature(table.forward).parameters)
+        self.length = caches.length_argument(table.forward) or caches.LENGTHS[0]
         self.places = places
 
     def before(
@@ -519,7 +523,7 @@ class Shift:
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + self.places
         else:
-            kwargs["past_key_values_length"] = kwargs.get("past_key_values_length", 0) + self.places
+            kwargs[self.length] = kwargs.get(self.length, 0) + self.places
         return (), kwargs
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from softbridge import cache as caches
 from softbridge.errors import EngineError
 from softbridge.geometry import StackGeometry
 from softbridge.prompt import KeyValuePrefix
@@ -59,15 +60,15 @@ class Seed:
         self.unasked = False
         if past:
             return
-        cache = kwargs.get("past_key_values")
+        cache = caches.given(kwargs)
         if cache is None:
-            cache = kwargs["past_key_values"] = DynamicCache()
+            cache = kwargs[caches.argument(stack.forward) or caches.NAMES[0]] = DynamicCache()
             self.unasked = kwargs.get("use_cache") is False
         if not isinstance(cache, DynamicCache):
             raise EngineError(
                 f"a {type(cache).__name__}, and a prefix that {type(stack).__name__} can find in its cache only",
                 "a cache that grows, or none",
-                "leave 'cache_implementation' and 'past_key_values' out",
+                f"leave 'cache_implementation' and '{caches.name_given(kwargs)}' out",
             )
         like = torch.empty(0, dtype=stack.dtype)
         for number, layer in enumerate(self.layers):
@@ -77,8 +78,8 @@ class Seed:
 
     def take_back(self, output: Any) -> None:
         """Keep a cache from a caller who wants none: `generate` would go on with it."""
-        if self.unasked and getattr(output, "past_key_values", None) is not None:
-            output.past_key_values = None
+        if self.unasked:
+            caches.drop(output)
 
 
 def reasons(stack: Any, shape: StackGeometry, part: KeyValuePrefix, start: int, tellable: bool) -> Iterator[str]:
@@ -115,7 +116,8 @@ def _held(stack: Any) -> list[list[list[int]]] | None:
     training = stack.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            stack.eval().forward(token, past_key_values=cache, use_cache=True)  # past the hooks of a bank
+            told = {caches.argument(stack.forward) or caches.NAMES[0]: cache, "use_cache": True}
+            stack.eval().forward(token, **told)  # past the hooks of a bank
     except Exception:  # foreign code; nothing is known
         return None
     finally:

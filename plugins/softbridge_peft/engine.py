@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from softbridge import cache as caches
 from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry, read_geometry, stack_of
@@ -252,7 +253,7 @@ class _Shift:
         if positions is None:
             inputs = kwargs.get("input_ids", args[0] if args else None)
             inputs = kwargs["inputs_embeds"] if inputs is None else inputs
-            seen = kwargs["past_key_values"].get_seq_length()
+            seen = caches.given(kwargs).get_seq_length()
             positions = torch.arange(seen, seen + inputs.shape[1], device=inputs.device)[None]
             # RoBERTa and its kin count from behind the padding token's index.
             embeddings: Any = getattr(module.base_model, "embeddings", None)
@@ -308,7 +309,7 @@ def _task(model: Any) -> str | None:
 
 def _called(model: Any) -> Any:
     """The module that PEFT calls with a prefix: the model, or what is under its head if that alone takes a cache."""
-    return model if "past_key_values" in inspect.signature(model.forward).parameters else model.base_model
+    return model if caches.argument(model.forward) is not None else model.base_model
 
 
 def _tell_positions(model: Any, prompt: SoftPrompt) -> Any:
@@ -361,7 +362,7 @@ def _refusals(part: Part, prompt: SoftPrompt, model: Any, geometry: Geometry) ->
     found = []
     called, kind = _called(model), type(model).__name__
     takes = inspect.signature(called.forward).parameters
-    if "past_key_values" not in takes:
+    if caches.argument(called.forward) is None:
         found.append(("past-key-values", f"{kind} takes no past key values, which PEFT's prefix is"))
     unpooled = called is not model and _task(model) == facts.SEQ_CLS and getattr(called, "pooler", None) is None
     if unpooled and peft_defects.UNPOOLED_PREFIX.applies():

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from softbridge import cache as caches
 from softbridge.errors import EngineError
 from softbridge.geometry import stack_of
 from softbridge.prompt import InputPrompt, SoftPrompt
@@ -70,8 +71,8 @@ def _static(told: Mapping[str, Any]) -> str | None:
     """Which argument asks for a cache of fixed size, or None."""
     from transformers import StaticCache
 
-    if isinstance(told.get("past_key_values"), StaticCache):
-        return "past_key_values, a StaticCache"
+    if isinstance(caches.given(told), StaticCache):
+        return f"{caches.name_given(told)}, a StaticCache"
     asked = told.get("cache_implementation")
     fixed = isinstance(asked, str) and any(word in asked for word in ("static", "sliding", "hybrid"))
     return f"cache_implementation={asked!r}" if fixed else None

@@ -1,0 +1,65 @@
+"""The key/value cache as a model takes it and returns it, whatever this transformers calls it.
+
+transformers renamed the argument and the field of its outputs. Every place that hands a cache over, or asks for one,
+does it through here: a model is asked for the name that its own signature has.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+#: What models call their cache, the newest name first.
+NAMES = ("cache", "past_key_values", "cache_params")
+#: What a table of positions calls the number of tokens in it.
+LENGTHS = ("cache_length", "past_key_values_length")
+
+
+def argument(forward: Callable[..., Any]) -> str | None:
+    """The name under which a callable takes its cache, or None if it takes none."""
+    return _first(NAMES, inspect.signature(forward).parameters)
+
+
+def length_argument(forward: Callable[..., Any]) -> str | None:
+    """The name under which a callable is told how many tokens the cache holds, or None if it is not."""
+    return _first(LENGTHS, inspect.signature(forward).parameters)
+
+
+def name_given(arguments: Mapping[str, Any]) -> str | None:
+    """The name under which a call was given a cache, or None if it was given none."""
+    return next((name for name in NAMES if arguments.get(name) is not None), None)
+
+
+def given(arguments: Mapping[str, Any]) -> Any:
+    """The cache that a call was given, under whichever name, or None."""
+    name = name_given(arguments)
+    return None if name is None else arguments[name]
+
+
+def rename(arguments: dict[str, Any], name: str | None) -> None:
+    """Give a call's cache, in place, the name that the callee takes it by; see `argument`."""
+    if name is not None:
+        before = name_given(arguments)
+        if before not in (None, name):
+            arguments[name] = arguments.pop(before)
+
+
+def of(output: Any) -> Any:
+    """The cache in a model's output, or None."""
+    if isinstance(output, Mapping):
+        name = _first(NAMES, set(output))
+        return None if name is None else output[name]
+    return next((found for name in NAMES if (found := getattr(output, name, None)) is not None), None)
+
+
+def drop(output: Any) -> None:
+    """Take the cache out of a model's output, in place, as if it had been asked for none."""
+    if isinstance(output, OrderedDict) and (name := _first(NAMES, set(output))):
+        setattr(output, name, None)
+        OrderedDict.__delitem__(output, name)  # `ModelOutput` lets nobody take anything out
+
+
+def _first(names: tuple[str, ...], known: Any) -> str | None:
+    return next((name for name in names if name in known), None)
