@@ -12,6 +12,7 @@ import torch
 from typer.testing import CliRunner
 
 import softbridge as sb
+from softbridge import cache as caches
 from softbridge.base import BaseModel
 from softbridge.cli import app
 from softbridge.errors import BaseModelError, CheckpointError, OutputError
@@ -79,7 +80,7 @@ def test_the_caches_that_stay_empty_are_the_ones_of_the_advice() -> None:
         model = tiny_model(family)
         adapters.init(model)
         with torch.no_grad():
-            cache = model(input_ids=IDS, use_cache=True).past_key_values
+            cache = caches.of(model(input_ids=IDS, use_cache=True))
         assert (cache.get_seq_length() == 0) == (family in facts.CACHE_STAYS_EMPTY)
 
 

@@ -27,6 +27,11 @@ def length_argument(forward: Callable[..., Any]) -> str | None:
     return _first(LENGTHS, inspect.signature(forward).parameters)
 
 
+def handed(forward: Callable[..., Any], cache: Any) -> dict[str, Any]:
+    """The keyword argument that hands a cache to a callable: nothing if the cache is None."""
+    return {} if cache is None else {argument(forward) or NAMES[0]: cache}
+
+
 def name_given(arguments: Mapping[str, Any]) -> str | None:
     """The name under which a call was given a cache, or None if it was given none."""
     return next((name for name in NAMES if arguments.get(name) is not None), None)

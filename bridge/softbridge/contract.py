@@ -184,8 +184,7 @@ def cache(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Fig
     with torch.no_grad():
         for first, last in ((0, 3), *((n, n + 1) for n in range(3, inputs[ids].shape[1]))):
             given = {**inputs, ids: inputs[ids][:, first:last], "use_cache": True}
-            if state is not None:
-                given[caches.argument(model.forward) or caches.NAMES[0]] = state
+            given |= caches.handed(model.forward, state)
             if ids == "input_ids":
                 given["attention_mask"] = inputs["attention_mask"][:, :last]
             output = model(**given)

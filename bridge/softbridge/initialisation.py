@@ -209,7 +209,7 @@ def text_cache(model: Any, ids: Tokens, length: int | None = None, *, tokenizer:
     given = torch.tensor([tokens], device=next(model.get_input_embeddings().parameters()).device)
     # A cache of its own: the model's may keep no more than a sliding window. The stack: it computes no logits.
     cache, stack = DynamicCache(), model.base_model
-    told = {caches.argument(stack.forward) or caches.NAMES[0]: cache, "use_cache": True}
+    told = {**caches.handed(stack.forward, cache), "use_cache": True}
     with tools.evaluating(model):
         stack(given, attention_mask=torch.ones_like(given), **told)
     decoder = base.geometry.decoder

@@ -62,7 +62,8 @@ class Seed:
             return
         cache = caches.given(kwargs)
         if cache is None:
-            cache = kwargs[caches.argument(stack.forward) or caches.NAMES[0]] = DynamicCache()
+            cache = DynamicCache()
+            kwargs |= caches.handed(stack.forward, cache)
             self.unasked = kwargs.get("use_cache") is False
         if not isinstance(cache, DynamicCache):
             raise EngineError(
@@ -116,8 +117,8 @@ def _held(stack: Any) -> list[list[list[int]]] | None:
     training = stack.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            told = {caches.argument(stack.forward) or caches.NAMES[0]: cache, "use_cache": True}
-            stack.eval().forward(token, **told)  # past the hooks of a bank
+            # Past the hooks of a bank.
+            stack.eval().forward(token, use_cache=True, **caches.handed(stack.forward, cache))
     except Exception:  # foreign code; nothing is known
         return None
     finally:

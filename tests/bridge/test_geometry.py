@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 
+from softbridge import cache as caches
 from softbridge.base import BaseModel, build
 from softbridge.errors import BaseModelError
 from softbridge.geometry import Geometry, StackGeometry, read_geometry
@@ -66,7 +67,7 @@ def test_decoders_have_the_cache_that_the_geometry_says(family: str) -> None:
     assert geometry.decoder is not None
     model = build(config, "causal-lm", torch.float32, 0)
     with torch.no_grad():
-        cache = model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True).past_key_values
+        cache = caches.of(model(input_ids=torch.tensor([[5, 6, 7]]), use_cache=True))
     cache = getattr(cache, "self_attention_cache", cache)
     shapes = {tuple(layer.keys.shape[1:]) for layer in cache.layers}
     assert shapes == {(kv_heads, 3, head_dim)}

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig
 
 import softbridge as sb
+from softbridge import cache as caches
 from softbridge.base import BaseModel, build
 from softbridge.capabilities import Capabilities
 from softbridge.errors import LoweringError
@@ -71,7 +72,7 @@ def test_no_caller_moves_tokens_under_alibi() -> None:
     model = build(config, "causal-lm", torch.float64, 0)
     tokens = torch.randint(3, 96, (1, 6), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        seen = model(input_ids=tokens[:, :2], use_cache=True).past_key_values
+        seen = caches.of(model(input_ids=tokens[:, :2], use_cache=True))
         pairs = [(layer.keys, layer.values) for layer in seen.layers]
 
         def behind(gap: int) -> torch.Tensor:
@@ -81,7 +82,7 @@ def test_no_caller_moves_tokens_under_alibi() -> None:
                 hidden = [part.new_zeros(*part.shape[:2], gap, part.shape[3]) for part in (keys, values)]
                 cache.update(torch.cat([keys, hidden[0]], 2), torch.cat([values, hidden[1]], 2), number)
             mask = torch.cat([torch.ones(1, 2), torch.zeros(1, gap), torch.ones(1, 4)], 1).long()
-            return model(input_ids=tokens[:, 2:], attention_mask=mask, past_key_values=cache).logits  # type: ignore[no-any-return]
+            return model(input_ids=tokens[:, 2:], attention_mask=mask, **caches.handed(model.forward, cache)).logits  # type: ignore[no-any-return]
 
         whole = model(input_ids=tokens).logits[:, 2:]
         assert torch.allclose(behind(0), whole, rtol=0, atol=1e-5)  # BLOOM's softmax is float32

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import softbridge as sb
+from softbridge import cache as caches
 from softbridge import initialisation, tools
 from softbridge.base import BaseModel, build
 from softbridge.errors import BaseModelError, EngineError, LoweringError
@@ -335,7 +336,7 @@ def test_prompts_trained_apart_are_turned_to_stand_behind_each_other(family: str
     cache = DynamicCache()
     places = torch.arange(len(A), len(A + B))[None]
     with torch.no_grad():
-        model(torch.tensor([B]), position_ids=places, past_key_values=cache)
+        model(torch.tensor([B]), position_ids=places, **caches.handed(model.forward, cache))
     plain = 0.0
     for layer, pair in joined.prefixes[0].layers.items():
         assert np.array_equal(pair.keys[:, : len(A)], first.prefixes[0].layers[layer].keys)
@@ -353,7 +354,9 @@ def test_prompts_trained_apart_are_turned_to_stand_behind_each_other(family: str
         ]
         seeded.update(both[0], both[1], layer)
     with torch.no_grad():
-        expected = model(REST, past_key_values=seeded, attention_mask=torch.ones(2, len(A + B) + 4)).logits
+        expected = model(
+            REST, **caches.handed(model.forward, seeded), attention_mask=torch.ones(2, len(A + B) + 4)
+        ).logits
     near = (logits(model, joined) - expected).abs().max() / expected.abs().max()
     print(f"{family}: {near:.1e}; unturned keys differ by {plain:.1e}")
     assert near <= 1e-5
@@ -426,11 +429,13 @@ def masked(model: Any, cut: int) -> torch.Tensor:
 
     cache = DynamicCache()
     with torch.no_grad():
-        model(torch.tensor([A + B] * 2), past_key_values=cache)
+        model(torch.tensor([A + B] * 2), **caches.handed(model.forward, cache))
         mask = torch.ones(2, len(A + B) + REST.shape[1])
         mask[:, :cut] = 0
         places = torch.arange(len(A + B), mask.shape[1])[None].expand(2, -1)
-        logits: torch.Tensor = model(REST, past_key_values=cache, attention_mask=mask, position_ids=places).logits
+        logits: torch.Tensor = model(
+            REST, **caches.handed(model.forward, cache), attention_mask=mask, position_ids=places
+        ).logits
     return logits
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM
 
+from softbridge import cache as caches
 from softbridge import contract
 from softbridge.base import BaseModel, build, draw_weights
 from softbridge.errors import BaseModelError, EngineError, Obstacle
@@ -249,7 +250,7 @@ def ignores_pads(model: Any) -> None:
 
 def forgets_where_the_cache_ends(model: Any) -> None:
     def hook(module: Any, args: Any, kwargs: Any) -> Any:
-        cache = kwargs.get("past_key_values")
+        cache = caches.given(kwargs)
         cached = cache is not None and cache.get_seq_length() > 0
         return args, {**kwargs, "position_ids": torch.zeros(1, 1, dtype=torch.long)} if cached else kwargs
 

@@ -26,6 +26,7 @@ from transformers import (
     EncoderDecoderCache,
 )
 
+from softbridge import cache as caches
 from softbridge.base import BaseModel, build
 from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
@@ -276,8 +277,8 @@ def test_positions_go_on_where_the_cache_ends(kind: str) -> None:
     ours, wrong, ids = attached(model, shifted(prompt)), {"unshifted": attached(model, prompt)}, tokens()
 
     def in_two_steps(running: Any) -> Tensor:
-        cache = running(ids[:, :4], use_cache=True).past_key_values
-        found: Tensor = running(ids[:, 4:5], past_key_values=cache).logits
+        cache = caches.of(running(ids[:, :4], use_cache=True))
+        found: Tensor = running(ids[:, 4:5], **caches.handed(running.forward, cache)).logits
         return found
 
     with torch.no_grad():
@@ -822,7 +823,7 @@ def test_t5_bias_is_that_of_a_seeded_cache(bias: str, implementation: str, monke
             patch.setattr(
                 table, "compute_bias", lambda self, q, k, device, past_seen_tokens: compute(self, q, k, device)
             )
-        expected = model(input_ids=ids, decoder_input_ids=decoder, past_key_values=cache).logits
+        expected = model(input_ids=ids, decoder_input_ids=decoder, **caches.handed(model.forward, cache)).logits
     other = replace(prompt, positions=Positions({"decoder": P}, "skewed" if bias == "plain" else "plain"))
     wrong = twins(model, prompt) | {"the other bias": attached(model, other)}
     if bias == "skewed":  # there the queries count from 0 whatever the caller says

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import AutoConfig, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
+from softbridge import cache as caches
 from softbridge.base import build
 from softbridge.geometry import read_geometry
 from softbridge.prompt import KeyValuePrefix, SoftPrompt
@@ -51,7 +52,7 @@ def seeded(model: Any, prompt: SoftPrompt, layers: int) -> Tensor:
             keys, values = (torch.tensor(half).double().expand(2, -1, -1, -1) for half in (pair.keys, pair.values))
             cache.update(keys, values, layer)
     mask = torch.ones(2, P + T, dtype=torch.long)
-    found: Tensor = model(tokens(), attention_mask=mask, past_key_values=cache).logits
+    found: Tensor = model(tokens(), attention_mask=mask, **caches.handed(model.forward, cache)).logits
     return found
 
 

@@ -23,6 +23,7 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
+from softbridge import cache as caches
 from softbridge.base import build
 from softbridge.errors import EngineError
 from softbridge.geometry import Stack, read_geometry
@@ -509,8 +510,8 @@ def test_after_the_block_of_a_decoder() -> None:
         with torch.no_grad():
             expected = ours(ids).logits
             assert difference(wrong(ids).logits, expected) > FAR
-            cache = ours(ids[:, :4], use_cache=True).past_key_values
-            later = ours(ids[:, 4:6], past_key_values=cache).logits
+            cache = caches.of(ours(ids[:, :4], use_cache=True))
+            later = ours(ids[:, 4:6], **caches.handed(ours.forward, cache)).logits
             assert difference(later, expected[:, 4:6]) <= 1e-12
 
 
@@ -577,9 +578,9 @@ def test_rows_that_do_not_fit_the_template() -> None:
         assert caught.value.expected == "5 in each row"
     with pytest.raises(EngineError, match="'inputs_embeds' were given"):
         ours(inputs_embeds=model.get_input_embeddings()(torch.tensor(tokens())))
-    cache = ours(good, use_cache=True).past_key_values
+    cache = caches.of(ours(good, use_cache=True))
     with pytest.raises(EngineError, match="rows with 5, 5 virtual tokens") as caught:
-        ours(good, past_key_values=cache)
+        ours(good, **caches.handed(ours.forward, cache))
     assert "0 in each row" in caught.value.expected
     with pytest.raises(IndexError):
         model(good)

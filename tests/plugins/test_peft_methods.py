@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import softbridge as sb
+from softbridge import cache as caches
 from softbridge.cli import app
 from softbridge.errors import BaseModelError, CheckpointError, EngineError, LoweringError, SoftbridgeError
 from softbridge.geometry import read_geometry
@@ -202,7 +203,7 @@ def test_a_cartridge_that_starts_as_a_text_is_that_text() -> None:
     text = torch.tensor([[11, 23, 5, 60, 42]])
     model = tiny_model("llama")
     with torch.no_grad():
-        cache = model(input_ids=text, use_cache=True).past_key_values
+        cache = caches.of(model(input_ids=text, use_cache=True))
         expected = model(input_ids=torch.cat([text.expand(2, -1), ROWS], dim=1)).logits[:, LENGTH:]
     adapted = peft.get_peft_model(model, peft.CartridgeConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH))
     initialize_kv_prefix_from_past_key_values(adapted, past_key_values=cache)
