@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
@@ -210,6 +211,29 @@ def detach(model: Any) -> Any:
     detached = engine_named(attached.engine).detach(model)
     restore_head(detached, attached.displaced)
     return detached
+
+
+def reference(model: Any) -> Any:
+    """A frozen model with the prompt as it is now, for a trainer that compares with the start (TRL's ``ref_model``).
+
+    It shares the base model's weights, and has its own copy of what is trained. To compare with the base model
+    instead, switch the prompt off: ``with model.softbridge.off():`` (engine ``native``).
+
+    Raises:
+        EngineError: nothing is attached, or an engine that wraps the model did: its toolkit knows its own reference.
+    """
+    from transformers import PreTrainedModel
+
+    attached = _attached(model)
+    if not isinstance(model, PreTrainedModel):
+        raise EngineError(
+            f"a {type(model).__name__} of the engine '{attached.engine}', which wraps the model",
+            "an engine that attaches in place",
+            "pass it to the trainer as it is: the toolkit's models bring their own reference",
+        )
+    shared = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+    frozen = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    return frozen.eval().requires_grad_(False)
 
 
 def _attached(model: Any) -> _Attached:

@@ -130,6 +130,22 @@ class DropIn(Derived):
         load_head(model, prompt.head)
         return _IncompatibleKeys([], [])
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: see `init_continuous_batching`."""
+        return self.init_continuous_batching()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching puts the tokens of many texts into one row, and calls attention of its own.
+
+        Raises:
+            EngineError: always.
+        """
+        raise EngineError(
+            "continuous batching (generate_batch), which keeps the tokens of many texts in one row",
+            "one text in each row",
+            "generate from a padded batch: model.generate(input_ids, attention_mask=...)",
+        )
+
     def num_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are in all."""
         model: Any = self

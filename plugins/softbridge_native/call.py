@@ -101,7 +101,8 @@ class Hooked(Derived):
 
 def hook(stack: Any) -> Own[Entry]:
     """Give a stack its class. Its hooks open the entry when they have run. `unhook` undoes it."""
-    entry, plain = Own(Entry), type(stack)
+    entry = Own(Entry)
+    plain: Any = type(stack)
     stack.__dict__[_ENTRY] = entry
     stack.__class__ = derived(Hooked, plain)
     return entry

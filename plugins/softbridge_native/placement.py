@@ -570,7 +570,7 @@ def _cache_of(output: Any) -> Any:
 
 
 def check_unpacked(kwargs: Mapping[str, Any], mask: Tensor | None) -> None:
-    """Refuse several texts in one row, with an input prompt: only the first of them would have it.
+    """Refuse several texts in one row, where only the first of them would have the prompt, or all would be one.
 
     Raises:
         EngineError: positions [B, T] start again among a row's real tokens, or the texts' lengths are given.
@@ -583,14 +583,15 @@ def check_unpacked(kwargs: Mapping[str, Any], mask: Tensor | None) -> None:
             real = mask[:, -positions.shape[-1] :] != 0
             again = again & real[:, 1:] & real[:, :-1]
         if torch.compiler.is_compiling():  # a graph has no words for it
-            torch._assert_async(~again.any(), "several texts in one row, with an input prompt")
+            torch._assert_async(~again.any(), "several texts in one row, with a prompt")
         elif bool(again.any()):
             packed.append("position_ids that start again")
     if packed:
         raise EngineError(
-            f"several texts in one row ({', '.join(packed)}), with an input prompt, which only the first would have",
+            f"several texts in one row ({', '.join(packed)}), and a prompt that only the first of them would have",
             "one text in each row",
-            "leave the texts unpacked (packing=False, padding_free=False), or train a prefix, which each of them has",
+            "leave the texts unpacked (packing=False, padding_free=False), or use a prefix on a model that dispatches "
+            "through transformers' attention interface: there each text has it",
         )
 
 

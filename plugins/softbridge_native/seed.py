@@ -21,7 +21,7 @@ from softbridge.geometry import StackGeometry
 from softbridge.prompt import KeyValuePrefix
 from softbridge_native.attention import LayerPrefix
 from softbridge_native.call import Own, past_hooks
-from softbridge_native.placement import Layout, given_tokens, hide, left_pads
+from softbridge_native.placement import Layout, check_unpacked, given_tokens, hide, left_pads
 
 
 class Call:
@@ -54,6 +54,7 @@ class Seed:
                 "model.gradient_checkpointing_disable(), or an input prompt",
             )
         tokens = given_tokens(kwargs)
+        check_unpacked(kwargs, mask)
         kwargs.pop("cache_position", None)  # counted without the prefix; the model counts its cache
         if mask is not None:
             if not self.padded and bool(left_pads(mask).any()):

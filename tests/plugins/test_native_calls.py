@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 import softbridge as sb
+from softbridge import cache as caches
 from softbridge.bank import PromptBank
+from softbridge.errors import EngineError
 from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
@@ -229,3 +231,157 @@ def test_compiles_in_one_graph_past_the_call() -> None:
     found = in_threads(lambda thread: [compiled((ids, other, ids)[thread])])
     assert all(apart(each, alone) == 0 for (each,), alone in zip(found, expected, strict=True))
     assert apart(expected[1], expected[0]) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["input", "prefix", "network", "seeded"])
+def test_a_prompt_that_is_switched_off(kind: str) -> None:
+    """The base model, bit for bit, in one thread and no other; a cache is of one of the two."""
+    model = tiny_model("llama") if kind != "seeded" else bloom()
+    prompt = random_prefix(read_geometry(model.config), 5) if kind == "seeded" else prompts(model)[kind]
+    ids = text(6)
+    bare, told = logits(model, ids), greedy(model, ids)
+    running = sb.attach(copy.deepcopy(model), prompt)
+    with_it = logits(running, ids)
+    assert apart(with_it, bare) > 0.1
+    with running.softbridge.off():
+        with running.softbridge.off():
+            assert apart(logits(running, ids), bare) == 0
+        assert apart(logits(running, ids), bare) == 0
+        assert torch.equal(greedy(running, ids), told)
+        with ThreadPoolExecutor(1) as pool:
+            assert apart(pool.submit(logits, running, ids).result(), with_it) == 0
+        with torch.no_grad():
+            cache = caches.of(running(input_ids=ids, use_cache=True))
+    assert apart(logits(running, ids), with_it) == 0
+    handed = caches.argument(type(model).forward)
+    if kind in ("input", "seeded"):
+        with pytest.raises(EngineError, match="no call with this prompt began"):
+            running(input_ids=ids[:, :1], **{handed: cache})
+    with torch.no_grad():
+        cache = caches.of(running(input_ids=ids, use_cache=True))
+    if kind in ("input", "seeded"):
+        with running.softbridge.off(), pytest.raises(EngineError, match="the prompt is switched off"):
+            running(input_ids=ids[:, :1], **{handed: cache})
+
+
+def test_a_bank_that_is_switched_off_needs_no_names() -> None:
+    model = tiny_model("llama")
+    ids = text(6)
+    bare = logits(model, ids)
+    running = sb.attach(model, PromptBank({"a": prompts(model)["prefix"]}))
+    with running.softbridge.off():
+        assert apart(logits(running, ids), bare) == 0
+    with running.softbridge.bank.rows("a"):
+        assert apart(logits(running, ids), bare) > 0.1
+
+
+def bloom() -> Any:
+    """A decoder that does not dispatch: its prefix is in its cache."""
+    config = AutoConfig.for_model("bloom", vocab_size=96, hidden_size=32, n_layer=2, n_head=4, initializer_range=0.4)
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+
+
+@pytest.mark.parametrize("kind", ["input", "seeded"])
+def test_a_cache_that_was_begun_elsewhere(kind: str) -> None:
+    """Refused, and what this model began goes on: copied, cropped, reordered, or made by the stack itself."""
+    model = bloom() if kind == "seeded" else tiny_model("llama")
+    geometry = read_geometry(model.config)
+    make = random_prefix if kind == "seeded" else random_input_prompt
+    ids, more = text(6), text(3, 1)
+    running, other = (sb.attach(copy.deepcopy(model), make(geometry, 5, seed=seed)) for seed in (1, 2))
+    handed: Any = caches.argument(type(model).forward)
+    expected = logits(running, torch.cat([ids, more], dim=1))[:, -3:]
+    with torch.no_grad():
+        for stranger in (model, other):
+            begun = caches.of(stranger(input_ids=ids, use_cache=True))
+            with pytest.raises(EngineError, match="no call with this prompt began"):
+                running(input_ids=more, **{handed: begun})
+        for given in ({}, {handed: DynamicCache()}):
+            begun = caches.of(running(input_ids=ids, use_cache=True, **given))
+            assert begun.get_seq_length() == 6
+            for mine in (copy.deepcopy(begun), begun):
+                assert apart(running(input_ids=more, **{handed: mine}).logits, expected) < 1e-12
+            begun.crop(-3)
+            assert apart(running(input_ids=more, **{handed: begun}).logits, expected) < 1e-12
+            begun.crop(-3)
+            begun.reorder_cache(torch.tensor([0, 0]))
+            twice = running(input_ids=more.expand(2, -1), **{handed: begun}).logits
+            assert apart(twice, expected.expand(2, -1, -1)) < 1e-12
+        begun = caches.of(running(input_ids=ids, use_cache=True))
+        again = copy.deepcopy(running)  # the same prompt
+        assert apart(again(input_ids=more, **{handed: begun}).logits, expected) < 1e-12
+
+
+def packed(first: Tensor, second: Tensor) -> dict[str, Any]:
+    positions = torch.cat([torch.arange(each.shape[1]) for each in (first, second)])[None]
+    return {"input_ids": torch.cat([first, second], dim=1), "position_ids": positions}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_neox"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_a_prefix_is_each_packed_text_s(family: str, implementation: str) -> None:
+    """Wherever the model itself keeps them apart: without a cache, or by the mask; else it does not, with or without."""
+    model, first, second = tiny_model(family), text(5), text(4, 1)
+    model.set_attn_implementation(implementation)
+    running = sb.attach(copy.deepcopy(model), prompts(model)["prefix"])
+    both = packed(first, second)
+    own = torch.tensor([0] * 5 + [1] * 4)
+    seen = (own[:, None] == own) & torch.ones(9, 9, dtype=torch.bool).tril()
+    block = torch.zeros(1, 1, 9, 9, dtype=torch.float64).masked_fill(~seen, torch.finfo(torch.float64).min)
+    for each in (model, running):
+        expected = torch.cat([logits(each, first), logits(each, second)], dim=1)
+        with torch.no_grad():
+            assert apart(each(**both, use_cache=False).logits, expected) < 1e-12
+            assert apart(each(**both, attention_mask=block).logits, expected) < 1e-12
+            assert apart(each(**both, use_cache=True).logits, expected) > 0.1
+    assert apart(logits(running, second), logits(model, second)) > 0.1
+
+
+@pytest.mark.parametrize("kind", ["input", "network", "seeded"])
+def test_packed_texts_that_would_not_each_have_the_prompt(kind: str) -> None:
+    """Refused, whether positions say so or lengths do. Positions of pads, and those that go on, are no reason."""
+    model = AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation="eager").eval()
+    if kind == "seeded":
+        size = {"vocab_size": 96, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model("falcon", **size), attn_implementation="eager")
+    prompt = random_prefix(read_geometry(model.config), 5) if kind == "seeded" else prompts(model)[kind]
+    running, both = sb.attach(model.eval(), prompt), packed(text(5), text(4, 1))
+    if kind != "seeded":  # the model hands no lengths on
+        lengths = {name: torch.tensor([0, 5, 9], dtype=torch.int32) for name in ("cu_seq_lens_q", "cu_seq_lens_k")}
+        with pytest.raises(EngineError, match="several texts in one row .cu_seq_lens_q"):
+            running(input_ids=both["input_ids"], **lengths)
+    for mask in (None, torch.ones_like(both["input_ids"])):
+        with pytest.raises(EngineError, match="position_ids that start again"):
+            running(**both, attention_mask=mask)
+    if kind == "seeded":  # refuses pads on the left
+        return
+    row, ones = text(4), torch.ones(1, 4, dtype=torch.long)
+    alone = running(input_ids=row, position_ids=torch.arange(4)[None]).logits.detach()
+    for pad in (0, 1):
+        positions = torch.cat([torch.full((1, 2), pad), torch.arange(4)[None]], dim=1)
+        mask = torch.cat([torch.zeros_like(ones)[:, :2], ones], dim=1)
+        left = running(input_ids=torch.cat([row[:, :2], row], dim=1), attention_mask=mask, position_ids=positions)
+        assert apart(left.logits[:, 2:].detach(), alone) < 1e-5
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bert"])
+@pytest.mark.parametrize("head", [False, True])
+def test_hidden_states_are_of_real_tokens(family: str, head: bool) -> None:
+    """As many as logits; attention shows the virtual ones, which it looked at."""
+    model, ids = (tiny_model(family) if head else headless(family)), text(6)
+    running = sb.attach(copy.deepcopy(model), prompts(model)["input"])
+    with torch.no_grad():
+        for return_dict in (True, False):
+            told = {"input_ids": ids, "output_hidden_states": True, "output_attentions": True, "use_cache": False}
+            found = running(**told, return_dict=return_dict)
+            states = found.hidden_states if return_dict else next(each for each in found if isinstance(each, tuple))
+            bare = model(**told).hidden_states
+            assert [state.shape for state in states] == [state.shape for state in bare]
+            assert apart(states[0], bare[0]) < (1e-12 if family == "llama" else 2.0)  # others add positions there
+            assert apart(states[-1], bare[-1]) > 0.05
+        if not head:
+            assert apart(states[-1], running(input_ids=ids).last_hidden_state) == 0
+        assert {attention.shape[-1] for attention in running(**told).attentions} == {11}
+        running.softbridge.virtual_logits = True
+        assert {state.shape[1] for state in running(**told).hidden_states} == {11}
