@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +17,7 @@ from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Insertable
 from softbridge.lower import Target, check_fits, lower
 from softbridge.methods import Method
-from softbridge.passes import inexpressible
+from softbridge.passes import inexpressible, left_behind
 from softbridge.prompt import Array, SoftPrompt, same_array
 from softbridge.registry import engine_named, engines
 from softbridge.tensors import from_torch
@@ -41,6 +41,7 @@ def attach(
     engine: str = "native",
     *,
     seed: int | None = None,
+    accept: Collection[str] = (),
 ) -> Any:
     """Make a transformers model run with a soft prompt, to use it or to train it.
 
@@ -58,13 +59,15 @@ def attach(
         engine: the name of an engine.
         seed: of a new prompt's random start, which is the same for the same seed; drawn from torch's own random
             numbers if it is None, which `transformers.set_seed` governs.
+        accept: names of the conditions that the caller accepts, beside ``positions``, which are told: ``partial``,
+            where of the source (an adapter of several methods) the prompt alone goes on.
 
     Returns:
         The model to call: the same object for engines that work in place, the toolkit's wrapper otherwise.
 
     Raises:
         EngineError: the engine is missing or cannot run this prompt on this model.
-        LoweringError: the engine's toolkit cannot express the prompt.
+        LoweringError: the engine's toolkit cannot express the prompt, or only under conditions that are not accepted.
         BaseModelError: the prompt does not fit the model.
         ValueError: the method does not fit the model.
     """
@@ -79,13 +82,13 @@ def attach(
                 f"an engine that takes a bank: {', '.join(able)}",
                 "choose one of them, or attach one prompt",
             )
-        running = chosen.attach_bank(model, prompt, partial(_fetch, engine, model))
+        running = chosen.attach_bank(model, prompt, partial(_fetch, engine, model, accept))
         setattr(running, ATTACHED, _Attached(engine, {}, {}))
         return running
     if isinstance(prompt, Method):
         method, prompt = prompt, prompt.initialise(base.geometry, _drawn() if seed is None else seed)
         _check_trains(engine, method, prompt, model)
-    prompt = _expressed(prompt, engine, model)
+    prompt = _expressed(prompt, engine, model, accept)
     displaced = load_head(model, prompt.head)
     try:
         running = chosen.attach(model, prompt)
@@ -152,11 +155,11 @@ def attached_by(model: Any) -> str:
     return _attached(model).engine
 
 
-def _fetch(engine: str, model: Any, entry: Entry) -> SoftPrompt:
-    return _expressed(entry.source, engine, model)
+def _fetch(engine: str, model: Any, accept: Collection[str], entry: Entry) -> SoftPrompt:
+    return _expressed(entry.source, engine, model, accept)
 
 
-def _expressed(prompt: SoftPrompt | str | Path, engine: str, model: Any) -> SoftPrompt:
+def _expressed(prompt: SoftPrompt | str | Path, engine: str, model: Any, accept: Collection[str]) -> SoftPrompt:
     """The prompt, read if need be, in a form that the engine can run on this model if there is one."""
     chosen, base = engine_named(engine), BaseModel.resolve(model)
     if isinstance(prompt, (str, Path)):
@@ -164,8 +167,12 @@ def _expressed(prompt: SoftPrompt | str | Path, engine: str, model: Any) -> Soft
 
         prompt = load(prompt, base)
     check_fits(prompt, base.geometry)
-    if inexpressible(prompt, chosen.capabilities, base) or chosen.obstacles(prompt, model):
-        return lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions",)).prompt
+    if (
+        left_behind(prompt)
+        or inexpressible(prompt, chosen.capabilities, base)
+        or chosen.obstacles(prompt, model)
+    ):
+        return lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions", *accept)).prompt
     return prompt
 
 
