@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from softbridge.attachment import attach as attach
     from softbridge.attachment import detach as detach
     from softbridge.attachment import extract as extract
+    from softbridge.attachment import reference as reference
     from softbridge.bank import PromptBank as PromptBank
     from softbridge.base import BaseModel as BaseModel
     from softbridge.conversion import convert as convert
@@ -47,6 +48,7 @@ _HOME = {
     "attach": "attachment",
     "detach": "attachment",
     "extract": "attachment",
+    "reference": "attachment",
     "PromptBank": "bank",
     "BaseModel": "base",
     "convert": "conversion",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import copy
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Insertable
 from softbridge.lower import Target, check_fits, lower
 from softbridge.methods import Method
-from softbridge.passes import inexpressible
+from softbridge.passes import inexpressible, left_behind
 from softbridge.prompt import Array, SoftPrompt, same_array
 from softbridge.registry import engine_named, engines
 from softbridge.tensors import from_torch
@@ -40,6 +41,7 @@ def attach(
     engine: str = "native",
     *,
     seed: int | None = None,
+    accept: Collection[str] = (),
 ) -> Any:
     """Make a transformers model run with a soft prompt, to use it or to train it.
 
@@ -57,13 +59,15 @@ def attach(
         engine: the name of an engine.
         seed: of a new prompt's random start, which is the same for the same seed; drawn from torch's own random
             numbers if it is None, which `transformers.set_seed` governs.
+        accept: names of the conditions that the caller accepts, beside ``positions``, which are told: ``partial``,
+            where of the source (an adapter of several methods) the prompt alone goes on.
 
     Returns:
         The model to call: the same object for engines that work in place, the toolkit's wrapper otherwise.
 
     Raises:
         EngineError: the engine is missing or cannot run this prompt on this model.
-        LoweringError: the engine's toolkit cannot express the prompt.
+        LoweringError: the engine's toolkit cannot express the prompt, or only under conditions that are not accepted.
         BaseModelError: the prompt does not fit the model.
         ValueError: the method does not fit the model.
     """
@@ -78,13 +82,13 @@ def attach(
                 f"an engine that takes a bank: {', '.join(able)}",
                 "choose one of them, or attach one prompt",
             )
-        running = chosen.attach_bank(model, prompt, partial(_fetch, engine, model))
+        running = chosen.attach_bank(model, prompt, partial(_fetch, engine, model, accept))
         setattr(running, ATTACHED, _Attached(engine, {}, {}))
         return running
     if isinstance(prompt, Method):
         method, prompt = prompt, prompt.initialise(base.geometry, _drawn() if seed is None else seed)
         _check_trains(engine, method, prompt, model)
-    prompt = _expressed(prompt, engine, model)
+    prompt = _expressed(prompt, engine, model, accept)
     displaced = load_head(model, prompt.head)
     try:
         running = chosen.attach(model, prompt)
@@ -151,11 +155,11 @@ def attached_by(model: Any) -> str:
     return _attached(model).engine
 
 
-def _fetch(engine: str, model: Any, entry: Entry) -> SoftPrompt:
-    return _expressed(entry.source, engine, model)
+def _fetch(engine: str, model: Any, accept: Collection[str], entry: Entry) -> SoftPrompt:
+    return _expressed(entry.source, engine, model, accept)
 
 
-def _expressed(prompt: SoftPrompt | str | Path, engine: str, model: Any) -> SoftPrompt:
+def _expressed(prompt: SoftPrompt | str | Path, engine: str, model: Any, accept: Collection[str]) -> SoftPrompt:
     """The prompt, read if need be, in a form that the engine can run on this model if there is one."""
     chosen, base = engine_named(engine), BaseModel.resolve(model)
     if isinstance(prompt, (str, Path)):
@@ -163,8 +167,12 @@ def _expressed(prompt: SoftPrompt | str | Path, engine: str, model: Any) -> Soft
 
         prompt = load(prompt, base)
     check_fits(prompt, base.geometry)
-    if inexpressible(prompt, chosen.capabilities, base) or chosen.obstacles(prompt, model):
-        return lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions",)).prompt
+    if (
+        left_behind(prompt)
+        or inexpressible(prompt, chosen.capabilities, base)
+        or chosen.obstacles(prompt, model)
+    ):
+        return lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions", *accept)).prompt
     return prompt
 
 
@@ -210,6 +218,29 @@ def detach(model: Any) -> Any:
     detached = engine_named(attached.engine).detach(model)
     restore_head(detached, attached.displaced)
     return detached
+
+
+def reference(model: Any) -> Any:
+    """A frozen model with the prompt as it is now, for a trainer that compares with the start (TRL's ``ref_model``).
+
+    It shares the base model's weights, and has its own copy of what is trained. To compare with the base model
+    instead, switch the prompt off: ``with model.softbridge.off():`` (engine ``native``).
+
+    Raises:
+        EngineError: nothing is attached, or an engine that wraps the model did: its toolkit knows its own reference.
+    """
+    from transformers import PreTrainedModel
+
+    attached = _attached(model)
+    if not isinstance(model, PreTrainedModel):
+        raise EngineError(
+            f"a {type(model).__name__} of the engine '{attached.engine}', which wraps the model",
+            "an engine that attaches in place",
+            "pass it to the trainer as it is: the toolkit's models bring their own reference",
+        )
+    shared = [*(p for p in model.parameters() if not p.requires_grad), *model.buffers()]
+    frozen = copy.deepcopy(model, {id(tensor): tensor for tensor in shared})
+    return frozen.eval().requires_grad_(False)
 
 
 def _attached(model: Any) -> _Attached:

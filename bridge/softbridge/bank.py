@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeAlias, TypeVar
@@ -26,6 +27,9 @@ from softbridge.prompt import SoftPrompt
 Source: TypeAlias = SoftPrompt | str | Path
 #: The name of each row's prompt; None: no prompt.
 Names: TypeAlias = tuple[str | None, ...]
+
+#: The names that were chosen, and how often each row is repeated, by the identity of the bank.
+_ROWS: ContextVar[Mapping[int, tuple[Names, int]]] = ContextVar("softbridge_rows", default={})  # noqa: B039
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,7 +51,6 @@ class PromptBank(Mapping[str, Source]):
     def __init__(self, prompts: Mapping[str, Source] | None = None, limit: int | None = None) -> None:
         self.limit = limit
         self._entries: dict[str, Entry] = {}
-        self._rows: tuple[Names, int] | None = None
         for name, source in (prompts or {}).items():
             self[name] = source
 
@@ -76,7 +79,7 @@ class PromptBank(Mapping[str, Source]):
 
     @contextmanager
     def rows(self, names: str | Sequence[str | None] | None, copies: int = 1) -> Iterator[None]:
-        """The prompts of the rows of all calls inside the ``with``.
+        """The prompts of the rows of all calls inside the ``with``, in this thread or task alone (`contextvars`).
 
         Args:
             names: one for each row, None for a row without a prompt; or one for all rows.
@@ -94,11 +97,11 @@ class PromptBank(Mapping[str, Source]):
                 "add it: bank[name] = prompt",
             )
         single = names is None or isinstance(names, str)
-        before, self._rows = self._rows, (wanted, 0 if single else copies)
+        token = _ROWS.set({**_ROWS.get(), id(self): (wanted, 0 if single else copies)})
         try:
             yield
         finally:
-            self._rows = before
+            _ROWS.reset(token)
 
     def names(self, batch: int) -> Names:
         """The name of each row's prompt, for a batch of so many rows.
@@ -106,13 +109,14 @@ class PromptBank(Mapping[str, Source]):
         Raises:
             EngineError: none were chosen, or of another number.
         """
-        if self._rows is None:
+        chosen = _ROWS.get().get(id(self))
+        if chosen is None:
             raise EngineError(
                 "the model was called without a word on which prompts its rows run with",
                 "the call inside `with bank.rows(names):`",
                 "name the prompts; `bank.rows(None)` runs the model without any",
             )
-        names, copies = self._rows
+        names, copies = chosen
         if copies == 0:
             return names * batch
         if len(names) == batch:  # the encoder runs before rows are repeated

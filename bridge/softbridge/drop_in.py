@@ -31,7 +31,7 @@ _PARTS = "parts."
 def become(model: Any) -> None:
     """Give an attached model its class. `unbecome` undoes it."""
     plain: Any = type(model)
-    model.__class__ = _derived(plain)
+    model.__class__ = derived(DropIn, plain)
 
 
 def unbecome(model: Any) -> None:
@@ -40,11 +40,32 @@ def unbecome(model: Any) -> None:
         model.__class__ = type(model).plain
 
 
-class DropIn:
-    """What the class of an attached model has before all that its own has."""
+class Derived:
+    """What a class that an engine derives, and gives to a module of the model, has before all that its own has.
 
-    #: The class that the model had.
+    Its module, name and documentation are those of the class that the module had, `plain`.
+    """
+
     plain: type
+
+    @classmethod
+    def members(cls, plain: type) -> Mapping[str, Any]:
+        """What the derived class has that depends on the plain one."""
+        return {}
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        # The class is found by the name of the one that it is derived from, so it is derived again.
+        reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
+        plain: Any = type(self)
+        kinds: list[Any] = []
+        while issubclass(plain, Derived):
+            kinds.append(plain.__bases__[0])
+            plain = plain.plain
+        return (_blank, (plain, *reversed(kinds)), *reduced[2:])
+
+
+class DropIn(Derived):
+    """What the class of an attached model has before all that its own has."""
 
     def save_pretrained(
         self,
@@ -109,6 +130,22 @@ class DropIn:
         load_head(model, prompt.head)
         return _IncompatibleKeys([], [])
 
+    def generate_batch(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: see `init_continuous_batching`."""
+        return self.init_continuous_batching()
+
+    def init_continuous_batching(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: continuous batching puts the tokens of many texts into one row, and calls attention of its own.
+
+        Raises:
+            EngineError: always.
+        """
+        raise EngineError(
+            "continuous batching (generate_batch), which keeps the tokens of many texts in one row",
+            "one text in each row",
+            "generate from a padded batch: model.generate(input_ids, attention_mask=...)",
+        )
+
     def num_trainable_parameters(self) -> tuple[int, int]:
         """How many numbers are trained, and how many there are in all."""
         model: Any = self
@@ -119,11 +156,6 @@ class DropIn:
         """Print `num_trainable_parameters`, in the words that users of PEFT know."""
         trained, total = self.num_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        # The class is found by the name of the one that it is derived from, so it is derived again.
-        reduced: Any = super().__reduce_ex__(max(2, int(protocol)))
-        return (_blank, (type(self).plain,), *reduced[2:])
 
 
 def _now(model: Any, state: Mapping[str, Any]) -> SoftPrompt:
@@ -163,11 +195,13 @@ def _holding(model: Any, state: Mapping[str, Any]) -> Iterator[None]:
 
 
 @cache
-def _derived(plain: Any) -> Any:
+def derived(kind: Any, plain: Any) -> Any:
+    """The class of a module whose own is `plain`, with what `kind` has before it."""
     same = {name: getattr(plain, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(plain.__name__, (DropIn, plain), {**same, "plain": plain})
+    return type(plain.__name__, (kind, plain), {**same, **kind.members(plain), "plain": plain})
 
 
-def _blank(plain: type) -> Any:
-    derived = _derived(plain)
-    return derived.__new__(derived)
+def _blank(plain: Any, *kinds: Any) -> Any:
+    for kind in kinds:
+        plain = derived(kind, plain)
+    return plain.__new__(plain)

@@ -173,9 +173,14 @@ def _family(prompt: SoftPrompt, target: Target) -> list[Option]:
     return _blocked(prompt, Obstacle("family", reason, "choose another target, such as --to softbridge"))
 
 
+def left_behind(prompt: SoftPrompt) -> str | None:
+    """What of the prompt's source is no soft prompt, and was not read; None: nothing."""
+    return None if prompt.origin is None else prompt.origin.details.get("partial")
+
+
 def _whole(prompt: SoftPrompt, target: Target) -> list[Option]:
     """A source of which only a part is a soft prompt computes something else than the prompt alone."""
-    partial = None if prompt.origin is None else prompt.origin.details.get("partial")
+    partial = left_behind(prompt)
     if not partial:
         return [Option(prompt)]
     return _blocked(prompt, Obstacle("partial", str(partial), "accept that the prompt alone goes on", True))

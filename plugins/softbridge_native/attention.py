@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from softbridge.errors import EngineError
 from softbridge.prompt import Gate, KeyValue
 from softbridge.tensors import from_torch, to_torch
 from softbridge_native.apart import Group, attend, pays
+from softbridge_native.call import Own
 from softbridge_native.kernels import by_name, lengthened, packing
 
 FLEX, FLASH = "flex_attention", "flash_attention_2"
@@ -35,7 +36,6 @@ UNDERLYING = ("eager", "sdpa", FLEX, FLASH)
 #: Additive masks are far below this where they hide a key, in every dtype.
 HIDDEN = -1e4
 _BINDING = "_softbridge"
-_ENTERED = "_softbridge_entered"
 
 
 class LayerGate(nn.Module):
@@ -56,6 +56,20 @@ class LayerGate(nn.Module):
         return Gate(from_torch(self.weight), from_torch(self.bias))
 
 
+class Used:
+    """The keys and values that a network made for the running call, or None."""
+
+    def __init__(self) -> None:
+        self.pair: tuple[Tensor, Tensor] | None = None
+
+
+class Entered:
+    """What entered an attention module and is for its attention function, or None."""
+
+    def __init__(self) -> None:
+        self.states: Tensor | None = None
+
+
 class LayerPrefix(nn.Module):
     """The prefix of one layer: keys [K, P, D], values [K, P, D] and what gates them, or None.
 
@@ -72,7 +86,7 @@ class LayerPrefix(nn.Module):
             else:
                 self.register_parameter(name, nn.Parameter(tensor))
         self.gate = None if pair.gate is None else LayerGate(pair.gate, device)
-        self.used: tuple[Tensor, Tensor] | None = None
+        self.used = Own(Used)
         self.leaves: tuple[Tensor, Tensor] | None = None
 
     keys: Tensor
@@ -86,7 +100,7 @@ class LayerPrefix(nn.Module):
 
     def forward(self, entered: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values, each [K, P, D] or [B, K, P, D], as they are for what enters the attention module."""
-        now = self.used or self.leaves or (self.keys, self.values)
+        now = self.used.now.pair or self.leaves or (self.keys, self.values)
         keys, values = (part.to(like.device, like.dtype) for part in now)
         if self.gate is None:
             return keys, values
@@ -173,11 +187,15 @@ class Binding:
         source: where it comes from.
         causal: whether the module's queries see the past only.
         bias: the module that holds the table of a T5-like relative bias, or None.
+        off: says whether a module is to run without it.
+        entered: what entered the module, in the running thread, where a gate asks for it.
     """
 
     source: Source
     causal: bool
     bias: Any
+    off: Callable[[nn.Module], bool]
+    entered: Own[Entered] = field(default_factory=lambda: Own(Entered))
 
 
 def registered(implementation: str) -> str:
@@ -213,13 +231,12 @@ def bind(module: nn.Module, binding: Binding) -> None:
 def unbind(module: nn.Module) -> None:
     """Undo `bind`."""
     module.__dict__.pop(_BINDING, None)
-    module.__dict__.pop(_ENTERED, None)
 
 
 def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     """Keep what enters a gated attention module, its first argument, until its attention function asks for it."""
     first = next(iter(inspect.signature(module.forward).parameters))
-    module.__dict__[_ENTERED] = args[0] if args else kwargs[first]
+    module.__dict__[_BINDING].entered.now.states = args[0] if args else kwargs[first]
 
 
 def _above_float32(mask: Any) -> Any:
@@ -259,7 +276,7 @@ def _attend(
     length, real = query.shape[2], key.shape[2]
     attention_mask = _above_float32(attention_mask)
     binding: Binding | None = module.__dict__.get(_BINDING)
-    joined = None if binding is None else binding.source.join(module.__dict__.pop(_ENTERED, None), key)
+    joined = None if binding is None else _joined(binding, module, key)
     told = by_name(module, implementation) if implementation == FLASH else module
     if binding is None or joined is None:
         # The last queries alone: a model asks SDPA for them with a mask, but knows it by its own name only.
@@ -284,6 +301,12 @@ def _attend(
     key = torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)
     value = torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)
     return function(told, query, key, value, attention_mask, **settings)
+
+
+def _joined(binding: Binding, module: nn.Module, key: Tensor) -> Joined | None:
+    kept = binding.entered.now
+    entered, kept.states = kept.states, None
+    return None if binding.off(module) else binding.source.join(entered, key)
 
 
 def _with_columns(

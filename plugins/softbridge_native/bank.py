@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -18,6 +19,7 @@ from softbridge.prompt import InputPrompt, Placement, SoftPrompt
 from softbridge.tensors import to_torch
 from softbridge_native.apart import Group
 from softbridge_native.attention import Joined, LayerPrefix, Source, Stand
+from softbridge_native.call import Own
 from softbridge_native.model import (
     Injection,
     attention_modules,
@@ -28,7 +30,7 @@ from softbridge_native.model import (
     stand_of,
     tellable,
 )
-from softbridge_native.placement import Circumstances, StackHooks, counted, given_tokens, home
+from softbridge_native.placement import Circumstances, Inserted, StackHooks, counted, home
 
 #: Gives the prompt that an entry of the bank stands for, as this engine can express it on this model.
 Fetch = Callable[[Entry], SoftPrompt]
@@ -109,13 +111,32 @@ def _ready(model: Any, fetch: Fetch, modules: Mapping[Site, Sequence[nn.Module]]
     return Ready(prompt, modules, home(model.device))
 
 
+class Rows:
+    """What each row of a call runs with.
+
+    Attributes:
+        entries: what the bank has under each row's name.
+        rows: the same, ready to join.
+        joined: what joins the keys and values of layers that were asked for.
+    """
+
+    def __init__(self) -> None:
+        self.entries: tuple[Entry | None, ...] = ()
+        self.rows: tuple[Ready | None, ...] = ()
+        self.joined: dict[Any, Joined | None] = {}
+
+
+#: Of several threads, one loads.
+_LOADING = threading.RLock()
+
+
 class Shared(Injection):
     """Many prompts, of which each row has its own.
 
     Attributes:
         bank: says which.
         ready: those that were asked for.
-        rows: of the running call, or of the last.
+        call: the rows of the running call, or of the thread's last.
     """
 
     def __init__(
@@ -124,11 +145,9 @@ class Shared(Injection):
         super().__init__()
         self.bank = bank
         self.ready: Recent[Ready] = Recent(bank.limit)
-        self.rows: tuple[Ready | None, ...] = ()
+        self.call: Own[Rows] = Own(Rows)
         self._make = make
         self._layers = {site: len(heard) for site, heard in modules.items()}
-        self._entries: tuple[Entry | None, ...] = ()
-        self._joined: dict[Any, Joined | None] = {}
 
     def sources(self) -> Iterator[tuple[Site, int, Source, bool]]:
         for site, layers in self._layers.items():
@@ -141,30 +160,33 @@ class Shared(Injection):
     def choose(self, batch: int) -> None:
         """Let these be the rows: as many as the batch has, as the bank names them."""
         entries = tuple(None if name is None else self.bank.entry(name) for name in self.bank.names(batch))
-        if entries == self._entries:
+        call = self.call.now
+        if entries == call.entries:
             return
         chosen: dict[Entry, Ready] = {}
-        for entry in entries:
-            if entry is not None and entry not in chosen:
-                chosen[entry] = self.ready.get(entry) or self.ready.put(entry, self._make(entry))
-        self.ready.shrink(chosen, self.bank.entries())
-        self.rows = tuple(None if entry is None else chosen[entry] for entry in entries)
-        self._entries = entries
-        self._joined.clear()
+        with _LOADING:
+            for entry in entries:
+                if entry is not None and entry not in chosen:
+                    chosen[entry] = self.ready.get(entry) or self.ready.put(entry, self._make(entry))
+            self.ready.shrink(chosen, self.bank.entries())
+        call.rows = tuple(None if entry is None else chosen[entry] for entry in entries)
+        call.entries = entries
+        call.joined = {}
 
     def join(self, site: Site, layer: int, entered: Tensor | None, like: Tensor) -> Joined | None:
         """What joins the keys and values of this layer; see `Source`."""
-        if like.shape[0] != len(self.rows):
+        call = self.call.now
+        if like.shape[0] != len(call.rows):
             raise EngineError(
-                f"attention with {like.shape[0]} rows, in a call of {len(self.rows)}",
+                f"attention with {like.shape[0]} rows, in a call of {len(call.rows)}",
                 "as many rows in a model's layers as it was called with",
                 "attach one prompt instead of a bank",
             )
-        own = [None if row is None else row.layers.get((site, layer)) for row in self.rows]
+        own = [None if row is None else row.layers.get((site, layer)) for row in call.rows]
         place = (site, layer, like.dtype, like.device)
-        if place not in self._joined:
-            self._joined[place] = _join(own, like)
-        joined = self._joined[place]
+        if place not in call.joined:
+            call.joined[place] = _join(own, like)
+        joined = call.joined[place]
         gated = {module for module in own if module is not None and module.gate is not None}
         if joined is None or entered is None or not gated:
             return joined
@@ -260,30 +282,22 @@ class RowHooks(StackHooks):
         self.name = name
         self.tellable = tellable(stack)
 
-    def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        self._choose(given_tokens(kwargs))
-        uneven = self.vectors is not None and isinstance(self.vectors.lengths, Tensor)
-        if uneven and self.name == "decoder" and not self.tellable:
+    def chosen(self, given: Tensor | None) -> tuple[Inserted | None, int | Tensor]:
+        if given is None:
             raise EngineError(
-                f"rows with virtual tokens of different numbers, and {type(stack).__name__} cannot be told where "
-                "their tokens stand",
+                "a stack that was given no tokens",
+                "'input_ids' or 'inputs_embeds'",
+                "attach one prompt instead of a bank",
+            )
+        self.shared.choose(given.shape[0])
+        rows = self.shared.call.now.rows
+        held = [None if row is None else row.inputs.get(self.name) for row in rows]
+        vectors = Chosen(held, given.device, self.name == "encoder") if any(held) else None
+        if vectors is not None and isinstance(vectors.lengths, Tensor) and self.name == "decoder" and not self.tellable:
+            raise EngineError(
+                "rows with virtual tokens of different numbers, and this decoder cannot be told where their tokens "
+                "stand",
                 "rows with as many virtual tokens each",
                 "call the model for each length",
             )
-        return super().before(stack, (), kwargs)
-
-    def before_decoder(
-        self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if kwargs.get("encoder_hidden_states") is not None:
-            self._choose(kwargs["encoder_hidden_states"])  # of more rows, with beams, than the encoder ran with
-        return super().before_decoder(decoder, args, kwargs)
-
-    def _choose(self, given: Tensor) -> None:
-        """What the rows of these tokens, or states [B, ...], run with."""
-        self.shared.choose(given.shape[0])
-        rows = self.shared.rows
-        held = [None if row is None else row.inputs.get(self.name) for row in rows]
-        self.vectors = Chosen(held, given.device, self.name == "encoder") if any(held) else None
-        self.start = _each([0 if row is None else row.start.get(self.name, 0) for row in rows], given.device)
+        return vectors, _each([0 if row is None else row.start.get(self.name, 0) for row in rows], given.device)

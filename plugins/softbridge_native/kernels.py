@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 _LENGTHENED = "_softbridge"
 #: Where several sequences in one row begin and end; transformers takes these instead of a mask.
-_PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
+PACKED = ("cu_seq_lens_q", "cu_seq_lens_k")
 
 
 def lengthened(
@@ -86,7 +86,7 @@ def packing(joined: Joined, mask: Tensor | None, settings: Mapping[str, Any], ro
         EngineError: the rows hold several sequences each, or the mask is of another form.
     """
     if mask is None:
-        if any(settings.get(name) is not None for name in _PACKED) or _restarts(settings.get("position_ids"), rows):
+        if any(settings.get(name) is not None for name in PACKED) or _restarts(settings.get("position_ids"), rows):
             raise EngineError(
                 "several sequences packed into one row, in flash attention",
                 "one sequence in each row: only the first of them would see the prefix",

@@ -7,11 +7,14 @@ The model keeps its class. Its stacks (the module under the heads, or the encode
 from __future__ import annotations
 
 import inspect
+import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from typing import Any
+from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +42,7 @@ from softbridge_native.attention import (
     unbind,
     underlying,
 )
+from softbridge_native.call import Own, Switch, hook, past_hooks, unhook
 from softbridge_native.parameterisation import Making, Parameterisation, trainable
 from softbridge_native.placement import (
     Circumstances,
@@ -91,15 +95,15 @@ class Prefix(nn.Module):
     def use(self, flat: Tensor | None) -> Sequence[Tensor]:
         if flat is None:
             for layer in self._each:
-                layer.used = None
+                layer.used.now.pair = None
             return ()
         for layer, keys, values in self._pairs(flat):
-            layer.used, layer.leaves = (keys, values), None
-        return [tensor for layer in self._each for tensor in layer.used]
+            layer.used.now.pair, layer.leaves = (keys, values), None
+        return [tensor for layer in self._each for tensor in layer.used.now.pair]
 
     def branch(self) -> Sequence[Tensor]:
         for layer in self._each:
-            layer.leaves = tuple(tensor.detach().requires_grad_() for tensor in layer.used)
+            layer.leaves = tuple(tensor.detach().requires_grad_() for tensor in layer.used.now.pair)
         return [leaf for layer in self._each for leaf in layer.leaves]
 
     def extract(self, part: KeyValuePrefix) -> KeyValuePrefix:
@@ -113,13 +117,23 @@ def _devices(modules: Sequence[nn.Module], device: torch.device) -> Mapping[int,
     return defaultdict(lambda: device, found)
 
 
+class Reached:
+    """Whether a stack was."""
+
+    def __init__(self) -> None:
+        self.stack = False
+
+
 class Injection(nn.Module, ABC):
     """What is put into a model: where the prompt lives, and what is needed to restore the model.
 
     Attributes:
         handles: of all hooks.
-        reached: whether a stack has run since the model was called.
+        reached: whether a stack has run since the model was called, in the running thread.
+        switch: switches the prompt off.
+        owner: a name that no other attachment has, nor does it change in a copy.
         bound: the attention modules that hold a prefix.
+        hooked: the stacks.
         implementations: each configuration in the model, with the attention implementation that it named.
         trainable: the model's parameters that were trainable.
         virtual_logits: whether states and logits of virtual tokens are to be returned, too, in their places: P + T of
@@ -129,15 +143,18 @@ class Injection(nn.Module, ABC):
     def __init__(self) -> None:
         super().__init__()
         self.handles: list[Any] = []
-        self.reached = False
+        self.reached = Own(Reached)
+        self.switch = Switch()
+        self.owner = uuid4().hex
         self.bound: list[nn.Module] = []
+        self.hooked: list[nn.Module] = []
         self.implementations: list[tuple[Any, str]] = []
         self.trainable: list[nn.Parameter] = []
         self.virtual_logits = False
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model runs; no stack has been reached yet."""
-        self.reached = False
+        self.reached.now.stack = False
         if self.virtual_logits and kwargs.get("labels") is not None:
             raise EngineError(
                 "labels, which are of real tokens, and logits of virtual tokens",
@@ -145,17 +162,21 @@ class Injection(nn.Module, ABC):
                 "set it to False to train or to compute a loss",
             )
 
+    def off(self) -> AbstractContextManager[None]:
+        """Let the calls of this thread run without the prompt inside the ``with``: the base model, with its head."""
+        return self.switch.off()
+
     def shows(self) -> bool:
         """Whether what is of virtual tokens is to be returned."""
         return self.virtual_logits
 
     def reach(self, stack: nn.Module, args: tuple[Any, ...]) -> None:
         """A stack runs."""
-        self.reached = True
+        self.reached.now.stack = True
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A model that calls its layers past the stack would drop the prompt without a word."""
-        if not self.reached:
+        if not self.reached.now.stack:
             raise EngineError(
                 f"{type(model).__name__} ran without calling the stack that carries the prompt",
                 "a model that calls the stack under its head",
@@ -297,6 +318,8 @@ def detach(model: Any) -> Any:
         handle.remove()
     for module in injected.bound:
         unbind(module)
+    for stack in injected.hooked:
+        unhook(stack)
     _restore_names(injected.implementations)
     for parameter in injected.trainable:
         parameter.requires_grad_(True)
@@ -486,14 +509,18 @@ def _reached(model: Any, stack: Any, attention: nn.Module, implementation: str) 
     None where the stack cannot be run so; then what is not told raises when it is needed.
     """
 
-    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        raise _Reached(set(kwargs), (*args, *kwargs.values()))
+    thread = threading.get_ident()
 
-    handle, before = attention.register_forward_pre_hook(look, with_kwargs=True), _name_attention(model, implementation)
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:  # a bank that is running loads further prompts
+            raise _Reached(set(kwargs), (*args, *kwargs.values()))
+
+    handle = attention.register_forward_pre_hook(look, with_kwargs=True)
+    before = [] if NAME in model._modules else _name_attention(model, implementation)
     tokens = torch.tensor([[0, 1]], device=stack.get_input_embeddings().weight.device)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            stack.forward(tokens, attention_mask=tokens)  # past the hooks of a bank
+            past_hooks(stack)(tokens, attention_mask=tokens)  # of a bank
     except _Reached as reached:
         return reached
     except Exception:  # foreign code; nothing is known
@@ -572,7 +599,7 @@ def _restore_names(before: Iterable[tuple[Any, str]]) -> None:
 
 def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
     """Hook the stacks, and the model around them."""
-    handles = injected.handles
+    handles, off = injected.handles, injected.switch.is_off
     handles.append(model.register_forward_pre_hook(injected.enter, with_kwargs=True))
     handles.append(model.register_forward_hook(injected.leave))
     pools = _pools_first_token(model, geometry)
@@ -581,12 +608,15 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
         crossed = geometry.is_encoder_decoder and name == "encoder"
         table, places = position_table(stack), injected.places(name)
         if table is not None and places and not tellable(stack):
-            handles.append(table.register_forward_pre_hook(Shift(table, places).before, with_kwargs=True))
-        hooks = injected.hooks(name, stack, Circumstances(implementation, crossed, pools, injected.shows))
+            handles.append(table.register_forward_pre_hook(Shift(table, places, off).before, with_kwargs=True))
+        around = Circumstances(implementation, crossed, pools, injected.shows, off, injected.owner)
+        hooks = injected.hooks(name, stack, around)
+        hooks.entry = hook(stack)
+        injected.hooked.append(stack)
         handles += [
             stack.register_forward_pre_hook(injected.reach),
             stack.register_forward_pre_hook(hooks.before, with_kwargs=True),
-            stack.register_forward_hook(hooks.after),
+            stack.register_forward_hook(hooks.after, always_call=True),
             stack.get_input_embeddings().register_forward_hook(hooks.embedded),
         ]
         block = embedding_block(stack)
@@ -598,10 +628,11 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
 
 
 def _bind(injected: Injection, modules: Mapping[Site, Sequence[nn.Module]]) -> None:
+    off = injected.switch.is_off
     for site, layer, source, gated in injected.sources():
         module, table = modules[site][layer], _bias_table(nn.ModuleList(modules[site]))
         causal = site != "cross" and getattr(module, "is_causal", site == "self")
-        bind(module, Binding(source, causal, None if site == "cross" else _bias_table(module) or table))
+        bind(module, Binding(source, causal, None if site == "cross" else _bias_table(module) or table, off))
         injected.bound.append(module)
         if gated:
             injected.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))

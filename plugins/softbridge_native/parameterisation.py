@@ -12,6 +12,7 @@ input is the last that a backward pass computes.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Sequence
 from typing import Any, Protocol
 
@@ -24,8 +25,12 @@ from softbridge.geometry import Site, Stack
 from softbridge.methods import KINDS, evaluate, rematerialise, trained
 from softbridge.prompt import Array, SoftPrompt, Training
 from softbridge.tensors import from_torch, to_torch
+from softbridge_native.call import Own
 
 log = logging.getLogger(__name__)
+
+#: Of several threads, one evaluates.
+_HOLDING = threading.Lock()
 
 #: How far numbers of a file may be from what the network makes here, in roundings of the largest: where the file was
 #: written, sums may have been taken in another order, through several layers.
@@ -73,8 +78,11 @@ class Parameterisation(nn.Module):
 
     def forward(self, site: Site | None) -> Tensor:
         """[P, H], or [P, W] of one site; with dropout in training."""
+        return self._made(site, self.training)
+
+    def _made(self, site: Site | None, train: bool) -> Tensor:
         tensors = {name: getattr(self, local) for name, local in self.local.items()}
-        return evaluate(self.state.kind, self.state.settings, tensors, site, train=self.training)
+        return evaluate(self.state.kind, self.state.settings, tensors, site, train=train)
 
     @property
     def wanted(self) -> bool:
@@ -86,15 +94,13 @@ class Parameterisation(nn.Module):
         if torch.compiler.is_compiling():
             return
         now = tuple((tensor._version, tensor.data_ptr(), tensor.dtype) for tensor in self.parameters())
-        if now == self._held:
-            return
-        training = self.training
-        self.train(False)
-        with torch.enable_grad():  # as the toolkits evaluate: see `softbridge.methods.parameterisations.eject`
-            for part in self.parts:
-                part.hold(self(part.site).detach())
-        self.train(training)
-        self._held = now
+        with _HOLDING:
+            if now == self._held:
+                return
+            with torch.enable_grad():  # as the toolkits evaluate: see `softbridge.methods.parameterisations.eject`
+                for part in self.parts:
+                    part.hold(self._made(part.site, train=False).detach())
+            self._held = now
 
     def changes(self) -> None:
         """A training step begins. Optimisers change tensors, and fused ones do not count it as a version."""
@@ -105,6 +111,13 @@ class Parameterisation(nn.Module):
         now = {name: from_torch(getattr(self, local)) for name, local in self.local.items()}
         training = Training(self.state.kind, self.state.settings, now)
         return self.state if training == self.state else training
+
+
+class Call:
+    """What a network made for the running call of a stack."""
+
+    def __init__(self) -> None:
+        self.used: tuple[Tensor, ...] = ()
 
 
 class Making:
@@ -118,7 +131,8 @@ class Making:
     def __init__(self, parameterisation: Parameterisation, parts: Sequence[Made]) -> None:
         self.parameterisation = parameterisation
         self.parts = tuple(parts)
-        self.used: tuple[Tensor, ...] = ()
+        self.call: Own[Call] = Own(Call)
+        #: Of the last call, whichever thread it ran in: a backward pass may run layers again in another.
         self.leaves: tuple[Tensor, ...] = ()
 
     def enter(self, stack: nn.Module) -> None:
@@ -129,20 +143,22 @@ class Making:
             self.parameterisation.hold()
             return
         self.parameterisation.changes()
-        self.used = tuple(tensor for part in self.parts for tensor in part.use(self.parameterisation(part.site)))
+        used = (tensor for part in self.parts for tensor in part.use(self.parameterisation(part.site)))
+        self.call.now.used = tuple(used)
         if stack.training and any(getattr(module, "gradient_checkpointing", False) for module in stack.modules()):
             self.leaves = tuple(leaf for part in self.parts for leaf in part.branch())
 
     def gather(self, entered: Tensor) -> Tensor:
         """What enters the layers, as it is, with a way back to the network."""
-        if not self.leaves:
+        used = self.call.now.used
+        if not (used and self.leaves):
             return entered
-        gathered: Tensor = _Gather.apply(entered, self, *self.used)  # type: ignore[no-untyped-call]
+        gathered: Tensor = _Gather.apply(entered, self, *used)  # type: ignore[no-untyped-call]
         return gathered
 
     def leave(self) -> None:
         """The stack has run."""
-        self.used = ()
+        self.call.now.used = ()
         for part in self.parts:
             part.use(None)
 
@@ -158,6 +174,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
         if ctx.making.leaves is not ctx.leaves:
+            ctx.making.leaves = ()  # they have gathered what is ours
             raise EngineError(
                 "with gradient checkpointing, a backward pass began after the model had been called again",
                 "the layers that run again to find the prompt of their own call",

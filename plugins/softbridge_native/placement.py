@@ -24,6 +24,9 @@ from softbridge.geometry import Site, Stack
 from softbridge.prompt import Entry, InputPrompt, Placement
 from softbridge.template import PLACEHOLDER
 from softbridge.tensors import from_torch, to_torch
+from softbridge_native.call import Entry as Opened
+from softbridge_native.call import Own
+from softbridge_native.kernels import PACKED
 from softbridge_native.parameterisation import Making
 
 if TYPE_CHECKING:
@@ -75,6 +78,13 @@ class Inserted(Protocol):
         """[1 or B, P, H], as they enter a sequence of such embeddings."""
 
 
+class Used:
+    """The vectors [P, H] that a network made for the running call, or None."""
+
+    def __init__(self) -> None:
+        self.vectors: Tensor | None = None
+
+
 class Vectors(nn.Module):
     """An input prompt: vectors [P, H], a parameter, or what a network made (see `parameterisation.Made`)."""
 
@@ -88,7 +98,7 @@ class Vectors(nn.Module):
             self.register_buffer("vectors", tensor, persistent=False)
         else:
             self.register_parameter("vectors", nn.Parameter(tensor))
-        self.used: Tensor | None = None
+        self.used = Own(Used)
         self.stack: Stack = part.stack
         self.length = part.length
         self.lengths: int | Tensor = part.length
@@ -99,14 +109,15 @@ class Vectors(nn.Module):
 
     def forward(self, like: Tensor) -> Tensor:
         """[1, P, H], as they enter a sequence of such embeddings."""
-        now = self.vectors if self.used is None else self.used
+        used = self.used.now.vectors
+        now = self.vectors if used is None else used
         return now.to(like.device, like.dtype)[None]
 
     def hold(self, flat: Tensor) -> None:
         self.vectors.copy_(flat)
 
     def use(self, flat: Tensor | None) -> Sequence[Tensor]:
-        self.used = flat
+        self.used.now.vectors = flat
         return () if flat is None else (flat,)
 
     def branch(self) -> Sequence[Tensor]:
@@ -131,7 +142,7 @@ def layout(inserted: Inserted, mask: Tensor | None) -> Layout:
     return Layout(front, inserted.length, inserted.lengths, inserted.behind)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class Layout:
     """The order of virtual and real tokens in each row.
 
@@ -203,17 +214,18 @@ def _take(both: Tensor, order: Tensor) -> Tensor:
     return torch.take_along_dim(both, order.view(*order.shape, *[1] * (both.ndim - 2)), dim=1)
 
 
-#: Of a cache: whether the stack that filled it is running, and counts all that it holds.
-_RUNNING = "_softbridge_running"
+#: Of a cache: whether the stack that filled it is running, and counts all that it holds; and by whom it was begun.
+_RUNNING, _BEGUN = "_softbridge_running", "_softbridge_begun"
 
 
-def hide(cache: Any, length: int) -> None:
+def hide(cache: Any, length: int, owner: str) -> None:
     """Let a cache that holds so many virtual tokens count, and be cropped to, real ones; but not while its stack runs.
 
     What `generate` knows are real tokens: assisted decoding compares their number with the cache's, and crops.
     """
-    if cache is not None and not hides(cache):
-        running(cache, False)
+    if cache is not None:
+        running(cache, hides(cache) and vars(cache)[_RUNNING])
+        vars(cache)[_BEGUN] = owner
         cache.get_seq_length = partial(_real_length, cache, length)
         if hasattr(cache, "crop"):
             cache.crop = partial(_crop, cache, length)
@@ -222,6 +234,34 @@ def hide(cache: Any, length: int) -> None:
 def running(cache: Any, now: bool) -> None:
     """Say whether the stack runs; see `hide`."""
     vars(cache)[_RUNNING] = now
+
+
+def check_begun(cache: Any, owner: str, past: int) -> None:
+    """Refuse a cache that holds tokens, and no prompt, or another's: the tokens behind would not see ours.
+
+    Raises:
+        EngineError: no call with the prompt of this owner began it.
+    """
+    if past and vars(cache).get(_BEGUN) != owner:
+        raise EngineError(
+            f"a cache of {past} tokens that no call with this prompt began",
+            "a cache that the model filled with this prompt attached, or an empty one",
+            "begin it with this model, from the first token on",
+        )
+
+
+def check_foreign(cache: Any, past: int) -> None:
+    """Refuse a cache that a prompt is in, where there is to be none.
+
+    Raises:
+        EngineError: it is.
+    """
+    if past and hides(cache):
+        raise EngineError(
+            f"a cache of {past} tokens that a call with a prompt began, and the prompt is switched off",
+            "a cache that the model filled without a prompt, or an empty one",
+            "begin it anew where the prompt is off",
+        )
 
 
 def hides(cache: Any) -> bool:
@@ -253,12 +293,35 @@ class Circumstances:
         keeps: whether the last hidden state keeps the virtual tokens: cross-attention is to see them.
         pools: whether the model's head takes the first state for the whole sequence.
         shows: says whether logits of virtual tokens are wanted.
+        off: says whether a module is to run without the prompt.
+        owner: a name that no other attachment has.
     """
 
     implementation: str | None
     keeps: bool
     pools: bool
     shows: Callable[[], bool]
+    off: Callable[[nn.Module], bool]
+    owner: str
+
+
+class Call:
+    """The running call of a stack.
+
+    Attributes:
+        vectors: its input prompt, or None.
+        start: where its first real token stands, in each row [B, 1] or in all; see `Positions`.
+        layout: where the virtual tokens stand that were put into its sequence, or None.
+        width: P + T.
+        cache: its cache, or None.
+    """
+
+    def __init__(self) -> None:
+        self.vectors: Inserted | None = None
+        self.start: int | Tensor = 0
+        self.layout: Layout | None = None
+        self.width = 0
+        self.cache: Any = None
 
 
 class StackHooks:
@@ -268,7 +331,7 @@ class StackHooks:
         stack: the module.
         around: of the model around it.
         vectors: its input prompt, or None.
-        start: where its first real token stands, in each row [B, 1] or in all; see `Positions`.
+        start: where its first real token stands; see `Positions`.
         making: what a network makes for this stack, or None.
         seed: the prefix that its cache starts with, or None.
     """
@@ -278,24 +341,23 @@ class StackHooks:
         stack: nn.Module,
         around: Circumstances,
         vectors: Inserted | None = None,
-        start: int | Tensor = 0,
+        start: int = 0,
         making: Making | None = None,
         seed: Seed | None = None,
     ) -> None:
         self.around = around
-        self.vectors = vectors
-        self.start = start
+        self.entry: Own[Opened] = Own(Opened)
+        self.call: Own[Call] = Own(Call)
         self.making = making
         self.seed = seed
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.cache_name = caches.argument(stack.forward)
         self.offset = _position_offset(stack)
-        #: Where the virtual tokens stand that were put into the sequence of the running call, or None.
-        self.layout: Layout | None = None
-        #: P + T of that call.
-        self.width = 0
-        #: Its cache, or None.
-        self.cache: Any = None
+        self._fixed = vectors, start
+
+    def chosen(self, given: Tensor | None) -> tuple[Inserted | None, int | Tensor]:
+        """The vectors of a call and where its first real token stands, for the rows of tokens or states [B, ...]."""
+        return self._fixed
 
     def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         """Put the virtual tokens into the sequence, and tell the real ones where they stand."""
@@ -306,64 +368,77 @@ class StackHooks:
                 "detach the prompt, set the implementation, and attach again",
             )
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
-        if self.making is not None:
-            self.making.enter(stack)
-            if kwargs.get("inputs_embeds") is not None:  # then the embedding is not called
-                kwargs["inputs_embeds"] = self.making.gather(kwargs["inputs_embeds"])
         caches.rename(kwargs, self.cache_name)
         mask, cache = kwargs.get("attention_mask"), caches.given(kwargs)
         past = full_length(cache)
+        if self.around.off(stack):
+            check_foreign(cache, past)
+            self.entry.now.open = True
+            return (), kwargs
+        call = self.call.now
+        call.layout = call.cache = None
+        tokens = kwargs.get("inputs_embeds")
+        call.vectors, call.start = self.chosen(kwargs.get("input_ids") if tokens is None else tokens)
+        if self.making is not None:
+            self.making.enter(stack)
+            if tokens is not None:  # then the embedding is not called
+                kwargs["inputs_embeds"] = self.making.gather(tokens)
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
         positions = self._positions(kwargs, plain, past)
         if positions is not None:
             kwargs["position_ids"] = positions
-        self.layout = None  # should the last call have failed
         if self.seed is not None:
-            self.seed.plant(stack, kwargs, plain, past)
-        if self.vectors is not None and self.vectors.placement == "template":
-            _fill(self.vectors, stack, kwargs, past)
-        elif self.vectors is not None:
+            check_begun(cache, self.around.owner, past)
+            self.seed.plant(stack, kwargs, plain, past, self.around.owner)
+        if call.vectors is not None and call.vectors.placement == "template":
+            _fill(call.vectors, stack, kwargs, past)
+        elif call.vectors is not None:
             if mask is not plain:
                 raise EngineError(
                     "the attention mask came ready-made, with an input prompt attached",
                     "a mask of shape [B, T], or none",
                     "pass the tokens' own mask, and use a cache that grows",
                 )
+            check_begun(cache, self.around.owner, past)
+            check_unpacked(kwargs, plain)
             kwargs.pop("cache_position", None)  # counted without the prompt; the model counts its cache
-            if plain is None and isinstance(self.vectors.lengths, Tensor):
+            if plain is None and isinstance(call.vectors.lengths, Tensor):
                 tokens = given_tokens(kwargs)
-                real = tokens.shape[1] + max(past - self.vectors.length, 0)
+                real = tokens.shape[1] + max(past - call.vectors.length, 0)
                 plain = torch.ones(tokens.shape[0], real, dtype=torch.long, device=tokens.device)
-            rows = layout(self.vectors, plain)
+            rows = layout(call.vectors, plain)
             if plain is not None:
                 kwargs["attention_mask"] = rows.mask(plain)
             if past == 0:
-                self.layout = rows
-                hide(cache, self.vectors.length)
-                self._insert(self.vectors, rows, stack, kwargs, positions)
-        self.cache = caches.given(kwargs)
-        if hides(self.cache):
-            running(self.cache, True)
+                call.layout = rows
+                hide(cache, call.vectors.length, self.around.owner)
+                self._insert(call, rows, stack, kwargs, positions)
+        call.cache = caches.given(kwargs)
+        if hides(call.cache):
+            running(call.cache, True)
+        self.entry.now.open = True
         return (), kwargs
 
     def after(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Take the virtual tokens out of the last hidden state."""
+        """Take the virtual tokens out of the hidden states; and forget the call, also one that failed (None)."""
+        self.entry.now.open = False
         if self.making is not None:
             self.making.leave()
+        call = self.call.now
+        layout, vectors, cache = call.layout, call.vectors, call.cache
+        call.layout = call.vectors = call.cache = None
         if self.seed is not None:
             self.seed.take_back(output)
-        if hides(self.cache):
-            running(self.cache, False)
-        layout, self.layout, self.cache = self.layout, None, None
-        if layout is None or self.around.keeps or self.vectors is None or self.around.shows():
+        if hides(cache):
+            running(cache, False)
+        if output is None or layout is None or vectors is None:
             return output
-        if self.around.pools and self.vectors.placement == "before-sequence":
+        if cache is None:  # the stack may have made one
+            hide(_cache_of(output), vectors.length, self.around.owner)
+        if self.around.keeps or self.around.shows():
             return output
-        hidden = layout.real(output[0])
-        if isinstance(output, tuple):
-            return (hidden, *output[1:])
-        output.last_hidden_state = hidden
-        return output
+        pooled = self.around.pools and vectors.placement == "before-sequence"
+        return _without_virtual(output, layout, call.width, pooled)
 
     def embedded(self, embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Reentrant gradient checkpointing drops a layer's gradients if no input of the layer requires one."""
@@ -375,10 +450,11 @@ class StackHooks:
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Give the embedding block the real tokens only, as without a prompt."""
-        layout = None if self.vectors is None or self.vectors.entry == "before" else self.layout
+        call = self.call.now
+        layout = None if call.vectors is None or call.vectors.entry == "before" else call.layout
 
         def real(value: Any) -> Any:
-            if layout is None or not isinstance(value, Tensor) or value.shape[1:2] != (self.width,):
+            if layout is None or not isinstance(value, Tensor) or value.shape[1:2] != (call.width,):
                 return value
             return layout.real(value)
 
@@ -386,60 +462,65 @@ class StackHooks:
 
     def after_block(self, block: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
         """Put the vectors among what the embedding block made of the real tokens."""
-        if self.layout is None or self.vectors is None or self.vectors.entry == "before":
+        call = self.call.now
+        if call.layout is None or call.vectors is None or call.vectors.entry == "before":
             return output
-        return self.layout.insert(output, self.vectors(output))
+        return call.layout.insert(output, call.vectors(output))
 
     def before_decoder(
         self, decoder: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Let cross-attention see the virtual tokens, which are in the encoder's output."""
         mask, states = kwargs.get("encoder_attention_mask"), kwargs.get("encoder_hidden_states")
-        if self.vectors is None or self.vectors.placement == "template" or states is None:
+        if states is None or self.around.off(decoder):
             return args, kwargs
-        if mask is None and isinstance(self.vectors.lengths, Tensor):
-            mask = states.new_ones(states.shape[0], states.shape[1] - self.vectors.length, dtype=torch.long)
+        vectors, _ = self.chosen(states)  # of more rows, with beams, than the encoder ran with
+        if vectors is None or vectors.placement == "template":
+            return args, kwargs
+        if mask is None and isinstance(vectors.lengths, Tensor):
+            mask = states.new_ones(states.shape[0], states.shape[1] - vectors.length, dtype=torch.long)
         if mask is not None:
-            rows = layout(self.vectors, mask)
+            rows = layout(vectors, mask)
             if mask.shape[1] + rows.length == states.shape[1]:
                 kwargs["encoder_attention_mask"] = rows.mask(mask)
         return args, kwargs
 
     def _positions(self, kwargs: Mapping[str, Any], mask: Tensor | None, past: int) -> Tensor | None:
         """Where the real tokens stand, [B or 1, T]; None if the model would say the same, or cannot be told."""
-        given = kwargs.get("position_ids")
+        given, call = kwargs.get("position_ids"), self.call.now
         if given is not None:
-            return given + self.start  # type: ignore[no-any-return]
+            return given + call.start  # type: ignore[no-any-return]
         cached, ahead = self._virtual(past)
-        same = isinstance(self.start, int) and isinstance(ahead, int) and self.start == ahead
+        same = isinstance(call.start, int) and isinstance(ahead, int) and call.start == ahead
         if "position_ids" not in self.names or (mask is None and same):
             return None
         tokens = given_tokens(kwargs)
         column = torch.arange(past - cached, past - cached + tokens.shape[1], device=tokens.device)[None]
         if mask is None:
-            return column + self.start + self.offset
+            return column + call.start + self.offset
         # Where a pad stands shows in the mean of a gate: on the right, where the model itself has it.
-        positions = (column - left_pads(mask)).clamp(min=0) + self.start + self.offset
+        positions = (column - left_pads(mask)).clamp(min=0) + call.start + self.offset
         if self.offset and tokens.ndim == 2:
             positions = torch.where(tokens == self.offset - 1, self.offset - 1, positions)
         return positions
 
     def _virtual(self, past: int) -> tuple[int, int | Tensor]:
         """How many virtual tokens are in a cache of this length, and how many the model counts by itself."""
+        call = self.call.now
         if self.seed is not None:
             return self.seed.length if past else 0, self.seed.length
-        if self.vectors is None:
+        if call.vectors is None:
             return 0, 0
-        cached = self.vectors.length if past and self.vectors.placement != "template" else 0
-        return cached, cached or self.vectors.counted
+        cached = call.vectors.length if past and call.vectors.placement != "template" else 0
+        return cached, cached or call.vectors.counted
 
-    def _insert(
-        self, vectors: Inserted, layout: Layout, stack: Any, kwargs: dict[str, Any], positions: Tensor | None
-    ) -> None:
+    def _insert(self, call: Call, layout: Layout, stack: Any, kwargs: dict[str, Any], positions: Tensor | None) -> None:
         """Insert the virtual tokens into whatever is given for each token."""
+        vectors = call.vectors
+        assert vectors is not None
         name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
         real, types = kwargs[name], kwargs.get("token_type_ids")
-        self.width = real.shape[1] + layout.length
+        call.width = real.shape[1] + layout.length
         if vectors.entry == "after":
             if types is None and "token_type_ids" in self.names:  # the model's own are as many as its positions
                 types = torch.zeros(real.shape[:2], dtype=torch.long, device=real.device)
@@ -453,13 +534,65 @@ class StackHooks:
             kwargs["token_type_ids"] = layout.insert(types, types.new_zeros(1, layout.length))
         if positions is not None:
             ahead = int(vectors.placement == "after-first-token")
-            first = self.start - layout.lengths + self.offset + ahead
+            first = call.start - layout.lengths + self.offset + ahead
             virtual = torch.arange(layout.length, device=real.device)[None] + first
             if ahead:
                 column = torch.arange(real.shape[1], device=real.device)
                 moved = (positions - layout.lengths).clamp(min=0)
                 positions = torch.where(column == layout.front - 1, moved, positions)
             kwargs["position_ids"] = layout.insert(positions, virtual)
+
+
+def _without_virtual(output: Any, layout: Layout, width: int, pooled: bool) -> Any:
+    """A stack's output without the virtual tokens' states, also those of single layers; `pooled`: but in the last."""
+
+    def real(states: Any) -> Any:
+        if isinstance(states, Tensor) and states.ndim == 3 and states.shape[1] == width:
+            return layout.real(states)
+        return states
+
+    def each(found: Any) -> Any:
+        return tuple(real(states) for states in found) if isinstance(found, tuple) else found
+
+    if isinstance(output, tuple):
+        return (output[0] if pooled else real(output[0]), *(each(found) for found in output[1:]))
+    if not pooled:
+        output.last_hidden_state = real(output.last_hidden_state)
+    if output.get("hidden_states") is not None:
+        output.hidden_states = each(output.hidden_states)
+    return output
+
+
+def _cache_of(output: Any) -> Any:
+    if isinstance(output, tuple):
+        return next((found for found in output if hasattr(found, "get_seq_length")), None)
+    return caches.of(output)
+
+
+def check_unpacked(kwargs: Mapping[str, Any], mask: Tensor | None) -> None:
+    """Refuse several texts in one row, where only the first of them would have the prompt, or all would be one.
+
+    Raises:
+        EngineError: positions [B, T] start again among a row's real tokens, or the texts' lengths are given.
+    """
+    positions = kwargs.get("position_ids")
+    packed = [name for name in (*PACKED, "seq_idx") if kwargs.get(name) is not None]
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[-1] > 1:
+        again = positions.diff(dim=-1) <= 0
+        if mask is not None:
+            real = mask[:, -positions.shape[-1] :] != 0
+            again = again & real[:, 1:] & real[:, :-1]
+        if torch.compiler.is_compiling():  # a graph has no words for it
+            torch._assert_async(~again.any(), "several texts in one row, with a prompt")
+        elif bool(again.any()):
+            packed.append("position_ids that start again")
+    if packed:
+        raise EngineError(
+            f"several texts in one row ({', '.join(packed)}), and a prompt that only the first of them would have",
+            "one text in each row",
+            "leave the texts unpacked (packing=False, padding_free=False), or use a prefix on a model that dispatches "
+            "through transformers' attention interface: there each text has it",
+        )
 
 
 def given_tokens(kwargs: Mapping[str, Any]) -> Tensor:
@@ -508,17 +641,21 @@ class Shift:
     Args:
         table: the module.
         places: by how many places all tokens are moved.
+        off: says whether a call is to be left alone.
     """
 
-    def __init__(self, table: nn.Module, places: int) -> None:
+    def __init__(self, table: nn.Module, places: int, off: Callable[[nn.Module], bool]) -> None:
         self.names = tuple(inspect.signature(table.forward).parameters)
         self.length = caches.length_argument(table.forward) or caches.LENGTHS[0]
         self.places = places
+        self.off = off
 
     def before(
         self, table: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[()], dict[str, Any]]:
         """What the table is called with, moved."""
+        if self.off(table):
+            return args, kwargs
         kwargs = {**dict(zip(self.names, args, strict=False)), **kwargs}
         if kwargs.get("position_ids") is not None:
             kwargs["position_ids"] = kwargs["position_ids"] + self.places

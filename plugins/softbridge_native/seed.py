@@ -20,7 +20,15 @@ from softbridge.errors import EngineError
 from softbridge.geometry import StackGeometry
 from softbridge.prompt import KeyValuePrefix
 from softbridge_native.attention import LayerPrefix
-from softbridge_native.placement import Layout, given_tokens, hide, left_pads
+from softbridge_native.call import Own, past_hooks
+from softbridge_native.placement import Layout, check_unpacked, given_tokens, hide, left_pads
+
+
+class Call:
+    """Whether the running call has a cache that its caller wants none of."""
+
+    def __init__(self) -> None:
+        self.unasked = False
 
 
 class Seed:
@@ -35,10 +43,9 @@ class Seed:
         self.layers = tuple(layers)
         self.padded = padded
         self.length = int(self.layers[0].keys.shape[1])
-        #: Whether the running call has a cache that its caller wants none of.
-        self.unasked = False
+        self.call: Own[Call] = Own(Call)
 
-    def plant(self, stack: Any, kwargs: dict[str, Any], mask: Tensor | None, past: int) -> None:
+    def plant(self, stack: Any, kwargs: dict[str, Any], mask: Tensor | None, past: int, owner: str) -> None:
         """Start the cache of a call with the prefix, and let the mask cover it."""
         if stack.training and any(getattr(module, "gradient_checkpointing", False) for module in stack.modules()):
             raise EngineError(
@@ -47,6 +54,7 @@ class Seed:
                 "model.gradient_checkpointing_disable(), or an input prompt",
             )
         tokens = given_tokens(kwargs)
+        check_unpacked(kwargs, mask)
         kwargs.pop("cache_position", None)  # counted without the prefix; the model counts its cache
         if mask is not None:
             if not self.padded and bool(left_pads(mask).any()):
@@ -57,14 +65,15 @@ class Seed:
                 )
             nowhere = torch.zeros(1, 1, dtype=torch.long, device=mask.device)
             kwargs["attention_mask"] = Layout(nowhere, self.length, self.length).mask(mask)
-        self.unasked = False
+        call = self.call.now
+        call.unasked = False
         if past:
             return
         cache = caches.given(kwargs)
         if cache is None:
             cache = DynamicCache()
             kwargs |= caches.handed(stack.forward, cache)
-            self.unasked = kwargs.get("use_cache") is False
+            call.unasked = kwargs.get("use_cache") is False
         if not isinstance(cache, DynamicCache):
             raise EngineError(
                 f"a {type(cache).__name__}, and a prefix that {type(stack).__name__} can find in its cache only",
@@ -75,11 +84,13 @@ class Seed:
         for number, layer in enumerate(self.layers):
             numbers = (part.expand(tokens.shape[0], -1, -1, -1) for part in layer(None, like.to(layer.keys.device)))
             cache.update(*numbers, number)
-        hide(cache, self.length)
+        hide(cache, self.length, owner)
 
     def take_back(self, output: Any) -> None:
         """Keep a cache from a caller who wants none: `generate` would go on with it."""
-        if self.unasked:
+        call = self.call.now
+        if call.unasked:
+            call.unasked = False
             caches.drop(output)
 
 
@@ -117,8 +128,7 @@ def _held(stack: Any) -> list[list[list[int]]] | None:
     training = stack.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            # Past the hooks of a bank.
-            stack.eval().forward(token, use_cache=True, **caches.handed(stack.forward, cache))
+            past_hooks(stack.eval())(token, use_cache=True, **caches.handed(stack.forward, cache))  # of a bank
     except Exception:  # foreign code; nothing is known
         return None
     finally:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 import softbridge as sb
 from softbridge import untrusted
@@ -54,6 +55,37 @@ def union(geometry: Geometry, folder: Path, *others: Mapping[str, Any]) -> Path:
     tensors["bert.encoder.layer.0.attention.self.query.loras.softbridge.lora_A"] = np.ones((2, 2), np.float32)
     written[facts.CONFIG_FILE] = untrusted.json_bytes(document)
     return put(folder, {**written, facts.WEIGHTS_FILE: untrusted.pickle_bytes(tensors)})
+
+
+def test_a_union_runs_as_the_prompt_alone_where_that_is_accepted(geometry: Geometry, tmp_path: Path) -> None:
+    """Refused by every way in, with the condition that `convert` asks for; attached alone, a bank's or not."""
+    folder = union(geometry, tmp_path / "x", BOTTLENECK, LORA)
+    alone = prefix_for(geometry)
+    model = tiny_model("bert")
+    if not model._can_set_attn_implementation():
+        pytest.skip("BERT does not dispatch here")
+
+    def logits(running: Any) -> torch.Tensor:
+        with torch.no_grad():
+            found: torch.Tensor = running(input_ids=torch.arange(3, 9)[None]).logits
+            return found
+
+    for source in (folder, sb.load(folder, model)):
+        with pytest.raises(LoweringError, match="partial"):
+            sb.attach(copy.deepcopy(model), source)
+        with pytest.raises(LoweringError, match="partial"):
+            sb.attach(copy.deepcopy(model), source, accept=["positions", "length"])
+        banked, bank = copy.deepcopy(model), sb.PromptBank({"x": source})
+        sb.attach(banked, bank)
+        with bank.rows("x"), pytest.raises(LoweringError, match="partial"):
+            logits(banked)
+        expected = logits(sb.attach(copy.deepcopy(model), alone))
+        assert torch.equal(logits(sb.attach(copy.deepcopy(model), source, accept=["partial"])), expected)
+        accepted, bank = copy.deepcopy(model), sb.PromptBank({"x": source})
+        sb.attach(accepted, bank, accept=["partial"])
+        with bank.rows("x"):
+            assert float((logits(accepted) - expected).abs().max()) < 1e-12
+        assert float((logits(model) - expected).abs().max()) > 0.05
 
 
 def test_of_a_union_the_soft_prompt_is_read_and_the_rest_named(geometry: Geometry, tmp_path: Path) -> None:
