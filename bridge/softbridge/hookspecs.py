@@ -146,6 +146,19 @@ class Insertable(Protocol):
         ...
 
 
+@runtime_checkable
+class Misgenerating(Protocol):
+    """What an engine can say besides, if its toolkit's `generate` need not be the same function as its forward."""
+
+    def generate_fault(self, prompt: SoftPrompt, geometry: Geometry) -> str | None:
+        """Why the toolkit's own `generate` gives other tokens than its forward with this prompt here, or None.
+
+        Verification then picks the tokens through the forward, so that the toolkit's fault is not taken for one of the
+        conversion.
+        """
+        ...
+
+
 class Banker(Protocol):
     """What an engine can do besides, if it can give each row of a batch a prompt of its own."""
 

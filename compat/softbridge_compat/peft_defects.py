@@ -1,6 +1,6 @@
 """Defects of PEFT that our code steps around or that verification meets.
 
-Measured with PEFT 0.21.2 on transformers 4.57.6 and 5.23.0; tests/compat/test_peft_defects.py shows each one.
+Measured on every stack of compat/matrix.toml; tests/compat/test_peft_defects.py shows each one where it applies.
 """
 
 from __future__ import annotations
@@ -26,8 +26,20 @@ def _transformers_4() -> bool:
     return _peft() and found is not None and found < Version("5")
 
 
-def _transformers_5() -> bool:
-    return _peft() and not _transformers_4()
+def _deprecated() -> bool:
+    found = installed("transformers")
+    return _peft() and found is not None and found.release >= (5, 23)
+
+
+def _renamed_cache() -> bool:
+    """transformers 5.24 calls `cache` what it called `past_key_values`, and PEFT before 0.22 looks for the old name."""
+    toolkit, found = installed("peft"), installed("transformers")
+    return toolkit is not None and found is not None and toolkit.release < (0, 22) and found.release >= (5, 24)
+
+
+def _loses_the_cache() -> bool:
+    found = installed("transformers")
+    return _renamed_cache() or (_peft() and found is not None and found.release < (5, 4))
 
 
 def _input(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
@@ -48,6 +60,10 @@ def _seq2seq_prefix(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
 
 def _classifier(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
     return bool(prompt.head) or geometry is None or geometry.decoder is None
+
+
+def _classifier_prefix(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    return _prefix(prompt, geometry) and _classifier(prompt, geometry)
 
 
 def _encoder_prefix(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
@@ -110,8 +126,9 @@ ONE_SUBMODULE = Defect(
 CACHED_T5_PREFIX = Defect(
     "peft-t5-cached-prefix",
     "peft",
-    "on transformers 4, cached generation of T5 and BART with a prefix differs from the uncached forward",
-    _transformers_4,
+    "on transformers before 5.4, and from 5.24 on, cached generation of T5 and BART with a prefix differs from the "
+    "uncached forward",
+    _loses_the_cache,
     _seq2seq_prefix,
 )
 UNPOOLED_PREFIX = Defect(
@@ -152,8 +169,8 @@ UNASKED_WARNING = Defect(
 DEPRECATED = Defect(
     "peft-deprecated",
     "peft",
-    "wrapping a model asks transformers 5 for is_gradient_checkpointing, which warns that it is deprecated",
-    _transformers_5,
+    "wrapping a model asks for is_gradient_checkpointing, of which transformers 5.23 warns that it is deprecated",
+    _deprecated,
 )
 MULTITASK_DECODER = Defect(
     "peft-multitask-decoder",
@@ -211,7 +228,7 @@ PREFIX_CHECKPOINTING = Defect(
     "peft-prefix-checkpointing",
     "peft",
     "a prefix under gradient checkpointing that is switched on after PEFT has wrapped the model, as the Trainer does, "
-    "fails in the middle of the first step",
+    "fails in the middle of the first step, or, on transformers 5.0, is left out without a word",
     _peft,
     _prefix,
 )
@@ -222,6 +239,22 @@ STATIC_CACHE = Defect(
     "transformers 5, PEFT asks for an argument that is no longer there",
     _peft,
     _in_decoder,
+)
+RENAMED_CACHE_GENERATE = Defect(
+    "peft-renamed-cache-generate",
+    "peft",
+    "transformers 5.24 renamed the cache, and PEFT before 0.22 does not find it: generate puts a prompt in front of "
+    "every token, or a prefix in the place of the text so far, and gives other tokens than the same model's forward",
+    _renamed_cache,
+    _in_decoder,
+)
+RENAMED_CACHE_CLASSIFIER = Defect(
+    "peft-renamed-cache-classifier",
+    "peft",
+    "transformers 5.24 renamed the cache, and PEFT before 0.22 looks for the old name in the signature of a model that "
+    "classifies: with a prefix, its forward ends in a ValueError",
+    _renamed_cache,
+    _classifier_prefix,
 )
 
 DEFECTS: tuple[Defect, ...] = (
@@ -244,4 +277,6 @@ DEFECTS: tuple[Defect, ...] = (
     CPT_DEFAULT,
     PREFIX_CHECKPOINTING,
     STATIC_CACHE,
+    RENAMED_CACHE_GENERATE,
+    RENAMED_CACHE_CLASSIFIER,
 )

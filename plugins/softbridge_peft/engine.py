@@ -102,7 +102,7 @@ class PeftEngine:
         with _quiet():
             adapted = peft.get_peft_model(model, peft.PeftConfig.from_peft_type(**config))
             # PEFT refuses a state without the head that it has made a copy of.
-            peft.set_peft_model_state_dict(adapted, {**peft.get_peft_model_state_dict(adapted), **tensors})
+            peft.set_peft_model_state_dict(adapted, {**_state(adapted, adapted.active_adapter), **tensors})
         _freeze(adapted.eval(), prompt)
         hook = _tell_positions(model, prompt)
         guard.guard(adapted, prompt)
@@ -154,6 +154,9 @@ class PeftEngine:
             adapted = model
         return adapted.eval()
 
+    def generate_fault(self, prompt: SoftPrompt, geometry: Geometry) -> str | None:
+        return guard.generate_fault(prompt, geometry)
+
     def _check(self, model: Any, prompt: SoftPrompt) -> None:
         """Raise an `EngineError` if PEFT is not there, or cannot run this."""
         reason = self.unavailable()
@@ -192,9 +195,7 @@ class PeftEngine:
         encoder = model.prompt_encoder[adapter]
         # Before PEFT evaluates it: a context-aware prompt is changed by that.
         state = {name: from_torch(tensor) for name, tensor in encoder.state_dict().items()}
-        tensors = {
-            name: from_torch(t) for name, t in peft.get_peft_model_state_dict(model, adapter_name=adapter).items()
-        }
+        tensors = {name: from_torch(tensor) for name, tensor in _state(model, adapter).items()}
         prompt = parse(config, tensors, read_geometry(model.config))
         if not config["inference_mode"] and (live := of_encoder(config, state, prompt.parts[0])) is not None:
             prompt = rematerialise(replace(prompt, training=live))
@@ -234,7 +235,8 @@ class PeftEngine:
 
     def train_example(self, model: Any, method: str, directory: Path, *, length: int, steps: int, seed: int) -> None:
         with _quiet():
-            example.train(model, _task(model), method, length=length, steps=steps, seed=seed).save_pretrained(directory)
+            trained = example.train(model, _task(model), method, length=length, steps=steps, seed=seed)
+            trained.save_pretrained(directory, save_embedding_layers=False)  # see `_state`
 
 
 ENGINE = PeftEngine()
@@ -279,6 +281,13 @@ def _quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         yield
+
+
+def _state(model: Any, adapter: str) -> dict[str, Any]:
+    """What PEFT would save of an adapter. Told that no embeddings are part of it, PEFT asks no hub whether they are."""
+    import peft
+
+    return dict(peft.get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False))
 
 
 def _freeze(adapted: Any, prompt: SoftPrompt) -> None:
@@ -364,6 +373,9 @@ def _refusals(part: Part, prompt: SoftPrompt, model: Any, geometry: Geometry) ->
     takes = inspect.signature(called.forward).parameters
     if caches.argument(called.forward) is None:
         found.append(("past-key-values", f"{kind} takes no past key values, which PEFT's prefix is"))
+    elif _task(model) in facts.ASKING and peft_defects.RENAMED_CACHE_CLASSIFIER.applies():
+        reason = f"PEFT fails with a prefix on {kind}: it does not know what the installed transformers calls the cache"
+        found.append(("past-key-values", reason))
     unpooled = called is not model and _task(model) == facts.SEQ_CLS and getattr(called, "pooler", None) is None
     if unpooled and peft_defects.UNPOOLED_PREFIX.applies():
         found.append(("pooler", f"PEFT fails with a prefix on {kind} under the installed transformers"))

@@ -99,6 +99,9 @@ TASKS: Mapping[str, str] = {
 #: The task of a prompt's head -> PEFT's, where that is not by the geometry.
 TASK_OF_HEAD: Mapping[str | None, str] = {"token-classification": "TOKEN_CLS", "question-answering": QUESTION_ANS}
 
+#: Tasks for whose models PEFT looks for the cache in a signature before it hands a prefix over (peft_model.py,
+#: _prefix_tuning_forward); for the others it does without asking.
+ASKING = (SEQ_CLS, "TOKEN_CLS", QUESTION_ANS)
 #: Tasks in whose models PEFT does not hand task_ids on: see softbridge_compat.peft_defects, peft-multitask-task.
 UNTOLD = (QUESTION_ANS, FEATURE_EXTRACTION)
 

@@ -1,6 +1,7 @@
 """Calls that PEFT answers with a shape error in the middle, or with another function: refused before they run.
 
-See softbridge_compat.peft_defects: peft-prefix-checkpointing, peft-static-cache and peft-adapter-names.
+See softbridge_compat.peft_defects: peft-prefix-checkpointing, peft-static-cache, peft-adapter-names and
+peft-renamed-cache-generate.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from typing import Any
 
 from softbridge import cache as caches
 from softbridge.errors import EngineError
-from softbridge.geometry import stack_of
+from softbridge.geometry import Geometry, read_geometry, stack_of
 from softbridge.prompt import InputPrompt, SoftPrompt
+from softbridge_compat import peft_defects
 
 #: The way out that each refusal names.
 NATIVE = "run the prompt with the native engine: softbridge.attach(model, prompt, engine='native')"
@@ -34,6 +36,25 @@ def checkpointing_remedy(model: Any) -> str:
     if getattr(model, "is_quantized", False):
         way += ", and prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)"
     return way
+
+
+def generate_fault(prompt: SoftPrompt, geometry: Geometry) -> str | None:
+    """Why PEFT's `generate` gives other tokens than its forward with this prompt, or None."""
+    defect = peft_defects.RENAMED_CACHE_GENERATE
+    return defect.summary if defect.applies() and defect.concerns(prompt, geometry) else None
+
+
+def _check_generate(prompt: SoftPrompt, geometry: Geometry, told: Mapping[str, Any]) -> None:
+    """Refuse to generate where PEFT gives other tokens than its forward; see `_check` for the rest."""
+    fault = generate_fault(prompt, geometry)
+    # Without a cache PEFT has nothing to find but a prefix, which is one.
+    if fault is None or (told.get("use_cache") is False and not prompt.prefixes):
+        return
+    raise EngineError(
+        fault,
+        "a release of PEFT that knows the installed transformers, or an older transformers",
+        NATIVE if prompt.prefixes else f"{NATIVE}; or generate with use_cache=False",
+    )
 
 
 def _check(model: Any, prompt: SoftPrompt, told: Mapping[str, Any]) -> None:
@@ -99,7 +120,10 @@ class _Generate:
         # The model's own settings, under those of the call's generation_config, under its arguments.
         told: dict[str, Any] = {}
         for config in (getattr(model, "generation_config", None), kwargs.get("generation_config")):
-            asked = getattr(config, "cache_implementation", None)
-            told |= {} if asked is None else {"cache_implementation": asked}
-        _check(model, self.prompt, {**told, **kwargs})
+            for name in ("cache_implementation", "use_cache"):
+                asked = getattr(config, name, None)
+                told |= {} if asked is None else {name: asked}
+        told |= kwargs
+        _check(model, self.prompt, told)
+        _check_generate(self.prompt, read_geometry(model.config), told)
         return self.run(*args, **kwargs)

@@ -127,7 +127,7 @@ def _restore_stored(model: Any, name: str, config: dict[str, Any], prompt: SoftP
     import peft
 
     geometry = read_geometry(model.config)
-    wanted = peft.get_peft_model_state_dict(model, adapter_name=name)
+    wanted = peft.get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
     ours = {key: wanted[key] for key in _OWN if key in wanted}
     theirs: dict[str, Array] = {}
     if not FORMAT.obstacles(prompt, geometry):

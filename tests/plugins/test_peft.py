@@ -45,12 +45,17 @@ FAMILIES = ("gpt2", "llama", "qwen3", "gpt_neox", "bert", "t5")
 METHODS = ("prompt-tuning", "prefix-tuning")
 #: What PEFT trains through something that it does not save, or saves more than one prompt of.
 FURTHER = ("p-tuning", "p-tuning-lstm", "multitask", "context-aware", "prefix-tuning-projected", "cartridge")
+#: What PEFT itself fails to train here: see peft-renamed-cache-classifier.
+CLASSIFIES = not peft_defects.RENAMED_CACHE_CLASSIFIER.applies()
+UNTRAINED = [("bert", method) for method in ("prefix-tuning", "prefix-tuning-projected", "cartridge") if not CLASSIFIES]
+PREFIXED = ["gpt2", "llama", "qwen3", "gpt_neox", *(["bert"] if CLASSIFIES else [])]
 #: Everything that PEFT offers: context-aware prompts are for causal language models alone.
 CASES = [
     (family, method)
     for family in ("llama", "bert", "t5")  # all others: test_peft_table.py
     for method in METHODS + FURTHER
     if method != "context-aware" or family not in ("bert", "t5")
+    if (family, method) not in UNTRAINED
 ]
 LENGTH = 5
 REAL = Path(__file__).parents[3] / "shared" / "data" / "peft_bloomz_560m_prompt"
@@ -117,6 +122,15 @@ def generate(model: Any, **more: Any) -> Any:
     settings = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     reported = {"output_logits": True, "return_dict_in_generate": True}
     return model.generate(input_ids=row, attention_mask=torch.ones_like(row), **settings, **reported, **more)
+
+
+def generates_alike(a: Any, b: Any, prompt: SoftPrompt, **more: Any) -> bool:
+    """Whether two PeftModels generate the same, as far as PEFT can be asked: see peft-renamed-cache-generate."""
+    if ENGINE.generate_fault(prompt, read_geometry(a.config)) is not None:
+        if prompt.prefixes:
+            return True
+        return torch.equal(generate(a, use_cache=False).sequences, generate(b, use_cache=False, **more).sequences)
+    return torch.equal(generate(a).sequences, generate(b, **more).sequences)
 
 
 def asked(method: str) -> dict[str, Any]:
@@ -247,7 +261,7 @@ def test_engine_is_the_toolkit_and_leaves_no_trace(family: str, method: str, tra
     assert ENGINE.extract(attached) == prompt
     assert ENGINE.extract(toolkit) == prompt
     if family != "bert":
-        assert torch.equal(generate(attached).sequences, generate(toolkit, **asked(method)).sequences)
+        assert generates_alike(attached, toolkit, prompt, **asked(method))
     assert "attached" in [obstacle.name for obstacle in ENGINE.obstacles(prompt, attached)]
 
     assert softbridge.detach(attached) is model
@@ -342,7 +356,7 @@ def test_sizes_are_those_that_peft_computes(family: str) -> None:
         assert differing <= {"inference_mode", "task_type", "modules_to_save"}
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gpt_neox", "bert"])
+@pytest.mark.parametrize("family", PREFIXED)
 def test_engine_tells_positions(family: str) -> None:
     """A prefix whose tokens start at 0 runs as PEFT does when its caller moves the tokens by hand."""
     model = tiny_model(family)
@@ -359,7 +373,7 @@ def test_engine_tells_positions(family: str) -> None:
         assert far(logits(one_off), by_hand)
     else:  # rotary positions: a step of one moves the outputs less
         assert float((logits(one_off) - by_hand).abs().max()) > 0.01
-    if family == "bert":
+    if family == "bert" or ENGINE.generate_fault(counted, read_geometry(model.config)) is not None:
         return
     out = generate(told)
     with torch.no_grad():
@@ -457,7 +471,7 @@ def test_loaded_by_peft_is_attached_by_us(
     assert same(found, expected, family, method)
     if family != "bert":
         attached = softbridge.attach(tiny_model(family), prompt, "peft")
-        assert torch.equal(generate(loaded).sequences, generate(attached).sequences)
+        assert generates_alike(attached, loaded, prompt)
 
     # The file counts, not the prompt.
     for change in (dropped, swapped, shifted):
@@ -469,8 +483,9 @@ def test_loaded_by_peft_is_attached_by_us(
 
 
 def test_loaded_head_is_that_of_the_file(trained: Callable[..., Path], tmp_path: Path) -> None:
-    prompt = read(trained("bert", "prefix-tuning"), tiny_model("bert"))
-    expected = logits(ENGINE.load(tiny_model("bert"), replace(prompt, head={}), trained("bert", "prefix-tuning")))
+    source = trained("bert", "prefix-tuning" if CLASSIFIES else "prompt-tuning")
+    prompt = read(source, tiny_model("bert"))
+    expected = logits(ENGINE.load(tiny_model("bert"), replace(prompt, head={}), source))
     other = {name: array + 1 for name, array in prompt.head.items()}
     directory = put(tmp_path / "other", FORMAT.write(replace(prompt, head=other), None))
     found = logits(ENGINE.load(tiny_model("bert"), prompt, directory))
@@ -478,7 +493,7 @@ def test_loaded_head_is_that_of_the_file(trained: Callable[..., Path], tmp_path:
     assert torch.equal(found, logits(softbridge.attach(tiny_model("bert"), replace(prompt, head=other), "peft")))
 
 
-@pytest.mark.parametrize("make", [random_input_prompt, random_prefix])
+@pytest.mark.parametrize("make", [random_input_prompt, *([random_prefix] if CLASSIFIES else [])])
 def test_loaded_without_a_head_runs_under_the_models_own(make: Callable[..., SoftPrompt], tmp_path: Path) -> None:
     """Without a classifier the file is for feature extraction, as PEFT would refuse it otherwise."""
     prompt = make(read_geometry(tiny_config("bert")), LENGTH)
@@ -492,7 +507,7 @@ def test_loaded_without_a_head_runs_under_the_models_own(make: Callable[..., Sof
         assert far(logits(tiny_model("bert")), expected)
 
 
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gpt_neox", "bert"])
+@pytest.mark.parametrize("family", PREFIXED)
 def test_loaded_tokens_stand_where_they_are_told(family: str, trained: Callable[..., Path]) -> None:
     source = trained(family, "prefix-tuning")
     counted = read(source, tiny_model(family))
@@ -689,7 +704,8 @@ def test_what_the_engine_cannot_run_is_an_obstacle() -> None:
     assert names(bert, BertForMaskedLM(tiny_config("bert"))) == ["task"]
     assert "past-key-values" in names(bert, other_model("distilbert", "sequence-classification"))
     unpooled = ["pooler"] if peft_defects.UNPOOLED_PREFIX.applies() else []
-    assert names(bert, other_model("roberta", "sequence-classification")) == unpooled
+    refused = unpooled if CLASSIFIES else ["past-key-values"]
+    assert names(bert, other_model("roberta", "sequence-classification")) == refused
     with pytest.raises(EngineError, match="attach"):
         ENGINE.extract(llama)
 

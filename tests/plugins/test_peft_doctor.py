@@ -41,13 +41,18 @@ def test_defects_are_those_of_the_prompt_the_base_and_the_engines() -> None:
     always = {"adapter-names"} | {
         defect.id.removeprefix("peft-") for defect in (peft_defects.DEPRECATED,) if defect.applies()
     }
-    assert names(vectors, "llama") == {*always, "left-padded-prompt", "position-warning", "static-cache"}
-    assert names(prefix, "llama") == {*always, "left-padded-prefix-forward", "prefix-checkpointing", "static-cache"}
+    renamed = {"renamed-cache-generate"} if peft_defects.RENAMED_CACHE_GENERATE.applies() else set()
+    cached = {*always, *renamed, "static-cache"}
+    assert names(vectors, "llama") == {*cached, "left-padded-prompt", "position-warning"}
+    assert names(prefix, "llama") == {*cached, "left-padded-prefix-forward", "prefix-checkpointing"}
     seq2seq = {"one-submodule", *(["t5-cached-prefix"] if peft_defects.CACHED_T5_PREFIX.applies() else [])}
     t5 = random_prefix(read_geometry(tiny_config("t5")))
     assert names(t5, "t5") - names(prefix, "llama") == seq2seq
     assert "one-submodule" in names(prefix), "without a geometry any base may be meant"
     assert {"missing-head", "growing-config"} <= names(random_input_prompt(bert), "bert")
+    classifies = not peft_defects.RENAMED_CACHE_CLASSIFIER.applies()
+    assert ("renamed-cache-classifier" in names(random_prefix(bert), "bert")) != classifies
+    assert "renamed-cache-generate" not in names(random_prefix(bert), "bert")
     assert ("unpooled-prefix" in names(random_prefix(bert), "bert")) == peft_defects.UNPOOLED_PREFIX.applies()
 
 

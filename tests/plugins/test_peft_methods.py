@@ -38,6 +38,7 @@ from softbridge.prompt import Array, SoftPrompt, Training
 from softbridge.tensors import to_torch
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files, safetensors_bytes
+from softbridge_compat import peft_defects
 from softbridge_peft import example, facts
 from softbridge_peft.engine import ENGINE
 from softbridge_peft.format import FORMAT
@@ -59,11 +60,18 @@ THROWN = {
     "context-aware": "context-aware",
 }
 STORED = {"multitask": "multitask", "cartridge": "cartridge"}
+#: What PEFT itself fails to train here: see peft-renamed-cache-classifier.
+UNTRAINED = (
+    [("bert", "prefix-tuning-projected"), ("bert", "cartridge")]
+    if peft_defects.RENAMED_CACHE_CLASSIFIER.applies()
+    else []
+)
 CASES = [
     (family, method)
     for family in FAMILIES
     for method in {**THROWN, **STORED}
     if method != "context-aware" or family not in ("bert", "t5")
+    if (family, method) not in UNTRAINED
 ]
 LENGTH = 5
 ROWS = torch.tensor([[5, 17, 40, 8], [33, 6, 71, 50]])
@@ -377,7 +385,7 @@ def test_training_states_go_around_the_world(tmp_path: Path) -> None:
         sb.save(prompt, tmp_path / f"{method}.safetensors", "softbridge", config)
         verify = method in ("context-aware", "cartridge")  # each of the two kinds of part
         report = sb.convert(tmp_path / f"{method}.safetensors", tmp_path / method, "peft", config, verify=verify)
-        assert report.certificate is None or report.certificate.verdict == "bitwise"
+        assert report.certificate is None or report.certificate.same
         assert (report.certificate is None) != verify
         again = read(tmp_path / method, "gpt2")
         assert again == prompt

@@ -14,6 +14,7 @@ from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
 from softbridge.prompt import SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix, tiny_model
+from softbridge_compat import peft_defects
 from softbridge_peft.engine import ENGINE
 
 peft = pytest.importorskip("peft")
@@ -87,7 +88,8 @@ def test_a_prefix_under_gradient_checkpointing() -> None:
 def test_static_caches(family: str) -> None:
     for prompt in prompts(family):
         attached = sb.attach(tiny_model(family), prompt, "peft")
-        expected = generate(attached)
+        wrong = peft_defects.RENAMED_CACHE_GENERATE.applies()  # and refused for that, where nothing else is asked
+        expected = [] if wrong else generate(attached)
         config = attached.generation_config
         told: list[dict[str, Any]] = [
             {"cache_implementation": "static"},
@@ -103,10 +105,13 @@ def test_static_caches(family: str) -> None:
         config.cache_implementation = "static"
         with pytest.raises(EngineError, match="'static'"):
             generate(attached)
-        assert generate(attached, cache_implementation="dynamic") == expected
+        if not wrong:
+            assert generate(attached, cache_implementation="dynamic") == expected
         config.cache_implementation = None
-        assert generate(attached) == expected
+        if not wrong:
+            assert generate(attached) == expected
     native = sb.attach(tiny_model(family), prompts(family)[1])
+    expected = expected or generate(native)
     assert generate(native, cache_implementation="static") == expected
 
 

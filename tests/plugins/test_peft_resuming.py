@@ -15,6 +15,7 @@ from transformers import Trainer, TrainingArguments
 import softbridge as sb
 from softbridge.errors import CheckpointError, EngineError
 from softbridge.testing import tiny_config, tiny_model
+from softbridge_compat import peft_defects
 from softbridge_peft import example, facts
 from softbridge_peft.resuming import restore, resumable, resume
 
@@ -84,9 +85,11 @@ def alike(ours: Mapping[str, torch.Tensor], theirs: Mapping[str, torch.Tensor]) 
     return ours.keys() == theirs.keys() and all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
 
 
+#: PEFT fails with any other prefix on a classifier: see peft-renamed-cache-classifier.
+CLASSIFYING = () if peft_defects.RENAMED_CACHE_CLASSIFIER.applies() else ("prefix-tuning-projected",)
 CASES = [
     *(("llama", method) for method in METHODS),
-    *(("bert", method) for method in ("p-tuning", "prefix-tuning-projected", "multitask")),
+    *(("bert", method) for method in ("p-tuning", *CLASSIFYING, "multitask")),
     *(("t5", method) for method in ("p-tuning", "prefix-tuning-projected", "multitask", "cartridge", "prompt-tuning")),
 ]
 

@@ -61,7 +61,7 @@ class Figure:
             the loss and the gradient relative to themselves).
         working: the same in the working precision; None for what is computed in float64 alone.
         judged: whether it counts for the verdict.
-        note: why not, otherwise.
+        note: why not, otherwise; or how it was run, where that is not how a user of the toolkit would.
     """
 
     probe: str

@@ -23,7 +23,7 @@ from softbridge.verification.certificate import Fault, Figure, Layer
 from softbridge.verification.layers import differences, places, watch
 from softbridge.verification.mutations import mutations
 from softbridge.verification.probes import GREEDY, REVERSED, Probe, make_probes, reverse
-from softbridge.verification.run import attached, find_islands, gradient, obstacles_of, run
+from softbridge.verification.run import attached, find_islands, generate_fault, gradient, obstacles_of, run
 
 #: Relative to the largest logit. Float64 rounding of other summation orders stays below it on any depth we measured.
 BOUND = 1e-12
@@ -72,6 +72,7 @@ class Capture:
         repeats: whether two layers of the prompt have the same numbers.
         faults: deliberate fault -> how far it moves the logits of the first text.
         untried: deliberate fault -> why the engine cannot run it.
+        stepwise: why tokens were picked through the toolkit's forward instead of its `generate`, or empty.
         naive: the logits of the texts alone for the naive copy, if there was one.
     """
 
@@ -90,6 +91,7 @@ class Capture:
     repeats: bool
     faults: Mapping[str, float]
     untried: Mapping[str, str]
+    stepwise: str
     naive: Mapping[str, Array] | None
 
 
@@ -204,7 +206,9 @@ class Bench:
         """
         model = self.model(dtype)
         inside = places(model)
-        loader, probes = loader_of(subject, engine), (*self.probes(subject.prompt), *more)
+        stepwise = generate_fault(engine, subject.prompt, self.base.geometry) is not None
+        probes = [replace(probe, stepwise=stepwise) for probe in (*self.probes(subject.prompt), *more)]
+        loader = loader_of(subject, engine)
         if loader is not None and subject.directory is not None:
             running = loader.load(model, subject.prompt, subject.directory)
             states = watch(inside, self.first)
@@ -299,6 +303,7 @@ def capture(
         repeats=_repeats(prompt),
         faults=moved,
         untried=untried,
+        stepwise=generate_fault(engine, prompt, bench.base.geometry) or "",
         naive=copied,
     )
 
@@ -316,7 +321,8 @@ def judge(a: Capture, b: Capture, rounded: Sequence[str]) -> Findings:
     for group, names in {"alone": alone, **{name: [name] for name in a.exact if name not in alone}}.items():
         if group == GREEDY:
             same, alike = (np.array_equal(x[group], y[group]) for x, y in ((a.exact, b.exact), (a.rough, b.rough)))
-            figures.append(Figure(group, float(not same), float(not alike)))
+            by_hand = [f"{x.engine}, token by token through its forward: {x.stepwise}" for x in (a, b) if x.stepwise]
+            figures.append(Figure(group, float(not same), float(not alike), note="; ".join(dict.fromkeys(by_hand))))
             continue
         apart, rough = (_apart(x, names, y, names) / scale for x, y in ((a.exact, b.exact), (a.rough, b.rough)))
         note, broken = _left_padding(a, b, names, alone, scale, bound) if group == "left-padded" else ("", [])

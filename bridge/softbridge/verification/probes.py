@@ -37,6 +37,7 @@ class Probe:
         spans: whether the model looks for the start and the end of a span.
         classes: how many classes a token has, where that is not the vocabulary.
         cached: whether generating may use the model's cache.
+        stepwise: whether tokens are picked through the model's forward, where its `generate` is known to be wrong.
         backwards: whether the rows are run from the last to the first. What comes out is in their own order.
     """
 
@@ -49,6 +50,7 @@ class Probe:
     spans: bool = False
     classes: int | None = None
     cached: bool = True
+    stepwise: bool = False
     backwards: bool = False
 
 

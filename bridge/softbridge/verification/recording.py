@@ -83,6 +83,7 @@ def pack(recording: Recording) -> bytes:
             "left_pads": capture.left_pads,
             "faults": dict(capture.faults),
             "untried": dict(capture.untried),
+            "stepwise": capture.stepwise,
             "unit": capture.unit,
         }
         order = {group: list(getattr(capture, group)) for group in _ARRAYS}
@@ -128,6 +129,7 @@ def unpack(path: str | Path) -> Recording:
                     left_pads=plain["left_pads"],
                     faults=plain["faults"],
                     untried=plain["untried"],
+                    stepwise=plain.get("stepwise", ""),  # earlier recordings know of no such toolkit
                     unit=float(plain["unit"]),
                     naive=None,
                     **groups,

@@ -11,8 +11,9 @@ import numpy as np
 from softbridge.base import BaseModel
 from softbridge.cloze import IGNORED
 from softbridge.errors import EngineError, Obstacle
+from softbridge.geometry import Geometry
 from softbridge.head import load_head, restore_head
-from softbridge.hookspecs import Engine
+from softbridge.hookspecs import Engine, Misgenerating
 from softbridge.passes import as_dtype, inexpressible
 from softbridge.prompt import Array, SoftPrompt
 from softbridge.registry import engines
@@ -55,6 +56,11 @@ def obstacles_of(engine: Engine, prompt: SoftPrompt, model: Any) -> list[Obstacl
     """What stands against running a prompt: what the engine declares, and what it finds."""
     declared = inexpressible(prompt, engine.capabilities, BaseModel.resolve(model))
     return declared or list(engine.obstacles(prompt, model))
+
+
+def generate_fault(engine: Engine, prompt: SoftPrompt, geometry: Geometry) -> str | None:
+    """Why an engine's `generate` cannot be trusted with a prompt here, or None."""
+    return engine.generate_fault(prompt, geometry) if isinstance(engine, Misgenerating) else None
 
 
 @contextmanager
@@ -192,16 +198,55 @@ def _labels(probe: Probe, config: Any) -> dict[str, Array]:
 def _greedy(model: Any, probe: Probe) -> Array:
     import torch
 
+    inputs = _tensors(model, probe.inputs)
     with torch.no_grad():
-        tokens = model.generate(
-            **_tensors(model, probe.inputs),
-            do_sample=False,
-            num_beams=1,
-            min_new_tokens=GREEDY_TOKENS,
-            max_new_tokens=GREEDY_TOKENS,
-            **({} if probe.cached else {"use_cache": False}),
-        )
+        if probe.stepwise:
+            tokens = _stepwise(model, inputs)
+        else:
+            tokens = model.generate(
+                **inputs,
+                do_sample=False,
+                num_beams=1,
+                min_new_tokens=GREEDY_TOKENS,
+                max_new_tokens=GREEDY_TOKENS,
+                **({} if probe.cached else {"use_cache": False}),
+            )
     return np.asarray(tokens[:, -GREEDY_TOKENS:].cpu().numpy())
+
+
+def _stepwise(model: Any, inputs: dict[str, Any]) -> Any:
+    """What `generate` picks with the model's own settings, by the whole text through the forward for each token.
+
+    Returns:
+        Token ids [B, T + GREEDY_TOKENS]; of an encoder-decoder those of the decoder.
+    """
+    import torch
+    from transformers import generation
+
+    settings = model.generation_config
+    name, ids = "input_ids", inputs["input_ids"]
+    if model.config.is_encoder_decoder:
+        start = settings.decoder_start_token_id
+        name, ids = "decoder_input_ids", ids.new_full((len(ids), 1), settings.bos_token_id if start is None else start)
+    length = ids.shape[1]
+    rules = generation.LogitsProcessorList()
+    if settings.eos_token_id is not None:
+        ends = generation.MinNewTokensLengthLogitsProcessor(length, GREEDY_TOKENS, settings.eos_token_id, model.device)
+        rules.append(ends)
+    if settings.forced_bos_token_id is not None:
+        rules.append(generation.ForcedBOSTokenLogitsProcessor(settings.forced_bos_token_id))
+    if settings.forced_eos_token_id is not None:
+        last = generation.ForcedEOSTokenLogitsProcessor(
+            length + GREEDY_TOKENS, settings.forced_eos_token_id, model.device
+        )
+        rules.append(last)
+    for _ in range(GREEDY_TOKENS):
+        scores = model(**{**inputs, name: ids}).logits[:, -1]
+        ids = torch.cat([ids, rules(ids, scores).argmax(-1, keepdim=True)], dim=1)
+        if name == "input_ids":
+            mask = inputs["attention_mask"]
+            inputs["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return ids
 
 
 def _tensors(model: Any, inputs: Mapping[str, Array]) -> dict[str, Any]:
