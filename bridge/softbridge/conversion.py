@@ -26,6 +26,7 @@ from softbridge.methods import rematerialise
 from softbridge.passes import DTYPES, Exactness
 from softbridge.prompt import BaseId, Origin, Positions, SoftPrompt, same_array
 from softbridge.registry import format_named, formats
+from softbridge.untested import warn_of_untested
 
 if TYPE_CHECKING:
     from softbridge.verification import Certificate
@@ -266,6 +267,7 @@ def convert(
     Raises:
         SoftbridgeError: see `read`, `save` and `softbridge.verify`. Nothing is written.
     """
+    warn_of_untested()
     resolved = None if base is None else BaseModel.resolve(base)
     if untrusted.hub_id(source) is None:
         _apart(Path(source), Path(target))

@@ -1,10 +1,10 @@
-"""What this environment can do, and which known defects of toolkits are met in it, with any prompt or with this one."""
+"""What this environment can do, what in it is untested, and which known defects of toolkits are met."""
 
 from __future__ import annotations
 
 import platform
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from softbridge.registry import engines
 from softbridge_compat import versions
 from softbridge_compat.defects import Defect
 from softbridge_compat.defects import defects as known
+from softbridge_compat.untested import Untested, untested
 
 
 @dataclass(frozen=True)
@@ -24,6 +25,7 @@ class Diagnosis:
     Attributes:
         platform: of the machine.
         versions: distribution -> installed version, of whatever can change a result.
+        untested: those that are newer than the newest version that softbridge was tested with.
         engines: name -> why it cannot be used here, or None.
         defects: known defects of the toolkits at hand: all, or those that concern the prompt.
         prompt: what was asked about, or None.
@@ -31,6 +33,7 @@ class Diagnosis:
 
     platform: str
     versions: dict[str, str]
+    untested: tuple[Untested, ...]
     engines: dict[str, str | None]
     defects: tuple[Defect, ...]
     prompt: SoftPrompt | None = None
@@ -40,6 +43,7 @@ class Diagnosis:
         return {
             "platform": self.platform,
             "versions": self.versions,
+            "untested": [asdict(one) for one in self.untested],
             "engines": self.engines,
             "defects": [named(defect) for defect in self.defects],
             "prompt": None if self.prompt is None else repr(self.prompt),
@@ -86,4 +90,4 @@ def diagnose(path: str | Path | None = None, base: Any = None) -> Diagnosis:
     reasons = {name: engine.unavailable() for name, engine in engines().items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     found = defects(prompt, None if prompt is None else prompt.base.geometry, usable)
-    return Diagnosis(platform.platform(), versions(), reasons, found, prompt)
+    return Diagnosis(platform.platform(), versions(), untested(), reasons, found, prompt)

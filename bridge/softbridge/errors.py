@@ -53,6 +53,10 @@ class OutputError(SoftbridgeError):
     """The output cannot be written, or would overwrite something."""
 
 
+class UntestedVersionWarning(UserWarning):
+    """A library is newer than the newest release that softbridge was tested with."""
+
+
 @dataclass(frozen=True)
 class Obstacle:
     """One reason why a prompt cannot be expressed exactly by a target.

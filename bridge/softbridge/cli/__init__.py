@@ -162,7 +162,13 @@ def _options(
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what toolkits say while they run off the terminal: what matters of it is in the certificate."""
+    """Keep what toolkits say while they run off the terminal: what matters of it is in the certificate.
+
+    What softbridge itself has to say of what is installed comes first, on standard error.
+    """
+    from softbridge.untested import warn_of_untested
+
+    warn_of_untested()
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

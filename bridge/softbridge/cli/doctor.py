@@ -11,12 +11,13 @@ from softbridge.doctor import Diagnosis
 
 
 def diagnosis_table(found: Diagnosis) -> Group:
-    """Versions, engines and defects, and of which prompt, if of one."""
+    """Versions and which of them are untested, engines and defects, and of which prompt, if of one."""
     installed = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in ("installed", "version"):
+    for heading in ("installed", "version", ""):
         installed.add_column(heading)
+    newer = {one.distribution: f"newer than the newest tested, {one.newest}" for one in found.untested}
     for name, version in found.versions.items():
-        installed.add_row(shown(name), shown(version))
+        installed.add_row(shown(name), shown(version), shown(newer.get(name, "")))
     usable = Table(box=box.SIMPLE, pad_edge=False)
     for heading in ("engine", "here"):
         usable.add_column(heading, overflow="fold")

@@ -22,6 +22,7 @@ from softbridge.hookspecs import Engine
 from softbridge.lower import Step, as_dtype
 from softbridge.passes import DTYPES
 from softbridge.prompt import SoftPrompt
+from softbridge.untested import warn_of_untested
 from softbridge.untrusted import json_bytes
 from softbridge.verification.certificate import Certificate, Fault, Figure, Layer, Level, Side
 from softbridge.verification.comparison import (
@@ -91,6 +92,7 @@ def verify(
     """
     from softbridge.conversion import read
 
+    warn_of_untested()
     resolved = BaseModel.resolve(base)
     files = [read(a, resolved), read(b, resolved)]
     if python:
@@ -265,6 +267,7 @@ def probe(
     """
     from softbridge.conversion import read
 
+    warn_of_untested()
     resolved = BaseModel.resolve(base)
     loaded = read(path, resolved)
     subject = Subject(str(loaded.path), loaded.prompt, loaded.format.engine, loaded.path)
