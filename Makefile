@@ -1,6 +1,7 @@
 # make demo    the whole job on a tiny model: train with PEFT, convert to AdapterHub, run both, print the certificate
 # make test    lint, types, and the whole suite on both stacks of compat/matrix.toml
 # make test-stacks  the contracts of engines and trainers and the table of conversions, on every stack of compat/matrix.toml
+# make test-processors  claims of equality on both stacks, as other processors sum, with one thread and with two
 # make test-long  the tests of foreign bytes with a hundred times as many examples, on the newer stack
 # make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
 # make format  let ruff rewrite what it can
@@ -23,7 +24,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-stacks test-long bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
+.PHONY: test test-stacks test-processors test-long bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
 
 test: lint $(addprefix test-,$(STACKS))
 
@@ -44,6 +45,21 @@ test-stacks:
 $(CONTRACTS): export OMP_NUM_THREADS := 1
 $(CONTRACTS): contract-%: .envs/%/ready $(ENV5)/ready
 	.envs/$*/bin/python $(PYTEST) $$($(ENV5)/bin/python compat/stacks.py tests)
+
+# What other processors run of the same libraries, and one that is none of them (tests/another_processor.py).
+PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
+	ONEDNN_MAX_CPU_ISA=AVX2,MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=COMPATIBLE SOFTBRIDGE_PROCESSOR=another
+# All that compare outputs directly. What is left out asks certificates alone, whose bounds test_conversions.py shows, or
+# compares files; PROCESSOR_TESTS=tests is everything, in 8 minutes a setting.
+PROCESSOR_TESTS ?= tests/plugins tests/bridge tests/compat tests/test_conversions.py tests/test_as_a_user.py \
+	tests/test_many_processes.py tests/test_trainer.py
+
+test-processors: export SOFTBRIDGE_OTHER_PYTHON := $(CURDIR)/$(ENV4)/bin/python
+test-processors: $(ENV4)/ready $(ENV5)/ready
+	@failed=; for stack in $(STACKS); do for processor in $(PROCESSORS); do for threads in 1 2; do \
+		setting="$$(echo $$processor | tr , ' ') OMP_NUM_THREADS=$$threads"; echo "== $$stack: $$setting"; \
+		env $$setting .envs/$$stack/bin/python $(PYTEST) -q $(PROCESSOR_TESTS) || failed="$$failed [$$stack: $$setting]"; \
+	done; done; done; test -z "$$failed" || { echo "failed:$$failed"; exit 1; }
 
 test-long: export OMP_NUM_THREADS := 1
 test-long: export SOFTBRIDGE_PROFILE := long

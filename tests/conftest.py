@@ -1,5 +1,6 @@
 """Two profiles for hypothesis: a quick one that is the same every time, and SOFTBRIDGE_PROFILE=long to go looking.
 
+SOFTBRIDGE_PROCESSOR=another sums otherwise than this processor does; see another_processor.py.
 And a memory of what ran, for tests that compare many pairs of few sides.
 """
 
@@ -8,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import os
+import runpy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -25,6 +27,9 @@ settings.register_profile(
     "long", max_examples=10_000, deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile(os.environ.get("SOFTBRIDGE_PROFILE", "default"))
+
+if os.environ.get("SOFTBRIDGE_PROCESSOR") == "another":
+    _PROCESSOR = runpy.run_path(str(Path(__file__).with_name("another_processor.py")))
 
 #: Runs that are remembered at most, the latest: some 100 kB each.
 REMEMBERED = 300

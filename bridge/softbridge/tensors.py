@@ -15,13 +15,17 @@ BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
 
 
 def to_torch(array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torch.Tensor:
-    """A tensor on the CPU with the array's values, in its own memory; converted to `dtype` if one is given."""
+    """A tensor on the CPU with the array's values, in its own memory; converted to `dtype` if one is given.
+
+    That memory is torch's, which is aligned, as numpy's is not: the order in which a product is summed, and so the last
+    bit of what a parameterisation makes, may hang on that.
+    """
     import torch
 
     if array.dtype == BFLOAT16:
-        tensor = torch.from_numpy(np.array(array.view(np.uint16))).view(torch.bfloat16)
+        tensor = torch.from_numpy(np.array(array.view(np.uint16))).view(torch.bfloat16).clone()
     else:
-        tensor = torch.from_numpy(np.array(array))
+        tensor = torch.from_numpy(np.array(array)).clone()
     return tensor if dtype is None else tensor.to(dtype)
 
 

@@ -95,3 +95,40 @@ def random_prefix(
         parts.append(KeyValuePrefix(site, layers))
     start = {stack_of(site): length for site in sites if site != "cross"}
     return SoftPrompt(tuple(parts), positions or Positions(start), BaseId(None, geometry))
+
+
+def agreement(model: Any, **inputs: Any) -> float:
+    """How closely two ways to run a prompt on a model agree, relative to the largest number.
+
+    In which order a matrix product is summed depends on its shape, on where its numbers lie in memory and on the
+    processor. So nothing but the same calls on the same shapes is equal bit for bit everywhere: all else agrees within
+    `BOUND` in float64, and within `ISLAND_BOUND` where the model itself computes in float32, which is found by running
+    it. See `apart`.
+
+    Args:
+        model: in float64, without a prompt.
+        inputs: what to run it on, if it takes no text.
+    """
+    from softbridge.verification.comparison import BOUND, ISLAND_BOUND
+    from softbridge.verification.probes import make_probes
+    from softbridge.verification.run import find_islands
+
+    if inputs:
+        return ISLAND_BOUND if find_islands(model, inputs) else BOUND
+    base = BaseModel.resolve(model)
+    islands = find_islands(model, make_probes(base.geometry, model.config, 0, base.task)[0])
+    return ISLAND_BOUND if islands else BOUND
+
+
+def apart(found: Any, expected: Any) -> float:
+    """The largest difference of two tensors of one shape, relative to the largest number expected.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    found, expected = (
+        np.asarray(one.detach() if hasattr(one, "detach") else one, np.float64) for one in (found, expected)
+    )
+    if found.shape != expected.shape:
+        raise ValueError(f"outputs of shapes {found.shape} and {expected.shape}")
+    return float(np.abs(found - expected).max() / np.abs(expected).max())

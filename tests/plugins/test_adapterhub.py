@@ -22,8 +22,9 @@ from softbridge.geometry import Geometry, Site
 from softbridge.lower import as_dtype
 from softbridge.prompt import Array, Gate, InputPrompt, KeyValue, KeyValuePrefix, Positions, SoftPrompt, same_array
 from softbridge.registry import engines
-from softbridge.testing import random_prefix, tiny_model
+from softbridge.testing import agreement, apart, random_prefix, tiny_model
 from softbridge.untrusted import Files, pickle_bytes
+from softbridge.verification.comparison import ISLAND_BOUND
 from softbridge_adapterhub import facts
 from softbridge_adapterhub.adapter import Adapter
 from softbridge_adapterhub.engine import ENGINE
@@ -249,9 +250,9 @@ def test_the_tables_are_those_of_the_installed_package(adapters: Any) -> None:
 @pytest.mark.parametrize("family", sorted(facts.MODEL_TYPES))
 def test_what_the_package_holds_of_a_family_is_what_we_say(family: str, adapters: Any) -> None:
     model = model_of(family)
-    plain = logits(model)
-    adapters.init(model)
-    assert difference(logits(model), plain) == 0
+    plain, close = logits(model), agreement(model, **inputs_of(model))
+    adapters.init(model)  # whose linear layers are of its own
+    assert apart(logits(model), plain) <= close
     assert model.base_model.support_prompt_tuning == (family in facts.PROMPT_MODEL_TYPES)
 
     config = {**facts.DEFAULTS[facts.PREFIX], "use_gating": True, "prefix_length": P, "bottleneck_size": 6}
@@ -391,7 +392,8 @@ def test_prompts_that_only_others_run_right(family: str, kind: str, adapters: An
         eager = model
     reference = logits(loaded(adapters, model, tmp_path / "x"))
     assert difference(reference, logits(model)) > 0.1
-    assert difference(logits(NATIVE.attach(eager, prompt)), reference) < 1e-12
+    close = agreement(eager)
+    assert apart(logits(NATIVE.attach(eager, prompt)), reference) <= close
 
 
 def of_tokens(found: Array, prompt: SoftPrompt) -> Array:
@@ -435,18 +437,20 @@ def test_every_family(family: str, kind: str, adapters: Any, tmp_path: Path) -> 
     toolkit, again = (loaded(adapters, model, tmp_path / name) for name in ("theirs", "ours"))
     through = ENGINE.load(copy.deepcopy(model), prompt, tmp_path / "theirs")
     native = NATIVE.attach(copy.deepcopy(model), prompt) if runs else None
+    # The toolkit makes a prefix anew for every row, in one product of float32.
+    made = 0.0 if prompt.training is None else ISLAND_BOUND
     for rows in (1, 2):
         reference = logits(toolkit, rows)
         assert difference(logits(again, rows), reference) == 0
         real = of_tokens(reference, prompt)
         assert difference(real, logits(model, rows)) > 0.1
-        assert difference(logits(running, rows), real) == 0
-        assert difference(logits(through, rows), real) == 0
+        assert apart(logits(running, rows), real) <= made
+        assert apart(logits(through, rows), real) <= made
         if native is not None:
             found = logits(native, rows)
             if rows == 2 and found.ndim == 3 and not geometry.is_encoder_decoder:
                 found[1, -2:] = real[1, -2:]  # after the padding
-            assert difference(found, real) < 1e-12 * np.abs(real).max()
+            assert apart(found, real) <= max(made, agreement(model, **inputs_of(model)))
 
     if geometry.encoder is not None and reference.ndim == 3 and not geometry.is_encoder_decoder:
         assert running(**inputs_of(model), labels=inputs_of(model)["input_ids"]).loss > 0
@@ -487,7 +491,7 @@ def test_tokens_after_vectors_are_moved_as_others_move_them(family: str, adapter
     prompt = FORMAT.read(saved(adapters, model, "prompt", tmp_path / "x"), geometry_of(model))
     moved = replace(prompt, positions=replace(prompt.positions, start={"encoder": 4}))
     found = logits(ENGINE.attach(copy.deepcopy(model), moved), 2)
-    assert difference(found, logits(NATIVE.attach(copy.deepcopy(model), moved), 2)) < 1e-12
+    assert apart(found, logits(NATIVE.attach(copy.deepcopy(model), moved), 2)) <= agreement(model)
     assert difference(found, logits(ENGINE.attach(copy.deepcopy(model), prompt), 2)) > 0.05
 
 
@@ -500,7 +504,7 @@ def test_a_conversion_is_certified(family: str, method: str, adapters: Any, tmp_
     trained(model, method, tmp_path / "x")
     report = sb.convert(tmp_path / "x", tmp_path / "y", "softbridge", model.config, verify=True)
     assert report.certificate is not None
-    assert report.certificate.verdict == "bitwise"
+    assert report.certificate.verdict in ("bitwise", "exact")
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from softbridge.errors import CheckpointError, EngineError
 from softbridge.geometry import Geometry, StackGeometry, read_geometry
 from softbridge.prompt import Array, Positions, SoftPrompt, same_array
 from softbridge.registry import engines
-from softbridge.testing import random_prefix, tiny_config
+from softbridge.testing import agreement, random_prefix, tiny_config
 from softbridge.untrusted import Files
 from softbridge_adapterhub import composition, facts
 from softbridge_adapterhub.composition import Block, blocks
@@ -31,8 +31,6 @@ pytestmark = [
 ]
 
 NATIVE = engines()["native"]
-#: The bank sums in another order. Llama's softmax is in float32.
-BANK_BOUNDS = {"llama": 1e-5}
 
 
 def single(name: str) -> dict[str, Any]:
@@ -227,6 +225,7 @@ def test_a_composition_is_taken_out_of_a_model(family: str, adapters: Any, tmp_p
     from adapters.composition import BatchSplit, Parallel, Stack
 
     model = model_of(family)
+    close = agreement(model)
     flat = {"flat": True}
     lengths = (4, 4, 3)
     running = toolkit(adapters, model, *(adapters.PrefixTuningConfig(prefix_length=n, **flat) for n in lengths))
@@ -235,35 +234,35 @@ def test_a_composition_is_taken_out_of_a_model(family: str, adapters: Any, tmp_p
     def with_prompt(prompt: SoftPrompt) -> Array:
         found = logits(ENGINE.attach(copy.deepcopy(model), prompt))
         if runs:
-            assert apart(logits(NATIVE.attach(copy.deepcopy(model), prompt)), found) < 1e-12
+            assert apart(logits(NATIVE.attach(copy.deepcopy(model), prompt)), found) <= close
         return found
 
     alone = {name: active(running, name) for name in "abc"}
     for name in "abc":
-        assert apart(with_prompt(ENGINE.extract(running, adapter=name)), alone[name]) < 1e-12
+        assert apart(with_prompt(ENGINE.extract(running, adapter=name)), alone[name]) <= close
     assert apart(alone["a"], alone["b"]) > 0.05
 
     expected = active(running, Stack("a", "c"))
     stacked = ENGINE.extract(running)
     assert stacked.prefixes[0].length == 7
-    assert apart(with_prompt(stacked), expected) < 1e-12
+    assert apart(with_prompt(stacked), expected) <= close
     assert min(apart(expected, alone["a"]), apart(expected, alone["c"])) > 0.05
     running.save_adapter_setup(str(tmp_path), Stack("a", "c"))
     read = FORMAT.read(Files(tmp_path), read_geometry(model.config))
     assert read == stacked
-    assert apart(logits(ENGINE.load(copy.deepcopy(model), read, tmp_path)), expected) < 1e-12
+    assert apart(logits(ENGINE.load(copy.deepcopy(model), read, tmp_path)), expected) <= close
 
     expected = active(running, BatchSplit("a", Stack("b"), batch_sizes=[1, 2]))
     found = ENGINE.blocks(running)
     assert [one.rows for one in found] == [1, 2]
-    assert apart(with_prompt(found[0].prompt)[:1], expected[:1]) < 1e-12
-    assert apart(with_prompt(found[1].prompt)[1:], expected[1:]) < 1e-12
+    assert apart(with_prompt(found[0].prompt)[:1], expected[:1]) <= close
+    assert apart(with_prompt(found[1].prompt)[1:], expected[1:]) <= close
     assert apart(expected, alone["a"]) > 0.05
     if runs:  # and as one batch
         bank = PromptBank({str(number): one.prompt for number, one in enumerate(found)})
         together = sb.attach(copy.deepcopy(model), bank)
         with bank.rows(["0", "1", "1"]):
-            assert apart(logits(together), expected) < BANK_BOUNDS.get(family, 1e-12)
+            assert apart(logits(together), expected) <= close
         with bank.rows(["0", "0", "1"]):
             assert apart(logits(together), expected) > 0.01
     with pytest.raises(EngineError, match=r"(?s)BatchSplit\[a, .*several prompts.*extract\(model, adapter="):
@@ -272,12 +271,12 @@ def test_a_composition_is_taken_out_of_a_model(family: str, adapters: Any, tmp_p
     expected = active(running, Parallel("b", "a"))
     found = ENGINE.blocks(running)
     assert [one.rows for one in found] == [None, None]
-    assert apart(np.concatenate([with_prompt(one.prompt) for one in found]), expected) < 1e-12
+    assert apart(np.concatenate([with_prompt(one.prompt) for one in found]), expected) <= close
 
     expected = active(running, BatchSplit("a", "c", batch_sizes=[2, 1]))
     if family in composition.UNEQUAL_LENGTHS:
         second = with_prompt(ENGINE.blocks(running)[1].prompt)[2:]
-        assert apart(second, expected[2:]) < 1e-12
+        assert apart(second, expected[2:]) <= close
     else:
         assert apart(alone["c"][2:], expected[2:]) > 0.01
         with pytest.raises(EngineError, match="fills the shorter of its prefixes up"):
@@ -293,6 +292,7 @@ def test_perceptrons_gates_and_vectors_in_compositions(adapters: Any) -> None:
     from adapters.composition import BatchSplit, Parallel, Stack
 
     model = model_of("bert")
+    close = agreement(model)
     gated = adapters.PrefixTuningConfig(prefix_length=4, bottleneck_size=6, use_gating=True)
     vectors = adapters.PromptTuningConfig(prompt_length=3)
     running = toolkit(adapters, model, gated, gated, vectors)
@@ -302,7 +302,7 @@ def test_perceptrons_gates_and_vectors_in_compositions(adapters: Any) -> None:
     assert kept.prefixes[0].gated
     expected = active(running, BatchSplit("a", "b", batch_sizes=[1, 2]))
     first, second = (logits(ENGINE.attach(copy.deepcopy(model), one.prompt)) for one in ENGINE.blocks(running))
-    assert apart(np.concatenate([first[:1], second[1:]]), expected) < 1e-12
+    assert apart(np.concatenate([first[:1], second[1:]]), expected) <= close
     with pytest.raises(EngineError, match="gates"):
         ENGINE.extract(set_active(running, Stack("a", "b")))
 
@@ -310,11 +310,11 @@ def test_perceptrons_gates_and_vectors_in_compositions(adapters: Any) -> None:
     expected = active(running, Stack("c", "a"))
     both = ENGINE.extract(running)
     assert (len(both.inputs), len(both.prefixes)) == (1, 1)
-    assert apart(logits(ENGINE.attach(copy.deepcopy(model), both)), expected) < 1e-12
+    assert apart(logits(ENGINE.attach(copy.deepcopy(model), both)), expected) <= close
     expected = active(running, Stack("a", "c"))
     only = ENGINE.extract(running)
     assert not only.inputs
-    assert apart(logits(ENGINE.attach(copy.deepcopy(model), only)), expected) < 1e-12
+    assert apart(logits(ENGINE.attach(copy.deepcopy(model), only)), expected) <= close
     with pytest.raises(EngineError, match="does not repeat the batch"):
         ENGINE.blocks(set_active(running, Parallel("c", "a")))
     with pytest.raises(EngineError, match="vectors of no other adapter than the first"):

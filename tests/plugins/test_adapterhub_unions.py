@@ -18,7 +18,7 @@ from softbridge import untrusted
 from softbridge.errors import CheckpointError, LoweringError
 from softbridge.geometry import Geometry, read_geometry
 from softbridge.prompt import Array, Positions, SoftPrompt
-from softbridge.testing import random_prefix, tiny_config, tiny_model
+from softbridge.testing import apart, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files
 from softbridge_adapterhub import facts
 from softbridge_adapterhub.engine import ENGINE
@@ -209,7 +209,8 @@ def test_the_prefix_in_a_published_union(method: str, adapters: Any, tmp_path: P
     alone.load_adapter(str(tmp_path / "alone"), set_active=True)
     reference = logits(alone.eval())
     attached = logits(ENGINE.attach(copy.deepcopy(model), prompt))
-    np.testing.assert_array_equal(attached, reference)
+    # A float32 model, and a perceptron that the toolkit evaluates for every row.
+    assert apart(attached, reference) <= 1e-5
     assert np.abs(attached - logits(running)).max() > 0.1
     # The toolkit would load the whole union.
     np.testing.assert_array_equal(logits(ENGINE.load(copy.deepcopy(model), prompt, tmp_path / "x")), attached)

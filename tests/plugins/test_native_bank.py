@@ -22,7 +22,7 @@ from softbridge.errors import EngineError
 from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
 from softbridge.prompt import Positions, SoftPrompt
-from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.testing import TINY, agreement, random_input_prompt, random_prefix, tiny_config, tiny_model
 
 NEW = 4
 LENGTHS = (7, 4, 6, 5, 7, 3)
@@ -102,11 +102,6 @@ def alone(model: Any, prompt: SoftPrompt | None) -> Any:
     return twin if prompt is None else sb.attach(twin, replace(prompt, training=None))
 
 
-def bound(model: Any) -> float:
-    """1e-5 beside an island of float32: Llama's and Mistral's rotary tables and softmax, T5's softmax."""
-    return 1e-12 if model.config.model_type in ("gpt2", "bert") else 1e-5
-
-
 FAMILIES = ["gpt2", "llama", "bert", "t5"]
 
 
@@ -121,7 +116,7 @@ def test_each_row_is_what_it_is_alone(family: str, implementation: str) -> None:
     for row, name in enumerate(names):
         single = alone(model, None if name is None else prompts[name])
         expected.append(run(single, ids[row : row + 1, : lengths[row]])[0])
-    close = bound(model)
+    close = agreement(model)
     scale = float(torch.cat(expected).abs().max())
     running = sb.attach(copy.deepcopy(model), bank := PromptBank(prompts))
 
@@ -219,7 +214,7 @@ def test_other_ways_to_join(kind: str) -> None:
     running = sb.attach(copy.deepcopy(model), bank := PromptBank(prompts))
     with bank.rows(["a", "b", None]):
         found = run(running, ids)
-    close = bound(model) * float(found.abs().max())
+    close = agreement(model) * float(found.abs().max())
     for row, name in enumerate(("a", "b", None)):
         single = run(alone(model, None if name is None else prompts[name]), ids[row : row + 1])[0]
         assert float((found[row] - single).abs().max()) <= close, name

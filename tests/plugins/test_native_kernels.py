@@ -109,11 +109,8 @@ def _kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(flash, "is_flash_attn_greater_or_equal_2_10", lambda: True, raising=False)
     for name in ("_flash_fn", "_process_flash_kwargs_fn", "_loaded_implementation"):
         monkeypatch.setattr(flash, name, None, raising=False)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with torch.compiler.set_stance("force_eager"):
         yield
-    torch.set_num_threads(threads)
 
 
 pytestmark = [

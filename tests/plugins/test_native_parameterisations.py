@@ -36,7 +36,7 @@ from softbridge.methods import (
 from softbridge.passes import as_dtype
 from softbridge.prompt import SoftPrompt
 from softbridge.tensors import to_torch
-from softbridge.testing import tiny_model
+from softbridge.testing import agreement, tiny_model
 
 METHODS: dict[str, Method] = {
     "prefix": PrefixTuning(4, MLP(8), ("self",)),
@@ -104,7 +104,7 @@ def test_its_gradient_is_the_chain_rule(model: Any, name: str) -> None:
     assert state is not None
     through = sb.attach(copy.deepcopy(model), prompt)
     direct = sb.attach(copy.deepcopy(model), replace(prompt, training=None))
-    assert torch.equal(logits(through), logits(direct))
+    assert relative(logits(through), logits(direct)) <= agreement(model)
     assert float((logits(through) - logits(model)).abs().max()) > 0.1
     found = gradients(through)
     assert found.keys() == {name.replace(".", "_") for name in trained(state)}
@@ -119,7 +119,7 @@ def test_its_gradient_is_the_chain_rule(model: Any, name: str) -> None:
     for n in trained(state):
         expected = leaves[n].grad
         if expected is not None and float(expected.abs().max()) > 0:
-            assert relative(found[n.replace(".", "_")], expected) < 1e-12, n
+            assert relative(found[n.replace(".", "_")], expected) <= agreement(model), n
         else:  # LSTMs have two biases; tasks that are not run have no gradient
             assert float(found[n.replace(".", "_")].abs().max()) == 0
     assert max(float(g.abs().max()) for g in found.values()) > 1e-4
@@ -157,11 +157,11 @@ def test_it_is_trained_saved_and_trained_on(model: Any, name: str, tmp_path: Any
         assert untouched == (n not in trained(state)), n
     sb.save(half, tmp_path, format="softbridge")
     found += steps(sb.attach(copy.deepcopy(model), sb.load(tmp_path)), 3)
-    assert found == expected
+    assert found == pytest.approx(expected, rel=agreement(model))
     assert expected[-1] < expected[0] - 1e-3
     # Without it, training goes on otherwise from the same loss.
     second = steps(sb.attach(copy.deepcopy(model), replace(half, training=None)), 3)
-    assert second[0] == pytest.approx(expected[3], rel=1e-12)
+    assert second[0] == pytest.approx(expected[3], rel=agreement(model))
     assert second[-1] != pytest.approx(expected[-1], rel=1e-6)
 
 
@@ -196,11 +196,11 @@ def test_dropout_is_for_training_alone(model: Any) -> None:
     prompt = prompt_of(model, "prefix", dropout=0.5)
     running = sb.attach(copy.deepcopy(model), prompt)
     still = sb.attach(copy.deepcopy(model), replace(prompt, training=None))
-    assert loss(running).item() == loss(still).item()
+    assert loss(running).item() == pytest.approx(loss(still).item(), rel=agreement(model))
     running.train()
     first, second = loss(running).item(), loss(running).item()
     assert len({first, second, loss(still).item()}) == 3
-    assert torch.equal(logits(running.eval()), logits(still))
+    assert relative(logits(running.eval()), logits(still)) <= agreement(model)
     assert sb.extract(running) == prompt
 
 
@@ -213,9 +213,9 @@ def test_numbers_change_with_the_tensors_that_make_them(model: Any) -> None:
     after = logits(running)
     assert relative(after, before) > 1e-3
     fresh = sb.attach(copy.deepcopy(model), sb.extract(running))
-    assert torch.equal(logits(fresh), after)
+    assert relative(logits(fresh), after) <= agreement(model)
     fresh.load_state_dict(sb.attach(copy.deepcopy(model), prompt_of(model, "prefix")).state_dict())
-    assert torch.equal(logits(fresh), before)
+    assert relative(logits(fresh), before) <= agreement(model)
 
 
 def test_a_copy_and_a_pickle_train_on_their_own(model: Any) -> None:
@@ -226,7 +226,7 @@ def test_a_copy_and_a_pickle_train_on_their_own(model: Any) -> None:
     file.seek(0)
     for twin in (copy.deepcopy(running), torch.load(file, weights_only=False)):
         found = gradients(twin)
-        assert all(torch.equal(found[n], expected[n]) for n in expected)
+        assert all(relative(found[n], expected[n]) <= agreement(model) for n in expected)
         with torch.no_grad():
             for parameter in twin.softbridge.parameters():
                 parameter.zero_()
@@ -278,7 +278,7 @@ def test_it_trains_as_peft_does(model: Any, name: str) -> None:
             losses.append(value.item())
             optimizer.step()
         curves.append(losses)
-    assert curves[1] == pytest.approx(curves[0], rel=1e-12 if name != "multitask" else 1e-6)
+    assert curves[1] == pytest.approx(curves[0], rel=agreement(model) if name != "multitask" else 1e-6)
     assert curves[0][-1] < curves[0][0] - 1e-6
 
 

@@ -30,7 +30,7 @@ from softbridge.geometry import Stack, read_geometry
 from softbridge.lower import as_dtype
 from softbridge.prompt import Positions, SoftPrompt
 from softbridge.template import PLACEHOLDER, Field, Slot, Template, Virtual, Words
-from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.testing import TINY, agreement, apart, random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge_native.engine import ENGINE
 
 P, T, NEW = 5, 7, 6
@@ -163,7 +163,10 @@ def vectors_of(prompt: SoftPrompt) -> Tensor:
 @pytest.mark.parametrize("placement", ["template", "after-first-token"])
 @pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "bert", "roberta", "electra", "t5"])
 def test_is_the_row_embedded_by_hand(family: str, placement: str, implementation: str) -> None:
-    """Logits, bitwise, and the gradient of the vectors; then padded, with rows of different lengths."""
+    """Logits and the gradient of the vectors; then padded, with rows of different lengths.
+
+    With a template that is the same calls on the same shapes; else the head predicts the real tokens alone.
+    """
     model = under(token_model(family), implementation).requires_grad_(False)  # SDPA sums otherwise for what is trained
     prompt = as_dtype(make_prompt(model, placement), np.dtype(np.float64))
     ours, wrong = attached(model, prompt), attached(model, swapped(prompt))
@@ -176,19 +179,18 @@ def test_is_the_row_embedded_by_hand(family: str, placement: str, implementation
     expected = logits(model, inputs_embeds=by_hand(model, rows, vectors))
     expected = expected if crossed else expected[kept].unflatten(0, (2, -1))
     found = logits(ours, input_ids=torch.tensor(given))
-    assert torch.equal(found, expected)
+    bound = agreement(model)
+    assert apart(found, expected) <= (0.0 if placement == "template" else bound)
     assert difference(logits(wrong, input_ids=torch.tensor(given)), expected) > FAR
     weight = torch.randn(expected.shape, generator=torch.Generator().manual_seed(1), dtype=expected.dtype)
     (expected * weight).sum().backward()
     (found * weight).sum().backward()
     (gradient,) = (parameter.grad for parameter in ours.softbridge.parameters())
-    assert difference(gradient, vectors.grad) <= 1e-12 * float(vectors.grad.abs().max())
+    assert apart(gradient, vectors.grad) <= bound
 
     shorter = [texts[0], texts[1][:4]]
     if placement == "template":
         shorter = [row_of(text, placement, number) for number, text in enumerate(shorter)]
-    # An island: T5's softmax on transformers 4.
-    bound = 1e-6 if crossed else 1e-12
     with torch.no_grad():
         alone = [logits(ours, input_ids=torch.tensor([row]))[0] for row in shorter]
         for side in ("right", "left"):
@@ -196,7 +198,7 @@ def test_is_the_row_embedded_by_hand(family: str, placement: str, implementation
             both = logits(ours, input_ids=out, attention_mask=mask)
             for number, one in enumerate(alone):
                 found = both[number] if crossed else both[number, mask[number].bool()]
-                assert difference(found, one) <= bound * float(one.abs().max()), side
+                assert apart(found, one) <= bound, side
 
 
 @pytest.mark.parametrize("placement", ["before-sequence", "after-first-token"])
@@ -210,7 +212,7 @@ def test_a_row_of_padding_disturbs_no_other(family: str, placement: str) -> None
     mask[2] = 0
     with torch.no_grad():
         found, alone = ours(ids, attention_mask=mask).logits[:2], ours(ids[:2], attention_mask=mask[:2]).logits
-    assert difference(found, alone) <= 1e-12
+    assert apart(found, alone) <= agreement(model)
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
@@ -247,7 +249,11 @@ def test_a_template_with_all_in_front_is_no_template(family: str) -> None:
         later = replace(filled, positions=Positions({part.stack: 3}))
         if "position_ids" in inspect.signature(model.base_model.forward).parameters and family != "llama":
             assert difference(logits(attached(model, later), input_ids=rows), found) > FAR
-    assert torch.equal(found if family == "t5" else found[:, P:], expected)
+    # Of a template's virtual tokens, too, there are logits.
+    if family == "t5":
+        assert torch.equal(found, expected)
+    else:
+        assert apart(found[:, P:], expected) <= agreement(model)
 
 
 @pytest.mark.parametrize("placement", ["template", "after-first-token"])
@@ -274,7 +280,7 @@ def test_generates_what_it_would_by_hand(family: str, placement: str) -> None:
             for _ in range(NEW):
                 scores.append(logits(ours, input_ids=grown)[:, -1])
                 grown = torch.cat([grown, scores[-1].argmax(-1, keepdim=True)], dim=1)
-        bound = STEP * float(torch.cat(scores).abs().max())
+        bound = max(STEP, agreement(model)) * float(torch.cat(scores).abs().max())
         for made in (cached, uncached):
             assert made.sequences[number, -NEW:].tolist() == grown[0, -NEW:].tolist()
             assert difference(torch.stack(made.logits, 1)[number], torch.cat(scores)) <= bound
@@ -301,8 +307,7 @@ def test_an_encoder_decoder_generates_what_it_would_by_hand(family: str, placeme
     found = attached(model, prompt).generate(input_ids=given, attention_mask=mask, **settings)
     wrong = attached(model, swapped(prompt)).generate(input_ids=given, attention_mask=mask, **settings)
     assert torch.equal(found.sequences, expected.sequences)
-    scale = float(torch.stack(expected.logits).abs().max())
-    assert difference(torch.stack(found.logits), torch.stack(expected.logits)) <= STEP * scale
+    assert apart(torch.stack(found.logits), torch.stack(expected.logits)) <= max(STEP, agreement(model))
     assert difference(torch.stack(wrong.logits), torch.stack(expected.logits)) > FAR
 
 
@@ -319,7 +324,7 @@ def test_a_classifier_reads_the_last_token_of_a_template() -> None:
         found = ours(out, attention_mask=mask).logits
         for number, row in enumerate(rows):
             expected = model(inputs_embeds=by_hand(model, [row], vectors_of(prompt))).logits[0]
-            assert difference(found[number], expected) <= 1e-12
+            assert apart(found[number], expected) <= agreement(model)
     assert difference(found[0], found[1]) > FAR
 
 
@@ -335,12 +340,12 @@ def test_the_first_state_is_the_first_tokens(family: str) -> None:
         with torch.no_grad():
             found[placement] = ours(torch.tensor(tokens())).logits
             expected = model(inputs_embeds=by_hand(model, rows, vectors_of(prompt))).logits
-            assert torch.equal(found[placement], expected)
+            assert apart(found[placement], expected) <= agreement(model)
             states = ours.base_model(torch.tensor(tokens())).last_hidden_state
             assert states.shape[1] == (T + P if placement == "before-sequence" else T)
             out, mask = padded([tokens()[0], tokens()[1][:4]], "right")
             shorter = ours(out, attention_mask=mask).logits[1]
-            assert difference(shorter, ours(torch.tensor([tokens()[1][:4]])).logits[0]) <= 1e-12
+            assert apart(shorter, ours(torch.tensor([tokens()[1][:4]])).logits[0]) <= agreement(model)
     assert difference(*found.values()) > FAR
 
 
@@ -382,10 +387,11 @@ def test_in_the_decoder_of_an_encoder_decoder(family: str, placement: str) -> No
         expected = oracle(rows)
         labels = torch.randint(3, 96, given.shape, generator=torch.Generator().manual_seed(4))
         output = ours(**source, decoder_input_ids=given, labels=labels)
-        assert torch.equal(output.logits, expected)
+        bound = agreement(model)
+        assert apart(output.logits, expected) <= bound
         loss = torch.nn.functional.cross_entropy(expected.flatten(0, 1), labels.flatten())
-        assert difference(output.loss, loss) <= 1e-6
-        assert difference(ours(**source, decoder_input_ids=given).logits, expected) == 0
+        assert difference(output.loss, loss) <= max(1e-6, bound)
+        assert apart(ours(**source, decoder_input_ids=given).logits, expected) <= bound
         assert difference(wrong(**source, decoder_input_ids=given).logits, expected) > FAR
 
         settings = {"max_new_tokens": NEW, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
@@ -399,8 +405,7 @@ def test_in_the_decoder_of_an_encoder_decoder(family: str, placement: str) -> No
         for use_cache in (True, False):
             made = ours.generate(**source, decoder_input_ids=given, use_cache=use_cache, **settings)
             assert made.sequences[:, -NEW:].tolist() == [row[-NEW:] for row in grown]
-            by_step = torch.stack(scores)
-            assert difference(torch.stack(made.logits), by_step) <= STEP * float(by_step.abs().max())
+            assert apart(torch.stack(made.logits), torch.stack(scores)) <= max(STEP, bound)
 
 
 @pytest.mark.parametrize("placement", ["before-sequence", "template", "after-first-token"])
@@ -424,7 +429,7 @@ def test_a_prompt_in_each_stack(placement: str) -> None:
         expected = model(inputs_embeds=embedded, decoder_inputs_embeds=decoder).logits
         own = [column for column, i in enumerate(rows[1][0]) if i != PLACEHOLDER or placement == "template"]
         found = ours(input_ids=source, attention_mask=torch.ones_like(source), decoder_input_ids=target).logits
-    assert difference(found, expected[:, own]) <= 1e-12 * float(expected.abs().max())
+    assert apart(found, expected[:, own]) <= agreement(model)
     assert ENGINE.extract(ours).inputs == tuple(parts)
 
 
@@ -456,12 +461,13 @@ def test_after_the_block_padding_does_not_matter(family: str, placement: str) ->
                 assert both.shape[:2] == out.shape
                 for number, one in enumerate(alone):
                     real = mask[number].bool()
-                    assert difference(both[number, real], one) <= 1e-12 * float(one.abs().max()), (implementation, side)
+                    assert apart(both[number, real], one) <= agreement(running), (implementation, side)
                     assert difference(other[number, real], one) > FAR
             given, words = torch.tensor(texts[:1]), running.base_model.embeddings
             if family != "deberta-v2":  # whose block wants a mask
                 assert torch.equal(ours.base_model.embeddings(given), words(given)), "the block on its own, afterwards"
-            assert difference(ours(inputs_embeds=running.get_input_embeddings()(given)).logits[0], alone[0]) <= 1e-12
+            embedded = running.get_input_embeddings()(given)
+            assert apart(ours(inputs_embeds=embedded).logits[0], alone[0]) <= agreement(running)
             later = replace(prompt, positions=Positions({part.stack: 3}))
             if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
                 assert [obstacle.name for obstacle in ENGINE.obstacles(later, running)] == ["positions"]
@@ -475,7 +481,7 @@ def test_after_the_block_padding_does_not_matter(family: str, placement: str) ->
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("placement", ["before-sequence", "after-first-token"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "albert"])
-def test_after_the_block_is_adapterhub_bitwise(family: str, placement: str) -> None:
+def test_after_the_block_is_adapterhub(family: str, placement: str) -> None:
     """States of every token. (What AdapterHub's classifiers make of them: test_adapterhub_elsewhere.py.)"""
     pytest.importorskip("adapters")
     maker = runpy.run_path(str(Path(__file__).parent.parent / "golden" / "make_adapterhub.py"))
@@ -494,7 +500,7 @@ def test_after_the_block_is_adapterhub_bitwise(family: str, placement: str) -> N
         real = inputs.get("attention_mask", torch.ones_like(out)).bool()
         with torch.no_grad():
             found.append(ours(**inputs).logits[real])
-            assert torch.equal(found[-1], toolkit(**inputs).logits[:, places][real])
+            assert apart(found[-1], toolkit(**inputs).logits[:, places][real]) <= agreement(model)
             assert difference(found[-1], model(**inputs).logits[real]) > FAR
     assert difference(found[2], found[0]) > FAR, "positions"
     assert family == "roberta" or difference(found[1], found[0]) > FAR, "types"
@@ -512,7 +518,7 @@ def test_after_the_block_of_a_decoder() -> None:
             assert difference(wrong(ids).logits, expected) > FAR
             cache = caches.of(ours(ids[:, :4], use_cache=True))
             later = ours(ids[:, 4:6], **caches.handed(ours.forward, cache)).logits
-            assert difference(later, expected[:, 4:6]) <= 1e-12
+            assert apart(later, expected[:, 4:6]) <= agreement(model)
 
 
 def test_a_text_may_be_as_long_as_the_positions() -> None:

@@ -23,7 +23,7 @@ from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
 from softbridge.methods import MLP, PrefixTuning
 from softbridge.prompt import KeyValuePrefix, SoftPrompt
-from softbridge.testing import random_input_prompt, random_prefix
+from softbridge.testing import agreement, apart, random_input_prompt, random_prefix
 from softbridge.verification.probes import make_probes
 from softbridge.verification.run import gradient
 from softbridge_native.engine import ENGINE
@@ -67,7 +67,7 @@ def tokens() -> Tensor:
 
 @pytest.mark.filterwarnings("ignore")  # of transformers' models, about themselves
 @pytest.mark.parametrize("family", FAMILIES)
-def test_it_is_peft_bitwise_and_keeps_the_contract(family: str) -> None:
+def test_it_is_peft_and_keeps_the_contract(family: str) -> None:
     model = make(family)
     prompt = random_prefix(read_geometry(model.config), P, std=0.7)
     ids = tokens()
@@ -120,18 +120,18 @@ def test_it_is_used_as_any_other_prefix() -> None:
     ids = tokens()
     running = sb.attach(copy.deepcopy(model), PrefixTuning(P, MLP(8)), seed=0)
     expected = logits(running, ids)
-    assert torch.equal(logits(copy.deepcopy(running), ids), expected)
+    assert apart(logits(copy.deepcopy(running), ids), expected) <= agreement(model)
     running(input_ids=ids, labels=ids).loss.backward()
     assert float(running.softbridge.parameterisation.self_embedding.grad.abs().max()) > 0
     with torch.no_grad():
         first = running(input_ids=ids[:, :4], use_cache=True)
         held = caches.of(first)
         rest = running(input_ids=ids[:, 4:], **caches.handed(running.forward, held), use_cache=True).logits
-    assert float((torch.cat([first.logits, rest], 1) - expected).abs().max()) < 1e-12 * float(expected.abs().max())
+    assert apart(torch.cat([first.logits, rest], 1), expected) <= agreement(model)
     held.crop(-3)
     with torch.no_grad():
         again = running(input_ids=ids[:, 3:], **caches.handed(running.forward, held)).logits
-    assert float((again - expected[:, 3:]).abs().max()) < 1e-12 * float(expected.abs().max())
+    assert apart(again, expected[:, 3:]) <= agreement(model)
     assert torch.equal(logits(sb.detach(running), ids), logits(model, ids))
 
 

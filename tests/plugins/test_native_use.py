@@ -19,7 +19,7 @@ from softbridge.errors import EngineError
 from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
 from softbridge.prompt import SoftPrompt
-from softbridge.testing import random_input_prompt, random_prefix, tiny_model
+from softbridge.testing import agreement, apart, random_input_prompt, random_prefix, tiny_model
 
 NEW = 8
 KINDS = ("prefix", "input")
@@ -161,15 +161,16 @@ def test_with_weights_that_are_on_disk_until_they_are_needed(kind: str, tmp_path
     running = sb.attach(spread, prompt)
     expected = sb.attach(copy.deepcopy(model), prompt)
     with torch.no_grad():
-        assert torch.equal(running(input_ids=ids).logits, expected(input_ids=ids).logits)
+        # In float32; what lies on disk is aligned otherwise in memory.
+        assert apart(running(input_ids=ids).logits, expected(input_ids=ids).logits) <= 1e-5
     assert torch.equal(decode(running, ids), decode(expected, ids))
     running(input_ids=ids, labels=ids).loss.backward()
     expected(input_ids=ids, labels=ids).loss.backward()
     pairs = zip(running.softbridge.parameters(), expected.softbridge.parameters(), strict=True)
-    assert all(torch.equal(a.grad, b.grad) for a, b in pairs)
+    assert all(apart(a.grad, b.grad) <= 1e-5 for a, b in pairs)
     assert sb.extract(running) == prompt
     with torch.no_grad():
-        assert torch.equal(sb.detach(running)(input_ids=ids).logits, model(input_ids=ids).logits)
+        assert apart(sb.detach(running)(input_ids=ids).logits, model(input_ids=ids).logits) <= 1e-5
 
 
 def test_logits_of_virtual_tokens_on_request() -> None:
@@ -183,7 +184,7 @@ def test_logits_of_virtual_tokens_on_request() -> None:
         rows = torch.tensor(prompt.inputs[0].vectors, dtype=torch.float64).expand(2, -1, -1)
         embedded = torch.cat([rows, model.get_input_embeddings()(ids)], dim=1)
         assert torch.equal(both, model(inputs_embeds=embedded).logits)
-    assert torch.equal(both[:, 5:], real)
+    assert apart(both[:, 5:], real) <= agreement(model)
     with pytest.raises(EngineError, match="labels, which are of real tokens"):
         running(input_ids=ids, labels=ids)
     running.softbridge.virtual_logits = False

@@ -250,7 +250,9 @@ def test_the_training_state_of_a_live_model_is_kept_beside_what_peft_saves(
     if family == "t5" and method == "multitask":
         assert generate(loaded(family, tmp_path / "ours"), **asked) == generate(model.eval(), **asked)
     else:
-        assert torch.equal(logits(loaded(family, tmp_path / "ours"), **asked), logits(model.eval(), **asked))
+        # The live network makes its rows in float32, for every text of the batch anew: products of other shapes.
+        far = apart(logits(loaded(family, tmp_path / "ours"), **asked), logits(model.eval(), **asked))
+        assert far <= (1e-5 if method in THROWN else 0.0)
 
 
 @pytest.mark.parametrize("method", [*THROWN, *STORED])

@@ -20,7 +20,8 @@ SCHEMA = "softbridge/certificate/2"
 #: Earlier ones that can still be run again.
 OLDER = ("softbridge/certificate/1",)
 
-#: How alike two sides are, the strictest first. bitwise: not one bit differs, in float64 and in the working precision.
+#: How alike two sides are, the strictest first. bitwise: not one bit differed here, in float64 and in the working
+#: precision; on another processor, which sums products of other shapes in another order, the same may be exact.
 #: exact: within the stated bound in float64. rounding: another function in float64, but in the working precision no
 #: probe's outputs are further apart than the yardstick, and without the prompt they are; the generated tokens are the
 #: same.

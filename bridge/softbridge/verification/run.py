@@ -255,11 +255,15 @@ def _tensors(model: Any, inputs: Mapping[str, Array]) -> dict[str, Any]:
     return {name: torch.from_numpy(np.ascontiguousarray(array)).to(model.device) for name, array in inputs.items()}
 
 
-def find_islands(model: Any, probe: Probe) -> tuple[str, ...]:
+def find_islands(model: Any, probe: Probe | Mapping[str, Any]) -> tuple[str, ...]:
     """Where a float64 model computes in less than float64: names of modules' classes, sorted.
 
     Such an island bounds how closely two ways of running a prompt can agree: a rotary table or a softmax in float32
     rounds to 1e-7. It is found by watching every operator for narrower floating-point inputs that come out as float64.
+
+    Args:
+        model: is called once.
+        probe: what with; or the model's own arguments, for one that takes no text.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -290,7 +294,10 @@ def find_islands(model: Any, probe: Probe) -> tuple[str, ...]:
         handles += [module.register_forward_pre_hook(enter), module.register_forward_hook(leave)]
     try:
         with Watch():  # type: ignore[no-untyped-call]
-            _logits(model, probe)
+            if isinstance(probe, Probe):
+                _logits(model, probe)
+            else:
+                model(**probe)
     finally:
         for handle in handles:
             handle.remove()
