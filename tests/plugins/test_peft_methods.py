@@ -244,7 +244,9 @@ def test_the_training_state_of_a_live_model_is_kept_beside_what_peft_saves(
     assert config_in(tmp_path / "ours") == config_in(tmp_path / "theirs")
     ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
-    assert all(np.array_equal(array, theirs[name]) for name, array in ours.items())
+    # For an encoder-decoder PEFT's network makes the rows of both stacks in one float32 product.
+    rounding = 1e-6 if family == "t5" and method in THROWN else 0.0
+    assert all(np.abs(array - theirs[name]).max() <= rounding * np.abs(array).max() for name, array in ours.items())
 
     asked = {"task_ids": torch.tensor([0, 0])} if method == "multitask" else {}
     if family == "t5" and method == "multitask":
