@@ -44,7 +44,10 @@ def preferences() -> Any:
     tokens = torch.randint(2, 96, (4, 9), generator=torch.Generator().manual_seed(1)).tolist()
     words = [[f"w{number}" for number in row] for row in tokens]
     return Dataset.from_list(
-        [{"prompt": " ".join(w[:3]), "chosen": " " + " ".join(w[3:6]), "rejected": " " + " ".join(w[6:])} for w in words]
+        [
+            {"prompt": " ".join(w[:3]), "chosen": " " + " ".join(w[3:6]), "rejected": " " + " ".join(w[6:])}
+            for w in words
+        ]
     )
 
 

@@ -313,7 +313,10 @@ def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
     again = type(base)(AutoConfig.from_pretrained(tmp_path / "prompt"))
     again.load_state_dict(base.state_dict())
     again.save_pretrained(tmp_path / "again")
-    found, text = type(base).from_pretrained(tmp_path / "again", attn_implementation="eager"), torch.tensor([[5, 9, 17]])
+    found, text = (
+        type(base).from_pretrained(tmp_path / "again", attn_implementation="eager"),
+        torch.tensor([[5, 9, 17]]),
+    )
     assert torch.equal(found.eval()(text).logits, base.eval()(text).logits)
 
 

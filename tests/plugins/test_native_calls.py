@@ -387,3 +387,52 @@ def test_hidden_states_are_of_real_tokens(family: str, head: bool) -> None:
         assert {attention.shape[-1] for attention in running(**told).attentions} == {11}
         running.softbridge.virtual_logits = True
         assert {state.shape[1] for state in running(**told).hidden_states} == {11}
+
+
+def test_continuous_batching_is_refused_at_the_call() -> None:
+    running = sb.attach(tiny_model("llama", torch.float32), prompts(tiny_model("llama"))["input"])
+    for call in (running.generate_batch, running.init_continuous_batching):
+        with pytest.raises(EngineError, match="continuous batching"):
+            call([[5, 6, 7]])
+
+
+@pytest.mark.parametrize("kind", ["input", "prefix"])
+def test_it_is_exported(kind: str) -> None:
+    """By torch.export, for rows and lengths that it was not shown, with and without pads."""
+    model = tiny_model("llama", torch.float32, num_hidden_layers=1)
+    running = sb.attach(copy.deepcopy(model), prompts(model)[kind])
+    ids, mask = text(6, rows=2), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    free = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    told: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    with torch.no_grad():
+        program = torch.export.export(
+            running, (), told, dynamic_shapes={"input_ids": free, "attention_mask": free, "use_cache": None}
+        )
+        exported = program.module()
+        more = {**told, "input_ids": text(9, 1, rows=3), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+        for given in (told, more):
+            expected = running(**given).logits
+            assert apart(exported(**given).logits, expected) == 0
+            assert apart(model(**given).logits, expected) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.use_mamba_kernels:FutureWarning")
+@pytest.mark.parametrize("attends", [0, 1])
+def test_a_cache_whose_first_layer_may_keep_no_keys(attends: int) -> None:
+    """Jamba's: what it generates with an input prompt is what it does by hand, whichever layer attends first."""
+    size = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 2}
+    state = {"mamba_d_state": 4, "mamba_dt_rank": 4, "num_experts": 1, "num_experts_per_tok": 1}
+    settings = {**size, **attention, **state, "attn_layer_offset": attends, "initializer_range": 0.4}
+    config = AutoConfig.for_model("jamba", **settings, use_mamba_kernels=False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    prompt, ids = prompts(model)["input"], text(6)
+    running = sb.attach(copy.deepcopy(model), prompt)
+    vectors, grown = torch.tensor(prompt.inputs[0].vectors).double()[None], ids
+    with torch.no_grad():
+        for _ in range(3):
+            embedded = torch.cat([vectors, model.get_input_embeddings()(grown)], dim=1)
+            grown = torch.cat([grown, model(inputs_embeds=embedded, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(greedy(running, ids), grown)
+    assert not torch.equal(greedy(model, ids), grown)
