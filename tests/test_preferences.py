@@ -41,14 +41,10 @@ def tokenizer() -> Any:
 def preferences() -> Any:
     from datasets import Dataset
 
-    tokens = torch.randint(2, 96, (4, 9), generator=torch.Generator().manual_seed(1)).tolist()
-    words = [[f"w{number}" for number in row] for row in tokens]
-    return Dataset.from_list(
-        [
-            {"prompt": " ".join(w[:3]), "chosen": " " + " ".join(w[3:6]), "rejected": " " + " ".join(w[6:])}
-            for w in words
-        ]
-    )
+    tokens = torch.randint(2, 96, (4, 3, 3), generator=torch.Generator().manual_seed(1)).tolist()
+    names = ("prompt", "chosen", "rejected")
+    texts = [[" ".join(f"w{number}" for number in each) for each in row] for row in tokens]
+    return Dataset.from_list([dict(zip(names, row, strict=True)) for row in texts])
 
 
 def losses(model: Any, reference: Any, folder: Path) -> list[float]:
