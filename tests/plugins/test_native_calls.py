@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from softbridge.bank import PromptBank
 from softbridge.errors import EngineError
 from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
+from softbridge.passes import as_dtype
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 
 THREADS, CALLS = 3, 60
@@ -105,6 +107,47 @@ def test_threads_train_each_with_its_own_numbers() -> None:
     assert apart(alone[0][0], alone[1][0]) > 0.1
     for found, expected in zip(in_threads(gradient), alone, strict=True):
         assert all(apart(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))
+
+
+def replica(network: Any) -> Any:
+    """What `nn.DataParallel` runs in a thread of its own, on the one device that is here."""
+    modules = list(network.modules())
+    copies = {id(module): module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        copied = copies[id(module)]
+        for name, child in module._modules.items():
+            copied._modules[name] = None if child is None else copies[id(child)]
+        for name, parameter in module._parameters.items():
+            setattr(copied, name, None if parameter is None else parameter.view_as(parameter))
+    return copies[id(network)]
+
+
+@pytest.mark.parametrize("kind", ["input", "prefix", "network", "network prefix"])
+@pytest.mark.parametrize("head", [False, True])
+def test_replicas_run_in_threads(kind: str, head: bool) -> None:
+    """As the model does, with the prompt and without; their gradients are the prompt's own."""
+    model = tiny_model("llama") if head else headless("llama")
+    running = sb.attach(copy.deepcopy(model), as_dtype(prompts(model)[kind], np.dtype(np.float64)))
+    parameters = [p for p in running.parameters() if p.requires_grad]
+    replicas = [replica(running) for _ in range(THREADS)]
+    assert not list(replicas[0].parameters())
+    ids = [text(5 + thread, thread) for thread in range(THREADS)]
+    bare = [model(input_ids=each)[0].detach() for each in ids]
+    alone = [running(input_ids=each)[0].detach() for each in ids]
+    assert min(apart(a, b) for a, b in zip(alone, bare, strict=True)) > 0.1
+
+    def run(thread: int) -> list[Tensor]:
+        return [replicas[thread](input_ids=ids[thread])[0] for _ in range(5)]
+
+    found = in_threads(run)
+    assert all(apart(each.detach(), alone[thread]) == 0 for thread in range(THREADS) for each in found[thread])
+    together = torch.autograd.grad(sum(each[0].pow(3).mean() for each in found), parameters)
+    each_alone = [torch.autograd.grad(running(input_ids=one)[0].pow(3).mean(), parameters) for one in ids]
+    for gathered, single in zip(together, zip(*each_alone, strict=True), strict=True):
+        assert apart(gathered, sum(single, torch.zeros_like(gathered))) < 1e-12
+    with running.softbridge.off():
+        off = in_threads(run)
+    assert all(apart(each.detach(), bare[thread]) == 0 for thread in range(THREADS) for each in off[thread])
 
 
 def test_threads_name_their_own_rows() -> None:
