@@ -152,7 +152,7 @@ def test_resuming_is_bit_equal_parameterisation_included(name: str, tmp_path: Pa
     assert not {file for file in files if file.endswith((".bin", ".pt", ".safetensors"))} - others - {WEIGHTS_FILE}
     config = json.loads((checkpoint / "config.json").read_text())
     assert config["architectures"] == [type(model).__name__]
-    assert "softbridge" not in (checkpoint / "config.json").read_text()
+    assert "softbridge_" not in (checkpoint / "config.json").read_text()
 
     again = sb.attach(model_of(family), method, seed=5)
     assert sb.extract(again) != start
@@ -297,6 +297,27 @@ def test_what_is_pushed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     names = {path.name for path in (tmp_path / "mine").iterdir()}
     assert names == {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME}
     assert sb.load(tmp_path / "mine", model) == sb.extract(model)
+
+
+def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
+    """Loaded as one it raises, and no random model comes of it; its configuration is the base's, and stays so."""
+    from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+    base = model_of("gpt2")
+    model = sb.attach(copy.deepcopy(base), PTuningV2(P), seed=0)
+    model.save_pretrained(tmp_path / "prompt")
+    for kind in (AutoModelForCausalLM, AutoModel, type(base)):
+        with pytest.raises(ValueError, match=r"a soft prompt of softbridge\. Load the base model"):
+            kind.from_pretrained(tmp_path / "prompt")
+    assert sb.load(tmp_path / "prompt", tmp_path / "prompt") == sb.extract(model)
+    again = type(base)(AutoConfig.from_pretrained(tmp_path / "prompt"))
+    again.load_state_dict(base.state_dict())
+    again.save_pretrained(tmp_path / "again")
+    found, text = (
+        type(base).from_pretrained(tmp_path / "again", attn_implementation="eager"),
+        torch.tensor([[5, 9, 17]]),
+    )
+    assert torch.equal(found.eval()(text).logits, base.eval()(text).logits)
 
 
 def test_a_pipeline_takes_it() -> None:

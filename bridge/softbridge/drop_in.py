@@ -10,6 +10,7 @@ is the prompt: softbridge's own format, whose tensors go by the names of `SoftPr
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
@@ -24,6 +25,10 @@ from softbridge.prompt import SoftPrompt
 from softbridge.registry import engine_named
 from softbridge.tensors import from_torch
 
+#: What transformers says of a folder of ours, if it is to load a model from it.
+NO_WEIGHTS = (
+    "none: model.safetensors is a soft prompt of softbridge. Load the base model and softbridge.attach(model, folder)"
+)
 #: What the name of a prompt's tensor starts with, of every prompt: see `SoftPrompt.arrays`.
 _PARTS = "parts."
 
@@ -106,6 +111,7 @@ class DropIn(Derived):
         config = copy.deepcopy(model.config)
         config.architectures = [type(model).__name__]
         config.save_pretrained(folder)
+        _say_that_there_are_none(folder)
         if model.can_generate() and getattr(model, "generation_config", None) is not None:
             model.generation_config.save_pretrained(folder)
         (folder / WEIGHTS_FILE).write_bytes(pack(_now(model, state_dict or {})))
@@ -156,6 +162,17 @@ class DropIn(Derived):
         """Print `num_trainable_parameters`, in the words that users of PEFT know."""
         trained, total = self.num_trainable_parameters()
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
+
+
+def _say_that_there_are_none(folder: Path) -> None:
+    """Let `from_pretrained` raise on a prompt's folder, and not return a model of random weights.
+
+    The key names the file of weights; transformers never hands it on to a model that is saved anew.
+    """
+    path = folder / "config.json"
+    document = json.loads(path.read_text(encoding="utf-8"))
+    document["transformers_weights"] = NO_WEIGHTS
+    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def _now(model: Any, state: Mapping[str, Any]) -> SoftPrompt:

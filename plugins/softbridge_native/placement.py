@@ -211,7 +211,9 @@ def left_pads(mask: Tensor) -> Tensor:
 
 def _take(both: Tensor, order: Tensor) -> Tensor:
     """The columns of [B or 1, N, ...] in the order [B or 1, n]."""
-    return torch.take_along_dim(both, order.view(*order.shape, *[1] * (both.ndim - 2)), dim=1)
+    rows, rest = max(both.shape[0], order.shape[0]), both.shape[2:]
+    index = order.view(*order.shape, *[1] * len(rest)).expand(rows, -1, *rest)
+    return both.expand(rows, *both.shape[1:]).gather(1, index)  # `take_along_dim` fixes the shapes of an exported graph
 
 
 #: Of a cache: whether the stack that filled it is running, and counts all that it holds; and by whom it was begun.
@@ -271,11 +273,19 @@ def hides(cache: Any) -> bool:
 
 def full_length(cache: Any) -> int:
     """How many tokens a cache holds, virtual ones included."""
-    return 0 if cache is None else int(type(cache).get_seq_length(cache))
+    if cache is None or _blank(cache):
+        return 0
+    return int(type(cache).get_seq_length(cache))
+
+
+def _blank(cache: Any) -> bool:
+    """Whether a cache of a model's own kind, which may count what it has no keys of (Jamba's), has no number yet."""
+    keys = vars(cache).get("key_cache")
+    return isinstance(keys, list) and all(isinstance(each, Tensor) and each.numel() == 0 for each in keys)
 
 
 def _real_length(cache: Any, virtual: int, *args: Any, **kwargs: Any) -> int:
-    full = int(type(cache).get_seq_length(cache, *args, **kwargs))
+    full = 0 if _blank(cache) else int(type(cache).get_seq_length(cache, *args, **kwargs))
     return full if vars(cache)[_RUNNING] else max(full - virtual, 0)
 
 
@@ -401,7 +411,7 @@ class StackHooks:
                 )
             check_begun(cache, self.around.owner, past)
             check_unpacked(kwargs, plain)
-            kwargs.pop("cache_position", None)  # counted without the prompt; the model counts its cache
+            counted_without = kwargs.pop("cache_position", None)
             if plain is None and isinstance(call.vectors.lengths, Tensor):
                 tokens = given_tokens(kwargs)
                 real = tokens.shape[1] + max(past - call.vectors.length, 0)
@@ -413,6 +423,9 @@ class StackHooks:
                 call.layout = rows
                 hide(cache, call.vectors.length, self.around.owner)
                 self._insert(call, rows, stack, kwargs, positions)
+            if counted_without is not None:  # not every model counts its cache by itself
+                length = given_tokens(kwargs).shape[1]
+                kwargs["cache_position"] = torch.arange(past, past + length, device=counted_without.device)
         call.cache = caches.given(kwargs)
         if hides(call.cache):
             running(call.cache, True)

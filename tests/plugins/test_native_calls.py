@@ -9,6 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -20,6 +21,7 @@ from softbridge.bank import PromptBank
 from softbridge.errors import EngineError
 from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
+from softbridge.passes import as_dtype
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 
 THREADS, CALLS = 3, 60
@@ -105,6 +107,47 @@ def test_threads_train_each_with_its_own_numbers() -> None:
     assert apart(alone[0][0], alone[1][0]) > 0.1
     for found, expected in zip(in_threads(gradient), alone, strict=True):
         assert all(apart(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))
+
+
+def replica(network: Any) -> Any:
+    """What `nn.DataParallel` runs in a thread of its own, on the one device that is here."""
+    modules = list(network.modules())
+    copies = {id(module): module._replicate_for_data_parallel() for module in modules}
+    for module in modules:
+        copied = copies[id(module)]
+        for name, child in module._modules.items():
+            copied._modules[name] = None if child is None else copies[id(child)]
+        for name, parameter in module._parameters.items():
+            setattr(copied, name, None if parameter is None else parameter.view_as(parameter))
+    return copies[id(network)]
+
+
+@pytest.mark.parametrize("kind", ["input", "prefix", "network", "network prefix"])
+@pytest.mark.parametrize("head", [False, True])
+def test_replicas_run_in_threads(kind: str, head: bool) -> None:
+    """As the model does, with the prompt and without; their gradients are the prompt's own."""
+    model = tiny_model("llama") if head else headless("llama")
+    running = sb.attach(copy.deepcopy(model), as_dtype(prompts(model)[kind], np.dtype(np.float64)))
+    parameters = [p for p in running.parameters() if p.requires_grad]
+    replicas = [replica(running) for _ in range(THREADS)]
+    assert not list(replicas[0].parameters())
+    ids = [text(5 + thread, thread) for thread in range(THREADS)]
+    bare = [model(input_ids=each)[0].detach() for each in ids]
+    alone = [running(input_ids=each)[0].detach() for each in ids]
+    assert min(apart(a, b) for a, b in zip(alone, bare, strict=True)) > 0.1
+
+    def run(thread: int) -> list[Tensor]:
+        return [replicas[thread](input_ids=ids[thread])[0] for _ in range(5)]
+
+    found = in_threads(run)
+    assert all(apart(each.detach(), alone[thread]) == 0 for thread in range(THREADS) for each in found[thread])
+    together = torch.autograd.grad(sum(each[0].pow(3).mean() for each in found), parameters)
+    each_alone = [torch.autograd.grad(running(input_ids=one)[0].pow(3).mean(), parameters) for one in ids]
+    for gathered, single in zip(together, zip(*each_alone, strict=True), strict=True):
+        assert apart(gathered, sum(single, torch.zeros_like(gathered))) < 1e-12
+    with running.softbridge.off():
+        off = in_threads(run)
+    assert all(apart(each.detach(), bare[thread]) == 0 for thread in range(THREADS) for each in off[thread])
 
 
 def test_threads_name_their_own_rows() -> None:
@@ -387,3 +430,52 @@ def test_hidden_states_are_of_real_tokens(family: str, head: bool) -> None:
         assert {attention.shape[-1] for attention in running(**told).attentions} == {11}
         running.softbridge.virtual_logits = True
         assert {state.shape[1] for state in running(**told).hidden_states} == {11}
+
+
+def test_continuous_batching_is_refused_at_the_call() -> None:
+    running = sb.attach(tiny_model("llama", torch.float32), prompts(tiny_model("llama"))["input"])
+    for call in (running.generate_batch, running.init_continuous_batching):
+        with pytest.raises(EngineError, match="continuous batching"):
+            call([[5, 6, 7]])
+
+
+@pytest.mark.parametrize("kind", ["input", "prefix"])
+def test_it_is_exported(kind: str) -> None:
+    """By torch.export, for rows and lengths that it was not shown, with and without pads."""
+    model = tiny_model("llama", torch.float32, num_hidden_layers=1)
+    running = sb.attach(copy.deepcopy(model), prompts(model)[kind])
+    ids, mask = text(6, rows=2), torch.tensor([[1] * 6, [0, 0, 1, 1, 1, 1]])
+    free = dict.fromkeys((0, 1), torch.export.Dim.DYNAMIC)
+    told: dict[str, Any] = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    with torch.no_grad():
+        program = torch.export.export(
+            running, (), told, dynamic_shapes={"input_ids": free, "attention_mask": free, "use_cache": None}
+        )
+        exported = program.module()
+        more = {**told, "input_ids": text(9, 1, rows=3), "attention_mask": torch.ones(3, 9, dtype=torch.long)}
+        for given in (told, more):
+            expected = running(**given).logits
+            assert apart(exported(**given).logits, expected) == 0
+            assert apart(model(**given).logits, expected) > 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.use_mamba_kernels:FutureWarning")
+@pytest.mark.parametrize("attends", [0, 1])
+def test_a_cache_whose_first_layer_may_keep_no_keys(attends: int) -> None:
+    """Jamba's: what it generates with an input prompt is what it does by hand, whichever layer attends first."""
+    size = {"vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    attention = {"num_attention_heads": 4, "num_key_value_heads": 2, "attn_layer_period": 2}
+    state = {"mamba_d_state": 4, "mamba_dt_rank": 4, "num_experts": 1, "num_experts_per_tok": 1}
+    settings = {**size, **attention, **state, "attn_layer_offset": attends, "initializer_range": 0.4}
+    config = AutoConfig.for_model("jamba", **settings, use_mamba_kernels=False)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
+    prompt, ids = prompts(model)["input"], text(6)
+    running = sb.attach(copy.deepcopy(model), prompt)
+    vectors, grown = torch.tensor(prompt.inputs[0].vectors).double()[None], ids
+    with torch.no_grad():
+        for _ in range(3):
+            embedded = torch.cat([vectors, model.get_input_embeddings()(grown)], dim=1)
+            grown = torch.cat([grown, model(inputs_embeds=embedded, use_cache=False).logits[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(greedy(running, ids), grown)
+    assert not torch.equal(greedy(model, ids), grown)
