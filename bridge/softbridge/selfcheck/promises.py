@@ -40,7 +40,7 @@ class NotTried(Exception):  # noqa: N818
 
 def texts(model: Any, template: bool = False) -> list[dict[str, Tensor]]:
     """Texts [1, T] of several lengths, with the places of a template's virtual tokens if there is one."""
-    found = [contract.inputs(model, row) for row in range(len(contract.LENGTHS))]
+    found = [contract.make_text(model, row) for row in range(len(contract.LENGTHS))]
     return [_placed(text) for text in found] if template else found
 
 
@@ -83,8 +83,8 @@ def left(model: Any, given: Sequence[Inputs]) -> Iterator[Figure]:
     """A row with pads on the left is the row alone, and so is what is generated from it."""
     yield from _padded(model, given[0], "left")
     if generates(model) and not model.config.is_encoder_decoder:
-        alone = torch.cat([contract.generated(model, text) for text in given])
-        together = contract.generated(model, contract.batched(model, given, "left"))
+        alone = torch.cat([contract.generate(model, text) for text in given])
+        together = contract.generate(model, contract.pad_together(model, given, "left"))
         yield Figure("generated", float((together != alone).sum()), "same")
 
 
@@ -92,7 +92,7 @@ def _padded(model: Any, inputs: Inputs, side: str) -> Iterator[Figure]:
     expected = said(model, inputs)
     stacks = ("", "decoder_") if "decoder_input_ids" in inputs else ("",)
     for stack in stacks:
-        found = said(model, {**inputs, **contract.padded(model, inputs, stack, side)})
+        found = said(model, {**inputs, **contract.pad_text(model, inputs, stack, side)})
         if stack or (len(stacks) == 1 and found.ndim == 3):
             found = found[:, -expected.shape[1] :] if side == "left" else found[:, : expected.shape[1]]
         yield Figure(f"{stack}{side}", contract.distance(found, expected), "close")
@@ -102,7 +102,7 @@ def generation(model: Any, given: Sequence[Inputs]) -> Iterator[Figure]:
     """`generate` without a cache is greedy decoding by hand, which reads the whole text for each token."""
     _must_generate(model)
     by_hand = contract.greedy(model, given[0])
-    found = contract.generated(model, given[0], use_cache=False)
+    found = contract.generate(model, given[0], use_cache=False)
     yield Figure("greedy, uncached", float((found != by_hand).sum()), "same")
 
 
@@ -111,7 +111,7 @@ def cache(model: Any, given: Sequence[Inputs]) -> Iterator[Figure]:
     _must_generate(model)
     yield contract.token_by_token(model, given[0], FIRST)
     by_hand = contract.greedy(model, given[0])
-    yield Figure("greedy", float((contract.generated(model, given[0]) != by_hand).sum()), "same")
+    yield Figure("greedy", float((contract.generate(model, given[0]) != by_hand).sum()), "same")
 
 
 def _must_generate(model: Any) -> None:
@@ -123,11 +123,14 @@ def _must_generate(model: Any) -> None:
 
 
 def by_hand(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inputs) -> Tensor:
-    """What the bare copy says with the prompt, through its own arguments alone: the scores of real tokens.
+    """What the bare copy says with the prompt, through its own arguments alone.
 
     Vectors are rows among those of `inputs_embeds`. The prefix of a decoder is what its cache holds before the first
     token. Elsewhere (encoders, cross-attention) it is what the projections of keys and values give for tokens in front
     whose own outputs nobody looks at.
+
+    Returns:
+        The scores of real tokens, as `said` of a running `view`.
 
     Raises:
         NotTried: it cannot be computed so.
@@ -144,6 +147,12 @@ def by_hand(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inputs) -> 
             return compute(bare, geometry, prompt, text)
     except SoftbridgeError as error:
         raise NotTried(error.found) from error
+
+
+def view(model: Any, geometry: Geometry, prompt: SoftPrompt) -> Any:
+    """Whose scores `by_hand` gives: an encoder's own under a prefix, as a head may look at the first token, which by
+    hand is none of the text's."""
+    return model.base_model if geometry.decoder is None and prompt.prefixes else model
 
 
 def _with_vectors(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inputs) -> Tensor:
@@ -200,7 +209,7 @@ def _with_prefixes(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inpu
     (part,) = prompt.prefixes
     start = prompt.positions.start[_stack(part)]
     if part.site == "encoder":
-        return _in_encoder(bare, bare.base_model, geometry, part, start, text)[:, part.length :]
+        return _in_encoder(bare.base_model, geometry, part, start, text)
     _check_window(geometry, prompt, text["input_ids"].shape[1])
     ids = text["input_ids"]
     given: dict[str, Any] = {**text, "attention_mask": torch.ones(1, part.length + ids.shape[1], dtype=torch.long)}
@@ -246,8 +255,7 @@ def _crossed(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inputs) ->
     if encoder is None:
         states = bare.get_encoder()(input_ids=ids, attention_mask=text["attention_mask"])[0]
     else:
-        states = _in_encoder(bare.get_encoder(), bare.get_encoder(), geometry, encoder, start["encoder"], text)
-        states = states[:, encoder.length :]
+        states = _in_encoder(bare.get_encoder(), geometry, encoder, start["encoder"], text)
     handles = []
     if cross is not None:
         handles = _replace(bare.get_decoder(), geometry, cross)
@@ -269,23 +277,19 @@ def _crossed(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inputs) ->
 _SITES: tuple[Site, ...] = ("self", "encoder", "cross")
 
 
-def _in_encoder(
-    model: Any, stack: nn.Module, geometry: Geometry, part: KeyValuePrefix, start: int, text: Inputs
-) -> Tensor:
-    """What an encoder says of P tokens, whose keys and values are the prefix, and the text behind: [1, P + T, ...]."""
+def _in_encoder(stack: nn.Module, geometry: Geometry, part: KeyValuePrefix, start: int, text: Inputs) -> Tensor:
+    """The states of a text [1, T, H] in an encoder behind P tokens whose keys and values are the prefix."""
     if start != part.length:
         raise NotTried("its first token cannot be told by hand to stand elsewhere")
     ids = text["input_ids"]
     ids = torch.cat([ids[:, :1].expand(-1, part.length), ids], dim=1)
     handles = _replace(stack, geometry, part)
     try:
-        found = scores(model(input_ids=ids, attention_mask=torch.ones_like(ids)))
+        states: Tensor = stack(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
     finally:
         for handle in handles:
             handle.remove()
-    if found.shape[1:2] != ids.shape[1:]:
-        raise NotTried(f"{type(model).__name__} looks at the state of the first token, which is virtual here")
-    return found
+    return states[:, part.length :]
 
 
 def _replace(stack: nn.Module, geometry: Geometry, part: Part) -> list[Any]:

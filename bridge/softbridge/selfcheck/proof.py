@@ -1,0 +1,366 @@
+"""How a verdict comes about: a copy is built, a prompt is attached to it, and the promises are asked one by one.
+
+All of it happens in a thread of its own, which has none of the caller's modes (autocast, a default device, a graph that
+is being traced), and leaves what all threads share as it was: random numbers, the default precision, warnings.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import inspect
+import logging
+import os
+import random
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import cache as once
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from softbridge import contract
+from softbridge.bank import PromptBank
+from softbridge.base import fresh
+from softbridge.contract import CLOSE, CLOSE_TO_ISLAND, FELT, Figure, Outcome
+from softbridge.errors import EngineError
+from softbridge.hookspecs import Engine, Insertable
+from softbridge.prompt import Array, InputPrompt, KeyValuePrefix, SoftPrompt
+from softbridge.selfcheck import promises
+from softbridge.selfcheck.miniature import Architecture, Miniature, build, like, miniatures
+from softbridge.selfcheck.promises import NotTried
+from softbridge.selfcheck.verdict import Finding, Key, Measured, Promise, Verdict, decisive, keep, recall
+from softbridge.verification.run import islands_in, threads
+
+#: What switches self-checks off: 0, or false, no, off.
+SWITCH = "SOFTBRIDGE_SELF_CHECK"
+#: How many copies are tried to build.
+TRIES = 6
+#: An array of the prompt that moves nothing by this part of the largest number is not felt.
+MOVED = 1e-6
+
+_LOCK = threading.RLock()
+
+Ask = Callable[[Any, Sequence[promises.Inputs]], Iterator[Figure]]
+
+
+class UnprovenWarning(UserWarning):
+    """An engine could not check itself on the architecture that it runs."""
+
+
+def wanted() -> bool:
+    """Whether the environment leaves self-checks on."""
+    return os.environ.get(SWITCH, "1").strip().lower() not in ("0", "false", "no", "off")
+
+
+def prove(engine: Engine, of: Architecture, prompt: SoftPrompt, *, bank: bool = False) -> Verdict:
+    """The verdict on an engine that runs a prompt of this kind on a model of this architecture.
+
+    Args:
+        engine: an engine.
+        of: the architecture.
+        prompt: of it counts what kind it is, not its numbers.
+        bank: whether it is to be one of several, each for some rows.
+    """
+    smallest = next(miniatures(of, prompt), None)
+    key = None if smallest is None else _key(engine, of, smallest, prompt, bank)
+    with _LOCK:  # two threads come to one verdict
+        verdict = None if key is None else recall(key)
+        if verdict is None:
+            with ThreadPoolExecutor(1, "softbridge-self-check") as apart:
+                verdict = apart.submit(_proven, engine, of, prompt, bank).result()
+            if key is not None:
+                keep(key, verdict)
+    return verdict
+
+
+def _key(engine: Engine, of: Architecture, small: Miniature, prompt: SoftPrompt, bank: bool) -> Key:
+    name, source = f"{of.kind.__module__}.{of.kind.__qualname__}", _source(of.kind)
+    told = {
+        "class": name,
+        "source": source,
+        "config": small.told(),
+        "layers": {stack: list(kinds or ()) for stack, kinds in of.layers.items()} and dict(small.chosen),
+        "attention": of.implementation,
+        "prompt": _kind(like(prompt, small)),
+        "bank": bank,
+        "engine": [engine.name, *_sources(inspect.getmodule(type(engine)))],
+        "versions": dict(decisive()),
+    }
+    lasting = source is not None and "<locals>" not in of.kind.__qualname__ and of.kind.__module__ != "__main__"
+    return Key(of.kind, _plain(told), lasting)
+
+
+def _plain(value: Any) -> Any:
+    """The value in JSON's types; of what JSON does not have, its text."""
+    if isinstance(value, dict):
+        return {str(name): _plain(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple, set)):
+        return [_plain(item) for item in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else repr(value)
+
+
+def _kind(prompt: SoftPrompt) -> Any:
+    """What a prompt is, but for its numbers."""
+    parts = [
+        [part.stack, part.entry, part.placement, part.length]
+        if isinstance(part, InputPrompt)
+        else [part.site, {n: [pair.keys.shape, pair.gate and pair.gate.weight.shape] for n, pair in part.layers.items()}]
+        for part in prompt.parts
+    ]
+    told = prompt.positions
+    return [parts, dict(told.start), told.relative_bias, told.window]
+
+
+@once
+def _source(kind: type) -> str | None:
+    """The digest of the file that a class stands in, or None: of a remote model no version says what it is."""
+    try:
+        return hashlib.sha256(Path(inspect.getfile(kind)).read_bytes()).hexdigest()
+    except (OSError, TypeError):
+        return None
+
+
+@once
+def _sources(module: Any) -> tuple[str, ...]:
+    """Digests of the sources of this package and of the engine's, which a version does not tell during development."""
+    import softbridge
+
+    found = []
+    for path in (softbridge.__file__, getattr(module, "__file__", None)):
+        if path is not None:
+            digest = hashlib.sha256()
+            for source in sorted(Path(path).parent.rglob("*.py")):
+                digest.update(source.read_bytes())
+            found.append(digest.hexdigest())
+    return tuple(found)
+
+
+# ------------------------------------------------------------------------------------------------------ the verdict
+
+
+def _proven(engine: Engine, of: Architecture, prompt: SoftPrompt, bank: bool) -> Verdict:
+    reasons: list[str] = []
+    with _leaving_all_as_it_was():
+        for small in islice(miniatures(of, prompt), TRIES):
+            try:
+                bare = build(of, small)
+                if bare is None:
+                    reasons.append(f"{small.note}: it is not the same layers, or too large")
+                    continue
+                told = like(prompt, small)
+                obstacles = engine.obstacles(told, bare)
+                promises.said(bare, promises.texts(bare)[0])
+            except Exception as error:  # foreign code
+                reasons.append(f"{small.note}: {_line(error)}")
+                continue
+            if obstacles:
+                reasons.append(f"{small.note}: {'; '.join(obstacle.reason for obstacle in obstacles)}")
+                continue
+            try:
+                found = _Trial(engine, bare, small, told).findings(bank)
+            except Exception as error:
+                reasons.append(f"{small.note}: {_line(error)}")
+                continue
+            note = f"{small.note}; {of.implementation} attention"
+            return Verdict(of.kind.__name__, found, note, "", decisive())
+    reason = reasons[0] if reasons else "no configuration of a small copy is taken"
+    return Verdict(of.kind.__name__, (), "", f"no small copy of it runs ({reason})", decisive())
+
+
+def _line(error: BaseException) -> str:
+    text = str(error).strip()
+    return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+class _Trial:
+    """A copy with a prompt attached, and the same without one, to ask the promises of."""
+
+    def __init__(self, engine: Engine, bare: Any, small: Miniature, prompt: SoftPrompt) -> None:
+        self.engine, self.bare, self.geometry, self.prompt = engine, bare, small.geometry, prompt
+        self.template = any(part.template is not None for part in prompt.inputs)
+        self.texts = promises.texts(bare, self.template)
+        self.plain = promises.texts(bare)
+        self.islands = islands_in(bare, lambda: promises.said(bare, self.plain[0]))
+        self.running = engine.attach(fresh(bare), prompt)
+
+    def findings(self, bank: bool) -> tuple[Finding, ...]:
+        reference = self._reference()
+        found = [self._effect(reference), reference]
+        asks: list[tuple[Promise, Ask]] = [
+            ("generation", promises.generation),
+            ("cache", promises.cache),
+            ("right", promises.right),
+            ("left", promises.left),
+        ]
+        found += [self._asked(promise, ask) for promise, ask in asks]
+        return (*found, self._rows()) if bank else tuple(found)
+
+    def _effect(self, reference: Finding) -> Finding:
+        """The prompt is felt; where nothing says that it is right, each array of it is."""
+        expected, found = promises.said(self.bare, self.plain[0]), promises.said(self.running, self.texts[0])
+        if self.template:
+            real = self.texts[0]["input_ids"][0] >= 0
+            found = found[:, real] if found.ndim == 3 else found
+        figures = [Figure("prompts not felt", float(contract.distance(found, expected) < FELT), "same")]
+        if not reference.figures and isinstance(self.engine, Insertable):
+            whole = promises.said(self.running, self.texts[0])
+            still = []
+            for name, changed in _changes(self.prompt):
+                self.engine.insert(self.running, changed)
+                if contract.distance(promises.said(self.running, self.texts[0]), whole) < MOVED:
+                    still.append(name)
+            self.engine.insert(self.running, self.prompt)
+            figures.append(Figure("arrays not felt", float(len(still)), "same"))
+        return self._judged("effect", figures, {})
+
+    def _reference(self) -> Finding:
+        figures, reason = [], ""
+        for text in self.texts:
+            length = (text.get("decoder_input_ids") if self.geometry.encoder is None else None) or text["input_ids"]
+            try:
+                expected = promises.by_hand(self.bare, self.geometry, self.prompt, text)
+            except Exception as error:  # the bare copy may refuse what only a hand would ask of it
+                reason = str(error) if isinstance(error, NotTried) else _line(error)
+                continue
+            found = promises.said(promises.view(self.running, self.geometry, self.prompt), text)
+            name = f"by hand, {length.shape[1]} tokens"
+            figures.append(Figure(name, contract.distance(found, expected), "close"))
+        return self._judged("reference", figures, {}, reason)
+
+    def _asked(self, promise: Promise, ask: Ask) -> Finding:
+        figures, reason = _answers(ask, self.running, self.texts)
+        outcome = Outcome(promise, tuple(figures), {}, self.islands)
+        alone: dict[str, float] = {}
+        if outcome.unkept:
+            answers, _ = _answers(ask, contract.told_positions(fresh(self.bare)), self.plain)
+            alone = {figure.name: figure.value for figure in answers}
+        return self._judged(promise, figures, alone, reason)
+
+    def _rows(self) -> Finding:
+        """Rows of a bank with this prompt and with none are what each is alone, in a call and in `generate`."""
+
+        def ask(model: Any, given: Sequence[promises.Inputs]) -> Iterator[Figure]:
+            texts = [self.texts[0], self.texts[1] if self.template else self.plain[1]]
+            others = self.running if self.template else contract.told_positions(fresh(self.bare))
+            names = ["kind", "kind" if self.template else None]
+            models = (self.running, others)
+            with bank.rows(names):
+                together = promises.said(model, contract.pad_together(model, texts, "right"))
+            for row, (single, text) in enumerate(zip(models, texts, strict=True)):
+                alone = promises.said(single, text)
+                found = together[row : row + 1]
+                found = found[:, : alone.shape[1]] if found.ndim == 3 else found
+                yield Figure(f"row {row}", contract.distance(found, alone), "close")
+            if promises.generates(model):
+                side = "right" if model.config.is_encoder_decoder else "left"
+                with bank.rows(names):
+                    made = contract.generate(model, contract.pad_together(model, texts, side))
+                alone = torch.cat([contract.greedy(single, text) for single, text in zip(models, texts, strict=True)])
+                yield Figure("generated", float((made != alone).sum()), "same")
+
+        bank = PromptBank({"kind": self.prompt})
+        engine: Any = self.engine
+        model = engine.attach_bank(fresh(self.bare), bank, lambda entry: entry.source)
+        figures, reason = _answers(ask, model, self.texts)
+        return self._judged("bank", figures, {}, reason)
+
+    def _judged(self, promise: Promise, figures: Sequence[Figure], alone: dict[str, float], reason: str = "") -> Finding:
+        outcome = Outcome(promise, tuple(figures), alone, self.islands)
+        close = CLOSE_TO_ISLAND if self.islands else CLOSE
+        return Finding(
+            promise,
+            tuple(
+                Measured(
+                    figure.name,
+                    figure.value,
+                    0.0 if figure.agreement == "same" else close,
+                    alone.get(figure.name) if figure in outcome.unkept else None,
+                    figure in outcome.by_model,
+                )
+                for figure in figures
+            ),
+            reason,
+        )
+
+
+def _answers(ask: Ask, model: Any, texts: Sequence[promises.Inputs]) -> tuple[list[Figure], str]:
+    """The figures of a promise, and why there are no more: what an engine refuses by itself it does not get wrong."""
+    figures: list[Figure] = []
+    try:
+        for figure in ask(model, texts):
+            figures.append(figure)
+    except (NotTried, EngineError) as error:
+        return figures, str(error) if isinstance(error, NotTried) else error.found
+    except Exception as error:  # foreign code, and an engine's hooks in it
+        figures.append(Figure(_line(error), float("inf"), "same"))
+    return figures, ""
+
+
+def _changes(prompt: SoftPrompt) -> Iterator[tuple[str, SoftPrompt]]:
+    """The prompt with one of its arrays negated, for each of them."""
+    for at, part in enumerate(prompt.parts):
+        if isinstance(part, InputPrompt):
+            others: list[tuple[str, Any]] = [("vectors", replace(part, vectors=-part.vectors))]
+        else:
+            others = [
+                (f"{part.site}.{layer}.{name}", KeyValuePrefix(part.site, {**part.layers, layer: changed}))
+                for layer, pair in part.layers.items()
+                for name, changed in _of_layer(pair)
+            ]
+        for name, other in others:
+            yield name, replace(prompt, parts=(*prompt.parts[:at], other, *prompt.parts[at + 1 :]))
+
+
+def _of_layer(pair: Any) -> Iterator[tuple[str, Any]]:
+    def negated(array: Array) -> Array:
+        return np.asarray(-array)
+
+    yield "keys", replace(pair, keys=negated(pair.keys))
+    yield "values", replace(pair, values=negated(pair.values))
+    if pair.gate is not None:
+        yield "gate", replace(pair, gate=replace(pair.gate, weight=negated(pair.gate.weight), bias=-pair.gate.bias))
+
+
+# ---------------------------------------------------------------------------------------------------------- apart
+
+
+@contextmanager
+def _leaving_all_as_it_was() -> Iterator[None]:
+    """What all threads share stays as it was: random numbers, the default precision, warnings given and not given."""
+    ours, theirs = random.getstate(), np.random.get_state()
+    before, default = torch.random.get_rng_state(), torch.get_default_dtype()
+    with _silence(), threads(1), torch.no_grad():
+        torch.set_default_dtype(torch.float32)
+        torch.default_generator.manual_seed(0)  # and no other device's
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+            torch.random.set_rng_state(before)
+            random.setstate(ours)
+            np.random.set_state(theirs)
+
+
+@contextmanager
+def _silence() -> Iterator[None]:
+    """No word of the copy reaches the user, and none that is said once only is used up."""
+    log, said_once = logging.getLogger("transformers"), getattr(logging.Logger, "warning_once", None)
+    level = log.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        log.setLevel(logging.CRITICAL)
+        if said_once is not None:
+            logging.Logger.warning_once = lambda *args, **kwargs: None  # type: ignore[attr-defined]
+        try:
+            yield
+        finally:
+            log.setLevel(level)
+            if said_once is not None:
+                logging.Logger.warning_once = said_once  # type: ignore[attr-defined]
