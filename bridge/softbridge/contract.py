@@ -131,7 +131,9 @@ def check(
     What raises instead of keeping a promise breaks it: the error is then a figure that no bound allows.
     """
     model = make()
-    probe = Probe("alone", {name: tensor.numpy() for name, tensor in make_text(model, 0).items()}, np.ones((1, 1), bool))
+    probe = Probe(
+        "alone", {name: tensor.numpy() for name, tensor in make_text(model, 0).items()}, np.ones((1, 1), bool)
+    )
     islands = find_islands(model, probe)
     for promise in promises or PROMISES:
         outcome = Outcome(promise.__name__, _run(promise, engine, make, prompt), {}, islands)

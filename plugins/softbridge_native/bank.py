@@ -24,6 +24,7 @@ from softbridge_native.model import (
     Injection,
     attention_modules,
     check,
+    injection,
     install,
     origin_of,
     stacks_of,
@@ -108,6 +109,9 @@ def _ready(model: Any, fetch: Fetch, modules: Mapping[Site, Sequence[nn.Module]]
             "prompts without heads in a bank, as all rows of a batch go through one head",
             "attach it alone, or leave its head out: dataclasses.replace(prompt, head={})",
         )
+    checking = injection(model).check
+    if checking is not None:
+        checking.learn(prompt)
     return Ready(prompt, modules, home(model.device))
 
 

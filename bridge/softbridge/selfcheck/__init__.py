@@ -5,18 +5,19 @@ has others. So before the first call of an attached model its engine runs a prom
 the model, and what it computes is compared, in float64, with what can be had without it. The `Verdict` is kept, so that
 this costs nothing the next time.
 
-To read it, in this order: `miniature` (the copy), `promises` (what is compared), `proof` (how a verdict comes about) and
-`verdict` (what it says and where it is kept).
+To read it, in this order: `miniature` (the copy), `promises` (what is compared), `proof` (how a verdict comes about)
+and `verdict` (what it says and where it is kept).
 """
 
 from __future__ import annotations
 
 from softbridge.selfcheck.miniature import Architecture
 from softbridge.selfcheck.proof import SWITCH, UnprovenWarning, prove, wanted
-from softbridge.selfcheck.verdict import FOLDER, Finding, Measured, Promise, Verdict, folder, verdicts
+from softbridge.selfcheck.verdict import FOLDER, PROMISES, Finding, Measured, Promise, Verdict, folder, verdicts
 
 __all__ = [
     "FOLDER",
+    "PROMISES",
     "SWITCH",
     "Architecture",
     "Finding",

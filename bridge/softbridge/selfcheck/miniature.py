@@ -12,7 +12,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
@@ -130,7 +130,9 @@ class Miniature:
 
 
 def stacks(geometry: Geometry) -> Sequence[Stack]:
-    return [name for name, found in (("encoder", geometry.encoder), ("decoder", geometry.decoder)) if found is not None]
+    """The stacks that there are."""
+    known: tuple[Stack, ...] = get_args(Stack)
+    return [name for name in known if geometry.stack(name) is not None]
 
 
 def kinds_of(model: Any, geometry: Geometry, stack: Stack) -> tuple[int, ...] | None:
@@ -161,7 +163,9 @@ def miniatures(of: Architecture, prompt: SoftPrompt) -> Iterator[Miniature]:
                 geometry = read_geometry(config)
             except (BaseModelError, ValueError, TypeError, AttributeError, KeyError, ArithmeticError):
                 continue  # a configuration may refuse what it is given, in its own words
-            made = Miniature(config, geometry, chosen, f"{which}; hidden size {of.geometry.hidden} to {geometry.hidden}")
+            made = Miniature(
+                config, geometry, chosen, f"{which}; hidden size {of.geometry.hidden} to {geometry.hidden}"
+            )
             if _same(of.geometry, geometry, chosen) and made.told() not in known:
                 known.append(made.told())
                 yield made
@@ -250,8 +254,12 @@ def _fewer_heads(text: Any, geometry: Geometry, hidden: int | None) -> None:
         return
     kv_heads = min(shape.kv_heads, 2)
     heads = kv_heads * (shape.heads // shape.kv_heads)
-    own = any(isinstance(getattr(text, name, None), int) for name in ("head_dim", "d_kv"))
+    own = [name for name in ("head_dim", "d_kv") if hasattr(text, name)]
     width = hidden if own and hidden is not None else heads * shape.head_dim
+    if hidden is not None:
+        for name in own:
+            if getattr(text, name) is None:  # a size that follows from the others, unless it is said
+                setattr(text, name, shape.head_dim)
     for name in _HEADS:
         if type(getattr(text, name, None)) is int:
             setattr(text, name, heads)

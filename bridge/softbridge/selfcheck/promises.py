@@ -26,7 +26,7 @@ from softbridge.tensors import to_torch
 
 Inputs = Mapping[str, Tensor]
 
-#: Where the virtual tokens of `softbridge.selfcheck.miniature.TEMPLATE` stand in a text: so many, then one after a token.
+#: Where the virtual tokens of `softbridge.selfcheck.miniature.TEMPLATE` stand: so many, then one after a token.
 _BEFORE = 2
 #: How many tokens the first call of a caller's own loop has: a template's virtual tokens among them.
 FIRST = 4
@@ -63,15 +63,17 @@ def scores(output: Any) -> Tensor:
 
 
 def said(model: Any, inputs: Inputs) -> Tensor:
+    """The `scores` of a text."""
     with torch.no_grad():
         return scores(model(**inputs))
 
 
 def generates(model: Any) -> bool:
+    """Whether `generate` makes tokens with this model."""
     return bool(model.can_generate()) and model.get_output_embeddings() is not None
 
 
-# --------------------------------------------------------------------------------- of a running model, and of a bare one
+# ----------------------------------------------------------------------------------- of a running model or a bare one
 
 
 def right(model: Any, given: Sequence[Inputs]) -> Iterator[Figure]:

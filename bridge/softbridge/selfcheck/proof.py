@@ -86,7 +86,7 @@ def _key(engine: Engine, of: Architecture, small: Miniature, prompt: SoftPrompt,
         "class": name,
         "source": source,
         "config": small.told(),
-        "layers": {stack: list(kinds or ()) for stack, kinds in of.layers.items()} and dict(small.chosen),
+        "layers": dict(small.chosen),
         "attention": of.implementation,
         "prompt": _kind(like(prompt, small)),
         "bank": bank,
@@ -111,7 +111,10 @@ def _kind(prompt: SoftPrompt) -> Any:
     parts = [
         [part.stack, part.entry, part.placement, part.length]
         if isinstance(part, InputPrompt)
-        else [part.site, {n: [pair.keys.shape, pair.gate and pair.gate.weight.shape] for n, pair in part.layers.items()}]
+        else [
+            part.site,
+            {n: [pair.keys.shape, pair.gate and pair.gate.weight.shape] for n, pair in part.layers.items()},
+        ]
         for part in prompt.parts
     ]
     told = prompt.positions
@@ -271,7 +274,9 @@ class _Trial:
         figures, reason = _answers(ask, model, self.texts)
         return self._judged("bank", figures, {}, reason)
 
-    def _judged(self, promise: Promise, figures: Sequence[Figure], alone: dict[str, float], reason: str = "") -> Finding:
+    def _judged(
+        self, promise: Promise, figures: Sequence[Figure], alone: dict[str, float], reason: str = ""
+    ) -> Finding:
         outcome = Outcome(promise, tuple(figures), alone, self.islands)
         close = CLOSE_TO_ISLAND if self.islands else CLOSE
         return Finding(

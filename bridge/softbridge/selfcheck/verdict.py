@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from softbridge.errors import SoftbridgeError
 from softbridge.untrusted import Files, json_bytes, write_file
@@ -25,10 +25,17 @@ from softbridge_compat import versions
 
 log = logging.getLogger(__name__)
 
-#: effect: the prompt is felt. reference: the outputs are those computed by hand. generation: `generate` without a cache
-#: is greedy decoding by hand. cache: decoding with a cache is decoding without. right, left: a row with pads on that
-#: side is the row alone. bank: rows of a bank are what they are alone.
 Promise = Literal["effect", "reference", "generation", "cache", "right", "left", "bank"]
+#: Promise -> what it says.
+PROMISES: Mapping[Promise, str] = {
+    "effect": "the outputs depend on the prompt",
+    "reference": "the outputs are those computed by hand",
+    "generation": "what `generate` makes without a cache is greedy decoding by hand",
+    "cache": "decoding with a cache is decoding without one",
+    "right": "a row padded on the right is the row alone",
+    "left": "a row padded on the left is the row alone",
+    "bank": "rows of a bank are what each is alone",
+}
 Status = Literal["kept", "broken", "unproven"]
 Json: TypeAlias = Any
 
@@ -160,16 +167,18 @@ class Verdict:
 def _finding(value: Json) -> Finding:
     told = _of(dict, value, "finding")
     promise = _of(str, told.get("promise"), "promise")
-    if promise not in get_args(Promise):
+    if promise not in PROMISES:
         raise ValueError(f"promise: none is called {promise!r:.40}")
     figures = tuple(_measured(figure) for figure in _of(list, told.get("figures"), "figures"))
-    return Finding(promise, figures, _of(str, told.get("reason"), "reason"))  # type: ignore[arg-type]
+    return Finding(promise, figures, _of(str, told.get("reason"), "reason"))
 
 
 def _measured(value: Json) -> Measured:
     told = _of(dict, value, "figure")
     numbers = {name: told.get(name) for name in ("value", "bound", "bare")}
-    found = {name: None if number is None else float(_of((int, float), number, name)) for name, number in numbers.items()}
+    found = {
+        name: None if number is None else float(_of((int, float), number, name)) for name, number in numbers.items()
+    }
     if found["bound"] is None or isinstance(told.get("bound"), bool):
         raise ValueError("bound: no number")
     far = math.inf if found["value"] is None else found["value"]
@@ -251,7 +260,9 @@ def folder() -> Path:
     if told := os.environ.get(FOLDER):
         return Path(told)
     caches = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(caches) if os.path.isabs(caches) else Path(os.path.expanduser("~/.cache"))) / "softbridge" / "self-check"
+    return (
+        (Path(caches) if os.path.isabs(caches) else Path(os.path.expanduser("~/.cache"))) / "softbridge" / "self-check"
+    )
 
 
 def verdicts() -> Iterator[Verdict]:
