@@ -20,6 +20,7 @@ from softbridge.methods import Method
 from softbridge.passes import inexpressible, left_behind
 from softbridge.prompt import Array, SoftPrompt, same_array
 from softbridge.registry import engine_named, engines
+from softbridge.selfcheck import wanted
 from softbridge.tensors import from_torch
 from softbridge.untested import warn_of_untested
 
@@ -110,8 +111,6 @@ def attach(
 
 def _check_itself(engine: Engine, running: Any, asked: bool | None) -> None:
     """Let an engine that can check itself do so, if the caller, or else the environment, wants it."""
-    from softbridge.selfcheck import wanted
-
     if isinstance(engine, SelfChecking) and (wanted() if asked is None else asked):
         engine.check_itself(running)
 

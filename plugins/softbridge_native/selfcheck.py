@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from softbridge import cache as caches
 from softbridge.errors import EngineError
 from softbridge.prompt import SoftPrompt
-from softbridge.selfcheck import PROMISES, SWITCH, Architecture, Finding, Promise, UnprovenWarning, Verdict, prove
+from softbridge.selfcheck import SWITCH, UnprovenWarning
+from softbridge.selfcheck.miniature import Architecture
+from softbridge.selfcheck.proof import prove
+from softbridge.selfcheck.verdict import PROMISES, Finding, Promise, Verdict
 from softbridge_native.attention import underlying
 from softbridge_native.placement import left_pads
 
-#: A copy is run in float64 on the CPU, and some implementations cannot be. What takes their place there.
-_ELSEWHERE = "sdpa"
 #: These concern a way to use the model, and are refused there; the others concern every call.
 _CACHED: Promise = "cache"
 _SIDES: tuple[Promise, ...] = ("left", "right")
@@ -35,9 +36,7 @@ class SelfCheck:
     """
 
     def __init__(self, engine: Any, model: Any, prompt: SoftPrompt | None) -> None:
-        implementation = underlying(model.config._attn_implementation)
-        runs = implementation in ("eager", "sdpa")
-        self.architecture = Architecture.of(model, implementation if runs else _instead(model))
+        self.architecture = Architecture.of(model, _runs(model))
         self.engine = engine
         self.prompt = prompt
         self.verdicts: list[Verdict] = []
@@ -102,5 +101,9 @@ class SelfCheck:
         )
 
 
-def _instead(model: Any) -> str:
-    return _ELSEWHERE if getattr(model, "_supports_sdpa", False) else "eager"
+def _runs(model: Any) -> str:
+    """The attention implementation of a model, or one that a copy of it can be run with."""
+    named = underlying(model.config._attn_implementation)
+    if named in ("eager", "sdpa"):
+        return named
+    return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"

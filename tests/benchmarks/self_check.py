@@ -22,8 +22,7 @@ from transformers import AutoConfig
 import softbridge as sb
 from softbridge.base import BaseModel
 from softbridge.prompt import SoftPrompt
-from softbridge.selfcheck import FOLDER, Verdict
-from softbridge.selfcheck.verdict import forget
+from softbridge.selfcheck.verdict import FOLDER, Verdict, forget
 from softbridge.testing import random_input_prompt, random_prefix, tiny_model
 from softbridge_native.engine import ENGINE
 from softbridge_native.selfcheck import SelfCheck

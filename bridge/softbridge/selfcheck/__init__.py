@@ -11,22 +11,16 @@ and `verdict` (what it says and where it is kept).
 
 from __future__ import annotations
 
-from softbridge.selfcheck.miniature import Architecture
-from softbridge.selfcheck.proof import SWITCH, UnprovenWarning, prove, wanted
-from softbridge.selfcheck.verdict import FOLDER, PROMISES, Finding, Measured, Promise, Verdict, folder, verdicts
+import os
 
-__all__ = [
-    "FOLDER",
-    "PROMISES",
-    "SWITCH",
-    "Architecture",
-    "Finding",
-    "Measured",
-    "Promise",
-    "UnprovenWarning",
-    "Verdict",
-    "folder",
-    "prove",
-    "verdicts",
-    "wanted",
-]
+#: What switches self-checks off: 0, or false, no, off.
+SWITCH = "SOFTBRIDGE_SELF_CHECK"
+
+
+class UnprovenWarning(UserWarning):
+    """An engine could not check itself on the architecture that it runs."""
+
+
+def wanted() -> bool:
+    """Whether the environment leaves self-checks on."""
+    return os.environ.get(SWITCH, "1").strip().lower() not in ("0", "false", "no", "off")

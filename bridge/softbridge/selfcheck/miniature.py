@@ -26,10 +26,12 @@ from softbridge.verification.structure import layers_of
 
 #: Of the copy: rows of the vocabulary, widths, experts, layers of a stack at most where kinds can be chosen.
 VOCABULARY, FEED_FORWARD, HIDDEN, EXPERTS, LAYERS = 64, 32, 64, 4, 6
+#: Query heads to a key/value head at most.
+SHARING = 8
 #: Length of a window, in tokens; P virtual tokens fit into it, and the longest text does not.
 WINDOW, P = 6, 3
-#: What is larger is not built: 128 MB in float64.
-PARAMETERS = 16_000_000
+#: What is larger is not built: 256 MB in float64.
+PARAMETERS = 32_000_000
 STD = 0.7
 
 _FEED_FORWARD = (
@@ -136,21 +138,30 @@ def stacks(geometry: Geometry) -> Sequence[Stack]:
 
 
 def kinds_of(model: Any, geometry: Geometry, stack: Stack) -> tuple[int, ...] | None:
-    """The kind of each layer of a stack: a number for each set of modules and settings, in order of appearance."""
+    """The kind of each layer of a stack: a number for each set of modules and settings, in order of appearance.
+
+    None if the layers are not found.
+    """
     shape = geometry.stack(stack)
     if shape is None:
         return None
-    module = model
     if geometry.is_encoder_decoder:
         module = model.get_encoder() if stack == "encoder" else model.get_decoder()
+    else:
+        module = model.base_model if stack == "encoder" else model.base_model.get_decoder()
     found = layers_of(module, shape.layers)
     if found is None:
         return None
-    seen: list[Any] = []
-    for layer in found:
-        if layer not in seen:
-            seen.append(layer)
-    return tuple(seen.index(layer) for layer in found)
+    numbers: tuple[int, ...] = ()
+    for ignored in ((), (float,), (float, int)):  # what rises from layer to layer makes no kind of each
+        plain = [
+            [(name, kind, {k: v for k, v in told.items() if type(v) not in ignored}) for name, kind, told in layer]
+            for layer in found
+        ]
+        numbers = _numbered(plain)
+        if max(numbers) < LAYERS:
+            break
+    return numbers
 
 
 def miniatures(of: Architecture, prompt: SoftPrompt) -> Iterator[Miniature]:
@@ -161,8 +172,8 @@ def miniatures(of: Architecture, prompt: SoftPrompt) -> Iterator[Miniature]:
             try:
                 config = _shrunk(of, chosen, size)
                 geometry = read_geometry(config)
-            except (BaseModelError, ValueError, TypeError, AttributeError, KeyError, ArithmeticError):
-                continue  # a configuration may refuse what it is given, in its own words
+            except Exception:  # foreign code: a configuration may refuse what it is given, in its own words
+                continue
             made = Miniature(
                 config, geometry, chosen, f"{which}; hidden size {of.geometry.hidden} to {geometry.hidden}"
             )
@@ -216,15 +227,26 @@ def _shrunk(of: Architecture, chosen: Mapping[Stack, tuple[int, ...]], size: str
     _cut(text, of.geometry, chosen)
     if size != "all heads":
         _fewer_heads(text, of.geometry, hidden=None if size == "heads" else HIDDEN)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        if isinstance(ids := getattr(text, name, None), (list, tuple)):
+            setattr(text, name, ids[0] if ids else None)
     shrink(text, vocab_size=VOCABULARY)
     shrink_sizes(text, vocab_size_per_layer_input=VOCABULARY)
     return config
 
 
+def _told(config: Any, name: str) -> Any:
+    """What a configuration says, or None; where layers differ, some refuse to name one number for all."""
+    try:
+        return getattr(config, name, None)
+    except Exception:  # foreign code
+        return None
+
+
 def shrink_sizes(config: Any, **sizes: int) -> None:
     """Lower every named size that the configuration has and that is larger, in place."""
     for name, size in sizes.items():
-        value = getattr(config, name, None)
+        value = _told(config, name)
         if type(value) is int and value > size:
             setattr(config, name, size)
 
@@ -239,12 +261,12 @@ def _cut(text: Any, geometry: Geometry, chosen: Mapping[Stack, tuple[int, ...]])
             if isinstance(value, (list, tuple)) and len(value) == shape.layers and not geometry.is_encoder_decoder:
                 setattr(text, name, type(value)(value[number] for number in numbers))
         for name in _LAYERS[stack if geometry.is_encoder_decoder else ""]:
-            if getattr(text, name, None) == shape.layers:
+            if _told(text, name) == shape.layers:
                 setattr(text, name, len(numbers))
 
 
 def _fewer_heads(text: Any, geometry: Geometry, hidden: int | None) -> None:
-    """Two key/value heads at most, as many query heads to each as before, and the hidden size that goes with them.
+    """Two key/value heads at most, as many query heads to each (up to SHARING), and the hidden size that goes with it.
 
     Args:
         hidden: what it is, where heads have a size of their own; None: what the heads make.
@@ -253,18 +275,18 @@ def _fewer_heads(text: Any, geometry: Geometry, hidden: int | None) -> None:
     if shape is None:
         return
     kv_heads = min(shape.kv_heads, 2)
-    heads = kv_heads * (shape.heads // shape.kv_heads)
-    own = [name for name in ("head_dim", "d_kv") if hasattr(text, name)]
+    heads = kv_heads * min(shape.heads // shape.kv_heads, SHARING)
+    own = [name for name in ("head_dim", "d_kv") if name in dir(text)]
     width = hidden if own and hidden is not None else heads * shape.head_dim
     if hidden is not None:
-        for name in own:
-            if getattr(text, name) is None:  # a size that follows from the others, unless it is said
-                setattr(text, name, shape.head_dim)
+        for width_name in own:
+            if _told(text, width_name) is None:  # a size that follows from the others, unless it is said
+                setattr(text, width_name, shape.head_dim)
     for name in _HEADS:
-        if type(getattr(text, name, None)) is int:
+        if type(_told(text, name)) is int:
             setattr(text, name, heads)
     for name in _KV_HEADS:
-        if type(getattr(text, name, None)) is int:
+        if type(_told(text, name)) is int:
             setattr(text, name, kv_heads)
     before = geometry.hidden
     if width >= before:
@@ -307,9 +329,10 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def build(of: Architecture, small: Miniature) -> Any:
-    """The copy, in float64, with large seeded weights, or None if it is larger than what is built.
+    """The copy, in float64, with large seeded weights.
 
     Raises:
+        BaseModelError: it is larger than what is built, or its layers are not of the kinds that were chosen.
         Exception: whatever the class raises that is not built from such a configuration.
     """
     import torch
@@ -321,20 +344,26 @@ def build(of: Architecture, small: Miniature) -> Any:
             part._experts_implementation = "eager"  # grouped matrix products know no float64
     with torch.device("meta"):
         bare: Any = of.kind(copy.deepcopy(config))
-    if sum(parameter.numel() for parameter in bare.parameters()) > PARAMETERS:
-        return None
+    size = sum(parameter.numel() for parameter in bare.parameters())
+    if size > PARAMETERS:
+        raise BaseModelError(f"{size} parameters", f"at most {PARAMETERS}", "shrink it otherwise")
     for name, numbers in small.chosen.items():
         kinds = of.layers[name]
         found = kinds_of(bare, small.geometry, name)
         if kinds is not None and found is not None and found != _numbered([kinds[number] for number in numbers]):
-            return None  # it says by its layers' numbers what each is
+            # It says by its layers' numbers what each is.
+            raise BaseModelError(f"{name} layers of kinds {found}", f"{numbers} of the model's", "keep more layers")
     model: Any = of.kind(config)
     draw_weights(model, 0)
     return model.to(torch.float64).eval()
 
 
-def _numbered(kinds: Sequence[int]) -> tuple[int, ...]:
-    order = list(dict.fromkeys(kinds))
+def _numbered(kinds: Sequence[Any]) -> tuple[int, ...]:
+    """Each as the number of the first that equals it, in order of appearance."""
+    order: list[Any] = []
+    for kind in kinds:
+        if kind not in order:
+            order.append(kind)
     return tuple(order.index(kind) for kind in kinds)
 
 

@@ -68,9 +68,9 @@ def said(model: Any, inputs: Inputs) -> Tensor:
         return scores(model(**inputs))
 
 
-def generates(model: Any) -> bool:
-    """Whether `generate` makes tokens with this model."""
-    return bool(model.can_generate()) and model.get_output_embeddings() is not None
+def generates(model: Any, geometry: Geometry) -> bool:
+    """Whether `generate` makes tokens with this model, from the past alone."""
+    return geometry.decoder is not None and bool(model.can_generate()) and model.get_output_embeddings() is not None
 
 
 # ----------------------------------------------------------------------------------- of a running model or a bare one
@@ -82,9 +82,13 @@ def right(model: Any, given: Sequence[Inputs]) -> Iterator[Figure]:
 
 
 def left(model: Any, given: Sequence[Inputs]) -> Iterator[Figure]:
-    """A row with pads on the left is the row alone, and so is what is generated from it."""
-    yield from _padded(model, given[0], "left")
-    if generates(model) and not model.config.is_encoder_decoder:
+    """A row with pads on the left is the row alone."""
+    return _padded(model, given[0], "left")
+
+
+def left_generated(model: Any, given: Sequence[Inputs]) -> Iterator[Figure]:
+    """What is generated from rows with pads on the left is what is generated from each alone."""
+    if not model.config.is_encoder_decoder:  # an encoder is padded on the right, as its own tokenizer does
         alone = torch.cat([contract.generate(model, text) for text in given])
         together = contract.generate(model, contract.pad_together(model, given, "left"))
         yield Figure("generated", float((together != alone).sum()), "same")
@@ -102,23 +106,20 @@ def _padded(model: Any, inputs: Inputs, side: str) -> Iterator[Figure]:
 
 def generation(model: Any, given: Sequence[Inputs]) -> Iterator[Figure]:
     """`generate` without a cache is greedy decoding by hand, which reads the whole text for each token."""
-    _must_generate(model)
     by_hand = contract.greedy(model, given[0])
     found = contract.generate(model, given[0], use_cache=False)
     yield Figure("greedy, uncached", float((found != by_hand).sum()), "same")
 
 
 def cache(model: Any, given: Sequence[Inputs]) -> Iterator[Figure]:
-    """Decoding with a cache is decoding without, in `generate` and in a caller's own loop."""
-    _must_generate(model)
+    """Decoding with a cache is decoding without, in a caller's own loop."""
     yield contract.token_by_token(model, given[0], FIRST)
+
+
+def cache_generated(model: Any, given: Sequence[Inputs]) -> Iterator[Figure]:
+    """What `generate` makes with a cache is greedy decoding by hand."""
     by_hand = contract.greedy(model, given[0])
     yield Figure("greedy", float((contract.generate(model, given[0]) != by_hand).sum()), "same")
-
-
-def _must_generate(model: Any) -> None:
-    if not generates(model):
-        raise NotTried(f"{type(model).__name__} generates nothing")
 
 
 # --------------------------------------------------------------------------------------------------------- by hand
