@@ -202,11 +202,11 @@ def _marked(of: Architecture, prompt: SoftPrompt, stack: Stack) -> list[Any]:
     kinds = of.layers[stack] or (0,) * layers
     mine = [part for part in prompt.prefixes if stack_of(part.site) == stack]
 
-    def held(layer: int) -> list[Any]:
+    def held(layer: int) -> list[int | None]:
         pairs = [part.layers.get(layer) for part in mine]
-        return [None if pair is None else pair.gate and len(pair.gate.weight) for pair in pairs]
+        return [None if pair is None else 0 if pair.gate is None else len(pair.gate.weight) for pair in pairs]
 
-    return [(kinds[layer], [None if found is None else found or 0 for found in held(layer)]) for layer in range(layers)]
+    return [(kinds[layer], held(layer)) for layer in range(layers)]
 
 
 def _each(kinds: Sequence[Any]) -> tuple[int, ...]:

@@ -186,6 +186,7 @@ class _Trial:
     def __init__(self, engine: Engine, bare: Any, small: Miniature, prompt: SoftPrompt) -> None:
         self.engine, self.bare, self.geometry, self.prompt = engine, bare, small.geometry, prompt
         self.template = any(part.template is not None for part in prompt.inputs)
+        self.gated = any(part.gated for part in prompt.prefixes)
         self.texts = promises.texts(bare, self.template)
         self.plain = promises.texts(bare)
         self.began, self.generates = time.thread_time(), promises.generates(bare, small.geometry)
@@ -242,6 +243,8 @@ class _Trial:
 
         Tokens may be the same by chance where scores are not, so that a model is not to be excused by them.
         """
+        if self.gated and promise != "generation":
+            return Finding(promise, (), "a gate is a mean over all tokens of a call: pads, and what is in no cache")
         if time.thread_time() - self.began > PATIENCE:
             return Finding(promise, (), f"the promises before it took more than {PATIENCE:.0f} s")
         found = self._judged_beside(promise, ask)
@@ -279,6 +282,8 @@ class _Trial:
 
         def ask(model: Any, given: Sequence[promises.Inputs]) -> Iterator[Figure]:
             texts = [self.texts[0], self.texts[1] if self.template else self.plain[1]]
+            if self.gated:
+                texts[1] = contract.make_text(model, 1, contract.LENGTHS[0])
             others = self.running if self.template else contract.told_positions(fresh(self.bare))
             names = ["kind", "kind" if self.template else None]
             models = (self.running, others)
@@ -289,7 +294,7 @@ class _Trial:
                 found = together[row : row + 1]
                 found = found[:, : alone.shape[1]] if found.ndim == 3 else found
                 yield Figure(f"row {row}", contract.distance(found, alone), "close")
-            if self.generates:
+            if self.generates and not self.gated:
                 side = "right" if model.config.is_encoder_decoder else "left"
                 with bank.rows(names):
                     made = contract.generate(model, contract.pad_together(model, texts, side))
