@@ -36,7 +36,8 @@ class SelfCheck:
     """
 
     def __init__(self, engine: Any, model: Any, prompt: SoftPrompt | None) -> None:
-        self.architecture = Architecture.of(model, _runs(model))
+        named = underlying(model.config._attn_implementation)
+        self.architecture = Architecture.of(model, _runs(model, named), named)
         self.engine = engine
         self.prompt = prompt
         self.verdicts: list[Verdict] = []
@@ -101,9 +102,8 @@ class SelfCheck:
         )
 
 
-def _runs(model: Any) -> str:
-    """The attention implementation of a model, or one that a copy of it can be run with."""
-    named = underlying(model.config._attn_implementation)
+def _runs(model: Any, named: str) -> str:
+    """The attention implementation of a model, or one that a copy of it can be run with in float64 on the CPU."""
     if named in ("eager", "sdpa"):
         return named
     return "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"

@@ -6,8 +6,9 @@ The suite runs with the check switched off (tests/conftest.py), but for this fil
 from __future__ import annotations
 
 import copy
-import importlib
+import importlib.util
 import json
+import os
 import pickle
 import random
 import threading
@@ -41,6 +42,7 @@ from softbridge.selfcheck.proof import prove
 from softbridge.selfcheck.verdict import FOLDER, Verdict, decisive, folder, verdicts
 from softbridge.testing import random_input_prompt, random_prefix, tiny_model
 from softbridge_native import attention, placement
+from softbridge_native import bank as native_bank
 from softbridge_native.engine import ENGINE
 
 KINDS = ("input", "prefix")
@@ -261,6 +263,46 @@ def test_where_nothing_can_be_computed_by_hand_each_array_must_be_felt(monkeypat
 # ------------------------------------------------------------------------------------------------------- no fault
 
 
+def contract_tests() -> Any:
+    """tests/plugins/test_contract.py, for its models."""
+    spec = importlib.util.spec_from_file_location("contract_tests", Path(__file__).with_name("test_contract.py"))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+CONTRACT = contract_tests()
+LONG = os.environ.get("SOFTBRIDGE_PROFILE") == "long"
+SOME = ("gemma2", "opt", "gpt_oss", "roberta", "albert", "bart", "mt5")
+
+
+@pytest.mark.filterwarnings("ignore")  # of transformers' models, about themselves
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", CONTRACT.FAMILIES if LONG else SOME)
+def test_nothing_is_found_where_nothing_is_wrong(family: str, implementation: str) -> None:
+    """On every architecture of the contract's tests, with each prompt that runs on it: all but what no one keeps."""
+    model = CONTRACT.fresh(family)
+    try:
+        model.set_attn_implementation(implementation)
+    except ValueError:
+        pytest.skip(f"{family} has no {implementation} attention")
+    for kind in KINDS:
+        for prompt in CONTRACT.prompts(model, kind):
+            if ENGINE.obstacles(prompt, model):
+                continue
+            found = prove(ENGINE, Architecture.of(model, implementation), prompt)
+            assert found.status == "kept", found
+            named = {finding.promise: finding for finding in found.findings}
+            excused = [one.name for finding in found.findings for one in finding.figures if one.excused]
+            assert all(name in ("left", "decoder_left") for name in excused)
+            assert not excused or family in CONTRACT.OWN
+            assert named["reference"].figures or named["reference"].reason
+            if prompt == next(CONTRACT.prompts(model, kind)):  # what toolkits mean, virtual tokens counted
+                assert [one.name[:7] for one in named["reference"].figures] == ["by hand"] * 3
+
+
 @pytest.mark.parametrize("name", ["prompt-tuning", "p-tuning-template", "prefix-tuning-gated", "p-tuning-v2"])
 @pytest.mark.parametrize("family", ["llama", "bert"])
 def test_kinds_of_prompts(family: str, name: str) -> None:
@@ -299,7 +341,6 @@ def test_a_bank_checks_each_kind_when_it_is_loaded(builds: list[str], monkeypatc
 
     kept.forget()
     folder().rename(folder().with_name("before"))
-    native_bank = importlib.import_module("softbridge_native.bank")
     own = native_bank.Chosen.__call__
     monkeypatch.setattr(native_bank.Chosen, "__call__", lambda self, like: own(self, like).flip(1))
     running = sb.attach(copy.deepcopy(model), PromptBank(prompts))
@@ -434,7 +475,7 @@ def test_of_what_a_verdict_is_a_function(builds: list[str]) -> None:
         lambda path: change(path, lambda told: told["verdict"]["findings"][0].update(promise="none")),
         lambda path: change(path, lambda told: told["verdict"]["findings"][0]["figures"][0].update(bound="1")),
         lambda path: change(path, lambda told: told["verdict"]["findings"][1]["figures"][0].update(value=7.5)),
-        lambda path: change(path, lambda told: told["key"].update(attention="sdpa")),
+        lambda path: change(path, lambda told: told["key"].update(attention=["sdpa", "sdpa"])),
         lambda path: (path.unlink(), path.mkdir()),
     ],
 )

@@ -82,6 +82,7 @@ class Architecture:
         kind: its class.
         config: its configuration, a copy.
         implementation: of its attention, to run the copy with.
+        named: the one that it stands for: that of the model.
         geometry: of its attention.
         layers: stack -> the kind of each layer, a number; None where they could not be told apart.
     """
@@ -89,12 +90,13 @@ class Architecture:
     kind: type
     config: Any
     implementation: str
+    named: str
     geometry: Geometry
     layers: Mapping[Stack, tuple[int, ...] | None]
 
     @classmethod
-    def of(cls, model: Any, implementation: str) -> Architecture:
-        """Of a model, whose attention, whatever its configuration names, is this."""
+    def of(cls, model: Any, implementation: str, named: str | None = None) -> Architecture:
+        """Of a model. What its configuration names as its attention may be an engine's own function over `named`."""
         geometry = read_geometry(model.config)
         config = copy.deepcopy(model.config)
         for part in _parts(config):
@@ -104,6 +106,7 @@ class Architecture:
             type(model).plain if isinstance(model, DropIn) else type(model),
             config,
             implementation,
+            named or implementation,
             geometry,
             {name: kinds_of(model, geometry, name) for name in stacks(geometry)},
         )

@@ -44,8 +44,10 @@ TRIES = 6
 #: An array of the prompt that moves nothing by this part of the largest number is not felt.
 MOVED = 1e-6
 
-#: Seconds of processor after which no further promise is tried.
-PATIENCE = 5.0
+#: Seconds of processor after which no further promise is tried, and for a pass of the copy, of which there are dozens.
+PATIENCE, PASS = 5.0, 1.0
+#: The figure of what raised an error.
+RAISED = "raised"
 
 _LOCK = threading.RLock()
 
@@ -88,7 +90,7 @@ def _key(engine: Engine, of: Architecture, small: Miniature, prompt: SoftPrompt,
         "source": source,
         "config": small.told(),
         "layers": dict(small.chosen),
-        "attention": of.implementation,
+        "attention": [of.implementation, of.named],
         "prompt": _kind(like(prompt, small)),
         "bank": bank,
         "engine": [engine.name, *_sources(inspect.getmodule(type(engine)))],
@@ -158,6 +160,10 @@ def _proven(engine: Engine, of: Architecture, prompt: SoftPrompt, bank: bool) ->
                 told = like(prompt, small)
                 obstacles = engine.obstacles(told, bare)
                 promises.said(bare, promises.texts(bare)[0])
+                began = time.thread_time()
+                promises.said(bare, promises.texts(bare)[0])
+                if (took := time.thread_time() - began) > PASS:
+                    return unproven(of.kind, f"a pass of a small copy ({small.note}) takes {took:.1f} s")
             except Exception as error:  # foreign code
                 reasons.append(f"{small.note}: {_line(error)}")
                 continue
@@ -169,7 +175,8 @@ def _proven(engine: Engine, of: Architecture, prompt: SoftPrompt, bank: bool) ->
             except Exception as error:
                 reasons.append(f"{small.note}: {_line(error)}")
                 continue
-            note = f"{small.note}; {of.implementation} attention"
+            instead = "" if of.named == of.implementation else f" for {of.named}, which runs elsewhere"
+            note = f"{small.note}; {of.implementation} attention{instead}"
             return Verdict(of.kind.__name__, found, note, "", decisive())
     reason = "; ".join(dict.fromkeys(reasons)) or "no configuration of a small copy is taken"
     return unproven(of.kind, f"no small copy of it runs ({reason})")
@@ -227,6 +234,8 @@ class _Trial:
     def _reference(self) -> Finding:
         figures, reason = [], ""
         for text in self.texts:
+            if figures and time.thread_time() - self.began > PATIENCE:
+                break
             length = (text.get("decoder_input_ids") if self.geometry.encoder is None else None) or text["input_ids"]
             try:
                 expected = promises.by_hand(self.bare, self.geometry, self.prompt, text)
@@ -333,7 +342,10 @@ def _nothing(model: Any, texts: Sequence[promises.Inputs]) -> Iterator[Figure]:
 
 
 def _answers(ask: Ask, model: Any, texts: Sequence[promises.Inputs]) -> tuple[list[Figure], str]:
-    """The figures of a promise, and why there are no more: what an engine refuses by itself it does not get wrong."""
+    """The figures of a promise, and why there are no more: what an engine refuses by itself it does not get wrong.
+
+    What is raised otherwise is a figure that no bound allows, but for a model that raises by itself.
+    """
     figures: list[Figure] = []
     try:
         for figure in ask(model, texts):
@@ -343,7 +355,8 @@ def _answers(ask: Ask, model: Any, texts: Sequence[promises.Inputs]) -> tuple[li
     except MemoryError:
         raise
     except Exception as error:  # foreign code, and an engine's hooks in it
-        figures.append(Figure(_line(error), float("inf"), "same"))
+        figures.append(Figure(RAISED, math.inf, "same"))
+        return figures, _line(error)
     return figures, ""
 
 
