@@ -175,7 +175,7 @@ class Injection(nn.Module, ABC):
 
     def reach(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A stack runs."""
-        if self.check is not None:
+        if self.check is not None and not self.switch.is_off(stack):
             self.check.call(stack, args, kwargs)
         self.reached.now.stack = True
 

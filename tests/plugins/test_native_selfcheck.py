@@ -543,6 +543,15 @@ def test_it_can_be_switched_off(builds: list[str], monkeypatch: pytest.MonkeyPat
     assert len(builds) == 1
 
 
+def test_a_prompt_that_is_switched_off_is_not_checked(builds: list[str]) -> None:
+    model = attached("gpt2", "input")
+    with model.softbridge.off():
+        called(model)
+    assert builds == []
+    called(model)
+    assert len(builds) == 1
+
+
 def test_an_engine_that_cannot_check_itself_is_asked_for_nothing() -> None:
     from softbridge.attachment import _check_itself
 
@@ -551,7 +560,7 @@ def test_an_engine_that_cannot_check_itself_is_asked_for_nothing() -> None:
 
 
 def test_a_compiled_call_does_not_trace_the_check(builds: list[str]) -> None:
-    model = attached("gpt2", "prefix")
+    model = attached("gpt2", "input")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     with torch.no_grad():
         expected = compiled(**text()).logits

@@ -232,7 +232,8 @@ class _Trial:
         return self._judged("effect", figures, {})
 
     def _reference(self) -> Finding:
-        figures, reason = [], ""
+        figures: list[Figure] = []
+        reason = ""
         for text in self.texts:
             if figures and time.thread_time() - self.began > PATIENCE:
                 break
