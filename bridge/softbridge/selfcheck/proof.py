@@ -266,26 +266,28 @@ class _Trial:
         return replace(more, figures=(*found.figures, *more.figures))
 
     def _judged_beside(self, promise: Promise, ask: Ask) -> Finding:
+        """The figures, and those of the bare copy beside what is beyond its bound.
+
+        In float64 a model may compute what is no number where in float32 it is right: a query that sees nothing, a pad
+        on the left, has a softmax of the lowest float64, which in a softmax of float32 is minus infinity. What the bare
+        copy loses so is asked of both in float32.
+        """
         figures, reason = _answers(ask, self.running, self.texts)
-        outcome = Outcome(promise, tuple(figures), {}, self.islands)
         alone: dict[str, float] = {}
-        if outcome.unkept:
-            alone = self._alone(ask)
+        if Outcome(promise, tuple(figures), {}, self.islands).unkept:
+            alone = self._alone(ask, torch.float64)
+            lost = {name for name, value in alone.items() if not math.isfinite(value)}
+            if lost:
+                alone |= {name: value for name, value in self._alone(ask, torch.float32).items() if name in lost}
+                again = {one.name: one for one in _answers(ask, fresh(self.running).to(torch.float32), self.texts)[0]}
+                lost -= {one.name for one in figures if math.isfinite(one.value)}
+                figures = [again.get(one.name, one) if one.name in lost else one for one in figures]
         return self._judged(promise, figures, alone, reason)
 
-    def _alone(self, ask: Ask) -> dict[str, float]:
-        """The figures of the bare copy.
-
-        In float64 it may compute what is no number where in float32 it is right: a query that sees nothing, a pad on
-        the left, has a softmax of the lowest float64, which in a softmax of float32 is minus infinity.
-        """
-        found: dict[str, float] = {}
-        for dtype in (torch.float64, torch.float32):
-            answers, _ = _answers(ask, contract.told_positions(fresh(self.bare).to(dtype)), self.plain)
-            found = {one.name: one.value for one in answers} | {n: v for n, v in found.items() if math.isfinite(v)}
-            if all(map(math.isfinite, found.values())):
-                break
-        return found
+    def _alone(self, ask: Ask, dtype: torch.dtype) -> dict[str, float]:
+        """The figures of the bare copy."""
+        answers, _ = _answers(ask, contract.told_positions(fresh(self.bare).to(dtype)), self.plain)
+        return {one.name: one.value for one in answers}
 
     def _rows(self) -> Finding:
         """Rows of a bank with this prompt and with none are what each is alone, in a call and in `generate`."""
