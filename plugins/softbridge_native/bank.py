@@ -130,8 +130,22 @@ class Rows:
         self.joined: dict[Any, Joined | None] = {}
 
 
-#: Of several threads, one loads.
-_LOADING = threading.RLock()
+class Loading:
+    """Of several threads, one loads. Each bank in a model has a lock of its own, and so has a copy: an engine that checks
+    itself while one loads (`SelfCheck.learn`) loads into a bank in a copy, in another thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Loading, ()
 
 
 class Shared(Injection):
@@ -141,6 +155,7 @@ class Shared(Injection):
         bank: says which.
         ready: those that were asked for.
         call: the rows of the running call, or of the thread's last.
+        loading: held while prompts are made ready.
     """
 
     def __init__(
@@ -150,6 +165,7 @@ class Shared(Injection):
         self.bank = bank
         self.ready: Recent[Ready] = Recent(bank.limit)
         self.call: Own[Rows] = Own(Rows)
+        self.loading = Loading()
         self._make = make
         self._layers = {site: len(heard) for site, heard in modules.items()}
 
@@ -168,7 +184,7 @@ class Shared(Injection):
         if entries == call.entries:
             return
         chosen: dict[Entry, Ready] = {}
-        with _LOADING:
+        with self.loading:
             for entry in entries:
                 if entry is not None and entry not in chosen:
                     chosen[entry] = self.ready.get(entry) or self.ready.put(entry, self._make(entry))

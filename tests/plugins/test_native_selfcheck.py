@@ -109,10 +109,12 @@ def verdict_of(model: Any) -> Verdict:
 
 
 def drops_the_prompt(patch: pytest.MonkeyPatch) -> None:
-    def before(self: Any, stack: Any, args: Any, kwargs: Any) -> Any:
-        return args, kwargs
+    own = placement.StackHooks.__init__
 
-    patch.setattr(placement.StackHooks, "before", before)
+    def without(self: Any, stack: Any, around: Any, vectors: Any = None, *more: Any) -> None:
+        own(self, stack, around)
+
+    patch.setattr(placement.StackHooks, "__init__", without)
     patch.setattr(attention.LayerPrefix, "join", lambda self, entered, like: None)
 
 
@@ -211,11 +213,9 @@ def test_a_fault_is_named(family: str, fault: Any, kind: str, promise: str, monk
 
 
 def test_a_fault_on_the_right_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    def behind(mask: Tensor) -> Tensor:
-        return (mask == 0).sum(-1, keepdim=True)
-
-    monkeypatch.setattr(placement, "left_pads", behind)  # pads behind are counted as pads in front
-    model = attached("gpt2", "input")
+    own = placement.Layout.mask
+    monkeypatch.setattr(placement.Layout, "mask", lambda self, mask: torch.ones_like(own(self, mask)))
+    model = attached("bert", "input")
     called(model)
     with pytest.raises(EngineError, match="breaks the promise 'right'"):
         called(model, attention_mask=torch.tensor([[*[1] * 7, 0, 0]]))

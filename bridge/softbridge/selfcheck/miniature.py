@@ -17,7 +17,7 @@ from typing import Any, get_args
 import numpy as np
 
 from softbridge.base import draw_weights, shrink
-from softbridge.drop_in import DropIn
+from softbridge.drop_in import Derived
 from softbridge.errors import BaseModelError
 from softbridge.geometry import Geometry, Stack, StackGeometry, read_geometry, stack_of
 from softbridge.prompt import Array, BaseId, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part, Positions, SoftPrompt
@@ -97,13 +97,15 @@ class Architecture:
     @classmethod
     def of(cls, model: Any, implementation: str, named: str | None = None) -> Architecture:
         """Of a model. What its configuration names as its attention may be an engine's own function over `named`."""
-        geometry = read_geometry(model.config)
+        geometry, kind = read_geometry(model.config), type(model)
+        while issubclass(kind, Derived):
+            kind = kind.plain
         config = copy.deepcopy(model.config)
         for part in _parts(config):
             for name in ("quantization_config", "compression_config"):
                 vars(part).pop(name, None)
         return cls(
-            type(model).plain if isinstance(model, DropIn) else type(model),
+            kind,
             config,
             implementation,
             named or implementation,
