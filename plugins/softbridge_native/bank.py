@@ -131,8 +131,9 @@ class Rows:
 
 
 class Loading:
-    """Of several threads, one loads. Each bank in a model has a lock of its own, and so has a copy: an engine that checks
-    itself while one loads (`SelfCheck.learn`) loads into a bank in a copy, in another thread.
+    """Of several threads, one loads. Each bank in a model has a lock of its own, and so has a copy.
+
+    An engine that checks itself while one loads (`SelfCheck.learn`) loads into the bank of a copy, in another thread.
     """
 
     def __init__(self) -> None:

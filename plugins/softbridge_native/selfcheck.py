@@ -15,7 +15,7 @@ from softbridge.errors import EngineError
 from softbridge.prompt import SoftPrompt
 from softbridge.selfcheck import SWITCH, UnprovenWarning
 from softbridge.selfcheck.miniature import Architecture
-from softbridge.selfcheck.proof import prove
+from softbridge.selfcheck.proof import prove, unproven
 from softbridge.selfcheck.verdict import PROMISES, Finding, Promise, Verdict
 from softbridge_native.attention import underlying
 from softbridge_native.placement import left_pads
@@ -37,7 +37,12 @@ class SelfCheck:
 
     def __init__(self, engine: Any, model: Any, prompt: SoftPrompt | None) -> None:
         named = underlying(model.config._attn_implementation)
-        self.architecture = Architecture.of(model, _runs(model, named), named)
+        self.architecture: Architecture | None = None
+        self.failed: Verdict | None = None
+        try:
+            self.architecture = Architecture.of(model, _runs(model, named), named)
+        except Exception as error:  # foreign code: what cannot be described cannot be copied, and runs unchecked
+            self.failed = unproven(type(model), f"its configuration or its layers cannot be read: {error!r:.200}")
         self.engine = engine
         self.prompt = prompt
         self.verdicts: list[Verdict] = []
@@ -64,7 +69,10 @@ class SelfCheck:
         Raises:
             EngineError: a promise is broken that concerns every call.
         """
-        verdict = prove(self.engine, self.architecture, prompt, bank=self.prompt is None)
+        verdict = self.failed
+        if self.architecture is not None:
+            verdict = prove(self.engine, self.architecture, prompt, bank=self.prompt is None)
+        assert verdict is not None
         if verdict.status == "unproven":
             warnings.warn(
                 f"softbridge could not check its engine '{self.engine.name}' on {verdict.model}: {verdict.reason}. It "

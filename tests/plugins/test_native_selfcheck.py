@@ -669,6 +669,17 @@ def test_what_cannot_be_tried_is_a_warning_once(builds: list[str]) -> None:
         called(running)
 
 
+def test_what_cannot_be_described_runs_unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(*args: Any) -> Any:
+        raise RuntimeError("no words for it")
+
+    monkeypatch.setattr(Architecture, "of", of)
+    running = attached("gpt2", "input")
+    with pytest.warns(UnprovenWarning, match="no words for it"):
+        called(running)
+    called(running)
+
+
 def test_a_large_model_is_not_built() -> None:
     """What shrinks by no name that is known is counted before it has memory."""
 
