@@ -193,7 +193,7 @@ def test_a_target_that_is_taken_is_refused_before_the_work(tmp_path: Path, monke
 
 
 def test_the_engine_proves_itself_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the check of itself on, as it is for a user: convert, attach, generate, and ask the doctor what was found."""
+    """With the check on, as it is for a user: convert, attach, generate, and ask the doctor what was found."""
     monkeypatch.setenv("SOFTBRIDGE_SELF_CHECK", "1")
     monkeypatch.setenv("SOFTBRIDGE_SELF_CHECK_FOLDER", str(tmp_path / "verdicts"))
     config = tiny_config("llama")

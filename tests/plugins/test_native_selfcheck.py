@@ -588,6 +588,19 @@ def test_doctor_lists_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---------------------------------------------------------------------------------------------- what nobody has met
 
 
+@pytest.mark.filterwarnings("ignore")  # of transformers' models, about themselves
+@pytest.mark.parametrize("family", ["doge", "diffllama"])
+def test_attention_that_computes_with_all_keys_is_refused(family: str) -> None:
+    """Doge makes a mask of the values, DiffLlama rearranges their heads, both before a prefix joins in attention."""
+    sizes = {**CONTRACT.SIZES, "num_key_value_heads": 2}
+    model = build(AutoConfig.for_model(family, **sizes), "causal-lm", torch.float64, 0)
+    with pytest.raises(EngineError, match="breaks the promise 'reference'"):
+        called(sb.attach(copy.deepcopy(model), prompt_for(model, "prefix")))
+    running = sb.attach(model, prompt_for(model, "input"))
+    called(running)
+    assert verdict_of(running).status == "kept"
+
+
 class RemoteConfig(LlamaConfig):  # type: ignore[misc]
     """As a hub's repository would bring it: registered nowhere."""
 
