@@ -288,6 +288,8 @@ def test_nothing_is_found_where_nothing_is_wrong(family: str, implementation: st
         model.set_attn_implementation(implementation)
     except ValueError:
         pytest.skip(f"{family} has no {implementation} attention")
+    if model.config._attn_implementation != implementation:
+        pytest.skip(f"{family} stays with {model.config._attn_implementation} attention")
     for kind in KINDS:
         for prompt in CONTRACT.prompts(model, kind):
             if ENGINE.obstacles(prompt, model):
@@ -559,6 +561,7 @@ def test_an_engine_that_cannot_check_itself_is_asked_for_nothing() -> None:
     _check_itself(third_party, tiny_model("gpt2"), None)  # type: ignore[arg-type]
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch's, of its own vmap
 def test_a_compiled_call_does_not_trace_the_check(builds: list[str]) -> None:
     model = attached("gpt2", "input")
     compiled = torch.compile(model, backend="eager", fullgraph=True)
@@ -591,14 +594,21 @@ def test_doctor_lists_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.filterwarnings("ignore")  # of transformers' models, about themselves
 @pytest.mark.parametrize("family", ["doge", "diffllama"])
 def test_attention_that_computes_with_all_keys_is_refused(family: str) -> None:
-    """Doge makes a mask of the values, DiffLlama rearranges their heads, both before a prefix joins in attention."""
+    """Doge makes a mask of the values, DiffLlama rearranges their heads, both before a prefix joins in attention.
+
+    Where DiffLlama does not dispatch (transformers 4), the prefix is in its cache, and right.
+    """
     sizes = {**CONTRACT.SIZES, "num_key_value_heads": 2}
     model = build(AutoConfig.for_model(family, **sizes), "causal-lm", torch.float64, 0)
-    with pytest.raises(EngineError, match="breaks the promise 'reference'"):
-        called(sb.attach(copy.deepcopy(model), prompt_for(model, "prefix")))
-    running = sb.attach(model, prompt_for(model, "input"))
-    called(running)
-    assert verdict_of(running).status == "kept"
+    joins = any(attention.dispatches(module) for module in model.modules())
+    assert joins or family == "diffllama"
+    for kind in ("input", *(() if joins else ("prefix",))):
+        running = sb.attach(copy.deepcopy(model), prompt_for(model, kind))
+        called(running)
+        assert verdict_of(running).status == "kept"
+    if joins:
+        with pytest.raises(EngineError, match="breaks the promise 'reference'"):
+            called(sb.attach(copy.deepcopy(model), prompt_for(model, "prefix")))
 
 
 class RemoteConfig(LlamaConfig):  # type: ignore[misc]

@@ -214,12 +214,13 @@ class _Trial:
         return (*found, self._rows()) if bank else tuple(found)
 
     def _effect(self, reference: Finding) -> Finding:
-        """The prompt is felt; where nothing says that it is right, each array of it is."""
+        """The prompt is felt, and leaves numbers; where nothing says that these are right, each array of it is felt."""
         expected, found = promises.said(self.bare, self.plain[0]), promises.said(self.running, self.texts[0])
         if self.template:
             real = self.texts[0]["input_ids"][0] >= 0
             found = found[:, real] if found.ndim == 3 else found
-        figures = [Figure("prompts not felt", float(contract.distance(found, expected) < FELT), "same")]
+        moved = contract.distance(found, expected)
+        figures = [Figure("prompts not felt", float(not FELT <= moved < math.inf), "same")]
         if not reference.figures and isinstance(self.engine, Insertable):
             whole = promises.said(self.running, self.texts[0])
             still = []
@@ -240,6 +241,8 @@ class _Trial:
             length = (text.get("decoder_input_ids") if self.geometry.encoder is None else None) or text["input_ids"]
             try:
                 expected = promises.by_hand(self.bare, self.geometry, self.prompt, text)
+                if not bool(expected.isfinite().all()):
+                    raise NotTried("by hand it is no number")
             except Exception as error:  # the bare copy may refuse what only a hand would ask of it
                 reason = str(error) if isinstance(error, NotTried) else _line(error)
                 continue
