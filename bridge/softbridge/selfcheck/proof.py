@@ -37,7 +37,7 @@ from softbridge.selfcheck import promises
 from softbridge.selfcheck.miniature import Architecture, Miniature, build, like, miniatures
 from softbridge.selfcheck.promises import NotTried
 from softbridge.selfcheck.verdict import Finding, Key, Measured, Promise, Verdict, decisive, keep, recall
-from softbridge.verification.run import islands_in, threads
+from softbridge.verification.run import find_islands, threads
 
 #: How many copies are tried to build.
 TRIES = 6
@@ -197,7 +197,7 @@ class _Trial:
         self.texts = promises.texts(bare, self.template)
         self.plain = promises.texts(bare)
         self.began, self.generates = time.thread_time(), promises.generates(bare, small.geometry)
-        self.islands = islands_in(bare, lambda: promises.said(bare, self.plain[0]))
+        self.islands = find_islands(bare, self.plain[0])
         self.running = engine.attach(fresh(bare), prompt)
 
     def findings(self, bank: bool) -> tuple[Finding, ...]:
