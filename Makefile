@@ -2,7 +2,8 @@
 # make test    lint, types, and the whole suite on both stacks of compat/matrix.toml
 # make test-stacks  the contracts of engines and trainers and the table of conversions, on every stack of compat/matrix.toml
 # make test-processors  claims of equality on both stacks, as other processors sum, with one thread and with two
-# make test-long  the tests of foreign bytes with a hundred times as many examples, on the newer stack
+# make test-long  the tests of foreign bytes with a hundred times as many examples, and the engine's check of itself on
+#              every architecture of its tests, on the newer stack
 # make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
 # make format  let ruff rewrite what it can
 # make clean   remove environments and caches
@@ -64,11 +65,13 @@ test-processors: $(ENV4)/ready $(ENV5)/ready
 test-long: export OMP_NUM_THREADS := 1
 test-long: export SOFTBRIDGE_PROFILE := long
 test-long: $(ENV5)/ready
-	$(ENV5)/bin/python $(PYTEST) tests/bridge/test_untrusted_reading.py tests/bridge/test_container.py
+	$(ENV5)/bin/python $(PYTEST) tests/bridge/test_untrusted_reading.py tests/bridge/test_container.py \
+		tests/plugins/test_native_selfcheck.py
 
 bench: $(ENV5)/ready
 	$(ENV5)/bin/python tests/benchmarks/engines.py
 	$(ENV5)/bin/python tests/benchmarks/structure_check.py
+	$(ENV5)/bin/python tests/benchmarks/self_check.py
 
 lint: $(ENV5)/ready
 	$(ENV5)/bin/ruff check $(CODE)

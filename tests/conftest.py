@@ -31,6 +31,9 @@ settings.load_profile(os.environ.get("SOFTBRIDGE_PROFILE", "default"))
 if os.environ.get("SOFTBRIDGE_PROCESSOR") == "another":
     _PROCESSOR = runpy.run_path(str(Path(__file__).with_name("another_processor.py")))
 
+# What the suite itself shows no engine needs to show again before each call. That check has tests of its own.
+os.environ.setdefault("SOFTBRIDGE_SELF_CHECK", "0")
+
 #: Runs that are remembered at most, the latest: some 100 kB each.
 REMEMBERED = 300
 

@@ -190,3 +190,34 @@ def test_a_target_that_is_taken_is_refused_before_the_work(tmp_path: Path, monke
     monkeypatch.setattr("softbridge.verification.verify_prompts", lambda *a, **k: pytest.fail("verified in vain"))
     with pytest.raises(OutputError, match="is there already"):
         sb.convert(tmp_path / "a", tmp_path / "out", "softbridge", config, verify=True)
+
+
+def test_the_engine_proves_itself_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the check on, as it is for a user: convert, attach, generate, and ask the doctor what was found."""
+    monkeypatch.setenv("SOFTBRIDGE_SELF_CHECK", "1")
+    monkeypatch.setenv("SOFTBRIDGE_SELF_CHECK_FOLDER", str(tmp_path / "verdicts"))
+    config = tiny_config("llama")
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "ours", "softbridge", config)
+    sb.convert(tmp_path / "ours", tmp_path / "peft", "peft", config)
+    running = sb.attach(tiny_model("llama"), tmp_path / "peft")
+    settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    made = running.generate(IDS, attention_mask=torch.ones_like(IDS), **settings)
+    off = sb.attach(tiny_model("llama"), tmp_path / "peft", self_check=False)
+    assert torch.equal(made, off.generate(IDS, attention_mask=torch.ones_like(IDS), **settings))
+    assert not torch.equal(made, tiny_model("llama").generate(IDS, attention_mask=torch.ones_like(IDS), **settings))
+    assert running.softbridge.check.verdicts[0].status == "kept"
+    assert off.softbridge.check is None
+    table = CliRunner().invoke(app, ["doctor"], env={"COLUMNS": "200"})
+    assert table.exit_code == 0
+    assert "1 kept, 0 broken, 0 unproven" in " ".join(table.output.split())
+    assert "LlamaForCausalLM" in table.output
+    (found,) = json.loads(CliRunner().invoke(app, ["doctor", "--json"]).output)["self_checks"]
+    assert found["status"] == "kept"
+    assert {one["promise"] for one in found["findings"]} == {
+        "effect",
+        "reference",
+        "generation",
+        "cache",
+        "right",
+        "left",
+    }

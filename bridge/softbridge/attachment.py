@@ -14,12 +14,13 @@ from softbridge.bank import Entry, PromptBank
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.head import load_head, restore_head
-from softbridge.hookspecs import Insertable
+from softbridge.hookspecs import Engine, Insertable, SelfChecking
 from softbridge.lower import Target, check_fits, lower
 from softbridge.methods import Method
 from softbridge.passes import inexpressible, left_behind
 from softbridge.prompt import Array, SoftPrompt, same_array
 from softbridge.registry import engine_named, engines
+from softbridge.selfcheck import wanted
 from softbridge.tensors import from_torch
 from softbridge.untested import warn_of_untested
 
@@ -43,6 +44,7 @@ def attach(
     *,
     seed: int | None = None,
     accept: Collection[str] = (),
+    self_check: bool | None = None,
 ) -> Any:
     """Make a transformers model run with a soft prompt, to use it or to train it.
 
@@ -62,6 +64,8 @@ def attach(
             numbers if it is None, which `transformers.set_seed` governs.
         accept: names of the conditions that the caller accepts, beside ``positions``, which are told: ``partial``,
             where of the source (an adapter of several methods) the prompt alone goes on.
+        self_check: whether the engine, if it can, proves itself before the first call, on a small copy of the model:
+            see `softbridge.selfcheck`. None: unless the environment variable SOFTBRIDGE_SELF_CHECK is 0.
 
     Returns:
         The model to call: the same object for engines that work in place, the toolkit's wrapper otherwise.
@@ -86,6 +90,7 @@ def attach(
             )
         running = chosen.attach_bank(model, prompt, partial(_fetch, engine, model, accept))
         setattr(running, ATTACHED, _Attached(engine, {}, {}))
+        _check_itself(chosen, running, self_check)
         return running
     if isinstance(prompt, Method):
         method, prompt = prompt, prompt.initialise(base.geometry, _drawn() if seed is None else seed)
@@ -98,9 +103,16 @@ def attach(
         restore_head(model, displaced)
         raise
     setattr(running, ATTACHED, _Attached(engine, prompt.head, displaced))
+    _check_itself(chosen, running, self_check)
     if running is model and isinstance(chosen, Insertable):
         drop_in.become(running)
     return running
+
+
+def _check_itself(engine: Engine, running: Any, asked: bool | None) -> None:
+    """Let an engine that can check itself do so, if the caller, or else the environment, wants it."""
+    if isinstance(engine, SelfChecking) and (wanted() if asked is None else asked):
+        engine.check_itself(running)
 
 
 def _drawn() -> int:

@@ -131,7 +131,9 @@ def check(
     What raises instead of keeping a promise breaks it: the error is then a figure that no bound allows.
     """
     model = make()
-    probe = Probe("alone", {name: tensor.numpy() for name, tensor in _inputs(model, 0).items()}, np.ones((1, 1), bool))
+    probe = Probe(
+        "alone", {name: tensor.numpy() for name, tensor in make_text(model, 0).items()}, np.ones((1, 1), bool)
+    )
     islands = find_islands(model, probe)
     for promise in promises or PROMISES:
         outcome = Outcome(promise.__name__, _run(promise, engine, make, prompt), {}, islands)
@@ -156,16 +158,16 @@ def _run(promise: Promise, engine: Engine, make: Make, prompt: SoftPrompt | None
 def padding(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Figure]:
     """1. A row gives the same logits on its real tokens unpadded, padded on the right and padded on the left."""
     model = _running(engine, make(), prompt)
-    inputs = _inputs(model, 0)
+    inputs = make_text(model, 0)
     expected = _logits(model, inputs)
     padded = ("", "decoder_") if "decoder_input_ids" in inputs else ("",)
     for stack in padded:
         for side in ("right", "left"):
-            given = {**inputs, **_padded(model, inputs, stack, side)}
+            given = {**inputs, **pad_text(model, inputs, stack, side)}
             logits = _logits(model, given)
             if stack or (len(padded) == 1 and logits.ndim == 3):
                 logits = logits[:, -expected.shape[1] :] if side == "left" else logits[:, : expected.shape[1]]
-            yield Figure(f"{stack}{side}", _distance(logits, expected), "close")
+            yield Figure(f"{stack}{side}", distance(logits, expected), "close")
 
 
 def cache(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Figure]:
@@ -177,12 +179,29 @@ def cache(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Fig
     model = _running(engine, make(), prompt)
     if not model.can_generate():
         return
-    inputs = _inputs(model, 0)
+    yield token_by_token(model, make_text(model, 0))
+
+    texts = [make_text(model, row) for row in range(len(LENGTHS))]
+    by_hand = torch.cat([greedy(model, text) for text in texts])
+    # An encoder is padded on the right, as its own tokenizer does.
+    together = pad_together(model, texts, "right" if model.config.is_encoder_decoder else "left")
+    for name, found in (
+        ("greedy", torch.cat([generate(model, text) for text in texts])),
+        ("greedy, padded", generate(model, together)),
+        ("greedy, uncached", generate(model, together, use_cache=False)),
+    ):
+        yield Figure(name, float((found != by_hand).sum()), "same")
+    beams = torch.cat([generate(model, text, num_beams=2, use_cache=False) for text in texts])
+    yield Figure("two beams", float((generate(model, together, num_beams=2) != beams).sum()), "same")
+
+
+def token_by_token(model: Any, inputs: Mapping[str, Tensor], start: int = 3) -> Figure:
+    """A caller's own loop, which hands the cache on: the first tokens together, the others one by one."""
     ids = "decoder_input_ids" if "decoder_input_ids" in inputs else "input_ids"
     expected, steps = _logits(model, inputs), []
     state: Any = None
     with torch.no_grad():
-        for first, last in ((0, 3), *((n, n + 1) for n in range(3, inputs[ids].shape[1]))):
+        for first, last in ((0, start), *((n, n + 1) for n in range(start, inputs[ids].shape[1]))):
             given = {**inputs, ids: inputs[ids][:, first:last], "use_cache": True}
             given |= caches.handed(model.forward, state)
             if ids == "input_ids":
@@ -190,32 +209,19 @@ def cache(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Fig
             output = model(**given)
             state = caches.of(output)
             steps.append(output.logits)
-    yield Figure("token by token", _distance(torch.cat(steps, dim=1), expected), "close")
-
-    texts = [_inputs(model, row) for row in range(len(LENGTHS))]
-    by_hand = torch.cat([_greedy(model, text) for text in texts])
-    # An encoder is padded on the right, as its own tokenizer does.
-    together = _batch(model, texts, "right" if model.config.is_encoder_decoder else "left")
-    for name, found in (
-        ("greedy", torch.cat([_generate(model, text) for text in texts])),
-        ("greedy, padded", _generate(model, together)),
-        ("greedy, uncached", _generate(model, together, use_cache=False)),
-    ):
-        yield Figure(name, float((found != by_hand).sum()), "same")
-    beams = torch.cat([_generate(model, text, num_beams=2, use_cache=False) for text in texts])
-    yield Figure("two beams", float((_generate(model, together, num_beams=2) != beams).sum()), "same")
+    return Figure("token by token", distance(torch.cat(steps, dim=1), expected), "close")
 
 
 def batch(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Figure]:
     """3. A row alone gives the same logits as among others, of its own length and of other lengths."""
     model = _running(engine, make(), prompt)
     for name, lengths in (("equal lengths", LENGTHS[:1] * 3), ("mixed lengths", LENGTHS)):
-        texts = [_inputs(model, row, length) for row, length in enumerate(lengths)]
-        together = _logits(model, _batch(model, texts, "right"))
+        texts = [make_text(model, row, length) for row, length in enumerate(lengths)]
+        together = _logits(model, pad_together(model, texts, "right"))
         rows = []
         for row, text in enumerate(texts):
             alone = _logits(model, text)
-            rows.append(_distance(together[row : row + 1, : alone.shape[1]], alone))
+            rows.append(distance(together[row : row + 1, : alone.shape[1]], alone))
         yield Figure(name, max(rows), "close")
 
 
@@ -225,14 +231,14 @@ def labels(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Fi
     The loss is computed again from rows that run alone.
     """
     model = _running(engine, make(), prompt)
-    texts = [_inputs(model, row) for row in range(len(LENGTHS))]
+    texts = [make_text(model, row) for row in range(len(LENGTHS))]
     total, count = 0.0, 0
     for text in texts:
         aligned, wanted = _aligned(model, _labelled(model, text).logits, _labels(model, text))
         total += float(cross_entropy(aligned, wanted, ignore_index=IGNORED, reduction="sum"))
         count += int((wanted != IGNORED).sum())
     for side in ("right", "left"):
-        given = _batch(model, texts, side)
+        given = pad_together(model, texts, side)
         wanted, output = _labels(model, given), _labelled(model, given)
         yield Figure(f"{side}, logits too many", float(output.logits.shape[: wanted.ndim] != wanted.shape), "same")
         yield Figure(f"{side}, loss", abs(float(output.loss) * count / total - 1), "loss")
@@ -249,7 +255,7 @@ def training(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[
     before = [tensor.detach().clone() for tensor in tensors]
     trainable = _count(parameter.requires_grad for parameter in model.parameters() if id(parameter) in own)
     yield Figure("parameters of the model to train", trainable, "same")
-    text = _inputs(model, 0)
+    text = make_text(model, 0)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.05)
     for _ in range(STEPS):
         optimizer.zero_grad()
@@ -263,14 +269,14 @@ def training(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[
     pairs = zip(prompt.arrays(), trained.arrays(), strict=True)
     yield Figure("arrays of the prompt not trained", _count(same_array(a, b) for (_, a), (_, b) in pairs), "same")
     again = _logits(engine.attach(make(), trained), text)
-    yield Figure("extracted and attached again", _distance(again, _logits(model, text)), "same")
+    yield Figure("extracted and attached again", distance(again, _logits(model, text)), "same")
 
 
 def detaching(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Figure]:
     """6. After attach, a backward pass and detach the model is the one before, bit for bit, and the prompt was felt."""
     model = make()
     next(model.parameters()).requires_grad_(False)
-    text = _inputs(model, 0)
+    text = make_text(model, 0)
     logits, state = _logits(model, text), {name: value.clone() for name, value in model.state_dict().items()}
     before = _fingerprint(model)
     if prompt is None:
@@ -278,13 +284,13 @@ def detaching(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator
     running = engine.attach(model, prompt)
     found = _logits(running, text)
     shown = found[:, : logits.shape[1]] if found.shape != logits.shape else found
-    yield Figure("prompts not felt", float(_distance(shown, logits) < FELT), "same")
+    yield Figure("prompts not felt", float(distance(shown, logits) < FELT), "same")
     loss = _loss(running, text)
     if loss.requires_grad:  # an engine may attach for running only
         loss.backward()
     restored = engine.detach(running)
     yield Figure("another model", float(restored is not model), "same")
-    yield Figure("outputs", _distance(_logits(model, text), logits), "same")
+    yield Figure("outputs", distance(_logits(model, text), logits), "same")
     now = model.state_dict()
     yield Figure("names in the state", float(now.keys() != state.keys()), "same")
     changed = (name not in now or not torch.equal(now[name], value) for name, value in state.items())
@@ -302,7 +308,7 @@ def attention(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator
     """
     wide = None if prompt is None else as_dtype(prompt, np.dtype(np.float64))
     model = _training(engine, make(), wide)
-    text = _inputs(model, 1)
+    text = make_text(model, 1)
     eager = _gradient(model, text)
 
     model = _training(engine, make(), wide).train()
@@ -316,7 +322,7 @@ def attention(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator
             for what, found, expected in zip(("loss", "gradient"), _gradient(model, text), plain, strict=False):
                 # Reentrant, the gradients of what several layers read are added in another order.
                 exact = what == "loss" or not reentrant
-                yield Figure(f"{name}, {what}", _distance(found, expected), "same" if exact else "close")
+                yield Figure(f"{name}, {what}", distance(found, expected), "same" if exact else "close")
 
     other = make()
     other.set_attn_implementation("sdpa")
@@ -324,7 +330,7 @@ def attention(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator
         raise NotImplementedError(f"{type(other).__name__} takes no other attention once it is built")
     sdpa = _gradient(_training(engine, other, wide), text)
     for what, found, expected in zip(("loss", "gradient", "logits"), sdpa, eager, strict=True):
-        yield Figure(f"sdpa, {what}", _distance(found, expected), "close")
+        yield Figure(f"sdpa, {what}", distance(found, expected), "close")
 
 
 PROMISES: tuple[Promise, ...] = (padding, cache, batch, labels, training, detaching, attention)
@@ -335,8 +341,11 @@ PROMISES: tuple[Promise, ...] = (padding, cache, batch, labels, training, detach
 
 def _running(engine: Engine, model: Any, prompt: SoftPrompt | None) -> Any:
     """The model with the prompt, or alone and told where its tokens stand, as `generate` tells it."""
-    if prompt is not None:
-        return engine.attach(model, prompt)
+    return told_positions(model) if prompt is None else engine.attach(model, prompt)
+
+
+def told_positions(model: Any) -> Any:
+    """The model, told where its tokens stand, as `generate` tells it; in place."""
     if "position_ids" in inspect.signature(model.forward).parameters:
         model.register_forward_pre_hook(_tell, with_kwargs=True)
     return model
@@ -404,7 +413,7 @@ def _aligned(model: Any, logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor
     return logits.flatten(0, 1), wanted.flatten()
 
 
-def _generate(model: Any, inputs: Mapping[str, Tensor], **settings: Any) -> Tensor:
+def generate(model: Any, inputs: Mapping[str, Tensor], **settings: Any) -> Tensor:
     """NEW_TOKENS tokens for each row [B, NEW_TOKENS], greedy unless told."""
     given = {name: value for name, value in inputs.items() if not name.startswith("decoder")}
     lengths = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": _pad(model)}
@@ -414,7 +423,7 @@ def _generate(model: Any, inputs: Mapping[str, Tensor], **settings: Any) -> Tens
     return found[:, -NEW_TOKENS:]
 
 
-def _greedy(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
+def greedy(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     """The same for one row by hand: the whole text again for each token."""
     crossed = model.config.is_encoder_decoder
     grown = torch.tensor([[model.generation_config.decoder_start_token_id]]) if crossed else inputs["input_ids"]
@@ -433,7 +442,7 @@ def _ordinary(config: Any) -> Tensor:
     return torch.tensor([token for token in range(text.vocab_size) if token not in special])
 
 
-def _inputs(model: Any, row: int, length: int | None = None) -> dict[str, Tensor]:
+def make_text(model: Any, row: int, length: int | None = None) -> dict[str, Tensor]:
     """A text [1, T], its mask, and to an encoder-decoder an answer."""
     ordinary, generator = _ordinary(model.config), torch.Generator().manual_seed(row)
 
@@ -462,7 +471,7 @@ def _pad(model: Any) -> int:
     return found if isinstance(found, int) else 0
 
 
-def _padded(model: Any, inputs: Mapping[str, Tensor], stack: str, side: str) -> dict[str, Tensor]:
+def pad_text(model: Any, inputs: Mapping[str, Tensor], stack: str, side: str) -> dict[str, Tensor]:
     """A stack's tokens with pads on one side, and their mask."""
     ids = inputs[f"{stack}input_ids"]
     pads = (0, PADS) if side == "right" else (PADS, 0)
@@ -470,7 +479,7 @@ def _padded(model: Any, inputs: Mapping[str, Tensor], stack: str, side: str) -> 
     return {f"{stack}input_ids": pad(ids, value=_pad(model)), f"{stack}attention_mask": pad(torch.ones_like(ids))}
 
 
-def _batch(model: Any, texts: Sequence[Mapping[str, Tensor]], side: str) -> dict[str, Tensor]:
+def pad_together(model: Any, texts: Sequence[Mapping[str, Tensor]], side: str) -> dict[str, Tensor]:
     """All texts in one batch, padded to the longest."""
     width = max(text["input_ids"].shape[1] for text in texts)
     batched = {}
@@ -487,7 +496,7 @@ def _batch(model: Any, texts: Sequence[Mapping[str, Tensor]], side: str) -> dict
 # --------------------------------------------------------------------------------------------------------- figures
 
 
-def _distance(found: Tensor, expected: Tensor) -> float:
+def distance(found: Tensor, expected: Tensor) -> float:
     """The largest difference relative to the largest number; infinite between shapes, or where there is no number."""
     if found.shape != expected.shape:
         return math.inf

@@ -12,6 +12,7 @@ from softbridge.conversion import read
 from softbridge.geometry import Geometry
 from softbridge.prompt import SoftPrompt
 from softbridge.registry import engines
+from softbridge.selfcheck.verdict import Verdict, verdicts
 from softbridge_compat import versions
 from softbridge_compat.defects import Defect
 from softbridge_compat.defects import defects as known
@@ -29,6 +30,8 @@ class Diagnosis:
         engines: name -> why it cannot be used here, or None.
         defects: known defects of the toolkits at hand: all, or those that concern the prompt.
         prompt: what was asked about, or None.
+        self_checks: what engines found when they checked themselves with the installed versions; see
+            `softbridge.selfcheck`.
     """
 
     platform: str
@@ -37,6 +40,7 @@ class Diagnosis:
     engines: dict[str, str | None]
     defects: tuple[Defect, ...]
     prompt: SoftPrompt | None = None
+    self_checks: tuple[Verdict, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """JSON values; the prompt as a line of text."""
@@ -47,6 +51,7 @@ class Diagnosis:
             "engines": self.engines,
             "defects": [named(defect) for defect in self.defects],
             "prompt": None if self.prompt is None else repr(self.prompt),
+            "self_checks": [verdict.to_json() for verdict in self.self_checks],
         }
 
 
@@ -90,4 +95,4 @@ def diagnose(path: str | Path | None = None, base: Any = None) -> Diagnosis:
     reasons = {name: engine.unavailable() for name, engine in engines().items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     found = defects(prompt, None if prompt is None else prompt.base.geometry, usable)
-    return Diagnosis(platform.platform(), versions(), untested(), reasons, found, prompt)
+    return Diagnosis(platform.platform(), versions(), untested(), reasons, found, prompt, tuple(verdicts()))

@@ -171,6 +171,19 @@ class Banker(Protocol):
         ...
 
 
+@runtime_checkable
+class SelfChecking(Protocol):
+    """What an engine can do besides, if it can prove itself on the architecture that it was attached to."""
+
+    def check_itself(self, model: Any) -> None:
+        """Check the engine before the first call of an attached model; see `softbridge.selfcheck`.
+
+        What does not hold is an `EngineError` at every call that it concerns. Nothing is checked, and nothing is
+        refused, on a model for which this was not asked.
+        """
+        ...
+
+
 @hookspec
 def softbridge_formats() -> Sequence[Format]:  # type: ignore[empty-body]
     """Return the formats that this plugin brings."""

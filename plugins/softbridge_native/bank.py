@@ -24,6 +24,7 @@ from softbridge_native.model import (
     Injection,
     attention_modules,
     check,
+    injection,
     install,
     origin_of,
     stacks_of,
@@ -108,6 +109,9 @@ def _ready(model: Any, fetch: Fetch, modules: Mapping[Site, Sequence[nn.Module]]
             "prompts without heads in a bank, as all rows of a batch go through one head",
             "attach it alone, or leave its head out: dataclasses.replace(prompt, head={})",
         )
+    checking = injection(model).check
+    if checking is not None:
+        checking.learn(prompt)
     return Ready(prompt, modules, home(model.device))
 
 
@@ -126,8 +130,23 @@ class Rows:
         self.joined: dict[Any, Joined | None] = {}
 
 
-#: Of several threads, one loads.
-_LOADING = threading.RLock()
+class Loading:
+    """Of several threads, one loads. Each bank in a model has a lock of its own, and so has a copy.
+
+    An engine that checks itself while one loads (`SelfCheck.learn`) loads into the bank of a copy, in another thread.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Loading, ()
 
 
 class Shared(Injection):
@@ -137,6 +156,7 @@ class Shared(Injection):
         bank: says which.
         ready: those that were asked for.
         call: the rows of the running call, or of the thread's last.
+        loading: held while prompts are made ready.
     """
 
     def __init__(
@@ -146,6 +166,7 @@ class Shared(Injection):
         self.bank = bank
         self.ready: Recent[Ready] = Recent(bank.limit)
         self.call: Own[Rows] = Own(Rows)
+        self.loading = Loading()
         self._make = make
         self._layers = {site: len(heard) for site, heard in modules.items()}
 
@@ -164,7 +185,7 @@ class Shared(Injection):
         if entries == call.entries:
             return
         chosen: dict[Entry, Ready] = {}
-        with _LOADING:
+        with self.loading:
             for entry in entries:
                 if entry is not None and entry not in chosen:
                     chosen[entry] = self.ready.get(entry) or self.ready.put(entry, self._make(entry))

@@ -47,6 +47,14 @@ class NativeEngine:
 
         return native.attach(model, bank, fetch)
 
+    def check_itself(self, model: Any) -> None:
+        """Before the first call, on a small copy of the model. See `SelfChecking`."""
+        from softbridge_native import model as native
+        from softbridge_native.selfcheck import SelfCheck
+
+        injected = native.injection(model)
+        injected.check = SelfCheck(self, model, injected.prompt if isinstance(injected, native.Single) else None)
+
     def extract(self, model: Any) -> SoftPrompt:
         """The prompt as it is now; the very one that was attached, if training did not change it."""
         from softbridge_native import model as native

@@ -54,6 +54,7 @@ from softbridge_native.placement import (
     home,
     position_table,
 )
+from softbridge_native.selfcheck import SelfCheck
 
 #: The submodule of the model that holds the prompt.
 NAME = "softbridge"
@@ -136,6 +137,7 @@ class Injection(nn.Module, ABC):
         hooked: the stacks.
         implementations: each configuration in the model, with the attention implementation that it named.
         trainable: the model's parameters that were trainable.
+        check: how the engine checks itself before the first call, or None.
         virtual_logits: whether states and logits of virtual tokens are to be returned, too, in their places: P + T of
             them. Off unless set; there is no loss then, as labels are of real tokens.
     """
@@ -150,6 +152,7 @@ class Injection(nn.Module, ABC):
         self.hooked: list[nn.Module] = []
         self.implementations: list[tuple[Any, str]] = []
         self.trainable: list[nn.Parameter] = []
+        self.check: SelfCheck | None = None
         self.virtual_logits = False
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -170,8 +173,10 @@ class Injection(nn.Module, ABC):
         """Whether what is of virtual tokens is to be returned."""
         return self.virtual_logits
 
-    def reach(self, stack: nn.Module, args: tuple[Any, ...]) -> None:
+    def reach(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A stack runs."""
+        if self.check is not None and not self.switch.is_off(stack):
+            self.check.call(stack, args, kwargs)
         self.reached.now.stack = True
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -614,7 +619,7 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
         hooks.entry = hook(stack)
         injected.hooked.append(stack)
         handles += [
-            stack.register_forward_pre_hook(injected.reach),
+            stack.register_forward_pre_hook(injected.reach, with_kwargs=True),
             stack.register_forward_pre_hook(hooks.before, with_kwargs=True),
             stack.register_forward_hook(hooks.after, always_call=True),
             stack.get_input_embeddings().register_forward_hook(hooks.embedded),

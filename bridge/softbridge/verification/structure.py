@@ -126,13 +126,13 @@ def _same_attention(a: Geometry, b: Geometry) -> bool:
 
 def _chunks(whole: Structure, stack: StackGeometry, most: int) -> Iterator[Structure]:
     """Models of `most` layers each, if a model of some layers has just these layers of the whole one."""
-    full = _layers(whole.base.bare(), stack.layers)
+    full = layers_of(whole.base.bare(), stack.layers)
     firsts = range(0, stack.layers, most)
     made = []
     for first in firsts:
         count = min(most, stack.layers - first)
         base = whole.base.with_config(_cut(whole.base.config, stack.layers, first, count))
-        if full is None or _layers(base.bare(), count) != full[first : first + count]:
+        if full is None or layers_of(base.bare(), count) != full[first : first + count]:
             yield whole  # it says by its layers' numbers what each is, and cannot be cut
             return
         made.append(Structure(base, first, count, f"{whole.note}, {most} layer{'s' * (most > 1)} at a time"))
@@ -150,7 +150,7 @@ def _cut(config: Any, layers: int, first: int, count: int) -> Any:
     return config
 
 
-def _layers(model: Any, count: int) -> list[Any] | None:
+def layers_of(model: Any, count: int) -> list[Any] | None:
     """What each layer is, but for its number; None if the layers are not found."""
     import torch
 

@@ -1,0 +1,26 @@
+"""An engine proves itself where it runs: on a small copy of the very architecture that it was attached to.
+
+The tests of this project hold its engines to their contract on the versions and architectures that they know. A user
+has others. So before the first call of an attached model its engine runs a prompt of the same kind on a `Miniature` of
+the model, and what it computes is compared, in float64, with what can be had without it. The `Verdict` is kept, so that
+this costs nothing the next time.
+
+To read it, in this order: `miniature` (the copy), `promises` (what is compared), `proof` (how a verdict comes about)
+and `verdict` (what it says and where it is kept).
+"""
+
+from __future__ import annotations
+
+import os
+
+#: What switches self-checks off: 0, or false, no, off.
+SWITCH = "SOFTBRIDGE_SELF_CHECK"
+
+
+class UnprovenWarning(UserWarning):
+    """An engine could not check itself on the architecture that it runs."""
+
+
+def wanted() -> bool:
+    """Whether the environment leaves self-checks on."""
+    return os.environ.get(SWITCH, "1").strip().lower() not in ("0", "false", "no", "off")
