@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from softbridge.errors import BaseModelError, SoftbridgeError
-from softbridge.geometry import Geometry, read_geometry
+from softbridge.geometry import Geometry, read_geometry, text_part
 from softbridge.prompt import Array, BaseId
+from softbridge_compat import transformers_configs, versions
 
 if TYPE_CHECKING:
     from softbridge.positions import PositionScheme
@@ -69,17 +70,17 @@ class BaseModel:
         """From a `BaseModel`, a transformers model or configuration, a directory, a config.json or a hub id.
 
         Raises:
-            BaseModelError: none of these, or transformers cannot read it.
+            BaseModelError: none of these, or the installed transformers cannot read it, or only a part of it.
         """
         if isinstance(base, BaseModel):
             return base
         if isinstance(base, (str, Path)):
-            return cls(_load_config(str(base), trust_remote_code), str(base))
+            return cls(_read_whole(_load_config(str(base), trust_remote_code)), str(base))
         name = getattr(base, "name_or_path", None) or getattr(base, "_name_or_path", None) or None
         if hasattr(base, "config") and hasattr(base, "forward"):
-            return cls(base.config, name, base)
+            return cls(_read_whole(base.config), name, base)
         if hasattr(base, "model_type") and hasattr(base, "to_dict"):
-            return cls(base, name)
+            return cls(_read_whole(base), name)
         raise BaseModelError(
             f"a base model was given as {type(base).__name__}",
             "a transformers model or configuration, a directory, a config.json, or a hub id",
@@ -327,6 +328,21 @@ def draw_weights(model: Any, seed: int) -> None:
             else:
                 noise = noise * 0.1 + (1.0 if name.endswith("weight") else 0.0)
             parameter.copy_(noise)
+
+
+def _read_whole(config: Any) -> Any:
+    """The configuration, refused if it says what the installed transformers would not do."""
+    ignored = transformers_configs.unread(config, text_part(config))
+    if ignored:
+        said = ", ".join(f"{key} = {value!r:.100}" for key, value in sorted(ignored.items()))
+        raise BaseModelError(
+            f"the {config.model_type} configuration says {said}, which the installed transformers does not read: it "
+            "would run another model",
+            f"a configuration of which transformers {versions()['transformers']} reads all that matters",
+            f"install the transformers that wrote it ({transformers_configs.writer(config)}); or give a config.json "
+            "that says the same in the words of the installed one",
+        )
+    return config
 
 
 def _load_config(base: str, trust_remote_code: bool) -> Any:

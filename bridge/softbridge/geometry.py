@@ -91,8 +91,7 @@ def read_geometry(config: Any) -> Geometry:
     Raises:
         BaseModelError: a number that the geometry needs is missing or is not a positive integer.
     """
-    get_text_config = getattr(config, "get_text_config", None)
-    text = config if getattr(config, "is_encoder_decoder", False) or get_text_config is None else get_text_config()
+    text = text_part(config)
     hidden = _count(text, "hidden_size", "d_model")
     vocabulary = _count(text, "vocab_size")
     if getattr(text, "is_encoder_decoder", False):
@@ -104,6 +103,25 @@ def read_geometry(config: Any) -> Geometry:
         encoder, decoder = None, _stack(text, hidden)
     width = _optional_count(text, "embedding_size", "word_embed_proj_dim")
     return Geometry(text.model_type, hidden, vocabulary, encoder, decoder, None if width == hidden else width)
+
+
+def text_part(config: Any) -> Any:
+    """The part of a configuration that is a text model's: itself, if it is no composite one.
+
+    Raises:
+        BaseModelError: it has several such parts.
+    """
+    get_text_config = getattr(config, "get_text_config", None)
+    if getattr(config, "is_encoder_decoder", False) or get_text_config is None:
+        return config
+    try:
+        return get_text_config()
+    except ValueError as error:
+        raise BaseModelError(
+            f"a {config.model_type} model, of several text models: {str(error).splitlines()[0]:.120}",
+            "a model of one",
+            "give the part of it that the prompt is for",
+        ) from error
 
 
 def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
