@@ -226,7 +226,7 @@ def save(
     resolved = None if base is None else BaseModel.resolve(base)
     form = format_named(format)
     lowering, content = _prepare(prompt, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
-    _write(Path(path), content, lowering, form, overwrite, dtype=dtype)
+    _write(Path(path), content, lowering, form, resolved, overwrite, dtype=dtype)
     return lowering
 
 
@@ -293,8 +293,8 @@ def convert(
         certificate = _certify(loaded, chosen, lowering, content, form, str(target), wanted)
         if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
-    _write(Path(target), content, lowering, form, overwrite, loaded, dtype)
-    return Report(loaded, to, Path(target), lowering, _advice(lowering, form), certificate)
+    _write(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype)
+    return Report(loaded, to, Path(target), lowering, _advice(lowering, form, resolved), certificate)
 
 
 def _choose(prompt: SoftPrompt, task: int | None, part: str | None) -> SoftPrompt:
@@ -408,8 +408,10 @@ def _notes(prompt: SoftPrompt) -> list[Step]:
     return [Step("read", "exact", str(note)) for note in notes]
 
 
-def _advice(lowering: Lowering, form: Format) -> tuple[str, ...]:
-    return tuple(form.advice(lowering.prompt, lowering.prompt.base.geometry))
+def _advice(lowering: Lowering, form: Format, base: BaseModel | None) -> tuple[str, ...]:
+    told = base is not None and "positions" in _named(lowering.steps, "conditional")
+    first = base.positions.first if base is not None and told else 0
+    return tuple(form.advice(lowering.prompt, lowering.prompt.base.geometry, first))
 
 
 def _named(steps: Sequence[Step], exactness: Exactness) -> tuple[str, ...]:
@@ -490,6 +492,7 @@ def _write(
     content: Mapping[str, bytes],
     lowering: Lowering,
     form: Format,
+    base: BaseModel | None,
     overwrite: bool,
     source: Loaded | None = None,
     dtype: str | None = None,
@@ -526,7 +529,7 @@ def _write(
         "format": form.name,
         "positions": _positions_json(lowering.prompt.positions),
         "conditions": list(conditions),
-        "advice": list(_advice(lowering, form)),
+        "advice": list(_advice(lowering, form, base)),
         "steps": [asdict(step) for step in lowering.steps],
         "dtype": dtype,
         "files": {name: _sha256(data) for name, data in content.items()},

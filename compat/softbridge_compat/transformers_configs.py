@@ -60,7 +60,7 @@ def unread(*parts: Any) -> dict[str, Any]:
         key: vars(part)[key]
         for part in parts
         for key, agrees in AGREES.items()
-        if key in vars(part) and key not in _read(type(part)) and not agrees(vars(part)[key], part)
+        if key in vars(part) and key not in _read(part.__class__) and not agrees(vars(part)[key], part)
     }
 
 

@@ -119,12 +119,14 @@ class PeftFormat:
         kept = training.files(prompt.training, config["peft_type"])
         return {facts.CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(), **weights, **kept}
 
-    def advice(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[str]:
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
         told = [
-            f"pass position_ids = torch.arange(T) - {counted - start} for T unpadded tokens, in every call: PEFT adds "
-            f"the prefix length {counted} to them, and the first real token stands at {start}"
+            f"pass position_ids = torch.arange(T) {'-' if shift < 0 else '+'} {abs(shift)} for T unpadded tokens, in "
+            f"every call: PEFT adds the prefix length {counted} to them, and the first real token stands at {start}"
             for stack, counted in prompt.counted().items()
-            if prompt.prefixes and (start := prompt.positions.start[stack]) != counted
+            if prompt.prefixes
+            and (start := prompt.positions.start[stack]) != counted
+            and (shift := first + start - counted) is not None
         ]
         if prompt.training is not None and prompt.training.kind == "multitask":
             config = config_of(prompt, geometry or prompt.base.geometry)
