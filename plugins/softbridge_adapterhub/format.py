@@ -214,8 +214,8 @@ class AdapterHubFormat:
         if counterpart is not None:
             advice.append(f"load it into a {counterpart.model_class}: other classes do not take the head")
         advice += [
-            f"pass position_ids = torch.arange(T) + {first + start} for T unpadded tokens, in every call: the first real "
-            f"token of the {stack} stands at {start}"
+            f"pass position_ids = torch.arange(T) + {first + start} for T unpadded tokens, in every call: the first "
+            f"real token of the {stack} stands at {start}"
             for stack, start in prompt.positions.start.items()
             if start != 0
         ]
