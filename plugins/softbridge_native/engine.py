@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ class NativeEngine:
 
     name: str = "native"
     summary: str = "softbridge's own, on any model whose attention dispatches through transformers' interface"
-    capabilities: Capabilities = EVERYTHING
+    capabilities: Capabilities = replace(EVERYTHING, quantised=True)
 
     def unavailable(self) -> str | None:
         """Nothing is needed beyond softbridge itself."""
