@@ -24,8 +24,8 @@ from softbridge.prompt import SoftPrompt
 from softbridge.registry import engine_named
 from softbridge.tensors import from_torch
 
-#: By this attribute transformers' models say that adapters are attached to them, which alone are trained. `Trainer` asks
-#: for it before it takes a quantised base model.
+#: By this attribute transformers' models say that adapters are attached to them, which alone are trained. `Trainer`
+#: asks for it before it takes a quantised base model.
 _ADAPTED = "_hf_peft_config_loaded"
 #: The attribute of an attached model that says that `become` set the other.
 _SAID = "_softbridge_said_adapted"
