@@ -177,6 +177,13 @@ def _is_encoder(config: Any) -> bool:
     return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
+def may_be_causal(model_type: str) -> bool:
+    """Whether transformers has a causal language model of this family."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
 def _optional_count(config: Any, *names: str) -> int | None:
     for name in names:
         value = getattr(config, name, None)

@@ -23,6 +23,7 @@ import numpy as np
 
 from softbridge import cache as caches
 from softbridge.errors import BaseModelError
+from softbridge.geometry import text_part
 from softbridge.prompt import Array
 
 if TYPE_CHECKING:
@@ -142,13 +143,14 @@ class _Keys:
 
 
 def probe(config: Any) -> PositionScheme:
-    """Measure the position scheme of a transformers configuration on a model with one head per layer.
+    """Measure the position scheme of a transformers configuration on a text model with one head per layer.
 
     Rotary tables depend on the head size and on the layer's number, not on the number of heads or the hidden size, so
     that the small model stays small for any base.
     """
     from softbridge.base import BaseModel, build
 
+    config = text_part(config)
     task = BaseModel(config).task
     geometry = BaseModel(config).geometry
     try:

@@ -21,7 +21,7 @@ from softbridge import untrusted
 from softbridge.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.conversion import MANIFEST
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
-from softbridge.geometry import Geometry, Site, Stack
+from softbridge.geometry import Geometry, Site, Stack, may_be_causal
 from softbridge.lower import check_fits
 from softbridge.methods import KINDS, materialise_vectors
 from softbridge.prompt import (
@@ -306,7 +306,17 @@ def _stack(fields: Config, geometry: Geometry | None) -> Stack:
                 fields.remedy,
             )
         return "encoder" if seq2seq and fields.kind == "input" else "decoder"
-    if seq2seq != geometry.is_encoder_decoder or (causal and geometry.decoder is None):
+    if causal and geometry.decoder is None:
+        kind = geometry.model_type
+        why = f"a '{kind}' is one only if its configuration says is_decoder, and this one does not"
+        if not may_be_causal(kind):
+            why = f"transformers has none of the type '{kind}'"
+        raise BaseModelError(
+            f"the file is for a causal language model, and {why}",
+            "the causal language model that the prompt was trained for",
+            f"{fields.remedy}; of a model of several parts, that of the whole",
+        )
+    if seq2seq != geometry.is_encoder_decoder:
         raise BaseModelError(
             f"the file's task_type is {fields.task!r} and the base model ({geometry.model_type}) has "
             f"{'no' if geometry.encoder is None else 'an'} encoder and "
