@@ -6,7 +6,7 @@ family. It is what a prompt's shapes are checked against, and what a base model 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from softbridge.errors import BaseModelError
@@ -32,6 +32,8 @@ class StackGeometry:
         window: length of the shortest sliding window, in tokens, or None.
         shapes: (K, D) of every layer where they differ (Gemma 4), else None; `kv_heads` and `head_dim` are then those
             of the first layer.
+        sources: of every layer, the one whose keys and values it attends to, where some attend to an earlier layer's
+            (Gemma 3n, Gemma 4), else None. A base model knows it, a prompt's file does not record it.
     """
 
     layers: int
@@ -40,6 +42,7 @@ class StackGeometry:
     head_dim: int
     window: int | None = None
     shapes: tuple[tuple[int, int], ...] | None = None
+    sources: tuple[int, ...] | None = field(default=None, compare=False)
 
     def shape(self, layer: int) -> tuple[int, int]:
         """(K, D) of a layer."""
@@ -153,9 +156,20 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
         (_optional_count(one, "num_key_value_heads") or kv_heads, _optional_count(one, "head_dim") or head_dim)
         for one in single
     )
+    sources = None if prefix else _sources(config, layers)
     if len(set(shapes)) > 1:
-        return StackGeometry(layers, heads, *shapes[0], window, shapes)
-    return StackGeometry(layers, heads, kv_heads, head_dim, window)
+        return StackGeometry(layers, heads, *shapes[0], window, shapes, sources)
+    return StackGeometry(layers, heads, kv_heads, head_dim, window, None, sources)
+
+
+def _sources(config: Any, layers: int) -> tuple[int, ...] | None:
+    """The last layers may attend to the keys of the last one before them that is of their kind."""
+    own = layers - (_optional_count(config, "num_kv_shared_layers") or 0)
+    kinds = list(getattr(config, "layer_types", None) or ())
+    if own == layers or len(kinds) != layers or not set(kinds[own:]) <= set(kinds[:own]):
+        return None
+    last = {kind: layer for layer, kind in enumerate(kinds[:own])}
+    return (*range(own), *(last[kind] for kind in kinds[own:]))
 
 
 def _is_encoder(config: Any) -> bool:

@@ -21,7 +21,7 @@ from softbridge import untrusted
 from softbridge.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.conversion import MANIFEST
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
-from softbridge.geometry import Geometry, Site, Stack, may_be_causal
+from softbridge.geometry import Geometry, Site, Stack, StackGeometry, may_be_causal
 from softbridge.lower import check_fits
 from softbridge.methods import KINDS, materialise_vectors
 from softbridge.prompt import (
@@ -38,7 +38,7 @@ from softbridge.prompt import (
 )
 from softbridge_compat import peft_releases
 from softbridge_peft import facts, training
-from softbridge_peft.config import Config, config_of, first_site
+from softbridge_peft.config import Config, config_of, first_site, provision
 from softbridge_peft.origin import config_of_origin, unused, unused_details
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -59,6 +59,7 @@ class PeftFormat:
         input_start="counted",
         prefix_start="counted",
         every_layer=True,
+        ragged=True,
         parts=1,
         positions_told=True,
         relative_bias="plain",
@@ -220,9 +221,11 @@ def parse(
     notes = [*notes, *beside["notes"]]
     if fields.tasks > 1:
         notes.append(f"the prompt of one task of {fields.tasks}: --task (task=... in Python) takes another, alone")
+    # Where layer 0 has no prefix (see `_cut`), PEFT's forward, by which it was trained, counts none.
+    start = fields.length if isinstance(part, InputPrompt) or 0 in part.layers else 0
     prompt = SoftPrompt(
         parts=(part, *others),
-        positions=Positions(dict.fromkeys((stack, *(other.stack for other in others)), fields.length)),
+        positions=Positions(dict.fromkeys((stack, *(other.stack for other in others)), start)),
         base=BaseId(fields.name, geometry),
         head={name.removeprefix(facts.HEAD): array for name, array in tensors.items() if name.startswith(facts.HEAD)},
         training=state,
@@ -308,9 +311,9 @@ def _stack(fields: Config, geometry: Geometry | None) -> Stack:
         return "encoder" if seq2seq and fields.kind == "input" else "decoder"
     if causal and geometry.decoder is None:
         kind = geometry.model_type
-        why = f"a '{kind}' is one only if its configuration says is_decoder, and this one does not"
+        why = f"the base model, a '{kind}', is one only if its configuration says is_decoder"
         if not may_be_causal(kind):
-            why = f"transformers has none of the type '{kind}'"
+            why = f"transformers has none of the base model's type '{kind}'"
         raise BaseModelError(
             f"the file is for a causal language model, and {why}",
             "the causal language model that the prompt was trained for",
@@ -359,7 +362,41 @@ def _read_prefix(
     if family in facts.FIRST_HEAD and shape is not None and shape.kv_heads == 1 < heads:
         used = {layer: KeyValue(pair.keys[:1], pair.values[:1]) for layer, pair in used.items()}
         notes.append(f"heads 1 to {heads - 1} of each layer, which PEFT never used, are left out")
+    if shape is not None:
+        used, said = _cut(used, shape)
+        notes += said
     return KeyValuePrefix(site, used), notes
+
+
+def _cut(stored: Mapping[int, KeyValue], shape: StackGeometry) -> tuple[dict[int, KeyValue], list[str]]:
+    """What PEFT hands to a model whose layers differ, or attend to each other's keys, and what to tell the user.
+
+    A file holds as many heads, and as wide ones, for every layer. A layer takes the first of them, as many as it has,
+    and none where it has more; one that attends to another's keys finds that one's prefix among them (peft_model.py,
+    get_prompt).
+    """
+    sources = shape.sources or tuple(range(shape.layers))
+    if (shape.shapes is None and shape.sources is None) or len(stored) != shape.layers:
+        return dict(stored), []
+    used: dict[int, KeyValue] = {}
+    for layer, source in enumerate(sources):
+        pair, (heads, width) = stored[source], shape.shape(source)
+        if pair.keys.shape[0] >= heads and pair.keys.shape[2] >= width:
+            used[layer] = KeyValue(pair.keys[:heads, :, :width], pair.values[:heads, :, :width])
+    if not used:
+        return dict(stored), []
+    notes = []
+    if shape.shapes is not None:
+        notes.append("of each layer's heads PEFT uses the first, as many and as wide as the layer has")
+    if len(used) < shape.layers:
+        without = sorted(set(range(shape.layers)) - used.keys())
+        notes.append(f"layers {without} have more or wider heads than the file, and no prefix: so PEFT runs it")
+        if 0 in without:
+            notes.append("real tokens stand at 0, as in PEFT's forward, by which it was trained; its generate counts")
+    if shape.sources is not None:
+        shared = [layer for layer, source in enumerate(sources) if layer != source]
+        notes.append(f"layers {shared} attend to the keys of earlier ones, and find their prefix there")
+    return used, notes
 
 
 def _scrambled(fields: Config, flat: Array, site: Site) -> KeyValuePrefix:
@@ -390,6 +427,14 @@ def _refusals(part: Part, geometry: Geometry | None) -> list[Obstacle]:
     if wide:
         reason = f"PEFT holds prompts in float32, which would round {', '.join(wide)}"
         found.append(Obstacle("precision", reason, elsewhere))
+    shape = None if geometry is None or isinstance(part, InputPrompt) else geometry.site(part.site)
+    if isinstance(part, KeyValuePrefix) and shape is not None and shape.sources is not None:
+        apart = [n for n, source in enumerate(shape.sources) if part.layers.get(n) != part.layers.get(source)]
+        if apart:
+            reason = (
+                f"layers {apart} attend to the keys of earlier ones, whose prefix they have in PEFT, and here another"
+            )
+            found.append(Obstacle("shared-layers", reason, elsewhere, accidental=True))
     if isinstance(part, InputPrompt):
         if part.stack == "decoder" and composite:
             reason = "PEFT puts vectors into the encoder of an encoder-decoder model, not the decoder"
@@ -448,4 +493,14 @@ def tensors_of(prompt: SoftPrompt, config: Mapping[str, Any]) -> dict[str, Array
             flat = rest.get(facts.PROMPT, zeros)
             blocks |= KeyValuePrefix.from_flat(part.site, flat, dead, kv_heads, head_dim).layers
         part = KeyValuePrefix(part.site, blocks)
-    return {facts.PROMPT: part.flat(), **head}
+    return {facts.PROMPT: _provisioned(part).flat(), **head}
+
+
+def _provisioned(part: KeyValuePrefix) -> KeyValuePrefix:
+    heads, width = provision(part)
+
+    def filled(array: Array) -> Array:
+        return np.pad(array, ((0, heads - array.shape[0]), (0, 0), (0, width - array.shape[2])))
+
+    layers = {n: KeyValue(filled(pair.keys), filled(pair.values)) for n, pair in part.layers.items()}
+    return KeyValuePrefix(part.site, layers)
