@@ -194,9 +194,38 @@ def _files_of(folder: Path, form: Format | None) -> Sequence[str] | None:
     return getattr(form, "files", None)
 
 
-def load(path: str | Path, base: Any = None, format: str | None = None, *, revision: str | None = None) -> SoftPrompt:
-    """The soft prompt in a file or directory, or on the hub; see `read` for arguments and errors."""
-    return read(path, base, format, revision=revision).prompt
+def load(
+    path: str | Path,
+    base: Any = None,
+    format: str | None = None,
+    *,
+    revision: str | None = None,
+    task: int | None = None,
+) -> SoftPrompt:
+    """The soft prompt in a file or directory, or on the hub; see `read` for the other arguments and errors.
+
+    Args:
+        task: which task of a multitask prompt, alone; None: as the file says, with the matrices of all tasks.
+
+    Raises:
+        SoftbridgeError: it has no such task.
+    """
+    prompt = read(path, base, format, revision=revision).prompt
+    return prompt if task is None else of_task(prompt, task)
+
+
+def of_task(prompt: SoftPrompt, task: int) -> SoftPrompt:
+    """The prompt of one task of a multitask prompt, alone.
+
+    Raises:
+        SoftbridgeError: it has no such task.
+    """
+    try:
+        return replace(rematerialise(prompt, task), training=None)
+    except ValueError as error:
+        raise SoftbridgeError(
+            str(error), "a task of a multitask prompt", "correct the task, or leave it out"
+        ) from error
 
 
 def save(
@@ -300,12 +329,7 @@ def convert(
 def _choose(prompt: SoftPrompt, task: int | None, part: str | None) -> SoftPrompt:
     """What the caller wants of the source."""
     if task is not None:
-        try:
-            prompt = replace(rematerialise(prompt, task), training=None)
-        except ValueError as error:
-            raise SoftbridgeError(
-                str(error), "a task of a multitask prompt", "correct --task, or leave it out"
-            ) from error
+        prompt = of_task(prompt, task)
     return prompt if part is None else parts.choose(prompt, part)
 
 
