@@ -172,6 +172,8 @@ class BaseModel:
         config._name_or_path = ""  # it is not that model: no toolkit shall look the name up
         shrink(text, vocab_size=SMALL_VOCABULARY)
         shrink(text, intermediate_size=SMALL_FEED_FORWARD, n_inner=SMALL_FEED_FORWARD, d_ff=SMALL_FEED_FORWARD)
+        if getattr(text, "n_inner", 0) is None:  # four times the hidden size
+            text.n_inner = SMALL_FEED_FORWARD
         shrink(text, encoder_ffn_dim=SMALL_FEED_FORWARD, decoder_ffn_dim=SMALL_FEED_FORWARD)
         for part in _other_parts(config, text):  # what sees images or hears, and no text meets
             shrink(part, num_hidden_layers=1, depth=1, intermediate_size=SMALL_FEED_FORWARD)
