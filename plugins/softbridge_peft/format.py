@@ -23,7 +23,7 @@ from softbridge.conversion import MANIFEST
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
 from softbridge.geometry import Geometry, Site, Stack, StackGeometry, may_be_causal
 from softbridge.lower import check_fits
-from softbridge.methods import KINDS, materialise_vectors
+from softbridge.methods import KINDS, materialise_vectors, rematerialise
 from softbridge.prompt import (
     Array,
     BaseId,
@@ -37,7 +37,7 @@ from softbridge.prompt import (
     Training,
 )
 from softbridge_compat import peft_releases
-from softbridge_peft import facts, training
+from softbridge_peft import facts, training, whole_model
 from softbridge_peft.config import Config, config_of, first_site, provision
 from softbridge_peft.origin import config_of_origin, unused, unused_details
 
@@ -72,12 +72,17 @@ class PeftFormat:
     def sniff(self, files: untrusted.Files) -> bool:
         if not files.is_file and facts.CONFIG_FILE in files:
             return "peft_type" in files.json(facts.CONFIG_FILE)
+        if whole_model.file_in(files) is not None:
+            return True
         # Beside another format's tensors, an adapter in a sub-folder is a neighbour.
         beside = any("/" not in name and name.endswith(".safetensors") for name in files.names)
         return not beside and bool(_nested(files))
 
     def read(self, files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
         folder = adapter_folder(files)
+        state = whole_model.file_in(files) if not folder else None
+        if state is not None:
+            return _of_state(files, state, geometry)
         weights = next((folder + name for name in facts.WEIGHTS_FILES if folder + name in files), None)
         if folder + facts.CONFIG_FILE not in files or weights is None:
             raise CheckpointError(
@@ -142,6 +147,44 @@ class PeftFormat:
 
 
 FORMAT = PeftFormat()
+
+
+def _of_state(files: untrusted.Files, name: str, geometry: Geometry | None) -> SoftPrompt:
+    """The prompt in the state of a whole PeftModel; see `whole_model`."""
+    config = files.json(facts.CONFIG_FILE) if not files.is_file and facts.CONFIG_FILE in files else None
+    if config is None:
+        raise CheckpointError(
+            f"{name} is the state of a whole PeftModel, and nothing beside it says what its numbers are",
+            f"{facts.CONFIG_FILE} beside it, in a folder",
+            "write it there: model.peft_config['default'].save_pretrained(folder)",
+        )
+    encoder, tensors = whole_model.taken_apart(files.tensors(name))
+    fields = Config.check(config)
+    network = fields.peft_type not in facts.STORED.values() and encoder.keys() != {"embedding.weight"}
+    if network:  # what it evaluates to is not in the state
+        width = (fields.token_dim or 0) * (1 if fields.kind == "input" else 2 * (fields.layers or 0))
+        rows = fields.length * (fields.submodules if fields.kind == "input" else 1)
+        tensors[facts.PROMPT] = np.zeros((rows, width), np.float32)
+    else:
+        tensors |= {facts.PROMPT if part == "embedding.weight" else part: a for part, a in encoder.items()}
+    prompt = parse(config, tensors, geometry)
+    if not network:
+        return prompt
+    try:
+        live = training.of_encoder(config, encoder, prompt.parts[0])
+        if live is not None:
+            return rematerialise(replace(prompt, training=live))
+    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+        raise CheckpointError(
+            f"the prompt encoder in {name} is not the one of {facts.CONFIG_FILE}: {error!r:.200}",
+            "the configuration that it was trained with",
+            "put that beside it",
+        ) from error
+    raise CheckpointError(
+        f"the prompt encoder in {name} runs over the vectors of two submodules at once",
+        "one submodule, whose vectors are the prompt",
+        "save the prompt with PEFT's own save_pretrained, which evaluates it",
+    )
 
 
 def _nested(files: untrusted.Files) -> list[str]:
