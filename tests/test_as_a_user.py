@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import softbridge as sb
 from softbridge import cache as caches
-from softbridge.base import BaseModel
+from softbridge.base import BaseModel, build
 from softbridge.cli import app
 from softbridge.errors import BaseModelError, CheckpointError, OutputError
 from softbridge.registry import engines
@@ -70,6 +72,78 @@ def test_the_advice_is_what_it_takes_in_peft(tmp_path: Path) -> None:
     model = peft.PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path / "out").eval()
     assert (logits(model, position_ids=torch.arange(5)[None] - 5) - expected).abs().max() < 1e-12
     assert (logits(model) - expected).abs().max() > 0.1
+
+
+#: Family -> a base of its kind of positions, and how many rows of its table are reserved.
+_ENCODER = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "num_labels": 5,
+}
+POSITIONS: dict[str, tuple[dict[str, Any], int]] = {
+    "gpt2": ({"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2}, 0),
+    "bert": (_ENCODER, 0),
+    "electra": (_ENCODER, 0),
+    "roberta": ({**_ENCODER, "pad_token_id": 1}, 2),
+    "xlm-roberta": ({**_ENCODER, "pad_token_id": 3}, 4),
+    "camembert": ({**_ENCODER, "pad_token_id": 1}, 2),
+    "bert-generation": ({**_ENCODER, "is_decoder": True}, 0),
+}
+
+
+@pytest.mark.parametrize("toolkit", ["peft", "adapterhub"])
+@pytest.mark.parametrize("family", POSITIONS)
+def test_positions_are_told_as_the_advice_says(family: str, toolkit: str, tmp_path: Path) -> None:
+    """Followed by hand in the toolkit, to the letter; without it, and in another family's words, it is wrong."""
+    library = pytest.importorskip({"peft": "peft", "adapterhub": "adapters"}[toolkit])
+    settings, reserved = POSITIONS[family]
+    base = BaseModel(AutoConfig.for_model(family, **settings))
+    if toolkit == "adapterhub" and family == "camembert":
+        pytest.skip("AdapterHub has none")
+    assert base.positions.first == reserved
+    prompt = random_prefix(base.geometry)
+    ((stack, _),) = prompt.positions.start.items()
+    prompt = replace(prompt, positions=replace(prompt.positions, start={stack: 0 if toolkit == "peft" else 5}))
+    sb.save(prompt, tmp_path / "ours", "softbridge", base)
+    report = sb.convert(tmp_path / "ours", tmp_path / "out", toolkit, base, accept=["positions"])
+    advice = " ".join(report.advice)
+
+    def model() -> Any:
+        return build(base.config, base.task, torch.float64, 0)
+
+    told = re.search(r"position_ids = torch\.arange\(T\) ([+-]) (\d+) for", advice)
+    assert told is not None
+    shift = int(told[1] + told[2])
+    assert shift == (-5 if toolkit == "peft" else 5) + reserved
+    more = {"use_cache": False} if "use_cache=False" in advice else {}
+    if toolkit == "peft":
+        if engines()["peft"].obstacles(prompt, model()):
+            pytest.skip("PEFT cannot run it under this transformers")
+        by_hand = model()
+        if base.geometry.decoder is None:  # a file without a head is for the model under it
+            adapted = library.PeftModel.from_pretrained(by_hand.base_model, tmp_path / "out")
+            setattr(by_hand, by_hand.base_model_prefix, adapted)
+        else:
+            by_hand = library.PeftModel.from_pretrained(by_hand, tmp_path / "out")
+        by_hand.eval()
+    else:
+        by_hand = model()
+        library.init(by_hand)
+        by_hand.load_adapter(str(tmp_path / "out"), set_active=True)
+    runner = "native" if not engines()["native"].obstacles(prompt, model()) else toolkit
+    expected = logits(sb.attach(model(), prompt, engine=runner), **more)
+
+    def apart(shift: int) -> float:
+        positions = torch.arange(IDS.shape[1])[None] + shift
+        return float((logits(by_hand, position_ids=positions, **more) - expected).abs().max())
+
+    assert apart(shift) < 1e-12
+    assert apart(shift + 1) > 0.05
+    assert float((logits(by_hand, **more) - expected).abs().max()) > 0.05, "untold"
 
 
 def test_the_caches_that_stay_empty_are_the_ones_of_the_advice() -> None:

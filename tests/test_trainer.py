@@ -29,6 +29,7 @@ from softbridge.methods import (
     MLP,
     Cartridge,
     Method,
+    MultitaskPromptTuning,
     PrefixTuning,
     PromptTuning,
     PTuning,
@@ -467,20 +468,48 @@ def test_what_an_engine_cannot_train_is_refused_at_once(tmp_path: Path) -> None:
         assert run.state.global_step == 0
 
 
+def quantised(model: Any) -> Any:
+    """With the flags of transformers' quantisers, none of which runs here."""
+    model.is_quantized = True
+    model.hf_quantizer = SimpleNamespace(is_trainable=True, is_qat_trainable=False)
+    model.quantization_method = None
+    return model
+
+
+@pytest.mark.parametrize(
+    "method", [PTuning(P, hidden_size=8), PrefixTuning(P, MLP(8)), MultitaskPromptTuning(2, length=P)]
+)
+def test_a_parameterisation_trains_on_a_quantised_base(method: Method, tmp_path: Path) -> None:
+    """As it does on any other: transformers' trainer is told in its own words that something is attached."""
+    plain = trainer(sb.attach(model_of(), method, seed=0), tmp_path / "plain")
+    plain.train()
+    model = quantised(model_of())
+    kind = type(model)
+    run = trainer(sb.attach(model, method, seed=0), tmp_path / "run")
+    run.train()
+    assert run.losses == plain.losses
+    assert run.losses[0] != pytest.approx(run.losses[-1], rel=1e-3), "nothing was trained"
+    found, other = sb.load(tmp_path / "run" / f"checkpoint-{STEPS}"), sb.extract(plain.model)
+    assert found.training is not None
+    assert other.training is not None
+    assert found.training.kind == other.training.kind
+    for (name, ours), (_, theirs) in zip(found.arrays(), other.arrays(), strict=True):
+        assert np.array_equal(ours, theirs), name
+    anew = trainer(sb.attach(quantised(model_of()), method, seed=0), tmp_path / "anew", **{CHECKPOINTING: True})
+    anew.train()
+    assert anew.losses == pytest.approx(plain.losses, rel=1e-5)
+    detached = sb.detach(run.model)
+    assert type(detached) is kind
+    assert not any("softbridge" in name or "peft" in name for name in vars(detached))
+    with pytest.raises(ValueError, match="purely quantized"):  # with nothing attached, it is refused as ever
+        trainer(detached, tmp_path)
+
+
 def test_a_quantised_base_needs_an_engine_that_the_trainer_takes(tmp_path: Path) -> None:
-    """The flags are those of transformers' quantisers, none of which runs here."""
-
-    def quantised() -> Any:
-        model = model_of("gpt2")
-        model.is_quantized = True
-        model.hf_quantizer = SimpleNamespace(is_trainable=True, is_qat_trainable=False)
-        model.quantization_method = None
-        return model
-
-    with pytest.raises(EngineError, match=r"quantised(.|\n)*whose models it takes: peft"):
-        sb.attach(quantised(), PTuningV2(P))
-    prompt = sb.extract(sb.attach(model_of("gpt2"), PTuningV2(P), seed=0))
-    with pytest.raises(ValueError, match="purely quantized"):
-        trainer(sb.attach(quantised(), prompt), tmp_path)
     if "peft" in ENGINES:
-        trainer(sb.attach(quantised(), PTuningV2(P), engine="peft"), tmp_path)
+        trainer(sb.attach(quantised(model_of()), PTuningV2(P), engine="peft"), tmp_path)
+        with pytest.raises(EngineError, match=r"through 'p-tuning(.|\n)*keeps it: native"):
+            sb.attach(quantised(model_of()), PTuning(P, hidden_size=8), engine="peft")
+    if "adapterhub" in ENGINES:
+        with pytest.raises(EngineError, match=r"quantised(.|\n)*whose models it takes: native"):
+            sb.attach(quantised(model_of()), PTuningV2(P), engine="adapterhub")

@@ -45,6 +45,7 @@ def attach(
     seed: int | None = None,
     accept: Collection[str] = (),
     self_check: bool | None = None,
+    task: int | None = None,
 ) -> Any:
     """Make a transformers model run with a soft prompt, to use it or to train it.
 
@@ -66,12 +67,13 @@ def attach(
             where of the source (an adapter of several methods) the prompt alone goes on.
         self_check: whether the engine, if it can, proves itself before the first call, on a small copy of the model:
             see `softbridge.selfcheck`. None: unless the environment variable SOFTBRIDGE_SELF_CHECK is 0.
+        task: which task of a multitask prompt, alone; None: that of the prompt, with the matrices of all tasks.
 
     Returns:
         The model to call: the same object for engines that work in place, the toolkit's wrapper otherwise.
 
     Raises:
-        EngineError: the engine is missing or cannot run this prompt on this model.
+        EngineError: the engine is missing or cannot run this prompt on this model; it says which engine does here.
         LoweringError: the engine's toolkit cannot express the prompt, or only under conditions that are not accepted.
         BaseModelError: the prompt does not fit the model.
         ValueError: the method does not fit the model.
@@ -95,12 +97,15 @@ def attach(
     if isinstance(prompt, Method):
         method, prompt = prompt, prompt.initialise(base.geometry, _drawn() if seed is None else seed)
         _check_trains(engine, method, prompt, model)
-    prompt = _expressed(prompt, engine, model, accept)
+    given = _read(prompt, base, task)
+    prompt = _expressed(given, engine, model, accept)
     displaced = load_head(model, prompt.head)
     try:
         running = chosen.attach(model, prompt)
-    except BaseException:
+    except BaseException as error:
         restore_head(model, displaced)
+        if isinstance(error, EngineError) and chosen.obstacles(prompt, model):
+            raise _with_a_way_out(error, given, engine, model, accept) from error
         raise
     setattr(running, ATTACHED, _Attached(engine, prompt.head, displaced))
     _check_itself(chosen, running, self_check)
@@ -113,6 +118,27 @@ def _check_itself(engine: Engine, running: Any, asked: bool | None) -> None:
     """Let an engine that can check itself do so, if the caller, or else the environment, wants it."""
     if isinstance(engine, SelfChecking) and (wanted() if asked is None else asked):
         engine.check_itself(running)
+
+
+def _with_a_way_out(
+    error: EngineError, prompt: SoftPrompt, engine: str, model: Any, accept: Collection[str]
+) -> EngineError:
+    """The refusal of an engine, with the names of those that run the prompt on this model here."""
+
+    from softbridge.verification.run import obstacles_of
+
+    def runs(other: str) -> bool:
+        try:
+            expressed = _expressed(prompt, other, model, accept)
+            return not obstacles_of(engines()[other], expressed, model)
+        except SoftbridgeError:
+            return False
+
+    able = [name for name, other in engines().items() if name != engine and other.unavailable() is None and runs(name)]
+    if not able:
+        return error
+    ways = " or ".join(f"engine='{name}'" for name in able)
+    return EngineError(error.found, error.expected, f"{ways}, which runs it here; or {error.remedy}")
 
 
 def _drawn() -> int:
@@ -170,16 +196,21 @@ def attached_by(model: Any) -> str:
 
 
 def _fetch(engine: str, model: Any, accept: Collection[str], entry: Entry) -> SoftPrompt:
-    return _expressed(entry.source, engine, model, accept)
+    return _expressed(_read(entry.source, BaseModel.resolve(model)), engine, model, accept)
 
 
-def _expressed(prompt: SoftPrompt | str | Path, engine: str, model: Any, accept: Collection[str]) -> SoftPrompt:
-    """The prompt, read if need be, in a form that the engine can run on this model if there is one."""
-    chosen, base = engine_named(engine), BaseModel.resolve(model)
+def _read(prompt: SoftPrompt | str | Path, base: BaseModel, task: int | None = None) -> SoftPrompt:
+    """The prompt, read if need be, or of it the prompt of one task."""
+    from softbridge.conversion import load, of_task
+
     if isinstance(prompt, (str, Path)):
-        from softbridge.conversion import load
+        return load(prompt, base, task=task)
+    return prompt if task is None else of_task(prompt, task)
 
-        prompt = load(prompt, base)
+
+def _expressed(prompt: SoftPrompt, engine: str, model: Any, accept: Collection[str]) -> SoftPrompt:
+    """The prompt in a form that the engine can run on this model if there is one."""
+    chosen, base = engine_named(engine), BaseModel.resolve(model)
     check_fits(prompt, base.geometry)
     if left_behind(prompt) or inexpressible(prompt, chosen.capabilities, base) or chosen.obstacles(prompt, model):
         return lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions", *accept)).prompt

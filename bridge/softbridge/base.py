@@ -13,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from softbridge.errors import BaseModelError, SoftbridgeError
-from softbridge.geometry import Geometry, read_geometry
+from softbridge.geometry import Geometry, read_geometry, text_part
 from softbridge.prompt import Array, BaseId
+from softbridge_compat import transformers_configs, versions
 
 if TYPE_CHECKING:
     from softbridge.positions import PositionScheme
@@ -69,17 +70,17 @@ class BaseModel:
         """From a `BaseModel`, a transformers model or configuration, a directory, a config.json or a hub id.
 
         Raises:
-            BaseModelError: none of these, or transformers cannot read it.
+            BaseModelError: none of these, or the installed transformers cannot read it, or only a part of it.
         """
         if isinstance(base, BaseModel):
             return base
         if isinstance(base, (str, Path)):
-            return cls(_load_config(str(base), trust_remote_code), str(base))
+            return cls(_read_whole(_load_config(str(base), trust_remote_code)), str(base))
         name = getattr(base, "name_or_path", None) or getattr(base, "_name_or_path", None) or None
         if hasattr(base, "config") and hasattr(base, "forward"):
-            return cls(base.config, name, base)
+            return cls(_read_whole(base.config), name, base)
         if hasattr(base, "model_type") and hasattr(base, "to_dict"):
-            return cls(base, name)
+            return cls(_read_whole(base), name)
         raise BaseModelError(
             f"a base model was given as {type(base).__name__}",
             "a transformers model or configuration, a directory, a config.json, or a hub id",
@@ -145,10 +146,10 @@ class BaseModel:
 
         try:
             with torch.device("meta"):
-                names = {name for name, _ in auto_class(task).from_config(self.small_config()).named_parameters()}
+                model = auto_class(task, self.config).from_config(self.small_config())
         except (SoftbridgeError, ValueError, TypeError, RuntimeError, ArithmeticError):
             return False
-        return names >= self._head.keys()
+        return {name for name, _ in model.named_parameters()} >= self._head.keys()
 
     def structure(self, dtype: Any, seed: int = 0, window: int | None = None) -> Any:
         """A model with random weights and the same attention geometry, vocabulary and feed-forward width shrunk.
@@ -165,12 +166,17 @@ class BaseModel:
     def small_config(self, window: int | None = None) -> Any:
         """The configuration of `structure`."""
         config = copy.deepcopy(self.config)
+        text = text_part(config)
         if window is not None:
-            shrink(config, sliding_window=window)
+            shrink(text, sliding_window=window)
         config._name_or_path = ""  # it is not that model: no toolkit shall look the name up
-        shrink(config, vocab_size=SMALL_VOCABULARY)
-        shrink(config, intermediate_size=SMALL_FEED_FORWARD, n_inner=SMALL_FEED_FORWARD, d_ff=SMALL_FEED_FORWARD)
-        shrink(config, encoder_ffn_dim=SMALL_FEED_FORWARD, decoder_ffn_dim=SMALL_FEED_FORWARD)
+        shrink(text, vocab_size=SMALL_VOCABULARY)
+        shrink(text, intermediate_size=SMALL_FEED_FORWARD, n_inner=SMALL_FEED_FORWARD, d_ff=SMALL_FEED_FORWARD)
+        if getattr(text, "n_inner", 0) is None:  # four times the hidden size
+            text.n_inner = SMALL_FEED_FORWARD
+        shrink(text, encoder_ffn_dim=SMALL_FEED_FORWARD, decoder_ffn_dim=SMALL_FEED_FORWARD)
+        for part in _other_parts(config, text):  # what sees images or hears, and no text meets
+            shrink(part, num_hidden_layers=1, depth=1, intermediate_size=SMALL_FEED_FORWARD)
         return config
 
     def bare(self) -> Any:
@@ -186,7 +192,7 @@ class BaseModel:
 
         try:
             with torch.device("meta"):
-                return auto_class(self.task).from_config(self.small_config())
+                return auto_class(self.task, self.config).from_config(self.small_config())
         except (SoftbridgeError, ValueError, TypeError, RuntimeError, ArithmeticError):
             return None
 
@@ -221,7 +227,7 @@ class BaseModel:
         try:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # a head that the checkpoint lacks is drawn anew each time
-                model = auto_class(self.task).from_pretrained(
+                model = auto_class(self.task, self.config).from_pretrained(
                     self.name, config=copy.deepcopy(self.config), dtype=dtype, attn_implementation="eager"
                 )
         except (OSError, ValueError) as error:
@@ -231,6 +237,17 @@ class BaseModel:
                 "leave real weights out: the structure of the model is enough to show that two prompts are the same",
             ) from error
         return model.eval()
+
+
+def _other_parts(config: Any, text: Any) -> list[Any]:
+    """The parts of a composite configuration beside the text model's."""
+    parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
+    return [part for part in parts if part is not None and part is not text and config is not text]
+
+
+def _first_line(error: Exception) -> str:
+    """Transformers lists the names of all its classes below."""
+    return (str(error) or repr(error)).splitlines()[0]
 
 
 def has_classifier(config: Any) -> bool:
@@ -246,9 +263,18 @@ def _classes(task: Task) -> Mapping[str, str]:
     return names
 
 
-def auto_class(task: Task) -> Any:
-    """The transformers class that builds a model for a task."""
+def auto_class(task: Task, config: Any) -> Any:
+    """The transformers class that builds a model for a task.
+
+    What goes on with a text, having seen images, say, is a causal model, and most of them are in a table of their own.
+    """
     import transformers
+    from transformers.models.auto import modeling_auto
+
+    kind = config.model_type
+    seeing = kind in modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    if task == "causal-lm" and seeing and kind not in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        return transformers.AutoModelForImageTextToText
 
     names = {
         "causal-lm": "AutoModelForCausalLM",
@@ -269,7 +295,7 @@ def shrink(config: Any, **sizes: int) -> None:
             setattr(config, name, size)
     for name in ("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"):
         token = getattr(config, name, None)
-        if isinstance(token, int) and not 0 <= token < config.vocab_size:
+        if isinstance(token, int) and not 0 <= token < getattr(config, "vocab_size", 0):
             setattr(config, name, 0)
 
 
@@ -288,10 +314,11 @@ def build(config: Any, task: Task, dtype: Any, seed: int) -> Any:
         config._experts_implementation = "eager"  # grouped matrix products know no float64
     try:
         with torch.random.fork_rng(devices=[]):  # the model's own initialisation, which is thrown away
-            model = auto_class(task).from_config(config)
+            model = auto_class(task, config).from_config(config)
     except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise BaseModelError(
-            f"transformers builds no model for {task} from this {config.model_type} configuration: {error}",
+            f"transformers builds no model for {task} from this {config.model_type} configuration: "
+            f"{_first_line(error)}",
             "a configuration of a text model that can be built",
             "check the base model's config.json",
         ) from error
@@ -329,6 +356,21 @@ def draw_weights(model: Any, seed: int) -> None:
             parameter.copy_(noise)
 
 
+def _read_whole(config: Any) -> Any:
+    """The configuration, refused if it says what the installed transformers would not do."""
+    ignored = transformers_configs.unread(config, text_part(config))
+    if ignored:
+        said = ", ".join(f"{key} = {value!r:.100}" for key, value in sorted(ignored.items()))
+        raise BaseModelError(
+            f"the {config.model_type} configuration says {said}, which the installed transformers does not read: it "
+            "would run another model",
+            f"a configuration of which transformers {versions()['transformers']} reads all that matters",
+            f"install the transformers that wrote it ({transformers_configs.writer(config)}); or give a config.json "
+            "that says the same in the words of the installed one",
+        )
+    return config
+
+
 def _load_config(base: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
@@ -343,7 +385,7 @@ def _load_config(base: str, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as error:  # configuration classes raise what they like
         raise BaseModelError(
-            f"'{base}' cannot be read as a base model: {str(error).splitlines()[0] if str(error) else repr(error)}",
+            f"'{base}' cannot be read as a base model: {_first_line(error)}",
             "a directory with config.json, a config.json, or a hub id that this machine can reach",
             "check the spelling; download the model's config.json and pass its path",
         ) from error

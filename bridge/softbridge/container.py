@@ -198,8 +198,10 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
 def _describe_geometry(geometry: Geometry) -> dict[str, Any]:
     described = asdict(geometry)
     for name in ("encoder", "decoder"):
-        if described[name] is not None and described[name]["shapes"] is None:
-            del described[name]["shapes"]
+        if described[name] is not None:
+            del described[name]["sources"]
+            if described[name]["shapes"] is None:
+                del described[name]["shapes"]
     return described
 
 
@@ -329,7 +331,7 @@ class _Reader:
         if extra and (len(shapes) != fields["layers"] or any(len(pair) != 2 for pair in shapes)):
             self.problems.append(f"{here}.shapes: not a pair for each of the layers")
         return StackGeometry(
-            **{name: self.count(fields[name], f"{here}.{name}") for name in counts},
+            **cast("Any", {name: self.count(fields[name], f"{here}.{name}") for name in counts}),
             window=None if window is None else self.count(window, f"{here}.window"),
             shapes=cast("Any", tuple(shapes)) if extra else None,
         )

@@ -194,9 +194,38 @@ def _files_of(folder: Path, form: Format | None) -> Sequence[str] | None:
     return getattr(form, "files", None)
 
 
-def load(path: str | Path, base: Any = None, format: str | None = None, *, revision: str | None = None) -> SoftPrompt:
-    """The soft prompt in a file or directory, or on the hub; see `read` for arguments and errors."""
-    return read(path, base, format, revision=revision).prompt
+def load(
+    path: str | Path,
+    base: Any = None,
+    format: str | None = None,
+    *,
+    revision: str | None = None,
+    task: int | None = None,
+) -> SoftPrompt:
+    """The soft prompt in a file or directory, or on the hub; see `read` for the other arguments and errors.
+
+    Args:
+        task: which task of a multitask prompt, alone; None: as the file says, with the matrices of all tasks.
+
+    Raises:
+        SoftbridgeError: it has no such task.
+    """
+    prompt = read(path, base, format, revision=revision).prompt
+    return prompt if task is None else of_task(prompt, task)
+
+
+def of_task(prompt: SoftPrompt, task: int) -> SoftPrompt:
+    """The prompt of one task of a multitask prompt, alone.
+
+    Raises:
+        SoftbridgeError: it has no such task.
+    """
+    try:
+        return replace(rematerialise(prompt, task), training=None)
+    except ValueError as error:
+        raise SoftbridgeError(
+            str(error), "a task of a multitask prompt", "correct the task, or leave it out"
+        ) from error
 
 
 def save(
@@ -226,7 +255,7 @@ def save(
     resolved = None if base is None else BaseModel.resolve(base)
     form = format_named(format)
     lowering, content = _prepare(prompt, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
-    _write(Path(path), content, lowering, form, overwrite, dtype=dtype)
+    _write(Path(path), content, lowering, form, resolved, overwrite, dtype=dtype)
     return lowering
 
 
@@ -293,19 +322,14 @@ def convert(
         certificate = _certify(loaded, chosen, lowering, content, form, str(target), wanted)
         if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
-    _write(Path(target), content, lowering, form, overwrite, loaded, dtype)
-    return Report(loaded, to, Path(target), lowering, _advice(lowering, form), certificate)
+    _write(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype)
+    return Report(loaded, to, Path(target), lowering, _advice(lowering, form, resolved), certificate)
 
 
 def _choose(prompt: SoftPrompt, task: int | None, part: str | None) -> SoftPrompt:
     """What the caller wants of the source."""
     if task is not None:
-        try:
-            prompt = replace(rematerialise(prompt, task), training=None)
-        except ValueError as error:
-            raise SoftbridgeError(
-                str(error), "a task of a multitask prompt", "correct --task, or leave it out"
-            ) from error
+        prompt = of_task(prompt, task)
     return prompt if part is None else parts.choose(prompt, part)
 
 
@@ -408,8 +432,10 @@ def _notes(prompt: SoftPrompt) -> list[Step]:
     return [Step("read", "exact", str(note)) for note in notes]
 
 
-def _advice(lowering: Lowering, form: Format) -> tuple[str, ...]:
-    return tuple(form.advice(lowering.prompt, lowering.prompt.base.geometry))
+def _advice(lowering: Lowering, form: Format, base: BaseModel | None) -> tuple[str, ...]:
+    told = base is not None and "positions" in _named(lowering.steps, "conditional")
+    first = base.positions.first if base is not None and told else 0
+    return tuple(form.advice(lowering.prompt, lowering.prompt.base.geometry, first))
 
 
 def _named(steps: Sequence[Step], exactness: Exactness) -> tuple[str, ...]:
@@ -490,6 +516,7 @@ def _write(
     content: Mapping[str, bytes],
     lowering: Lowering,
     form: Format,
+    base: BaseModel | None,
     overwrite: bool,
     source: Loaded | None = None,
     dtype: str | None = None,
@@ -526,7 +553,7 @@ def _write(
         "format": form.name,
         "positions": _positions_json(lowering.prompt.positions),
         "conditions": list(conditions),
-        "advice": list(_advice(lowering, form)),
+        "advice": list(_advice(lowering, form, base)),
         "steps": [asdict(step) for step in lowering.steps],
         "dtype": dtype,
         "files": {name: _sha256(data) for name, data in content.items()},

@@ -29,6 +29,13 @@ from softbridge.tensors import from_torch
 NO_WEIGHTS = (
     "none: model.safetensors is a soft prompt of softbridge. Load the base model and softbridge.attach(model, folder)"
 )
+
+#: By this attribute transformers' models say that adapters are attached to them, which alone are trained. `Trainer`
+#: asks for it before it takes a quantised base model.
+_ADAPTED = "_hf_peft_config_loaded"
+#: The attribute of an attached model that says that `become` set the other.
+_SAID = "_softbridge_said_adapted"
+
 #: What the name of a prompt's tensor starts with, of every prompt: see `SoftPrompt.arrays`.
 _PARTS = "parts."
 
@@ -37,12 +44,17 @@ def become(model: Any) -> None:
     """Give an attached model its class. `unbecome` undoes it."""
     plain: Any = type(model)
     model.__class__ = derived(DropIn, plain)
+    if getattr(model, "is_quantized", False) and not getattr(model, _ADAPTED, False):
+        setattr(model, _ADAPTED, True)
+        setattr(model, _SAID, True)
 
 
 def unbecome(model: Any) -> None:
     """Give it back the class that it had, if it has one of `become`."""
     if isinstance(model, DropIn):
         model.__class__ = type(model).plain
+        if vars(model).pop(_SAID, False):
+            del vars(model)[_ADAPTED]
 
 
 class Derived:

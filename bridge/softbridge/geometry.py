@@ -6,7 +6,7 @@ family. It is what a prompt's shapes are checked against, and what a base model 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from softbridge.errors import BaseModelError
@@ -32,6 +32,8 @@ class StackGeometry:
         window: length of the shortest sliding window, in tokens, or None.
         shapes: (K, D) of every layer where they differ (Gemma 4), else None; `kv_heads` and `head_dim` are then those
             of the first layer.
+        sources: of every layer, the one whose keys and values it attends to, where some attend to an earlier layer's
+            (Gemma 3n, Gemma 4), else None. A base model knows it, a prompt's file does not record it.
     """
 
     layers: int
@@ -40,6 +42,7 @@ class StackGeometry:
     head_dim: int
     window: int | None = None
     shapes: tuple[tuple[int, int], ...] | None = None
+    sources: tuple[int, ...] | None = field(default=None, compare=False)
 
     def shape(self, layer: int) -> tuple[int, int]:
         """(K, D) of a layer."""
@@ -91,8 +94,7 @@ def read_geometry(config: Any) -> Geometry:
     Raises:
         BaseModelError: a number that the geometry needs is missing or is not a positive integer.
     """
-    get_text_config = getattr(config, "get_text_config", None)
-    text = config if getattr(config, "is_encoder_decoder", False) or get_text_config is None else get_text_config()
+    text = text_part(config)
     hidden = _count(text, "hidden_size", "d_model")
     vocabulary = _count(text, "vocab_size")
     if getattr(text, "is_encoder_decoder", False):
@@ -104,6 +106,25 @@ def read_geometry(config: Any) -> Geometry:
         encoder, decoder = None, _stack(text, hidden)
     width = _optional_count(text, "embedding_size", "word_embed_proj_dim")
     return Geometry(text.model_type, hidden, vocabulary, encoder, decoder, None if width == hidden else width)
+
+
+def text_part(config: Any) -> Any:
+    """The part of a configuration that is a text model's: itself, if it is no composite one.
+
+    Raises:
+        BaseModelError: it has several such parts.
+    """
+    get_text_config = getattr(config, "get_text_config", None)
+    if getattr(config, "is_encoder_decoder", False) or get_text_config is None:
+        return config
+    try:
+        return get_text_config()
+    except ValueError as error:
+        raise BaseModelError(
+            f"a {config.model_type} model, of several text models: {str(error).splitlines()[0]:.120}",
+            "a model of one",
+            "give the part of it that the prompt is for",
+        ) from error
 
 
 def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
@@ -135,9 +156,20 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
         (_optional_count(one, "num_key_value_heads") or kv_heads, _optional_count(one, "head_dim") or head_dim)
         for one in single
     )
+    sources = None if prefix else _sources(config, layers)
     if len(set(shapes)) > 1:
-        return StackGeometry(layers, heads, *shapes[0], window, shapes)
-    return StackGeometry(layers, heads, kv_heads, head_dim, window)
+        return StackGeometry(layers, heads, *shapes[0], window, shapes, sources)
+    return StackGeometry(layers, heads, kv_heads, head_dim, window, None, sources)
+
+
+def _sources(config: Any, layers: int) -> tuple[int, ...] | None:
+    """The last layers may attend to the keys of the last one before them that is of their kind."""
+    own = layers - (_optional_count(config, "num_kv_shared_layers") or 0)
+    kinds = list(getattr(config, "layer_types", None) or ())
+    if own == layers or len(kinds) != layers or not set(kinds[own:]) <= set(kinds[:own]):
+        return None
+    last = {kind: layer for layer, kind in enumerate(kinds[:own])}
+    return (*range(own), *(last[kind] for kind in kinds[own:]))
 
 
 def _is_encoder(config: Any) -> bool:
@@ -157,6 +189,13 @@ def _is_encoder(config: Any) -> bool:
     if str(MODEL_MAPPING_NAMES.get(kind)).endswith("Encoder"):  # a causal class exists, for is_decoder
         return True
     return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def may_be_causal(model_type: str) -> bool:
+    """Whether transformers has a causal language model of this family."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def _optional_count(config: Any, *names: str) -> int | None:

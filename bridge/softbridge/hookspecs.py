@@ -63,10 +63,13 @@ class Format(Protocol):
         """
         ...
 
-    def advice(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[str]:
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
         """What whoever runs the written files in the toolkit itself must do, so that it computes this prompt.
 
         Empty where the toolkit's own defaults do. Printed by ``convert`` and written into the manifest.
+
+        Args:
+            first: what the base model's `position_ids` are for a token that stands at 0 (`PositionScheme.first`).
         """
         ...
 

@@ -23,6 +23,7 @@ import numpy as np
 
 from softbridge import cache as caches
 from softbridge.errors import BaseModelError
+from softbridge.geometry import text_part
 from softbridge.prompt import Array
 
 if TYPE_CHECKING:
@@ -37,6 +38,8 @@ Kind = Literal["absolute", "rotary", "relative", "none", "unknown"]
 TOLERANCE = 1e-5
 #: Angles at position 10^5 are rounded to 10^-2 in float32; a changed frequency moves the map by about 1.
 REGIME_TOLERANCE = 0.05
+#: Rows at the start of a table of positions that may be reserved; the padding token's index is the last of them.
+RESERVED = 512
 
 
 class PositionScheme:
@@ -46,12 +49,17 @@ class PositionScheme:
         kind: see `Kind`.
         reason: for ``unknown``, why.
         tellable: whether the caller of the model can say where tokens stand (`position_ids`).
+        first: what a caller says for a token that stands at 0, who says no more than the model would by itself: 0, or
+            where the rows of a table are reserved (RoBERTa's for padding), the number of these.
     """
 
-    def __init__(self, kind: Kind, *, tellable: bool, reason: str = "", keys: _Keys | None = None) -> None:
+    def __init__(
+        self, kind: Kind, *, tellable: bool, reason: str = "", keys: _Keys | None = None, first: int = 0
+    ) -> None:
         self.kind = kind
         self.tellable = tellable
         self.reason = reason
+        self.first = first
         self._keys = keys
 
     def rotation(self, shift: int) -> dict[int, Array]:
@@ -135,13 +143,14 @@ class _Keys:
 
 
 def probe(config: Any) -> PositionScheme:
-    """Measure the position scheme of a transformers configuration on a model with one head per layer.
+    """Measure the position scheme of a transformers configuration on a text model with one head per layer.
 
     Rotary tables depend on the head size and on the layer's number, not on the number of heads or the hidden size, so
     that the small model stays small for any base.
     """
     from softbridge.base import BaseModel, build
 
+    config = text_part(config)
     task = BaseModel(config).task
     geometry = BaseModel(config).geometry
     try:
@@ -174,7 +183,7 @@ def _probe_decoder(keys: _Keys) -> PositionScheme:
     _, values = keys.at(3)
     moved = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(keys.values, values, strict=True))
     if moved > TOLERANCE:
-        return PositionScheme("absolute", tellable=True)
+        return _absolute(keys.model, keys.tokens[:4, 0][None])
     maps = keys.maps(3)
     turns = any(not np.allclose(matrix, torch.eye(len(matrix)).numpy(), atol=TOLERANCE) for matrix in maps.values())
     return PositionScheme("rotary" if turns else "none", tellable=True, keys=keys)
@@ -192,10 +201,33 @@ def _probe_encoder(model: Any) -> PositionScheme:
             model(inputs_embeds=tokens, position_ids=positions)[0] for positions in (here + 2, here + 3, 2 * here + 2)
         )
     if not torch.allclose(origin, shifted, rtol=0, atol=TOLERANCE):
-        return PositionScheme("absolute", tellable=True)
+        return _absolute(model, tokens)
     if torch.allclose(origin, spread, rtol=0, atol=TOLERANCE):
         return PositionScheme("none", tellable=True)
     return PositionScheme("unknown", tellable=True, reason="an encoder keeps no keys from which to read a rotation")
+
+
+def _absolute(model: Any, tokens: torch.Tensor) -> PositionScheme:
+    """A model of absolute positions, with where it begins to count: what says the same as not being told.
+
+    Args:
+        model: a small one.
+        tokens: [1, T, H], in its input.
+    """
+    import torch
+
+    here = torch.arange(tokens.shape[1])[None]
+    with torch.no_grad():
+        own = model(inputs_embeds=tokens)[0]
+        for first in range(RESERVED):
+            try:
+                told = model(inputs_embeds=tokens, position_ids=here + first)[0]
+            except (IndexError, RuntimeError):  # the end of the table
+                break
+            if torch.allclose(own, told, rtol=0, atol=TOLERANCE):
+                return PositionScheme("absolute", tellable=True, first=first)
+    reason = "where it counts its tokens from by itself was not found"
+    return PositionScheme("absolute", tellable=False, reason=reason)
 
 
 def _float64() -> Any:
@@ -216,5 +248,7 @@ def _smallest(config: Any) -> Any:
         if getattr(config, name, None) is not None:
             setattr(config, name, 1)
     config.hidden_size = head_dim
-    shrink(config, vocab_size=64, intermediate_size=32, n_inner=32, d_ff=32)
+    pad = getattr(config, "pad_token_id", None)
+    rows = 64 if not isinstance(pad, int) or pad >= RESERVED else max(64, pad + 1)  # it may say where positions begin
+    shrink(config, vocab_size=rows, intermediate_size=32, n_inner=32, d_ff=32)
     return config

@@ -70,7 +70,10 @@ class AdapterHubEngine:
         if hasattr(model, "adapters_config"):
             remedy = "give a plain transformers model; detach the first prompt"
             return [Obstacle("attached", "the model already carries AdapterHub's modules", remedy)]
-        geometry = read_geometry(model.config)
+        geometry, kind = read_geometry(model.config), model.config.model_type
+        if kind != geometry.model_type and kind not in facts.MODEL_TYPES:
+            reason = f"AdapterHub has no models of type '{kind}', of which a '{geometry.model_type}' is but a part"
+            return [Obstacle("model", reason, "choose another engine")]
         found = facts.obstacles(prompt, geometry)
         window = geometry.decoder.window if geometry.decoder is not None else None
         if window is not None and prompt.positions.window == "slides" and window < model.config.max_position_embeddings:

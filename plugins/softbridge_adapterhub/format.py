@@ -198,7 +198,7 @@ class AdapterHubFormat:
                 content[name] = untrusted.pickle_bytes(tensors)
         return content
 
-    def advice(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[str]:
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
         """Eager attention, no cache where none is filled, positions, padding. See `Format.advice`."""
         kind = "" if geometry is None else geometry.model_type
         advice = ["load the model with attn_implementation='eager': otherwise AdapterHub's prompt is another function"]
@@ -214,8 +214,8 @@ class AdapterHubFormat:
         if counterpart is not None:
             advice.append(f"load it into a {counterpart.model_class}: other classes do not take the head")
         advice += [
-            f"pass position_ids = torch.arange(T) + {start} for T unpadded tokens, in every call: the first real token "
-            f"of the {stack} stands at {start}"
+            f"pass position_ids = torch.arange(T) + {first + start} for T unpadded tokens, in every call: the first "
+            f"real token of the {stack} stands at {start}"
             for stack, start in prompt.positions.start.items()
             if start != 0
         ]

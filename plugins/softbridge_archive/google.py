@@ -66,7 +66,7 @@ class GoogleFormat:
     def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
         return {FILE: untrusted.npy_bytes(prompt.inputs[0].vectors)}
 
-    def advice(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[str]:
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
         return ()
 
 

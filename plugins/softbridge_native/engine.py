@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,8 @@ from softbridge.capabilities import EVERYTHING, Capabilities
 from softbridge.errors import EngineError, Obstacle
 from softbridge.prompt import SoftPrompt
 
+_CAPABILITIES = replace(EVERYTHING, quantised=True)
+
 
 @dataclass
 class NativeEngine:
@@ -19,7 +21,7 @@ class NativeEngine:
 
     name: str = "native"
     summary: str = "softbridge's own, on any model whose attention dispatches through transformers' interface"
-    capabilities: Capabilities = EVERYTHING
+    capabilities: Capabilities = _CAPABILITIES
 
     def unavailable(self) -> str | None:
         """Nothing is needed beyond softbridge itself."""

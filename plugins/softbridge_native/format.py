@@ -40,7 +40,7 @@ class NativeFormat:
         """The one file."""
         return {FILE: pack(prompt)}
 
-    def advice(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[str]:
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
         """Nothing: the engine reads the positions in the file."""
         return ()
 

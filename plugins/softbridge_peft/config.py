@@ -8,7 +8,7 @@ from typing import Any
 
 from softbridge.errors import BaseModelError, CheckpointError
 from softbridge.geometry import Geometry, Site
-from softbridge.prompt import InputPrompt, SoftPrompt
+from softbridge.prompt import InputPrompt, KeyValuePrefix, SoftPrompt
 from softbridge_compat import peft_releases
 from softbridge_peft import facts
 from softbridge_peft.origin import config_of_origin, unused
@@ -138,7 +138,7 @@ def config_of(
         sizes["num_attention_heads"] = origin.get("num_attention_heads") if shape is None else shape.heads
         sizes["num_transformer_submodules"] = 1 if fresh or not unused(prompt, peft_type) else 2
     else:
-        kv_heads, _, head_dim = part.layers[0].keys.shape
+        kv_heads, head_dim = provision(part)
         sizes["token_dim"] = kv_heads * head_dim
         sizes["num_layers"] = len(part.layers)
         sizes["num_attention_heads"] = kv_heads
@@ -196,3 +196,9 @@ def _task(prompt: SoftPrompt, geometry: Geometry | None) -> str:
 def first_site(geometry: Geometry) -> Site:
     """The stack whose numbers PEFT records: the encoder's where there is one."""
     return "self" if geometry.encoder is None else "encoder"
+
+
+def provision(part: KeyValuePrefix) -> tuple[int, int]:
+    """(K, D) that PEFT holds for every layer: as many heads and as wide ones as any has. A layer takes the first."""
+    shapes = [pair.keys.shape for pair in part.layers.values()]
+    return max(heads for heads, _, _ in shapes), max(width for _, _, width in shapes)

@@ -21,9 +21,9 @@ from softbridge import untrusted
 from softbridge.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.conversion import MANIFEST
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
-from softbridge.geometry import Geometry, Site, Stack
+from softbridge.geometry import Geometry, Site, Stack, StackGeometry, may_be_causal
 from softbridge.lower import check_fits
-from softbridge.methods import KINDS, materialise_vectors
+from softbridge.methods import KINDS, materialise_vectors, rematerialise
 from softbridge.prompt import (
     Array,
     BaseId,
@@ -37,8 +37,8 @@ from softbridge.prompt import (
     Training,
 )
 from softbridge_compat import peft_releases
-from softbridge_peft import facts, training
-from softbridge_peft.config import Config, config_of, first_site
+from softbridge_peft import facts, training, whole_model
+from softbridge_peft.config import Config, config_of, first_site, provision
 from softbridge_peft.origin import config_of_origin, unused, unused_details
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -59,6 +59,7 @@ class PeftFormat:
         input_start="counted",
         prefix_start="counted",
         every_layer=True,
+        ragged=True,
         parts=1,
         positions_told=True,
         relative_bias="plain",
@@ -71,12 +72,17 @@ class PeftFormat:
     def sniff(self, files: untrusted.Files) -> bool:
         if not files.is_file and facts.CONFIG_FILE in files:
             return "peft_type" in files.json(facts.CONFIG_FILE)
+        if whole_model.file_in(files) is not None:
+            return True
         # Beside another format's tensors, an adapter in a sub-folder is a neighbour.
         beside = any("/" not in name and name.endswith(".safetensors") for name in files.names)
         return not beside and bool(_nested(files))
 
     def read(self, files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
         folder = adapter_folder(files)
+        state = whole_model.file_in(files) if not folder else None
+        if state is not None:
+            return _of_state(files, state, geometry)
         weights = next((folder + name for name in facts.WEIGHTS_FILES if folder + name in files), None)
         if folder + facts.CONFIG_FILE not in files or weights is None:
             raise CheckpointError(
@@ -119,12 +125,14 @@ class PeftFormat:
         kept = training.files(prompt.training, config["peft_type"])
         return {facts.CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(), **weights, **kept}
 
-    def advice(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[str]:
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
         told = [
-            f"pass position_ids = torch.arange(T) - {counted - start} for T unpadded tokens, in every call: PEFT adds "
-            f"the prefix length {counted} to them, and the first real token stands at {start}"
+            f"pass position_ids = torch.arange(T) {'-' if shift < 0 else '+'} {abs(shift)} for T unpadded tokens, in "
+            f"every call: PEFT adds the prefix length {counted} to them, and the first real token stands at {start}"
             for stack, counted in prompt.counted().items()
-            if prompt.prefixes and (start := prompt.positions.start[stack]) != counted
+            if prompt.prefixes
+            and (start := prompt.positions.start[stack]) != counted
+            and (shift := first + start - counted) is not None
         ]
         if prompt.training is not None and prompt.training.kind == "multitask":
             config = config_of(prompt, geometry or prompt.base.geometry)
@@ -139,6 +147,44 @@ class PeftFormat:
 
 
 FORMAT = PeftFormat()
+
+
+def _of_state(files: untrusted.Files, name: str, geometry: Geometry | None) -> SoftPrompt:
+    """The prompt in the state of a whole PeftModel; see `whole_model`."""
+    config = files.json(facts.CONFIG_FILE) if not files.is_file and facts.CONFIG_FILE in files else None
+    if config is None:
+        raise CheckpointError(
+            f"{name} is the state of a whole PeftModel, and nothing beside it says what its numbers are",
+            f"{facts.CONFIG_FILE} beside it, in a folder",
+            "write it there: model.peft_config['default'].save_pretrained(folder)",
+        )
+    encoder, tensors = whole_model.taken_apart(files.tensors(name))
+    fields = Config.check(config)
+    network = fields.peft_type not in facts.STORED.values() and encoder.keys() != {"embedding.weight"}
+    if network:  # what it evaluates to is not in the state
+        width = (fields.token_dim or 0) * (1 if fields.kind == "input" else 2 * (fields.layers or 0))
+        rows = fields.length * (fields.submodules if fields.kind == "input" else 1)
+        tensors[facts.PROMPT] = np.zeros((rows, width), np.float32)
+    else:
+        tensors |= {facts.PROMPT if part == "embedding.weight" else part: a for part, a in encoder.items()}
+    prompt = parse(config, tensors, geometry)
+    if not network:
+        return prompt
+    try:
+        live = training.of_encoder(config, encoder, prompt.parts[0])
+        if live is not None:
+            return rematerialise(replace(prompt, training=live))
+    except (KeyError, ValueError, RuntimeError, IndexError) as error:
+        raise CheckpointError(
+            f"the prompt encoder in {name} is not the one of {facts.CONFIG_FILE}: {error!r:.200}",
+            "the configuration that it was trained with",
+            "put that beside it",
+        ) from error
+    raise CheckpointError(
+        f"the prompt encoder in {name} runs over the vectors of two submodules at once",
+        "one submodule, whose vectors are the prompt",
+        "save the prompt with PEFT's own save_pretrained, which evaluates it",
+    )
 
 
 def _nested(files: untrusted.Files) -> list[str]:
@@ -218,9 +264,11 @@ def parse(
     notes = [*notes, *beside["notes"]]
     if fields.tasks > 1:
         notes.append(f"the prompt of one task of {fields.tasks}: --task (task=... in Python) takes another, alone")
+    # Where layer 0 has no prefix (see `_cut`), PEFT's forward, by which it was trained, counts none.
+    start = fields.length if isinstance(part, InputPrompt) or 0 in part.layers else 0
     prompt = SoftPrompt(
         parts=(part, *others),
-        positions=Positions(dict.fromkeys((stack, *(other.stack for other in others)), fields.length)),
+        positions=Positions(dict.fromkeys((stack, *(other.stack for other in others)), start)),
         base=BaseId(fields.name, geometry),
         head={name.removeprefix(facts.HEAD): array for name, array in tensors.items() if name.startswith(facts.HEAD)},
         training=state,
@@ -304,7 +352,17 @@ def _stack(fields: Config, geometry: Geometry | None) -> Stack:
                 fields.remedy,
             )
         return "encoder" if seq2seq and fields.kind == "input" else "decoder"
-    if seq2seq != geometry.is_encoder_decoder or (causal and geometry.decoder is None):
+    if causal and geometry.decoder is None:
+        kind = geometry.model_type
+        why = f"the base model, a '{kind}', is one only if its configuration says is_decoder"
+        if not may_be_causal(kind):
+            why = f"transformers has none of the base model's type '{kind}'"
+        raise BaseModelError(
+            f"the file is for a causal language model, and {why}",
+            "the causal language model that the prompt was trained for",
+            f"{fields.remedy}; of a model of several parts, that of the whole",
+        )
+    if seq2seq != geometry.is_encoder_decoder:
         raise BaseModelError(
             f"the file's task_type is {fields.task!r} and the base model ({geometry.model_type}) has "
             f"{'no' if geometry.encoder is None else 'an'} encoder and "
@@ -347,7 +405,41 @@ def _read_prefix(
     if family in facts.FIRST_HEAD and shape is not None and shape.kv_heads == 1 < heads:
         used = {layer: KeyValue(pair.keys[:1], pair.values[:1]) for layer, pair in used.items()}
         notes.append(f"heads 1 to {heads - 1} of each layer, which PEFT never used, are left out")
+    if shape is not None:
+        used, said = _cut(used, shape)
+        notes += said
     return KeyValuePrefix(site, used), notes
+
+
+def _cut(stored: Mapping[int, KeyValue], shape: StackGeometry) -> tuple[dict[int, KeyValue], list[str]]:
+    """What PEFT hands to a model whose layers differ, or attend to each other's keys, and what to tell the user.
+
+    A file holds as many heads, and as wide ones, for every layer. A layer takes the first of them, as many as it has,
+    and none where it has more; one that attends to another's keys finds that one's prefix among them (peft_model.py,
+    get_prompt).
+    """
+    sources = shape.sources or tuple(range(shape.layers))
+    if (shape.shapes is None and shape.sources is None) or len(stored) != shape.layers:
+        return dict(stored), []
+    used: dict[int, KeyValue] = {}
+    for layer, source in enumerate(sources):
+        pair, (heads, width) = stored[source], shape.shape(source)
+        if pair.keys.shape[0] >= heads and pair.keys.shape[2] >= width:
+            used[layer] = KeyValue(pair.keys[:heads, :, :width], pair.values[:heads, :, :width])
+    if not used:
+        return dict(stored), []
+    notes = []
+    if shape.shapes is not None:
+        notes.append("of each layer's heads PEFT uses the first, as many and as wide as the layer has")
+    if len(used) < shape.layers:
+        without = sorted(set(range(shape.layers)) - used.keys())
+        notes.append(f"layers {without} have more or wider heads than the file, and no prefix: so PEFT runs it")
+        if 0 in without:
+            notes.append("real tokens stand at 0, as in PEFT's forward, by which it was trained; its generate counts")
+    if shape.sources is not None:
+        shared = [layer for layer, source in enumerate(sources) if layer != source]
+        notes.append(f"layers {shared} attend to the keys of earlier ones, and find their prefix there")
+    return used, notes
 
 
 def _scrambled(fields: Config, flat: Array, site: Site) -> KeyValuePrefix:
@@ -378,6 +470,14 @@ def _refusals(part: Part, geometry: Geometry | None) -> list[Obstacle]:
     if wide:
         reason = f"PEFT holds prompts in float32, which would round {', '.join(wide)}"
         found.append(Obstacle("precision", reason, elsewhere))
+    shape = None if geometry is None or isinstance(part, InputPrompt) else geometry.site(part.site)
+    if isinstance(part, KeyValuePrefix) and shape is not None and shape.sources is not None:
+        apart = [n for n, source in enumerate(shape.sources) if part.layers.get(n) != part.layers.get(source)]
+        if apart:
+            reason = (
+                f"layers {apart} attend to the keys of earlier ones, whose prefix they have in PEFT, and here another"
+            )
+            found.append(Obstacle("shared-layers", reason, elsewhere, accidental=True))
     if isinstance(part, InputPrompt):
         if part.stack == "decoder" and composite:
             reason = "PEFT puts vectors into the encoder of an encoder-decoder model, not the decoder"
@@ -436,4 +536,14 @@ def tensors_of(prompt: SoftPrompt, config: Mapping[str, Any]) -> dict[str, Array
             flat = rest.get(facts.PROMPT, zeros)
             blocks |= KeyValuePrefix.from_flat(part.site, flat, dead, kv_heads, head_dim).layers
         part = KeyValuePrefix(part.site, blocks)
-    return {facts.PROMPT: part.flat(), **head}
+    return {facts.PROMPT: _provisioned(part).flat(), **head}
+
+
+def _provisioned(part: KeyValuePrefix) -> KeyValuePrefix:
+    heads, width = provision(part)
+
+    def filled(array: Array) -> Array:
+        return np.pad(array, ((0, heads - array.shape[0]), (0, 0), (0, width - array.shape[2])))
+
+    layers = {n: KeyValue(filled(pair.keys), filled(pair.values)) for n, pair in part.layers.items()}
+    return KeyValuePrefix(part.site, layers)

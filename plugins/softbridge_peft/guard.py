@@ -18,6 +18,10 @@ from softbridge_compat import peft_defects
 #: The way out that each refusal names.
 NATIVE = "run the prompt with the native engine: softbridge.attach(model, prompt, engine='native')"
 
+#: What `_check_way` looks at.
+_PIECES = ("prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model")
+_SETTINGS = (*_PIECES, "use_cache")
+
 
 def guard(adapted: Any, prompt: SoftPrompt) -> None:
     """Look at every call of a PeftModel from now on, before PEFT does. The model under it is not touched."""
@@ -99,6 +103,37 @@ def _static(told: Mapping[str, Any]) -> str | None:
     return f"cache_implementation={asked!r}" if fixed else None
 
 
+def _check_way(model: Any, prompt: SoftPrompt, told: Mapping[str, Any]) -> None:
+    """Refuse ways to generate in which PEFT fails or gives other tokens; see `_check` for the arguments."""
+    seq2seq = model.config.is_encoder_decoder
+    for name in () if seq2seq else _PIECES:
+        if told.get(name):
+            raise EngineError(
+                f"{name}, with which the model is called on pieces of the text: PEFT takes the virtual tokens for such "
+                "a piece, and fails or gives other tokens",
+                "the text as a whole, and one token at a time",
+                f"leave {name} out; or {NATIVE}",
+            )
+    if prompt.prefixes and told.get("use_cache") is False and (seq2seq or _returns_cache(model.get_base_model())):
+        raise EngineError(
+            "use_cache=False with a prefix: the model returns the cache that PEFT gives it, in which the next step "
+            "finds the prefix and all tokens, and has them once more",
+            "generating with a cache",
+            f"leave use_cache out; or {NATIVE}",
+        )
+
+
+def _returns_cache(base: Any) -> bool:
+    """Whether a decoder that is told to keep no cache returns the one that it was given."""
+    import torch
+    from transformers import DynamicCache
+
+    token = torch.zeros((1, 1), dtype=torch.long, device=base.device)
+    with torch.no_grad():
+        out = base(input_ids=token, use_cache=False, **caches.handed(base.forward, DynamicCache()))
+    return caches.of(out) is not None
+
+
 class _Forward:
     """A forward pre-hook of a PeftModel."""
 
@@ -120,10 +155,11 @@ class _Generate:
         # The model's own settings, under those of the call's generation_config, under its arguments.
         told: dict[str, Any] = {}
         for config in (getattr(model, "generation_config", None), kwargs.get("generation_config")):
-            for name in ("cache_implementation", "use_cache"):
+            for name in ("cache_implementation", *_SETTINGS):
                 asked = getattr(config, name, None)
                 told |= {} if asked is None else {name: asked}
         told |= kwargs
         _check(model, self.prompt, told)
         _check_generate(self.prompt, read_geometry(model.config), told)
+        _check_way(model, self.prompt, told)
         return self.run(*args, **kwargs)

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +21,7 @@ from softbridge.base import BaseModel
 from softbridge.cli import app, main
 from softbridge.cli.tables import certificate_table, shown
 from softbridge.errors import PluginError
+from softbridge.methods import MultitaskPromptTuning, rematerialise
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
 
 
@@ -65,6 +67,28 @@ def test_inspect_says_what_a_file_is(peft: Path, base: Path) -> None:
     assert found["positions"]["start"] == {"decoder": 5}
     assert 0.7 < found["parts"][0]["std"] < 0.9
     assert "key/value prefix" in call("inspect", peft).output
+
+
+def test_inspect_shows_what_the_reader_had_to_say(peft: Path, tmp_path: Path) -> None:
+    assert json.loads(call("inspect", peft, "--json").output)["notes"] == []
+    config = tiny_config("t5", num_layers=4, num_decoder_layers=4)
+    sb.save(random_prefix(BaseModel(config).geometry, sites=("self",)), tmp_path / "ours", "softbridge", config)
+    prompt = sb.load(tmp_path / "ours")
+    (part,) = prompt.prefixes
+    layers = {n: part.layers[2 * n % 4] for n in part.layers}  # as PEFT repeats them
+    sb.save(replace(prompt, parts=(replace(part, layers=layers),)), tmp_path / "t5", "peft", config)
+    (note,) = json.loads(call("inspect", tmp_path / "t5", "--json").output)["notes"]
+    assert "blocks of odd number, which PEFT never uses" in note
+    assert "PEFT never uses" in " ".join(call("inspect", tmp_path / "t5").output.split())
+
+    config = tiny_config("gpt2")
+    tasks = MultitaskPromptTuning(3, length=4).initialise(BaseModel(config).geometry, 0)
+    sb.save(rematerialise(tasks, 1), tmp_path / "tasks", "peft", config)
+    found = json.loads(call("inspect", tmp_path / "tasks", "--json").output)
+    assert found["task"] == {"number": 1, "of": 3}
+    shown_ = " ".join(call("inspect", tmp_path / "tasks").output.split())
+    assert "task 1 of 3, counted from 0" in shown_
+    assert "--task" in shown_
 
 
 def test_inspect_says_when_it_needs_the_base_model(tmp_path: Path) -> None:

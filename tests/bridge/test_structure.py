@@ -16,6 +16,7 @@ from softbridge.base import BaseModel
 from softbridge.prompt import KeyValue, SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix
 from softbridge.verification import Subject, verify_prompts
+from softbridge.verification.progress import watching
 from softbridge.verification.run import threads
 from softbridge.verification.structure import Structure, structures
 
@@ -62,6 +63,59 @@ def test_a_70b_model_is_run_whole_with_its_own_attention() -> None:
     assert (stack.layers, stack.kv_heads, stack.head_dim, stack.heads) == (80, 8, 128, 16)
     assert piece.base.geometry.hidden == 64
     assert piece.note == "vocabulary and feed-forward shrunk, hidden size 8192 to 64, query heads 64 to 16"
+
+
+def test_heads_whose_width_is_the_models_are_run_some_at_a_time() -> None:
+    """GPT-J: 16 heads of 256, and a hidden size that is theirs."""
+    from transformers import AutoConfig
+
+    base = BaseModel(AutoConfig.for_model("gptj", n_layer=4, vocab_size=1000, bos_token_id=1, eos_token_id=2))
+    prompt = random_prefix(base.geometry, length=2)
+    pieces = planned(base, prompt, 1 << 30)
+    assert len(pieces) == 8
+    seen: dict[int, list[KeyValue]] = {}
+    for piece in pieces:
+        stack, whole, fitted = piece.base.geometry.decoder, base.geometry.decoder, piece.fit(prompt)
+        assert stack is not None
+        assert whole is not None
+        assert fitted is not None
+        assert (stack.layers, stack.kv_heads, stack.head_dim) == (whole.layers, 2, whole.head_dim)
+        assert size_of(piece) < 1 << 26
+        for layer, pair in fitted.prefixes[0].layers.items():
+            seen.setdefault(layer, []).append(pair)
+    for layer, pair in prompt.prefixes[0].layers.items():
+        assert np.array_equal(np.concatenate([part.keys for part in seen[layer]]), pair.keys)
+        assert np.array_equal(np.concatenate([part.values for part in seen[layer]]), pair.values)
+    assert pieces[0].note.endswith("2 of 16 heads at a time, hidden size 4096 to theirs")
+    vectors = random_input_prompt(base.geometry, length=2)
+    assert all(piece.heads is None for piece in planned(base, vectors, 1 << 30)), "they are as wide as the model"
+
+
+def test_a_head_that_is_off_is_noticed_among_those_run_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoConfig
+
+    monkeypatch.setattr("softbridge.verification.structure.SMALL", 1 << 20)
+    sizes = {"n_layer": 2, "n_embd": 320, "n_head": 10, "rotary_dim": 16, "vocab_size": 600}
+    base = BaseModel(AutoConfig.for_model("gptj", **sizes, bos_token_id=1, eos_token_id=2))
+    prefix = random_prefix(base.geometry, length=10)
+    layers = dict(prefix.prefixes[0].layers)
+    values = layers[0].values.copy()
+    values[7] *= 1.01
+    layers[0] = KeyValue(layers[0].keys, values)
+    off = replace(prefix, parts=(replace(prefix.prefixes[0], layers=layers),))
+    said: list[str] = []
+    with watching(said.append):
+        same, other = (
+            verify_prompts(Subject("a", prefix, "native"), Subject("b", prompt, "native"), base)
+            for prompt in (prefix, off)
+        )
+    assert (same.verdict, other.verdict) == ("bitwise", "different")
+    assert "2 of 10 heads at a time" in same.weights
+    assert same.effect > 0.05
+    assert len(said) == 10
+    assert said[0].startswith("verifying: model 1 of 5 (vocabulary")
+    assert said[4].startswith("verifying: model 5 of 5")
+    assert said[4].endswith("s left")
 
 
 def test_what_has_no_room_is_run_in_pieces_that_hold_each_layer_once() -> None:

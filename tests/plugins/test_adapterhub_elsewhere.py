@@ -47,7 +47,7 @@ class Golden:
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
         config._attn_implementation = "eager"
         with torch.random.fork_rng(devices=[]):
-            self.model = auto_class(TASKS.get(family, "causal-lm")).from_config(config).double().eval()
+            self.model = auto_class(TASKS.get(family, "causal-lm"), config).from_config(config).double().eval()
         weights = {name: tensor for name, tensor in self.tensors.items() if name.startswith("weights.")}
         self.model.load_state_dict({name.removeprefix("weights."): tensor for name, tensor in weights.items()})
         self.prompt = sb.load(directory, self.model)
@@ -150,7 +150,7 @@ def test_prefixes_gates_and_entries_are_those_of_adapterhub(implementation: str,
     for family, settings in configs.items():
         own = {name.removeprefix(f"{family}."): t for name, t in tensors.items() if name.startswith(f"{family}.")}
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
-        auto = auto_class(BaseModel(config).task)
+        auto = auto_class(BaseModel(config).task, config)
         with torch.random.fork_rng(devices=[]):
             try:
                 model = auto.from_config(config, attn_implementation=implementation).double().eval()

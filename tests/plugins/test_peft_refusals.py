@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from transformers import StaticCache
+from transformers import AutoConfig, StaticCache
 
 import softbridge as sb
+from softbridge.base import build
 from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
 from softbridge.prompt import SoftPrompt
@@ -150,3 +153,87 @@ def test_a_model_that_carries_an_adapter() -> None:
     with torch.no_grad():
         assert torch.equal(lora(input_ids=ROW).logits, alone)
     assert min(float((both - other).abs().max()) for other in (alone, prompted)) > 0.1
+
+
+OPT = {
+    "vocab_size": 96,
+    "hidden_size": 32,
+    "ffn_dim": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "word_embed_proj_dim": 32,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+#: A text that repeats itself, so that looking it up finds something.
+AGAIN = torch.tensor([[5, 9, 17, 33, 21, 9, 17, 33]])
+
+
+def opt() -> Any:
+    return build(AutoConfig.for_model("opt", **OPT), "causal-lm", torch.float64, 0)
+
+
+def tokens_of(model: Any, **told: Any) -> list[int]:
+    model.generation_config.eos_token_id = 200  # none that it has
+    found = model.generate(
+        input_ids=AGAIN,
+        attention_mask=torch.ones_like(AGAIN),
+        max_new_tokens=8,
+        do_sample=False,
+        pad_token_id=0,
+        **told,
+    )
+    return list(found[0, AGAIN.shape[1] :].tolist())
+
+
+def unguarded(model: Any, **told: Any) -> list[int] | None:
+    """What PEFT itself makes of it: tokens, or an error."""
+    bare = SimpleNamespace(generate=model.generate.run, generation_config=model.generation_config)
+    try:
+        return tokens_of(bare, **told)
+    except Exception:
+        return None
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["input", "prefix"])
+@pytest.mark.parametrize("way", ["prefill_chunk_size", "prompt_lookup_num_tokens", "assistant_model"])
+def test_a_text_in_pieces(way: str, kind: str) -> None:
+    vectors, prefix = prompts("llama")
+    prompt = prefix if kind == "prefix" else vectors
+    attached = sb.attach(tiny_model("llama"), prompt, "peft")
+    told = {way: tiny_model("llama") if way == "assistant_model" else 3}
+    plain = tokens_of(attached)
+    with pytest.raises(EngineError, match=WAY_OUT) as caught:
+        tokens_of(attached, **told)
+    assert way in caught.value.found
+    assert unguarded(attached) == plain
+    assert unguarded(attached, **told) != plain, "PEFT is right by now: no reason to refuse"
+    if way != "assistant_model":
+        setting = copy.deepcopy(attached.generation_config)
+        setattr(setting, way, 3)
+        with pytest.raises(EngineError, match=WAY_OUT):
+            tokens_of(attached, generation_config=setting)
+    assert tokens_of(sb.attach(tiny_model("llama"), prompt)) == plain
+    assert tokens_of(sb.attach(tiny_model("llama"), prompt), **told) == plain
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3", "gpt_neox", "opt"])
+def test_no_cache(family: str) -> None:
+    """Refused exactly where PEFT fails or gives other tokens, which is where the model returns a cache all the same."""
+    model = opt if family == "opt" else lambda: tiny_model(family)
+    geometry = read_geometry(model().config)
+    prefix = random_prefix(geometry)
+    attached = sb.attach(model(), prefix, "peft")
+    plain = tokens_of(attached)
+    if unguarded(attached, use_cache=False) == plain:
+        assert tokens_of(attached, use_cache=False) == plain
+    else:
+        with pytest.raises(EngineError, match=WAY_OUT) as caught:
+            tokens_of(attached, use_cache=False)
+        assert "use_cache=False" in caught.value.found
+    vectors = sb.attach(model(), random_input_prompt(geometry), "peft")
+    assert tokens_of(vectors, use_cache=False) == tokens_of(vectors)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import io
 import json
 import logging
+import shutil
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from enum import Enum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -164,19 +165,29 @@ def _options(
 def _quiet() -> Iterator[None]:
     """Keep what toolkits say while they run off the terminal: what matters of it is in the certificate.
 
-    What softbridge itself has to say of what is installed comes first, on standard error.
+    What softbridge itself has to say of what is installed comes first, on standard error; and, in a line that goes away
+    again, how far a verification has come.
     """
     from softbridge.untested import warn_of_untested
+    from softbridge.verification.progress import watching
 
     warn_of_untested()
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
+    shows = sys.stderr.isatty()
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), watching(_tell) if shows else nullcontext():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
+        if shows:
+            _tell("")
+
+
+def _tell(line: str) -> None:
+    width = shutil.get_terminal_size().columns - 1
+    print(f"\r\x1b[2K{line[:width]}", end="", file=sys.stderr, flush=True)
 
 
 @app.command()

@@ -133,8 +133,18 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
         },
         "head": sorted(prompt.head),
         "training": None if prompt.training is None else prompt.training.kind,
+        "task": _task(prompt),
+        "notes": [] if prompt.origin is None else [str(note) for note in prompt.origin.details.get("notes", [])],
         "digest": prompt.digest(),
     }
+
+
+def _task(prompt: SoftPrompt) -> dict[str, int] | None:
+    """Of a multitask prompt, whose task it is, and of how many."""
+    training = prompt.training
+    if training is None or training.kind != "multitask":
+        return None
+    return {"number": training.settings.get("task", 0), "of": len(training.tensors["columns"])}
 
 
 def prompt_table(found: dict[str, Any]) -> Group:
@@ -160,9 +170,11 @@ def prompt_table(found: dict[str, Any]) -> Group:
         facts.append(f"written under the conditions: {', '.join(found['conditions'])}")
     if found["training"]:
         facts.append(f"training can go on: {found['training']} reparameterisation")
+    if found["task"]:
+        facts.append(f"task {found['task']['number']} of {found['task']['of']}, counted from 0")
     if found["head"]:
         facts.append(f"head: {', '.join(found['head'])}")
-    return Group(head, parts, *map(shown, facts))
+    return Group(head, parts, *map(shown, [*facts, *found["notes"]]))
 
 
 def steps_table(steps: Sequence[Step]) -> Table | Text:

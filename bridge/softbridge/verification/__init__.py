@@ -36,6 +36,7 @@ from softbridge.verification.comparison import (
     loader_of,
 )
 from softbridge.verification.probes import LENGTHS
+from softbridge.verification.progress import told
 from softbridge.verification.recording import Recording, check_same_setting, fingerprint, record_elsewhere
 from softbridge.verification.run import choose_engine, threads
 from softbridge.verification.structure import BUDGET, Structure, structures
@@ -218,7 +219,7 @@ def verify_prompts(
     captures: list[tuple[Capture, Capture]] = []
     with threads(None if weights else 1):
         chosen, pieces = _plan([a, b], base, weights, memory)
-        for piece in pieces:
+        for piece in told(pieces, pieces[0].note):
             subjects = [_fitted(piece, one) for one in (a, b)]
             if any(one is None for one in subjects):
                 continue
@@ -280,7 +281,7 @@ def probe(
     with threads(None if weights else 1):
         chosen, pieces = _plan([subject], resolved, weights, memory)
         template = common_template(loaded.prompt, loaded.prompt)
-        for piece in pieces:
+        for piece in told(pieces, pieces[0].note):
             part = _fitted(piece, subject)
             if part is not None:
                 cached = not _gated(loaded.prompt)
@@ -355,11 +356,13 @@ def _plan(
     model = bare or (base.weights(_float64()) if weights else base.structure(_float64()))
     chosen = [choose_engine(one.prompt, one.engine, model) for one in subjects]
 
-    def runs(smaller: Any) -> bool:
+    def runs(piece: Structure) -> bool:
+        smaller, fitted = piece.base.bare(), [_fitted(piece, one) for one in subjects]
         try:
-            return [choose_engine(one.prompt, one.engine, smaller)[0] for one in subjects] == [e for e, _ in chosen]
+            found = [choose_engine(one.prompt, one.engine, smaller)[0] for one in fitted if one is not None]
         except EngineError:
             return False
+        return found == [engine for engine, _ in chosen]
 
     if weights:
         return chosen, [Structure(base)]

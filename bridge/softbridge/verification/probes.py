@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from softbridge.base import Task
-from softbridge.geometry import Geometry
+from softbridge.geometry import Geometry, text_part
 from softbridge.prompt import Array
 from softbridge.template import PLACEHOLDER, Template
 
@@ -78,7 +78,7 @@ def make_probes(
         cached: whether generating may use the model's cache.
         texts: token ids to run instead of random ones; of other lengths, so that a batch needs padding.
     """
-    generator = np.random.default_rng(seed)
+    generator, config = np.random.default_rng(seed), text_part(config)
     special = {getattr(config, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
     ordinary = np.array([token for token in range(config.vocab_size) if token not in special])
     given = texts or [generator.choice(ordinary, length).tolist() for length in LENGTHS]

@@ -154,8 +154,14 @@ def _geometry(value: Mapping[str, Any]) -> Geometry:
     def stack(one: Mapping[str, Any] | None) -> StackGeometry | None:
         if one is None:
             return None
-        shapes = one["shapes"]
-        return StackGeometry(**{**one, "shapes": None if shapes is None else tuple((k, d) for k, d in shapes)})
+        shapes, sources = one["shapes"], one.get("sources")
+        return StackGeometry(
+            **{
+                **one,
+                "shapes": None if shapes is None else tuple((k, d) for k, d in shapes),
+                "sources": None if sources is None else tuple(sources),
+            }
+        )
 
     return Geometry(**{**value, "encoder": stack(value["encoder"]), "decoder": stack(value["decoder"])})
 

@@ -3,9 +3,9 @@
 Equality of two ways to run a prompt is a property of the architecture: it shows on random weights, as the equality of
 two polynomials shows at a random point. What the prompt does not touch may then be small, too. The vocabulary and the
 feed-forward width always are; if the model is still large, so are the number of query heads (two to a key/value head)
-and the hidden size, as far as the attention's other sizes do not hang on it; and if that does not suffice, the layers
-are run some at a time. Layers, key/value heads, head size, rotary tables and windows stay
-as they are: they are what a prefix meets.
+and the hidden size, as far as the attention's other sizes do not hang on it. Where they do, as every head has its share
+of the hidden size, some heads are run at a time; and if that does not suffice, some layers. Layers, key/value heads,
+head size, rotary tables and windows stay as they are: they are what a prefix meets.
 
 What it does not show: how the base's own weights amplify a difference that is within the bound, and what the layers
 that are not run together do to each other's rounding.
@@ -20,7 +20,7 @@ from typing import Any
 
 from softbridge.base import BaseModel
 from softbridge.geometry import Geometry, StackGeometry
-from softbridge.prompt import InputPrompt, KeyValuePrefix, Part, SoftPrompt
+from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
 
 #: A model in float64 up to this many bytes is left as it is but for vocabulary and feed-forward.
 SMALL = 256 << 20
@@ -28,6 +28,8 @@ SMALL = 256 << 20
 BUDGET = 1 << 30
 #: What the hidden size is shrunk to.
 HIDDEN = 64
+#: How many heads are run at a time where the hidden size is theirs.
+HEADS = 2
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,19 @@ class Structure:
         first: number of the first layer that is run.
         layers: how many are, or None: all of them.
         note: in words.
+        heads: the numbers of the first key/value head that is run, and of the one behind the last; None: all are.
     """
 
     base: BaseModel
     first: int = 0
     layers: int | None = None
     note: str = ""
+    heads: tuple[int, int] | None = None
 
     def fit(self, prompt: SoftPrompt) -> SoftPrompt | None:
         """The prompt as far as these layers see it, or None if they see nothing of it."""
+        if self.heads is not None:
+            return replace(prompt, parts=tuple(_of_heads(part, *self.heads) for part in prompt.parts), training=None)
         if self.layers is None:
             return prompt
         last = self.first + self.layers
@@ -62,8 +68,15 @@ class Structure:
         return replace(prompt, parts=tuple(parts), training=None)
 
 
+def _of_heads(part: Part, first: int, last: int) -> Part:
+    if isinstance(part, InputPrompt):
+        return part
+    layers = {n: KeyValue(pair.keys[first:last], pair.values[first:last]) for n, pair in part.layers.items()}
+    return KeyValuePrefix(part.site, layers)
+
+
 def structures(
-    base: BaseModel, bare: Any, prompts: Sequence[SoftPrompt], runs: Callable[[Any], bool], budget: int = BUDGET
+    base: BaseModel, bare: Any, prompts: Sequence[SoftPrompt], runs: Callable[[Structure], bool], budget: int = BUDGET
 ) -> Iterator[Structure]:
     """What to run, one after the other, so that all layers of the prompts are run.
 
@@ -71,7 +84,7 @@ def structures(
         base: the base model.
         bare: what `BaseModel.bare` gives of it.
         prompts: what is to be compared.
-        runs: whether the engines that were chosen run the prompts on a model (which has no weights).
+        runs: whether the engines that were chosen run what is fit of the prompts on a structure's model.
         budget: bytes.
     """
     whole = Structure(base, note="vocabulary and feed-forward shrunk")
@@ -82,9 +95,15 @@ def structures(
     geometry = base.geometry
     for smaller, note in _smaller(base, prompts):
         model = smaller.bare()
-        if model is not None and _same_attention(smaller.geometry, geometry) and runs(model):
-            whole, size = Structure(smaller, note=f"{whole.note}, {note}"), _size(model)
+        piece = Structure(smaller, note=f"{whole.note}, {note}")
+        if model is not None and _same_attention(smaller.geometry, geometry) and runs(piece):
+            whole, size = piece, _size(model)
             break
+    else:
+        pieces = _by_heads(whole, prompts)
+        if pieces and _size(pieces[0].base.bare()) <= budget and all(map(runs, pieces[:1])):
+            yield from pieces
+            return
     layers = None if geometry.is_encoder_decoder else (geometry.decoder or geometry.encoder)
     if size <= budget or layers is None:
         yield whole
@@ -92,10 +111,39 @@ def structures(
     yield from _chunks(whole, layers, max(1, layers.layers * budget // size))
 
 
+def _by_heads(whole: Structure, prompts: Sequence[SoftPrompt]) -> list[Structure]:
+    """Models of some heads each, where the width of the hidden states is that of all heads; none where it is not.
+
+    Heads meet in the sum behind them only, and a prefix has numbers for each of its own.
+    """
+    geometry = whole.base.geometry
+    stack = geometry.decoder or geometry.encoder
+    if _has_hidden_width(prompts) or geometry.is_encoder_decoder or stack is None or stack.shapes is not None:
+        return []
+    at_once = next((n for n in (HEADS, 1) if stack.heads % n == 0 and stack.heads > n), None)
+    if at_once is None or stack.kv_heads != stack.heads or stack.heads * stack.head_dim != geometry.hidden:
+        return []
+    sizes = dict.fromkeys(("num_attention_heads", "num_key_value_heads"), at_once)
+    base = _changed(whole.base, hidden_size=at_once * stack.head_dim, **sizes)
+    small = base.geometry.decoder or base.geometry.encoder
+    if base.bare() is None or small is None or (small.layers, small.kv_heads) != (stack.layers, at_once):
+        return []
+    if (small.head_dim, small.window) != (stack.head_dim, stack.window):
+        return []
+    note = f"{whole.note}, {at_once} of {stack.heads} heads at a time, hidden size {geometry.hidden} to theirs"
+    firsts = range(0, stack.heads, at_once)
+    return [Structure(base, note=note, heads=(first, first + at_once)) for first in firsts]
+
+
+def _has_hidden_width(prompts: Sequence[SoftPrompt]) -> bool:
+    """Whether a prompt has the width of the hidden states."""
+    return any(prompt.inputs or prompt.head or any(part.gated for part in prompt.prefixes) for prompt in prompts)
+
+
 def _smaller(base: BaseModel, prompts: Sequence[SoftPrompt]) -> Iterator[tuple[BaseModel, str]]:
     """Smaller models with the same attention, the smallest first."""
-    if any(prompt.inputs or prompt.head or any(part.gated for part in prompt.prefixes) for prompt in prompts):
-        return  # they have the width of the hidden states
+    if _has_hidden_width(prompts):
+        return
     geometry = base.geometry
     stack = geometry.decoder or geometry.encoder
     heads, fewer = {}, ""

@@ -1,0 +1,34 @@
+"""How far a verification has come, told to whoever watches: a large model is run in many pieces."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import TypeVar
+
+Piece = TypeVar("Piece")
+
+_watcher: ContextVar[Callable[[str], None] | None] = ContextVar("watcher", default=None)
+
+
+@contextmanager
+def watching(tell: Callable[[str], None]) -> Iterator[None]:
+    """Let `tell` be called with a line for each step of what is verified meanwhile."""
+    token = _watcher.set(tell)
+    try:
+        yield
+    finally:
+        _watcher.reset(token)
+
+
+def told(pieces: Sequence[Piece], what: str) -> Iterator[Piece]:
+    """The pieces, one after the other, with what is to come said first and, from the second on, how long it takes."""
+    tell, start = _watcher.get(), time.monotonic()
+    for done, piece in enumerate(pieces):
+        if tell is not None:
+            left = (time.monotonic() - start) / done * (len(pieces) - done) if done else None
+            rest = "" if left is None else f", about {left:.0f} s left"
+            tell(f"verifying: model {done + 1} of {len(pieces)} ({what}){rest}")
+        yield piece
