@@ -98,7 +98,7 @@ def read_geometry(config: Any) -> Geometry:
     if getattr(text, "is_encoder_decoder", False):
         encoder = _stack(text, hidden, prefix="encoder_")
         decoder = _stack(text, hidden, prefix="decoder_")
-    elif _is_encoder(text):
+    elif not _generates(config, text) and _is_encoder(text):
         encoder, decoder = _stack(text, hidden), None
     else:
         encoder, decoder = None, _stack(text, hidden)
@@ -157,6 +157,16 @@ def _is_encoder(config: Any) -> bool:
     if str(MODEL_MAPPING_NAMES.get(kind)).endswith("Encoder"):  # a causal class exists, for is_decoder
         return True
     return kind in MODEL_FOR_MASKED_LM_MAPPING_NAMES or kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _generates(config: Any, text: Any) -> bool:
+    """Whether a configuration of several parts is of a model that goes on with a text, having seen images, say.
+
+    Its text part may be of a kind that no table of transformers knows by itself.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return text is not config and config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def _optional_count(config: Any, *names: str) -> int | None:
