@@ -5,6 +5,7 @@ Sub-configurations are shrunk by the names that their sizes have. How many token
 
 from __future__ import annotations
 
+import importlib
 import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -23,6 +24,7 @@ TEXT: Mapping[str, Any] = {
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 8,
+    "full_attention_interval": 2,
     "max_position_embeddings": 128,
     "pad_token_id": 0,
     "bos_token_id": 1,
@@ -62,15 +64,12 @@ MORE: Mapping[str, Mapping[str, Any]] = {
             "query_pre_attn_scalar": 8,
         },
     },
-    "qwen2_vl": {
-        "text_config": {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
-        "vision_config": {"hidden_size": 32},
-    },
-    "qwen3_vl": {"text_config": {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}}},
-    "qwen2_5_vl": {
-        "text_config": {"rope_scaling": {"rope_type": "default", "mrope_section": [1, 1, 2]}},
-        "vision_config": {"window_size": 16, "fullatt_block_indexes": [1]},
-    },
+    "shieldgemma2": {"mm_tokens_per_image": 4},
+    "qwen2_vl": {"vision_config": {"hidden_size": 32}},
+    "qwen2_5_vl": {"vision_config": {"window_size": 16, "fullatt_block_indexes": [1]}},
+    "exaone4_5": {"vision_config": {"window_size": 16, "fullatt_block_indexes": [1]}},
+    "glm4v_moe": {"text_config": {"partial_rotary_factor": 1.0}},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
 }
 
 
@@ -90,16 +89,33 @@ def vision_config(family: str, **changes: Any) -> Any:
     settings.update(_those_of(default, {"projection_dim": width, "hidden_size": width, "vocab_size": words}))
     vision = {**VISION, "out_hidden_size": width, "projection_dim": width}
     for name, sizes in (("text_config", TEXT), ("vision_config", vision)):
-        part = getattr(default, name)
+        part = getattr(default, name) or kind.sub_configs[name]()
+        shrunk = _those_of(part, sizes)
+        if name == "text_config" and _asks(type(part), "mrope_section"):
+            shrunk["rope_scaling"] = {"rope_type": "default", "mrope_section": [1, 1, 2]}
         more = {**MORE.get(family, {}).get(name, {}), **changes.pop(name, {})}
-        settings[name] = {"model_type": part.model_type, **_those_of(part, sizes), **more}
+        settings[name] = {"model_type": part.model_type, **shrunk, **more}
     own = {name: value for name, value in MORE.get(family, {}).items() if not isinstance(value, Mapping)}
     return kind(**{**settings, **own, **changes})
 
 
 def _those_of(config: Any, sizes: Mapping[str, Any]) -> dict[str, Any]:
+    """The sizes that a configuration knows, of the kinds that it has them in."""
     known = {*config.to_dict(), *getattr(config, "attribute_map", ())}
-    return {name: size for name, size in sizes.items() if name in known}
+    found = {}
+    for name, size in sizes.items():
+        now = getattr(config, name, None) if name in known else None
+        if isinstance(now, (list, tuple)):
+            found[name] = [size] * len(now)
+        elif name in known:
+            found[name] = float(size) if isinstance(now, float) else size
+    return found
+
+
+def _asks(config: type, name: str) -> bool:
+    """Whether the modelling code beside a configuration class has a name in it."""
+    module = importlib.import_module(config.__module__.replace(".configuration_", ".modeling_"))
+    return name in inspect.getsource(module)
 
 
 def vision_model(family: str, attention: str = "eager", seed: int = 0, **changes: Any) -> Any:
@@ -107,6 +123,9 @@ def vision_model(family: str, attention: str = "eager", seed: int = 0, **changes
     from transformers import AutoModelForImageTextToText
 
     config = vision_config(family, **changes)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "_experts_implementation"):
+            part._experts_implementation = "eager"  # grouped matrix products know no float64
     with torch.random.fork_rng(devices=[]):
         model = AutoModelForImageTextToText.from_config(config, attn_implementation=attention)
     draw_weights(model, seed)
@@ -117,27 +136,33 @@ def vision_model(family: str, attention: str = "eager", seed: int = 0, **changes
 
 
 def images(model: Any, count: int, seed: int = 0) -> dict[str, Tensor]:
-    """So many random images, as the model takes them, each with the tokens that it has (see `tokens_of`)."""
-    generator, dtype = torch.Generator().manual_seed(seed), model.dtype
-    vision = model.config.vision_config
-    size, patch = vision.image_size if hasattr(vision, "image_size") else VISION["image_size"], vision.patch_size
-    if "image_grid_thw" in inspect.signature(model.forward).parameters:
+    """So many random images, as the model takes them, each with as many tokens as `features` has of it."""
+    generator, dtype, vision = torch.Generator().manual_seed(seed), model.dtype, model.config.vision_config
+    asked = inspect.signature(model.forward).parameters
+    size, patch = _side(getattr(vision, "image_size", None) or VISION["image_size"]), _side(vision.patch_size)
+    if "image_grid_thw" in asked:
         grid = torch.tensor([[1, 4, 6]]).expand(count, -1)
-        values = 3 * vision.temporal_patch_size * patch**2
+        values = 3 * getattr(vision, "temporal_patch_size", 1) * patch**2
         pixels = torch.randn(count * 24, values, generator=generator, dtype=dtype)
         return {"pixel_values": pixels, "image_grid_thw": grid}
-    pixels = torch.randn(count, 3, size, size, generator=generator, dtype=dtype)
+    found = {"pixel_values": torch.randn(count, 3, size, size, generator=generator, dtype=dtype)}
     try:
-        features(model, {"pixel_values": pixels})
-    except ValueError:  # it takes as many images for each row
-        pixels = pixels[:, None]
-    return {"pixel_values": pixels}
+        features(model, found)
+    except TypeError:  # the sizes of images before they were padded
+        found["image_sizes"] = torch.tensor([[size, size]]).expand(count, -1)
+    except ValueError:  # as many images for each row
+        found["pixel_values"] = found["pixel_values"][:, None]
+    return found
+
+
+def _side(size: Any) -> int:
+    return int(size[0] if isinstance(size, (list, tuple)) else size)
 
 
 def features(model: Any, given: Mapping[str, Tensor]) -> Tensor:
     """What the text stack sees of images [tokens, H]."""
     with torch.no_grad():
-        found = model.model.get_image_features(**given)
+        found = getattr(model, "model", model).get_image_features(**given)
     found = getattr(found, "pooler_output", found)
     while isinstance(found, tuple) and isinstance(found[0], (list, tuple)):  # and more, of single layers
         found = found[0]

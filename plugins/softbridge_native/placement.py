@@ -433,6 +433,8 @@ class StackHooks:
             kwargs["attention_mask"] = rows.mask(plain)
         if past == 0:
             call.outer = Outer(plain, rows, told, cache)
+            if told:
+                check_onward(kwargs["position_ids"], plain)
             kwargs.update(_with_words(rows, vectors.placement, self.around.word, kwargs))
             hide(cache, rows.length, self.around.owner)
         elif told:
@@ -589,10 +591,21 @@ class StackHooks:
         if outer.layout is not None:
             name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
             kwargs[name] = outer.layout.real(kwargs[name])
-        made = None if outer.told else kwargs.get("position_ids")
-        if made is not None and outer.mask is not None and self.around.counts_pads:
-            whole = outer.mask if outer.layout is None else outer.layout.mask(outer.mask)
-            kwargs["position_ids"] = (made - left_pads(whole)).clamp(min=0)
+        positions, mask = kwargs.get("position_ids"), outer.mask
+        if positions is None:
+            return
+        if mask is not None and outer.layout is not None:
+            mask = outer.layout.mask(mask)
+        if mask is not None and self.around.counts_pads and not outer.told:
+            kwargs["position_ids"] = (positions - left_pads(mask)).clamp(min=0)
+        moved = self._moved(True)
+        if not isinstance(moved, int) or moved != 0:
+            check_onward(positions, mask)
+
+    def _moved(self, told: bool) -> int | Tensor:
+        """By how many places given positions are moved; see `_positions`."""
+        call = self.call.now
+        return call.start - (call.vectors.counted if told and call.vectors is not None else 0)
 
     def _positions(self, kwargs: Mapping[str, Any], mask: Tensor | None, past: int, told: bool) -> Tensor | None:
         """Where the real tokens stand, [B or 1, T]; None if the model would say the same, or cannot be told.
@@ -601,8 +614,7 @@ class StackHooks:
         """
         given, call = kwargs.get("position_ids"), self.call.now
         if given is not None:
-            ahead = call.vectors.counted if told and call.vectors is not None else 0
-            return given + (call.start - ahead)  # type: ignore[no-any-return]
+            return given + self._moved(told)  # type: ignore[no-any-return]
         cached, ahead = self._virtual(past)
         same = isinstance(call.start, int) and isinstance(ahead, int) and call.start == ahead
         if "position_ids" not in self.names or (mask is None and same):
@@ -690,12 +702,8 @@ def check_unpacked(kwargs: Mapping[str, Any], mask: Tensor | None) -> None:
     """
     positions = kwargs.get("position_ids")
     packed = [name for name in (*PACKED, "seq_idx") if kwargs.get(name) is not None]
-    if isinstance(positions, Tensor) and positions.ndim in (2, 3) and positions.shape[-1] > 1:
-        # Of M-RoPE the first: an image's tokens have the same there.
-        again = positions.diff(dim=-1) <= 0 if positions.ndim == 2 else positions[0].diff(dim=-1) < 0
-        if mask is not None:
-            real = mask[:, -positions.shape[-1] :] != 0
-            again = again & real[:, 1:] & real[:, :-1]
+    if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[-1] > 1:
+        again = (positions.diff(dim=-1) <= 0) & _pairs(positions, mask)
         if torch.compiler.is_compiling():  # a graph has no words for it
             torch._assert_async(~again.any(), "several texts in one row, with a prompt")
         elif bool(again.any()):
@@ -707,6 +715,36 @@ def check_unpacked(kwargs: Mapping[str, Any], mask: Tensor | None) -> None:
             "leave the texts unpacked (packing=False, padding_free=False), or use a prefix on a model that dispatches "
             "through transformers' attention interface: there each text has it",
         )
+
+
+def check_onward(positions: Tensor, mask: Tensor | None) -> None:
+    """Refuse positions of several dimensions that a prompt in front would not move all alike.
+
+    Raises:
+        EngineError: in the first of them some token stands before the one in front of it (HunYuan-VL's images do, and
+            texts in a row that is packed).
+    """
+    if positions.ndim < 3:
+        return
+    back = (positions[0].diff(dim=-1) < 0) & _pairs(positions, mask)
+    if torch.compiler.is_compiling():  # a graph has no words for it
+        torch._assert_async(~back.any(), "positions that go back")
+    elif bool(back.any()):
+        raise EngineError(
+            f"positions of {len(positions)} dimensions that go back within a row: of an image that is placed by "
+            "itself, or of several texts",
+            "positions that go on from token to token, all of which a prompt in front moves alike",
+            "an input prompt, and no position_ids, so that the model makes its own; generate passes some",
+        )
+
+
+def _pairs(positions: Tensor, mask: Tensor | None) -> Tensor:
+    """Of which tokens [B or 1, T - 1] both they and the one in front are real."""
+    length = positions.shape[-1]
+    if mask is None:
+        return torch.ones(1, length - 1, dtype=torch.bool, device=positions.device)
+    real = mask[:, -length:] != 0
+    return real[:, 1:] & real[:, :-1]
 
 
 def _ready_made() -> EngineError:
