@@ -44,6 +44,8 @@ CLOSE = 1e-5
 #: What each fault moves, at least.
 FAR = 1e-2
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "paligemma", "idefics3", "smolvlm")
+#: Those that are only compared with words.
+FURTHER = ("aya_vision", "deepseek_vl", "glm4v", "idefics2", "internvl", "mistral3", "qwen3_vl", "video_llava")
 #: What the model is told of an image's tokens: PaliGemma's types say what is bidirectional (0), not what is an image.
 KINDS = {"paligemma": 0}
 WINDOW = 8
@@ -318,7 +320,7 @@ def test_vectors_may_come_after_the_first_token(family: str) -> None:
         assert apart_by(logits(attached(family, prompt), given)[row, real], found[row, real]) > FAR
 
 
-@pytest.mark.parametrize("family", [*FAMILIES, "aya_vision", "deepseek_vl", "idefics2", "qwen3_vl", "video_llava"])
+@pytest.mark.parametrize("family", [*FAMILIES, *FURTHER])
 @methods
 @images
 def test_a_prompt_that_is_words_is_what_the_words_are(family: str, method: str, image: bool) -> None:
@@ -462,3 +464,31 @@ def test_pads_that_the_model_counts_are_not_between_a_prefix_and_the_text() -> N
         mask = torch.cat([seen["attention_mask"], torch.ones(len(TEXTS), 1, dtype=torch.long)], dim=1)
         seen = {"input_ids": found[-1], "attention_mask": mask, name: caches.of(out)}
     assert torch.equal(torch.cat(found, dim=1), expected)
+
+
+@pytest.mark.parametrize("family", ["gemma3", "qwen2_vl"])
+@methods
+def test_a_model_without_a_head_runs_it(family: str, method: str) -> None:
+    """Also where its forward is called past the hooks."""
+    prompt, given = make_prompt(family, method), batch(family, True)
+    whole = copy.deepcopy(bare(family))
+    model = attach(whole.model, prompt)
+    with torch.no_grad():
+        for call in (model, model.forward):
+            states = call(**given).last_hidden_state
+            found = whole.lm_head(states)
+            for row, (ids, seen, real) in enumerate(rows_of(family, given)):
+                assert apart_by(found[row, real], by_hand(family, prompt, ids, seen)) < CLOSE
+
+
+@methods
+def test_images_that_are_placed_by_themselves_are_refused_where_they_would_move(method: str) -> None:
+    """HunYuan-VL counts an image's rows and columns from 0, wherever it is: `generate` tells such positions."""
+    if "hunyuan_vl" not in IMAGE_TEXT_TO_TEXT:
+        pytest.skip("not in this transformers")
+    model = vision_model("hunyuan_vl", "sdpa")
+    make = random_input_prompt if method == "input" else random_prefix
+    given = vision_inputs(model, TEXTS)
+    attach(model, make(read_geometry(model.config), P))
+    with pytest.raises(EngineError, match="placed by itself"):
+        generated(model, given)
