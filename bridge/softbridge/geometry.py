@@ -100,7 +100,7 @@ def read_geometry(config: Any) -> Geometry:
     if getattr(text, "is_encoder_decoder", False):
         encoder = _stack(text, hidden, prefix="encoder_")
         decoder = _stack(text, hidden, prefix="decoder_")
-    elif _is_encoder(text):
+    elif not _generates(config, text) and _is_encoder(text):
         encoder, decoder = _stack(text, hidden), None
     else:
         encoder, decoder = None, _stack(text, hidden)
@@ -196,6 +196,16 @@ def may_be_causal(model_type: str) -> bool:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
     return model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+
+def _generates(config: Any, text: Any) -> bool:
+    """Whether a configuration of several parts is of a model that goes on with a text, having seen images, say.
+
+    Its text part may be of a kind that no table of transformers knows by itself.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    return text is not config and config.model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 
 def _optional_count(config: Any, *names: str) -> int | None:

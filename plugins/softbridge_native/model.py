@@ -18,6 +18,7 @@ from uuid import uuid4
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.modeling_flash_attention_utils import flash_attn_supports_top_left_mask
 
 from softbridge.errors import BaseModelError, EngineError, Obstacle
@@ -53,6 +54,7 @@ from softbridge_native.placement import (
     embedding_block,
     home,
     position_table,
+    word,
 )
 from softbridge_native.selfcheck import SelfCheck
 
@@ -362,6 +364,9 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         if part.entry == "after" and embedding_block(stack) is None:
             reason = f"{type(stack).__name__} has no module that is its embedding block and keeps its width"
             found.append(Obstacle("entry", reason, "use a prompt whose vectors enter before the embedding block"))
+        if part.template is not None and outer_of(model, geometry) is not None:
+            reason = "a template's places are token ids, and this model makes embeddings of them before its stack runs"
+            found.append(Obstacle("entry", reason, "use a prompt in front of the sequence"))
         if _looks_back(stack):
             reason = f"{type(stack).__name__} looks up which token each embedding is of, and a vector is of none"
             found.append(Obstacle("entry", reason, "use a prefix"))
@@ -493,6 +498,9 @@ def _seed_obstacles(part: KeyValuePrefix, prompt: SoftPrompt, model: Any, geomet
     stack, shape = stacks_of(model, geometry)["decoder"], geometry.site("self")
     if shape is None:
         return []
+    if outer_of(model, geometry) is not None:
+        reason = f"{type(stack).__name__} has no way to a prefix but its cache, and the model around it makes the mask"
+        return [Obstacle("attention", reason, "use an input prompt")]
     start = prompt.positions.start.get("decoder", 0)
     return [
         Obstacle(
@@ -536,6 +544,34 @@ def _reached(model: Any, stack: Any, attention: nn.Module, implementation: str) 
     return None
 
 
+def _counts_pads(outer: Any, stack: Any) -> bool:
+    """Whether a model that is told no positions makes some for its stack, from the first column on, be it a pad.
+
+    It is watched with a pad and two tokens that go no further than the stack.
+    """
+    thread = threading.get_ident()
+
+    def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() == thread:
+            raise _Reached(set(kwargs), (kwargs.get("position_ids"),))
+
+    handle, state = stack.register_forward_pre_hook(look, with_kwargs=True, prepend=True), dict(vars(outer))
+    token = word(outer.config)
+    tokens = torch.tensor([[0, token, token]], device=stack.get_input_embeddings().weight.device)
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            outer.forward(input_ids=tokens, attention_mask=(torch.arange(3, device=tokens.device) > 0).long()[None])
+    except _Reached as reached:
+        (made,) = reached.args[1]
+        return made is not None and bool((made[..., 1] - made[..., 0] == 1).all())
+    except Exception:  # foreign code; nothing is known
+        return False
+    finally:
+        handle.remove()
+        vars(outer).update(state)  # Qwen2-VL keeps what it found of the last sequence
+    return False
+
+
 def _hears_positions(model: Any, stack: Any, attention: nn.Module) -> bool:
     """Whether attention is told where its queries stand."""
     reached = _reached(model, stack, attention, "eager")
@@ -557,7 +593,25 @@ def stacks_of(model: Any, geometry: Geometry) -> dict[Stack, Any]:
         return {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
     if geometry.decoder is None:
         return {"encoder": model.base_model}
-    return {"decoder": model.base_model.get_decoder()}
+    return {"decoder": _text_decoder(model)}
+
+
+def _text_decoder(model: Any) -> Any:
+    """The decoder of a model, which among several parts is the one of the text; not all say which that is."""
+    base, text = model.base_model, model.config.get_text_config()
+    found = base.get_decoder()
+    if type(found.config) is type(text):
+        return found
+    parts = (module for module in base.modules() if isinstance(module, PreTrainedModel))
+    part = next((module for module in parts if type(module.config) is type(text)), None)
+    return found if part is None else part.base_model.get_decoder()
+
+
+def outer_of(model: Any, geometry: Geometry) -> Any:
+    """The module that makes a decoder's embeddings of several modalities, positions and masks, or None."""
+    if geometry.encoder is not None or model.config.get_text_config() is model.config:
+        return None
+    return None if model.base_model is _text_decoder(model) else model.base_model
 
 
 def attention_modules(model: Any, geometry: Geometry) -> dict[Site, list[nn.Module]]:
@@ -615,7 +669,17 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
         if table is not None and places and not tellable(stack):
             handles.append(table.register_forward_pre_hook(Shift(table, places, off).before, with_kwargs=True))
         around = Circumstances(implementation, crossed, pools, injected.shows, off, injected.owner)
+        outer = outer_of(model, geometry)
+        if outer is not None:
+            around = replace(around, word=word(model.config), counts_pads=_counts_pads(outer, stack))
         hooks = injected.hooks(name, stack, around)
+        if outer is not None:
+            hooks.outer_entry = hook(outer)
+            injected.hooked.append(outer)
+            handles += [
+                outer.register_forward_pre_hook(hooks.before_outer, with_kwargs=True),
+                outer.register_forward_hook(hooks.after_outer, always_call=True),
+            ]
         hooks.entry = hook(stack)
         injected.hooked.append(stack)
         handles += [

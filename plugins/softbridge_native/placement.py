@@ -5,12 +5,17 @@ the last hidden state. What is built on the stack - heads, losses, `generate`, t
 virtual token: logits and labels keep their length, and the loss is the model's own. Where the vectors enter after the
 embedding block, that block never meets one either. The virtual tokens of a template have places in the caller's own
 rows: there the vectors are put, and nothing else changes.
+
+A stack inside a model of several modalities gets embeddings, in which images are, and often positions and masks that
+were made of the whole sequence: positions of three dimensions, masks that let the tokens of an image see each other.
+There the model around the stack is given a word of text in the place of each virtual token, and the stack then gets the
+vectors: so all that the model makes is what it makes of so many words more.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Protocol
@@ -305,6 +310,8 @@ class Circumstances:
         shows: says whether logits of virtual tokens are wanted.
         off: says whether a module is to run without the prompt.
         owner: a name that no other attachment has.
+        word: a token id that is a word of text; see `word`.
+        counts_pads: whether a model around the stack makes positions that count pads on the left.
     """
 
     implementation: str | None
@@ -313,6 +320,45 @@ class Circumstances:
     shows: Callable[[], bool]
     off: Callable[[nn.Module], bool]
     owner: str
+    word: int = 0
+    counts_pads: bool = False
+
+
+#: How the names of token ids in a configuration end.
+_TOKENS = ("token_id", "token_ids", "token_index")
+
+
+def word(config: Any) -> int:
+    """A token id that is a word of text: the first that the configuration gives no meaning of its own."""
+    named = list(_token_ids(config.to_dict()))
+    special = {token for value in named for token in (value if isinstance(value, (list, tuple)) else [value])}
+    return next(token for token in range(len(special) + 1) if token not in special)
+
+
+def _token_ids(settings: Mapping[Any, Any]) -> Iterator[Any]:
+    """What a configuration, and those in it, have under the name of a token id."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from _token_ids(value)
+        elif str(name).endswith(_TOKENS):
+            yield value
+
+
+@dataclass(frozen=True, eq=False)
+class Outer:
+    """What the model around a stack was called with, of which it makes what the stack is called with.
+
+    Attributes:
+        mask: of the real tokens [B, N], or None.
+        layout: where the virtual tokens stand among them, or None: they are in the cache, or there are none.
+        told: whether it was told positions, and makes none itself.
+        cache: its cache, or None.
+    """
+
+    mask: Tensor | None
+    layout: Layout | None
+    told: bool
+    cache: Any
 
 
 class Call:
@@ -324,9 +370,11 @@ class Call:
         layout: where the virtual tokens stand that were put into its sequence, or None.
         width: P + T.
         cache: its cache, or None.
+        outer: what the model around it was called with, if there is one, until the stack runs.
     """
 
     def __init__(self) -> None:
+        self.outer: Outer | None = None
         self.vectors: Inserted | None = None
         self.start: int | Tensor = 0
         self.layout: Layout | None = None
@@ -357,6 +405,7 @@ class StackHooks:
     ) -> None:
         self.around = around
         self.entry: Own[Opened] = Own(Opened)
+        self.outer_entry: Own[Opened] = Own(Opened)
         self.call: Own[Call] = Own(Call)
         self.making = making
         self.seed = seed
@@ -368,6 +417,52 @@ class StackHooks:
     def chosen(self, given: Tensor | None) -> tuple[Inserted | None, int | Tensor]:
         """The vectors of a call and where its first real token stands, for the rows of tokens or states [B, ...]."""
         return self._fixed
+
+    def before_outer(self, outer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any]:
+        """Give the model around the stack a word in the place of each virtual token."""
+        kwargs = {**dict(zip(inspect.signature(outer.forward).parameters, args, strict=False)), **kwargs}
+        self.outer_entry.now.open = True
+        if self.around.off(outer):  # the stack sees to the rest
+            return (), kwargs
+        mask, cache, tokens = kwargs.get("attention_mask"), caches.given(kwargs), given_tokens(kwargs)
+        plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        told, past = kwargs.get("position_ids") is not None, full_length(cache)
+        call = self.call.now
+        call.outer = Outer(plain, None, told, cache)
+        vectors, _ = self.chosen(tokens)
+        if vectors is None:
+            return (), kwargs
+        if mask is not plain:
+            raise _ready_made()
+        check_begun(cache, self.around.owner, past)
+        check_unpacked(kwargs, plain)
+        if plain is None and isinstance(vectors.lengths, Tensor):
+            plain = _all_real(tokens, past, vectors)
+        rows = layout(vectors, plain)
+        if plain is not None:
+            kwargs["attention_mask"] = rows.mask(plain)
+        if past == 0:
+            call.outer = Outer(plain, rows, told, cache)
+            if told:
+                check_onward(kwargs["position_ids"], plain)
+            kwargs.update(_with_words(rows, vectors.placement, self.around.word, kwargs))
+            hide(cache, rows.length, self.around.owner)
+        elif told:
+            kwargs["position_ids"] = kwargs["position_ids"] + rows.lengths
+        if kwargs.get("cache_position") is not None:
+            columns = torch.arange(tokens.shape[1] + (0 if past else rows.length), device=tokens.device)
+            kwargs["cache_position"] = columns + past
+        if hides(cache):
+            running(cache, True)
+        return (), kwargs
+
+    def after_outer(self, outer: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """The model around the stack has run, or failed."""
+        self.outer_entry.now.open = False
+        call = self.call.now
+        if call.outer is not None and hides(call.outer.cache):
+            running(call.outer.cache, False)
+        call.outer = None
 
     def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
         """Put the virtual tokens into the sequence, and tell the real ones where they stand."""
@@ -394,7 +489,12 @@ class StackHooks:
             if tokens is not None:  # then the embedding is not called
                 kwargs["inputs_embeds"] = self.making.gather(tokens)
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        positions = self._positions(kwargs, plain, past)
+        outer, call.outer = call.outer, None
+        if outer is not None:
+            plain = outer.mask  # of which the mask that arrives was made
+            self._receive(outer, kwargs)
+        told = outer is not None and kwargs.get("position_ids") is not None
+        positions = self._positions(kwargs, plain, past, told)
         if positions is not None:
             kwargs["position_ids"] = positions
         if self.seed is not None:
@@ -402,20 +502,19 @@ class StackHooks:
             self.seed.plant(stack, kwargs, plain, past, self.around.owner)
         if call.vectors is not None and call.vectors.placement == "template":
             _fill(call.vectors, stack, kwargs, past)
+        elif call.vectors is not None and outer is not None:
+            if outer.layout is not None:
+                call.layout = outer.layout
+                hide(cache, call.vectors.length, self.around.owner)
+                self._insert(call, outer.layout, stack, kwargs, None if told else positions)
         elif call.vectors is not None:
             if mask is not plain:
-                raise EngineError(
-                    "the attention mask came ready-made, with an input prompt attached",
-                    "a mask of shape [B, T], or none",
-                    "pass the tokens' own mask, and use a cache that grows",
-                )
+                raise _ready_made()
             check_begun(cache, self.around.owner, past)
             check_unpacked(kwargs, plain)
             counted_without = kwargs.pop("cache_position", None)
             if plain is None and isinstance(call.vectors.lengths, Tensor):
-                tokens = given_tokens(kwargs)
-                real = tokens.shape[1] + max(past - call.vectors.length, 0)
-                plain = torch.ones(tokens.shape[0], real, dtype=torch.long, device=tokens.device)
+                plain = _all_real(given_tokens(kwargs), past, call.vectors)
             rows = layout(call.vectors, plain)
             if plain is not None:
                 kwargs["attention_mask"] = rows.mask(plain)
@@ -457,7 +556,9 @@ class StackHooks:
         """Reentrant gradient checkpointing drops a layer's gradients if no input of the layer requires one."""
         if not (embedding.training and torch.is_grad_enabled()):
             return output
-        return output.requires_grad_(True) if self.making is None else self.making.gather(output.requires_grad_(True))
+        if self.making is None or self.call.now.outer is not None:  # the stack gets embeddings, and gathers then
+            return output.requires_grad_(True)
+        return self.making.gather(output.requires_grad_(True))
 
     def before_block(
         self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -498,11 +599,35 @@ class StackHooks:
                 kwargs["encoder_attention_mask"] = rows.mask(mask)
         return args, kwargs
 
-    def _positions(self, kwargs: Mapping[str, Any], mask: Tensor | None, past: int) -> Tensor | None:
-        """Where the real tokens stand, [B or 1, T]; None if the model would say the same, or cannot be told."""
+    def _receive(self, outer: Outer, kwargs: dict[str, Any]) -> None:
+        """Take the words out that stood in the places of virtual tokens, and the pads that the model counted."""
+        if outer.layout is not None:
+            name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
+            kwargs[name] = outer.layout.real(kwargs[name])
+        positions, mask = kwargs.get("position_ids"), outer.mask
+        if positions is None:
+            return
+        if mask is not None and outer.layout is not None:
+            mask = outer.layout.mask(mask)
+        if mask is not None and self.around.counts_pads and not outer.told:
+            kwargs["position_ids"] = (positions - left_pads(mask)).clamp(min=0)
+        moved = self._moved(True)
+        if not isinstance(moved, int) or moved != 0:
+            check_onward(positions, mask)
+
+    def _moved(self, told: bool) -> int | Tensor:
+        """By how many places given positions are moved; see `_positions`."""
+        call = self.call.now
+        return call.start - (call.vectors.counted if told and call.vectors is not None else 0)
+
+    def _positions(self, kwargs: Mapping[str, Any], mask: Tensor | None, past: int, told: bool) -> Tensor | None:
+        """Where the real tokens stand, [B or 1, T]; None if the model would say the same, or cannot be told.
+
+        Positions that a model around has `told` count the virtual tokens of an input prompt, and are of those, too.
+        """
         given, call = kwargs.get("position_ids"), self.call.now
         if given is not None:
-            return given + call.start  # type: ignore[no-any-return]
+            return given + self._moved(told)  # type: ignore[no-any-return]
         cached, ahead = self._virtual(past)
         same = isinstance(call.start, int) and isinstance(ahead, int) and call.start == ahead
         if "position_ids" not in self.names or (mask is None and same):
@@ -591,10 +716,7 @@ def check_unpacked(kwargs: Mapping[str, Any], mask: Tensor | None) -> None:
     positions = kwargs.get("position_ids")
     packed = [name for name in (*PACKED, "seq_idx") if kwargs.get(name) is not None]
     if isinstance(positions, Tensor) and positions.ndim == 2 and positions.shape[-1] > 1:
-        again = positions.diff(dim=-1) <= 0
-        if mask is not None:
-            real = mask[:, -positions.shape[-1] :] != 0
-            again = again & real[:, 1:] & real[:, :-1]
+        again = (positions.diff(dim=-1) <= 0) & _pairs(positions, mask)
         if torch.compiler.is_compiling():  # a graph has no words for it
             torch._assert_async(~again.any(), "several texts in one row, with a prompt")
         elif bool(again.any()):
@@ -606,6 +728,83 @@ def check_unpacked(kwargs: Mapping[str, Any], mask: Tensor | None) -> None:
             "leave the texts unpacked (packing=False, padding_free=False), or use a prefix on a model that dispatches "
             "through transformers' attention interface: there each text has it",
         )
+
+
+def check_onward(positions: Tensor, mask: Tensor | None) -> None:
+    """Refuse positions of several dimensions that a prompt in front would not move all alike.
+
+    Raises:
+        EngineError: in the first of them some token stands before the one in front of it (HunYuan-VL's images do, and
+            texts in a row that is packed).
+    """
+    if positions.ndim < 3:
+        return
+    back = (positions[0].diff(dim=-1) < 0) & _pairs(positions, mask)
+    if torch.compiler.is_compiling():  # a graph has no words for it
+        torch._assert_async(~back.any(), "positions that go back")
+    elif bool(back.any()):
+        raise EngineError(
+            f"positions of {len(positions)} dimensions that go back within a row: of an image that is placed by "
+            "itself, or of several texts",
+            "positions that go on from token to token, all of which a prompt in front moves alike",
+            "an input prompt, and no position_ids, so that the model makes its own; generate passes some",
+        )
+
+
+def _pairs(positions: Tensor, mask: Tensor | None) -> Tensor:
+    """Of which tokens [B or 1, T - 1] both they and the one in front are real."""
+    length = positions.shape[-1]
+    if mask is None:
+        return torch.ones(1, length - 1, dtype=torch.bool, device=positions.device)
+    real = mask[:, -length:] != 0
+    return real[:, 1:] & real[:, :-1]
+
+
+def _ready_made() -> EngineError:
+    return EngineError(
+        "the attention mask came ready-made, with an input prompt attached",
+        "a mask of shape [B, T], or none",
+        "pass the tokens' own mask, and use a cache that grows",
+    )
+
+
+def _all_real(tokens: Tensor, past: int, vectors: Inserted) -> Tensor:
+    """The mask [B, N] of these tokens, and of the real ones in a cache of this length, without pads."""
+    real = tokens.shape[1] + max(past - vectors.length, 0)
+    return torch.ones(tokens.shape[0], real, dtype=torch.long, device=tokens.device)
+
+
+def _with_words(rows: Layout, placement: Placement, word: int, given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """What is given for each token, with a word of text in the place of each virtual token."""
+    found, length = {}, rows.length
+    for name, value in given.items():
+        if not isinstance(value, Tensor):
+            continue
+        if name == "input_ids":
+            found[name] = rows.insert(value, value.new_full((1, length), word))
+        elif name == "inputs_embeds":  # the embedding of no token: images are found by that of theirs
+            found[name] = rows.insert(value, value.new_zeros(1, length, value.shape[-1]))
+        elif name.endswith("token_type_ids"):
+            found[name] = rows.insert(value, value.new_zeros(1, length))
+        elif name == "position_ids":
+            found[name] = _with_positions(rows, int(placement == "after-first-token"), value)
+    return found
+
+
+def _with_positions(rows: Layout, ahead: int, positions: Tensor) -> Tensor:
+    """Positions [..., B or 1, P + T] from those of the real tokens [..., B or 1, T], as many for each as M-RoPE has.
+
+    A virtual token stands behind the one in front of it, in every dimension alike, as a word does. So many real ones
+    are `ahead` of all.
+    """
+    each = positions.movedim((-2, -1), (0, 1))  # [B or 1, T, ...]
+    more = [1] * (each.ndim - 2)
+    lengths = rows.lengths.view(-1, 1, *more) if isinstance(rows.lengths, Tensor) else rows.lengths
+    column = torch.arange(each.shape[1], device=each.device)
+    behind = (column >= rows.front).view(-1, each.shape[1], *more)
+    first = _take(each, (rows.front - ahead).clamp(max=each.shape[1] - 1)) + ahead
+    virtual = first + torch.arange(rows.length, device=each.device).view(-1, *more)
+    return rows.insert(torch.where(behind, each + lengths, each), virtual).movedim((0, 1), (-2, -1))
 
 
 def given_tokens(kwargs: Mapping[str, Any]) -> Tensor:
