@@ -61,7 +61,7 @@ def losses(model: Any, reference: Any, folder: Path) -> list[float]:
 
 @pytest.mark.parametrize("kind", ["input", "network"])
 def test_dpo_starts_where_its_reference_is(kind: str, tmp_path: Path) -> None:
-    """At ln 2 exactly, and falls; the reference stays the start, and the base is shared. Against the base it is not."""
+    """At ln 2, and falls; the reference stays the start, and the base is shared. Against the base it is not."""
     base = tiny_model("llama", torch.float32)
     prompt: Any = PrefixTuning(4, MLP(8)) if kind == "network" else random_input_prompt(read_geometry(base.config), 4)
     model = sb.attach(copy.deepcopy(base), prompt, seed=0)
@@ -70,7 +70,7 @@ def test_dpo_starts_where_its_reference_is(kind: str, tmp_path: Path) -> None:
     assert {id(p) for name, p in reference.named_parameters() if not name.startswith("softbridge")} <= own
     assert not any(p.requires_grad for p in reference.parameters())
     found = losses(model, reference, tmp_path)
-    assert abs(found[0] - math.log(2)) < 1e-6
+    assert abs(found[0] - math.log(2)) < 1e-4  # logs have four digits on transformers 4
     assert found[-1] < found[0] - 0.01
     assert sb.extract(model) != start
     assert sb.extract(reference).parts == start.parts

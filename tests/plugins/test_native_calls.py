@@ -72,7 +72,7 @@ def prompts(model: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", ["input", "prefix", "network", "network prefix"])
 def test_threads_share_a_model(kind: str) -> None:
     """Each call of each thread is what it is alone, forward and in generation, for texts of different lengths."""
-    model = tiny_model("llama")
+    model = tiny_model("llama", num_hidden_layers=2)
     running = sb.attach(copy.deepcopy(model), prompts(model)[kind])
     texts = [
         [text(4 + (7 * thread + call) % 5, 100 * thread + call) for call in range(CALLS)] for thread in range(THREADS)
