@@ -199,7 +199,7 @@ def unguarded(model: Any, **told: Any) -> list[int] | None:
 
 generates = pytest.mark.skipif(
     peft_defects.RENAMED_CACHE_GENERATE.applies(),
-    reason="PEFT's generate is wrong here, and refused, whatever is asked",
+    reason="PEFT's generate is wrong here, and refused",
 )
 
 
