@@ -600,7 +600,7 @@ def _text_decoder(model: Any) -> Any:
     """The decoder of a model, which among several parts is the one of the text; not all say which that is."""
     base, text = model.base_model, model.config.get_text_config()
     found = base.get_decoder()
-    if type(found.config) is type(text):
+    if type(getattr(found, "config", None)) is type(text):
         return found
     parts = (module for module in base.modules() if isinstance(module, PreTrainedModel))
     part = next((module for module in parts if type(module.config) is type(text)), None)
@@ -674,7 +674,7 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
             around = replace(around, word=word(model.config), counts_pads=_counts_pads(outer, stack))
         hooks = injected.hooks(name, stack, around)
         if outer is not None:
-            hooks.outer_entry = hook(outer)
+            hooks.surround(outer, hook(outer))
             injected.hooked.append(outer)
             handles += [
                 outer.register_forward_pre_hook(hooks.before_outer, with_kwargs=True),

@@ -406,6 +406,7 @@ class StackHooks:
         self.around = around
         self.entry: Own[Opened] = Own(Opened)
         self.outer_entry: Own[Opened] = Own(Opened)
+        self.outer_names: tuple[str, ...] = ()
         self.call: Own[Call] = Own(Call)
         self.making = making
         self.seed = seed
@@ -418,9 +419,13 @@ class StackHooks:
         """The vectors of a call and where its first real token stands, for the rows of tokens or states [B, ...]."""
         return self._fixed
 
+    def surround(self, outer: Any, entry: Own[Opened]) -> None:
+        """Say which module is around the stack, and whether its hooks ran."""
+        self.outer_names, self.outer_entry = tuple(inspect.signature(outer.forward).parameters), entry
+
     def before_outer(self, outer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], Any]:
         """Give the model around the stack a word in the place of each virtual token."""
-        kwargs = {**dict(zip(inspect.signature(outer.forward).parameters, args, strict=False)), **kwargs}
+        kwargs = {**dict(zip(self.outer_names, args, strict=False)), **kwargs}
         self.outer_entry.now.open = True
         if self.around.off(outer):  # the stack sees to the rest
             return (), kwargs

@@ -38,6 +38,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from vision import IMAGE, features, vision_inputs, vision_model, with_words
 
 P, NEW = 5, 4
+#: Large: the features of an image are, too, above all in PaliGemma.
+STD = 2.0
 TEXTS = ((2, 3), (4, 4))
 #: Rotary tables are an island of float32 in all of these.
 CLOSE = 1e-5
@@ -60,7 +62,7 @@ def bare(family: str) -> Any:
 
 def make_prompt(family: str, method: str, seed: int = 0) -> SoftPrompt:
     make = random_input_prompt if method == "input" else random_prefix
-    return as_dtype(make(read_geometry(bare(family).config), P, seed=seed), np.dtype(np.float64))
+    return as_dtype(make(read_geometry(bare(family).config), P, seed=seed, std=STD), np.dtype(np.float64))
 
 
 def attached(family: str, prompt: SoftPrompt) -> Any:
