@@ -25,8 +25,8 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r"max_(en|de)coder_position_embeddings|original_max_position_embeddings|model_max_length", 128),
     (r"(sliding_window|attention_window|local_attention|window|keep_window)(_size|_len)?|attention_chunk_size", 64),
     (r"local_attention_window_len|sliding_window_size|block_size|local_radius", 64),
-    (r"qk_rope_head_dim|rotary_dim|index_.*rope.*", 8),
-    (r"qk_head_dim", HEAD_WIDTH + 8),
+    (r"rotary_dim", 8),
+    (r"qk_head_dim", 2 * HEAD_WIDTH),
     (r"(.*_)?head_dim|headdim|.*headdim|d_kv|dim_head|d_head|kv_channels|.*_d_head|.*head_size|attention_head_dim", 16),
     (r"num_key_value_heads|num_kv_heads|.*_num_key_value_heads|num_query_groups|linear_num_key_heads", 2),
     (r".*(mamba|ssm).*(n_heads|num_heads)|linear_num_value_heads|mamba2_num_heads", 2 * HEADS),
@@ -63,6 +63,9 @@ GIVEN = {"num_key_value_heads": HEADS, "head_dim": HEAD_WIDTH, "vocab_size": VOC
 PARTICULAR: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 2 * HEADS, "head_dim": HEAD_WIDTH},
     "reformer": {"axial_pos_embds_dim": (HIDDEN // 4, HIDDEN - HIDDEN // 4), "axial_pos_shape": (8, 16)},
+    "bamba": {"attn_layer_indices": [1, 3]},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "attention_layers": None},
 }
 #: What is tried, in this order, where an architecture does not take what its settings were lowered to.
@@ -71,6 +74,7 @@ OTHERWISE: tuple[dict[str, Any], ...] = (
     {"num_key_value_heads": HEADS},
     {"num_key_value_heads": 2, "num_heads": 2 * HEADS},
     {"d_head": HEAD_WIDTH},
+    {"encoder_layers": LAYERS},
     {"num_hidden_layers": 8},
     {"num_key_value_heads": None},
 )
@@ -118,7 +122,7 @@ def shrunk(config: Any, **more: Any) -> dict[str, Any]:
         if isinstance(value, PretrainedConfig):
             found[name] = type(value)(**shrunk(value))
         elif isinstance(value, list | tuple) and len(value) in layers and len(value) > depth:
-            found[name] = cut(value, depth)
+            found[name] = type(value)(lowered(name, one) for one in cut(value, depth))
         elif name.endswith(("_token_id", "_token_index")) and type(value) is int and not 0 <= value < VOCABULARY:
             found[name] = VOCABULARY - 1 - len(found) % 8
         elif (small := GIVEN.get(name) if value is None else lowered(name, value)) != value:

@@ -247,7 +247,8 @@ class Single(Injection):
         return StackHooks(stack, around, own, start, making, planted)
 
     def places(self, name: Stack) -> int:
-        return origin_of(self.prompt, name)
+        counted = self.prompt.prefixes[0].length if self.seeded else 0  # a cache that starts with it counts it
+        return origin_of(self.prompt, name) - counted
 
     def extract(self) -> SoftPrompt:
         """The prompt as it is now. A changed one has no origin, and no parameterisation but one that was trained."""
@@ -508,7 +509,7 @@ def _seed_obstacles(part: KeyValuePrefix, prompt: SoftPrompt, model: Any, geomet
             f"{type(model).__name__} does not dispatch through transformers' attention interface, and {reason}",
             "use an input prompt, a toolkit's engine, or other transformers",
         )
-        for reason in seed.reasons(stack, shape, part, start, tellable(stack))
+        for reason in seed.reasons(stack, shape, part, start, tellable(stack) or position_table(stack) is not None)
     ]
 
 

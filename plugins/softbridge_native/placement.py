@@ -29,6 +29,7 @@ from softbridge.geometry import Site, Stack
 from softbridge.prompt import Entry, InputPrompt, Placement
 from softbridge.template import PLACEHOLDER
 from softbridge.tensors import from_torch, to_torch
+from softbridge_native import tables
 from softbridge_native.call import Entry as Opened
 from softbridge_native.call import Own
 from softbridge_native.kernels import PACKED
@@ -412,6 +413,7 @@ class StackHooks:
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.cache_name = caches.argument(stack.forward)
         self.offset = _position_offset(stack)
+        self.reach = tables.reach(stack)
         self._fixed = vectors, start
 
     def chosen(self, given: Tensor | None) -> tuple[Inserted | None, int | Tensor]:
@@ -497,6 +499,7 @@ class StackHooks:
         positions = self._positions(kwargs, plain, past, told)
         if positions is not None:
             kwargs["position_ids"] = positions
+        self._within(stack, kwargs, plain, past)
         if self.seed is not None:
             check_begun(cache, self.around.owner, past)
             self.seed.plant(stack, kwargs, plain, past, self.around.owner)
@@ -641,6 +644,14 @@ class StackHooks:
         if self.offset and tokens.ndim == 2:
             positions = torch.where(tokens == self.offset - 1, self.offset - 1, positions)
         return positions
+
+    def _within(self, stack: Any, kwargs: Mapping[str, Any], mask: Tensor | None, past: int) -> None:
+        """Refuse tokens beyond the stack's table of positions."""
+        if self.reach is None:
+            return
+        count = given_tokens(kwargs).shape[1] + past - self._virtual(past)[0]
+        told = mask if "position_ids" in self.names else None
+        tables.check(stack, self.reach, count, self.call.now.start, told)
 
     def _virtual(self, past: int) -> tuple[int, int | Tensor]:
         """How many virtual tokens are in a cache of this length, and how many the model counts by itself."""
