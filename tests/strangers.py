@@ -268,12 +268,11 @@ def greedy(scores: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def generated(model: Any, given: Mapping[str, Any], cached: bool) -> Tensor:
-    """What `generate` writes, greedily: [B, NEW]."""
-    found = model.generate(
-        **given, do_sample=False, num_beams=1, max_new_tokens=NEW, min_new_tokens=NEW, use_cache=cached
-    )
-    return found[:, -NEW:]  # type: ignore[no-any-return]
+def generated(model: Any, given: Mapping[str, Any], cached: bool, logits: bool = False) -> Tensor:
+    """What `generate` writes, greedily: [B, NEW]; or the logits that it writes it by: [B, NEW, V]."""
+    settings = {"do_sample": False, "num_beams": 1, "max_new_tokens": NEW, "min_new_tokens": NEW, "use_cache": cached}
+    found = model.generate(**given, **settings, return_dict_in_generate=True, output_logits=True)
+    return torch.stack(found.logits, dim=1) if logits else found.sequences[:, -NEW:]
 
 
 @contextmanager
@@ -335,6 +334,15 @@ class Judge:
         self.wrong: list[str] = []
         self.crashed: list[str] = []
         self.refused: list[str] = []
+
+    @contextmanager
+    def within(self, bound: float) -> Iterator[None]:
+        """Judge by another bound."""
+        before, self.bound = self.bound, bound
+        try:
+            yield
+        finally:
+            self.bound = before
 
     def close(self, name: str, expected: Callable[[], Tensor], found: Callable[[], Tensor]) -> None:
         """Whether two tensors agree. What cannot be run by hand is not judged, but must not crash either."""
@@ -487,9 +495,9 @@ def _compare(cell: Cell, model: Any, geometry: Geometry, prompt: SoftPrompt, bar
     if cell.method == "prefix" and not crossed:
         _naturally(model, geometry, judge)
     _sdpa(cell, model, prompt, hand, text, judge)
-    _pads(model, running, ids, decoder, judge)
+    _pads(model, running, prompt, text, judge)
     if cell.kind in ("causal", "seq2seq"):
-        _generation(model, running, hand, ids, crossed, judge)
+        _generation(model, running, prompt, hand, ids, crossed, judge)
     _table(model, running, judge)
 
 
@@ -503,9 +511,17 @@ def _naturally(model: Any, geometry: Geometry, judge: Judge) -> None:
     if made is None:
         return
     prompt, rest, expected = made
-    bound, judge.bound = judge.bound, max(judge.bound, ISLAND)  # keys and values are stored in float32
-    judge.close("natural", lambda: expected, lambda: _scores(sb.attach(copy.deepcopy(model), prompt), input_ids=rest))
-    judge.bound = bound
+    if geometry.decoder is not None:
+        try:
+            own = _difference(expected, Seeded(model, prompt).scores(rest, True))
+        except Exception as error:
+            own = float("nan")
+            judge.figures["natural"] = f"not judged: by hand {_told(error)}"
+        if not own <= max(judge.bound, ISLAND):  # a text leaves more behind than keys and values
+            judge.figures.setdefault("natural", f"not judged: by hand it differs by {own:.1e}")
+            return
+    with judge.within(max(judge.bound, ISLAND)):  # keys and values are stored in float32
+        judge.close("natural", lambda: expected, lambda: _scores(sb.attach(copy.deepcopy(model), prompt), input_ids=rest))
 
 
 def _sdpa(cell: Cell, model: Any, prompt: SoftPrompt, hand: Hand | None, text: Mapping[str, Any], judge: Judge) -> None:
@@ -527,34 +543,47 @@ def _sdpa(cell: Cell, model: Any, prompt: SoftPrompt, hand: Hand | None, text: M
     )
 
 
-def _pads(model: Any, running: Any, ids: Tensor, decoder: Tensor | None, judge: Judge) -> None:
+def _pads(model: Any, running: Any, prompt: SoftPrompt, text: Mapping[str, Any], judge: Judge) -> None:
     """Padded rows are the rows alone, wherever they are in the bare model."""
-    more = {} if decoder is None else {"decoder_input_ids": decoder}
+    ids, crossed = text["input_ids"], "decoder_input_ids" in text
     for name, left in (("right pads", False), ("left pads", True)):
         rows, mask = padded(ids, 2, left)
 
         def alone(of: Any) -> Tensor:
-            return _scores(of, input_ids=ids, attention_mask=torch.ones_like(ids), **more)
+            return _scores(of, **{**text, "attention_mask": torch.ones_like(ids)})
 
         def among(of: Any, rows: Tensor = rows, mask: Tensor = mask, left: bool = left) -> Tensor:
-            found = _scores(of, input_ids=rows, attention_mask=mask, **more)
-            return found if decoder is not None else real(found, 2, left, ids.shape[1])
+            found = _scores(of, **{**text, "input_ids": rows, "attention_mask": mask})
+            return found if crossed else real(found, 2, left, ids.shape[1])
 
+        bare, ours, bound = model, running, judge.bound
         try:
-            own = _difference(alone(model), among(model))
-            if own != own:  # a softmax in float32 takes the lowest float64 for minus infinity
-                single = copy.deepcopy(model).float()
-                own = _difference(alone(single), among(single)) * judge.bound / SINGLE
+            own = _difference(alone(bare), among(bare))
+            if own != own:
+                bare, ours, bound = _single(model, prompt)
+                own = _difference(alone(bare), among(bare))
         except Exception as error:
             judge.figures[name] = f"not judged: the bare model {_told(error)}"
             continue
-        if not own <= judge.bound:
+        if not own <= bound:
             judge.figures[name] = f"not judged: the bare model's own differ by {own:.1e}"
             continue
-        judge.close(name, lambda: alone(running), lambda among=among: among(running))
+        with judge.within(bound):
+            judge.close(name, lambda ours=ours: alone(ours), lambda among=among, ours=ours: among(ours))
 
 
-def _generation(model: Any, running: Any, hand: Hand | None, ids: Tensor, crossed: bool, judge: Judge) -> None:
+def _single(model: Any, prompt: SoftPrompt) -> tuple[Any, Any, float]:
+    """The model in float32, bare and with the prompt, and the bound.
+
+    A softmax in float32 takes float64's lowest number for minus infinity, and a pad that sees nothing is no number.
+    """
+    bare = copy.deepcopy(model).float()
+    return bare, sb.attach(copy.deepcopy(bare), prompt), SINGLE
+
+
+def _generation(
+    model: Any, running: Any, prompt: SoftPrompt, hand: Hand | None, ids: Tensor, crossed: bool, judge: Judge
+) -> None:
     if not hasattr(model, "generate") or not model.can_generate():
         return
     mask = torch.ones_like(ids)
@@ -589,19 +618,27 @@ def _generation(model: Any, running: Any, hand: Hand | None, ids: Tensor, crosse
                 lambda steps=steps: greedy(steps, start if crossed else ids),
                 lambda cached=cached: generated(running, given, cached),
             )
+
     rows, mask = padded(ids, 2, True)
     left = {**given, "input_ids": rows, "attention_mask": mask}
+    bound = judge.bound
     try:
-        same = torch.equal(generated(model, given, True), generated(model, left, True))
+        own = _difference(generated(model, given, True, True), generated(model, left, True, True))
+        if own != own:
+            model, running, bound = _single(model, prompt)
+            own = _difference(generated(model, given, True, True), generated(model, left, True, True))
     except Exception as error:
         judge.figures["left-padded tokens"] = f"not judged: the bare model {_told(error)}"
         return
-    if not same:
-        judge.figures["left-padded tokens"] = "not judged: the bare model's own differ"
+    if not own <= bound:
+        judge.figures["left-padded tokens"] = f"not judged: the bare model's own logits differ by {own:.1e}"
         return
-    judge.close(
-        "left-padded tokens", lambda: generated(running, given, True), lambda: generated(running, left, True)
-    )
+    with judge.within(bound):
+        judge.close(
+            "left-padded tokens",
+            lambda: generated(running, given, True, True),
+            lambda: generated(running, left, True, True),
+        )
 
 
 def _table(model: Any, running: Any, judge: Judge) -> None:
