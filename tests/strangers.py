@@ -246,8 +246,7 @@ class Seeded(Hand):
         if "decoder_input_ids" in more:
             cache, length = EncoderDecoderCache(cache, DynamicCache()), more["decoder_input_ids"].shape[1]
             more["decoder_attention_mask"] = torch.ones(len(ids), P + length, dtype=torch.long)
-            if "attention_mask" in more:
-                more["attention_mask"] = torch.ones_like(ids)
+            more["attention_mask"] = torch.ones_like(ids)
         # PEFT gives a mask, too; some models make a wrong one for a cache that begins in mid-text.
         more.setdefault("attention_mask", torch.ones(len(ids), P + ids.shape[1], dtype=torch.long))
         return _scores(self.model, input_ids=ids, past_key_values=cache, use_cache=True, **more)
@@ -258,6 +257,39 @@ class Seeded(Hand):
             numbers = (torch.from_numpy(part).to(like)[None].expand(rows, -1, -1, -1) for part in (pair.keys, pair.values))
             cache.update(*numbers, layer)
         return cache
+
+
+class Overwritten(Hand):
+    """A prefix of an encoder: the keys and values of as many tokens in front, overwritten in every layer.
+
+    Real tokens then stand behind them wherever the model itself has them. What these tokens are must be no matter.
+    """
+
+    def _run(self, ids: Tensor, more: dict[str, Any]) -> Tensor:
+        one, other = (self._behind(ids, seed, more) for seed in (5, 6))
+        if _difference(one, other) > ISLAND:
+            raise ArithmeticError("the tokens in front show elsewhere than in keys and values")
+        return one
+
+    def _behind(self, ids: Tensor, seed: int, more: dict[str, Any]) -> Tensor:
+        pairs = list(self.prompt.prefixes[0].layers.values())
+
+        def overwrite(number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+            numbers = ((pairs[number].keys, key), (pairs[number].values, value))
+            ours = (torch.from_numpy(part).to(like)[None].expand(len(like), -1, -1, -1) for part, like in numbers)
+            keys, values = ours
+            return torch.cat([keys, key[:, :, P:]], 2), torch.cat([values, value[:, :, P:]], 2)
+
+        with heard(self.model, overwrite):
+            found = _scores(self.model, input_ids=torch.cat([tokens(len(ids), P, seed), ids], 1), **more)
+        return found[:, P:] if found.ndim == 3 else found
+
+
+def by_hand(method: str, geometry: Geometry) -> type[Hand]:
+    """How a prompt of this method is run by hand."""
+    if method == "prompt":
+        return Rows
+    return Overwritten if geometry.decoder is None else Seeded
 
 
 def greedy(scores: Callable[[Tensor], Tensor], ids: Tensor) -> Tensor:
@@ -276,25 +308,28 @@ def generated(model: Any, given: Mapping[str, Any], cached: bool, logits: bool =
 
 
 @contextmanager
-def heard(model: Any) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """The keys and values that attention is called with, of all modules that dispatch, in the order of their calls."""
-    modules = {type(m).__module__ for m in model.modules()} & set(sys.modules)
+def heard(
+    model: Any, change: Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]] | None = None
+) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """The keys and values that eager attention is called with, in the order of the calls, and with which instead."""
+    names = {type(m).__module__ for m in model.modules()}
+    modules = [sys.modules[name] for name in names if hasattr(sys.modules.get(name), "eager_attention_forward")]
+    before: list[tuple[Any, Any]] = [(module, module.eager_attention_forward) for module in modules]
     found: list[tuple[Tensor, Tensor]] = []
-    before = {}
 
     def listen(function: Any, module: Any, query: Tensor, key: Tensor, value: Tensor, *args: Any, **more: Any) -> Any:
         found.append((key, value))
+        if change is not None:
+            key, value = change(len(found) - 1, key, value)
         return function(module, query, key, value, *args, **more)
 
-    for name in modules:
-        if hasattr(sys.modules[name], "eager_attention_forward"):
-            before[name] = sys.modules[name].eager_attention_forward  # type: ignore[attr-defined]
-            sys.modules[name].eager_attention_forward = partial(listen, before[name])  # type: ignore[attr-defined]
+    for module, function in before:
+        module.eager_attention_forward = partial(listen, function)
     try:
         yield found
     finally:
-        for name, function in before.items():
-            sys.modules[name].eager_attention_forward = function  # type: ignore[attr-defined]
+        for module, function in before:
+            module.eager_attention_forward = function
 
 
 def natural(model: Any, geometry: Geometry, site: Site) -> tuple[SoftPrompt, Tensor, Tensor] | None:
@@ -471,9 +506,7 @@ def _bound(model: Any) -> float:
 def _compare(cell: Cell, model: Any, geometry: Geometry, prompt: SoftPrompt, bare: Tensor, judge: Judge) -> None:
     text, crossed = _text(model), geometry.is_encoder_decoder
     ids, decoder = text["input_ids"], text.get("decoder_input_ids")
-    hand: Hand | None = Rows(model, prompt) if cell.method == "prompt" else Seeded(model, prompt)
-    if cell.method == "prefix" and geometry.decoder is None:
-        hand = None
+    hand = by_hand(cell.method, geometry)(model, prompt)
     try:
         running = sb.attach(copy.deepcopy(model), prompt)
     except Exception as error:
@@ -481,20 +514,18 @@ def _compare(cell: Cell, model: Any, geometry: Geometry, prompt: SoftPrompt, bar
         judge.figures["attach"] = f"CRASH: {_told(error)} at {_place(error)}"
         return
     ours = partial(_scores, running)
-    if hand is not None:
-        for name, masked in (("forward", False), ("forward, mask", True)):
-            mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
-            judge.close(name, lambda masked=masked: hand.scores(ids, masked, decoder), lambda mask=mask: ours(**text, **mask))
-        felt = None
-        try:
-            felt = _difference(bare, hand.scores(ids, True, decoder))
-        except Exception:  # then nothing is compared with it either
-            pass
-        if felt is not None and felt < FELT:
-            judge.figures["effect"] = f"not judged: by hand the prompt moves logits by {felt:.1e} only"
+    for name, masked in (("forward", False), ("forward, mask", True)):
+        mask = {"attention_mask": torch.ones_like(ids)} if masked else {}
+        judge.close(name, partial(hand.scores, ids, masked, decoder), partial(ours, **text, **mask))
+    try:
+        felt = _difference(bare, hand.scores(ids, True, decoder))
+    except Exception:  # then nothing is compared with it either
+        felt = 1.0
+    if felt < FELT:
+        judge.figures["effect"] = f"not judged: by hand the prompt moves logits by {felt:.1e} only"
     if cell.method == "prefix" and not crossed:
         _naturally(model, geometry, judge)
-    _sdpa(cell, model, prompt, hand, text, judge)
+    _sdpa(model, prompt, text, judge)
     _pads(model, running, prompt, text, judge)
     if cell.kind in ("causal", "seq2seq"):
         _generation(model, running, prompt, hand, ids, crossed, judge)
@@ -511,20 +542,19 @@ def _naturally(model: Any, geometry: Geometry, judge: Judge) -> None:
     if made is None:
         return
     prompt, rest, expected = made
-    if geometry.decoder is not None:
-        try:
-            own = _difference(expected, Seeded(model, prompt).scores(rest, True))
-        except Exception as error:
-            own = float("nan")
-            judge.figures["natural"] = f"not judged: by hand {_told(error)}"
-        if not own <= max(judge.bound, ISLAND):  # a text leaves more behind than keys and values
-            judge.figures.setdefault("natural", f"not judged: by hand it differs by {own:.1e}")
-            return
+    try:
+        own = _difference(expected, by_hand("prefix", geometry)(model, prompt).scores(rest, True))
+    except Exception as error:
+        judge.figures["natural"] = f"not judged: by hand {_told(error)}"
+        return
+    if not own <= max(judge.bound, ISLAND):  # a text leaves more behind than keys and values
+        judge.figures["natural"] = f"not judged: by hand it differs by {own:.1e}"
+        return
     with judge.within(max(judge.bound, ISLAND)):  # keys and values are stored in float32
         judge.close("natural", lambda: expected, lambda: _scores(sb.attach(copy.deepcopy(model), prompt), input_ids=rest))
 
 
-def _sdpa(cell: Cell, model: Any, prompt: SoftPrompt, hand: Hand | None, text: Mapping[str, Any], judge: Judge) -> None:
+def _sdpa(model: Any, prompt: SoftPrompt, text: Mapping[str, Any], judge: Judge) -> None:
     other = copy.deepcopy(model)
     try:
         other.set_attn_implementation("sdpa")
@@ -582,7 +612,7 @@ def _single(model: Any, prompt: SoftPrompt) -> tuple[Any, Any, float]:
 
 
 def _generation(
-    model: Any, running: Any, prompt: SoftPrompt, hand: Hand | None, ids: Tensor, crossed: bool, judge: Judge
+    model: Any, running: Any, prompt: SoftPrompt, hand: Hand, ids: Tensor, crossed: bool, judge: Judge
 ) -> None:
     if not hasattr(model, "generate") or not model.can_generate():
         return
@@ -590,7 +620,7 @@ def _generation(
     start = torch.full((len(ids), 1), getattr(model.config, "decoder_start_token_id", None) or 0)
     given = {"input_ids": ids, "attention_mask": mask}
 
-    def by_hand(of: Any) -> Callable[[Tensor], Tensor]:
+    def steps_of(of: Any) -> Callable[[Tensor], Tensor]:
         if crossed:
             return lambda answer: of(ids, answer)  # type: ignore[no-any-return]
         return lambda written: of(written, None)  # type: ignore[no-any-return]
@@ -604,20 +634,19 @@ def _generation(
     for name, cached in (("cached tokens", True), ("uncached tokens", False)):
         try:
             own = generated(model, given, cached)
-            expected = greedy(by_hand(plain), start if crossed else ids)
+            expected = greedy(steps_of(plain), start if crossed else ids)
         except Exception as error:
             judge.figures[name] = f"not judged: the bare model {_told(error)}"
             continue
         if not torch.equal(own, expected):
             judge.figures[name] = "not judged: the bare model writes other tokens than by hand"
             continue
-        if hand is not None:
-            steps = by_hand(lambda text, decoder: hand.scores(text, True, decoder))
-            judge.close(
-                name,
-                lambda steps=steps: greedy(steps, start if crossed else ids),
-                lambda cached=cached: generated(running, given, cached),
-            )
+        steps = steps_of(lambda text, decoder: hand.scores(text, True, decoder))
+        judge.close(
+            name,
+            partial(greedy, steps, start if crossed else ids),
+            partial(generated, running, given, cached),
+        )
 
     rows, mask = padded(ids, 2, True)
     left = {**given, "input_ids": rows, "attention_mask": mask}

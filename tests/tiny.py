@@ -38,6 +38,7 @@ SIZES: tuple[tuple[str, int | None], ...] = (
     (r".*(per_tok|per_token|top_?k(_experts)?|moe_k)|num_selected_experts", 2),
     (r".*num.*experts|n_routed_experts|n_shared_experts|num_experts.*|zero_expert_num|num_local_experts", 4),
     (r".*(intermediate|ffn|feed_forward|_ff|inner|mlp_hidden|hidden_dim).*(size|dim|d_ff|dff)?|d_ff|dff|dim_ff", 48),
+    (r"(input_|output_)?embedding_size|word_embed_proj_dim", HIDDEN // 2),
     (r"(.*_)?(hidden_size|d_model|n_embd|emb_dim|embed_dim|embedding_size|proj_dim|lru_width|embedding_dim)", HIDDEN),
     (r"dim|d_model|emb_size|.*_emb_size|d_latents|.*_embed_dim|true_hidden_size|intra_bottleneck_size", HIDDEN),
     (r".*(d_state|state_size|ssm_state)", 16),
@@ -64,9 +65,10 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 2 * HEADS, "head_dim": HEAD_WIDTH},
     "reformer": {"axial_pos_embds_dim": (HIDDEN // 4, HIDDEN - HIDDEN // 4), "axial_pos_shape": (8, 16)},
     "bamba": {"attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
-    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1},
-    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "attention_layers": None},
+    "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2},
 }
 #: What is tried, in this order, where an architecture does not take what its settings were lowered to.
 OTHERWISE: tuple[dict[str, Any], ...] = (
@@ -75,6 +77,7 @@ OTHERWISE: tuple[dict[str, Any], ...] = (
     {"num_key_value_heads": 2, "num_heads": 2 * HEADS},
     {"d_head": HEAD_WIDTH},
     {"encoder_layers": LAYERS},
+    {"default_language": "en_XX"},
     {"num_hidden_layers": 8},
     {"num_key_value_heads": None},
 )

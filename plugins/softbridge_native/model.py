@@ -361,6 +361,15 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         return [Obstacle("base-model", error.found, error.remedy)]
     found = []
     stacks = stacks_of(model, geometry)
+    for name, stack in stacks.items():
+        if not _has_tokens(stack):
+            reason = f"{type(stack).__name__} has no token embeddings, or does not say which they are"
+            others = [other for other in stacks if other != name and _has_tokens(stacks[other])]
+            remedy = f"use a prompt of the {others[0]}" if others else "use another engine"
+            if any(part.stack == name for part in prompt.inputs) or not hasattr(stack, "config"):
+                found.append(Obstacle("entry", reason, remedy))
+    if found:
+        return found
     for part in prompt.inputs:
         stack = stacks[part.stack]
         if part.entry == "after" and embedding_block(stack) is None:
@@ -369,8 +378,12 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         if part.template is not None and outer_of(model, geometry) is not None:
             reason = "a template's places are token ids, and this model makes embeddings of them before its stack runs"
             found.append(Obstacle("entry", reason, "use a prompt in front of the sequence"))
+        width = stack.get_input_embeddings().embedding_dim
+        if part.entry == "before" and part.vectors.shape[1] != width:
+            reason = f"tokens of {type(stack).__name__} have embeddings of {width} numbers, and a vector {part.vectors.shape[1]}"
+            found.append(Obstacle("entry", reason, "use a prompt of that width, or a prefix"))
         why = wiring.embeds(stack)
-        if why is not None and (part.stack == "decoder" or "cannot" in why):
+        if why is not None and (part.stack == "decoder" or "something else" not in why):
             reason = f"{type(stack).__name__} {why}, and a vector is of no token"
             found.append(Obstacle("entry", reason, "use a prefix"))
         elif _looks_back(stack):
@@ -386,6 +399,14 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
             reason = f"the {name}'s first token would stand at {origin}, and this model cannot be told so"
             found.append(Obstacle("positions", reason, "use a prompt whose positions the model counts by itself"))
     return found
+
+
+def _has_tokens(stack: Any) -> bool:
+    """Whether a stack reads tokens, and says by which embedding."""
+    try:
+        return isinstance(getattr(stack.get_input_embeddings(), "weight", None), Tensor)
+    except (AttributeError, NotImplementedError):
+        return False
 
 
 def _looks_back(stack: Any) -> bool:
@@ -435,7 +456,7 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
             found.append(
                 Obstacle("attention", reason, "use an input prompt, a toolkit's engine, or other transformers")
             )
-        for reason in _wired_otherwise(model, geometry, layers) if part.site == "self" else ():
+        for reason in _wired_otherwise(model, geometry, heard, layers) if part.site == "self" else ():
             found.append(Obstacle("attention", reason, "use an input prompt, or a toolkit's engine"))
         table = _bias_table(nn.ModuleList(heard))
         if table is not None and prompt.positions.relative_bias == "skewed" and len(part.layers) != layers:
@@ -603,12 +624,14 @@ def _wiring(model: Any, geometry: Geometry) -> wiring.Wiring | None:
     return wiring.wiring(stack, partial(_named, model), geometry.is_encoder_decoder)
 
 
-def _wired_otherwise(model: Any, geometry: Geometry, layers: int) -> Iterator[str]:
+def _wired_otherwise(model: Any, geometry: Geometry, heard: Sequence[nn.Module], layers: int) -> Iterator[str]:
     """Why a prefix in attention would not be the one that a cache starts with."""
     wired = _wiring(model, geometry)
     if wired is None:
         return
-    if len(wired.layers) > layers:
+    if not set(heard) <= set(wired.called):
+        yield f"its layers do not dispatch through transformers' attention interface, {type(heard[0]).__name__} does"
+    elif len(wired.layers) > layers:
         yield f"its {layers} layers call their attention {len(wired.layers)} times, with other keys and values each time"
     elif None in wired.layers:
         number = wired.layers.index(None)

@@ -413,7 +413,8 @@ class StackHooks:
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.cache_name = caches.argument(stack.forward)
         self.offset = _position_offset(stack)
-        self.reach = tables.reach(stack)
+        self.padding = _padding_row(stack)
+        self.reach = tables.reach(stack, self.offset)
         self._fixed = vectors, start
 
     def chosen(self, given: Tensor | None) -> tuple[Inserted | None, int | Tensor]:
@@ -641,8 +642,8 @@ class StackHooks:
             return column + call.start + self.offset
         # Where a pad stands shows in the mean of a gate: on the right, where the model itself has it.
         positions = (column - left_pads(mask)).clamp(min=0) + call.start + self.offset
-        if self.offset and tokens.ndim == 2:
-            positions = torch.where(tokens == self.offset - 1, self.offset - 1, positions)
+        if self.padding is not None and tokens.ndim == 2:
+            positions = torch.where(tokens == self.padding, self.padding, positions)
         return positions
 
     def _within(self, stack: Any, kwargs: Mapping[str, Any], mask: Tensor | None, past: int) -> None:
@@ -887,8 +888,15 @@ class Shift:
         return (), kwargs
 
 
-def _position_offset(stack: nn.Module) -> int:
-    """The row of the position embedding for position 0: RoBERTa's rows up to the padding token's are reserved."""
+def _padding_row(stack: nn.Module) -> int | None:
+    """The row of the position embedding where padding tokens stand, whatever their place, or None (RoBERTa)."""
     tables = (module for name, module in stack.named_modules() if name.endswith("position_embeddings"))
-    reserved = (getattr(table, "padding_idx", None) for table in tables)
-    return max((row + 1 for row in reserved if row is not None), default=0)
+    return max((row for table in tables if (row := getattr(table, "padding_idx", None)) is not None), default=None)
+
+
+def _position_offset(stack: nn.Module) -> int:
+    """The row of the position embedding for position 0: behind the padding tokens', or where the stack counts from."""
+    row = _padding_row(stack)
+    counted = (buffer for name, buffer in stack.named_buffers() if name.endswith("position_ids"))
+    first = (int(buffer.flatten()[0]) for buffer in counted if buffer.numel() and not buffer.is_meta)
+    return max(first, default=0) if row is None else row + 1

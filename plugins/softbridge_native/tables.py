@@ -7,6 +7,7 @@ GPU loses its whole process with it.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any
 
 import torch
@@ -25,28 +26,32 @@ _NUMBERS = (
 )
 
 
-def reach(stack: Any) -> int | None:
+def reach(stack: Any, offset: int) -> int | None:
     """How many positions a stack has a row for, or None if it computes them, or makes rows as they are needed.
 
-    A table is known by having as many rows as the configuration names positions, and those that it reserves.
+    A table is known by having as many rows as the configuration names positions, or those that it reserves besides.
+
+    Args:
+        stack: the module.
+        offset: the row of position 0, where the stack is told rows; see `placement`.
     """
     numbers = {getattr(stack.config, name, None) for name in _NUMBERS}
     words = stack.get_input_embeddings()
-    modules = [(name, module) for name, module in stack.named_modules() if module is not words]
-    return min((found for name, module in modules for found in _reaches(name, module, numbers)), default=None)
+    modules = (module for module in stack.modules() if module is not words)
+    return min((found for module in modules for found in _reaches(module, numbers, offset)), default=None)
 
 
-def _reaches(name: str, module: nn.Module, numbers: set[Any]) -> Iterator[int]:
+def _reaches(module: nn.Module, numbers: set[Any], offset: int) -> Iterator[int]:
     if hasattr(module, "make_weights") or hasattr(module, "make_weight"):  # it grows
         return
     if isinstance(module, nn.Embedding):
-        reserved = int(getattr(module, "offset", 0))
-        if name.endswith("position_embeddings") and module.padding_idx is not None:  # RoBERTa
-            reserved = module.padding_idx + 1
+        reserved = int(getattr(module, "offset", offset))
         if module.num_embeddings in numbers or module.num_embeddings - reserved in numbers:
             yield module.num_embeddings - reserved
-    for own, buffer in module.named_buffers(recurse=False):
-        rows = int(own == "position_ids")
+    elif hasattr(module, "axial_pos_shape"):  # a table in factors
+        yield prod(module.axial_pos_shape)
+    for name, buffer in module.named_buffers(recurse=False):
+        rows = int(name == "position_ids")
         if buffer.ndim == 2 and buffer.shape[rows] in numbers:
             yield buffer.shape[rows]
 

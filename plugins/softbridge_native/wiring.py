@@ -148,7 +148,7 @@ def _look(
 def one_token(stack: Any, ids: Tensor | None = None, **given: Any) -> Any:
     """The output of a stack for one token, past the hooks of what is attached."""
     if ids is None and given.get("inputs_embeds") is None:
-        ids = torch.ones(1, 1, dtype=torch.long, device=stack.get_input_embeddings().weight.device)
+        ids = some_token(stack)
     takes = inspect.signature(stack.forward).parameters
     if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values()):
         given = {name: value for name, value in given.items() if name in takes}
@@ -158,6 +158,14 @@ def one_token(stack: Any, ids: Tensor | None = None, **given: Any) -> Any:
             return stack.eval().forward(**({} if ids is None else {"input_ids": ids}), **given)
     finally:
         stack.train(training)
+
+
+def some_token(stack: Any) -> Tensor:
+    """A token [1, 1] that means nothing particular: it is no pad, which may stand elsewhere."""
+    special = {value for name, value in vars(stack.config).items() if name.endswith("_token_id")}
+    words = stack.get_input_embeddings()
+    number = next(number for number in range(3, 99) if number not in special)
+    return torch.full((1, 1), number, dtype=torch.long, device=words.weight.device)
 
 
 def embeds(stack: Any) -> str | None:
@@ -172,11 +180,15 @@ def embeds(stack: Any) -> str | None:
 
 def _asked(stack: Any) -> str | None:
     words = stack.get_input_embeddings()
-    ids = torch.ones(1, 1, dtype=torch.long, device=words.weight.device)
+    ids = some_token(stack)
     try:
-        expected = one_token(stack, ids)[0]
+        output = one_token(stack, ids)
     except Exception:  # foreign code, and no fault of embeddings
         return None
+    expected = output[0]
+    more = [name for name, value in _fields(output) if value.ndim == 3 and value is not expected]
+    if more:
+        return f"returns more states of each token than the last hidden ones ({', '.join(more)})"
     try:
         with torch.no_grad():
             embedded = words(ids)
@@ -187,3 +199,8 @@ def _asked(stack: Any) -> str | None:
         return None
     apart, size = float((found - expected).abs().max()), float(expected.abs().max())
     return "makes something else of tokens that are given as embeddings" if apart > 1e-2 * size else None
+
+
+def _fields(output: Any) -> list[tuple[str, Tensor]]:
+    named = output.items() if hasattr(output, "items") else ()
+    return [(name, value) for name, value in named if isinstance(value, Tensor)]
