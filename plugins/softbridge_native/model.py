@@ -665,6 +665,11 @@ def outer_of(model: Any, geometry: Geometry) -> Any:
     if geometry.encoder is not None or model.config.get_text_config() is model.config:
         return None
     return None if model.base_model is _text_decoder(model) else model.base_model
+    stack = model.base_model.get_decoder()
+    if stack is model:  # whose class names no base, though it has a head
+        inner = (child for child in model.children() if isinstance(child, PreTrainedModel))
+        stack = next(inner, stack)
+    return {"decoder": stack}
 
 
 def attention_modules(model: Any, geometry: Geometry) -> dict[Site, list[nn.Module]]:

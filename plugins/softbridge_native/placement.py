@@ -224,6 +224,8 @@ def _take(both: Tensor, order: Tensor) -> Tensor:
 
 #: Of a cache: whether the stack that filled it is running, and counts all that it holds; and by whom it was begun.
 _RUNNING, _BEGUN = "_softbridge_running", "_softbridge_begun"
+#: And how many tokens it has read.
+_READ = "_softbridge_read"
 
 
 def hide(cache: Any, length: int, owner: str) -> None:
@@ -278,6 +280,7 @@ def hides(cache: Any) -> bool:
 
 
 def full_length(cache: Any) -> int:
+<<<<<<< HEAD
     """How many tokens a cache holds, virtual ones included."""
     if cache is None or _blank(cache):
         return 0
@@ -288,6 +291,15 @@ def _blank(cache: Any) -> bool:
     """Whether a cache of a model's own kind, which may count what it has no keys of (Jamba's), has no number yet."""
     keys = vars(cache).get("key_cache")
     return isinstance(keys, list) and all(isinstance(each, Tensor) and each.numel() == 0 for each in keys)
+=======
+    """How many tokens a cache holds, virtual ones included; or has read, where it keeps states of them only."""
+    if cache is None:
+        return 0
+    try:
+        return int(type(cache).get_seq_length(cache))
+    except ValueError:  # states alone do not say
+        return int(vars(cache).get(_READ, 0))
+>>>>>>> 7f5a0a1 (States keep no length: it is counted; models that name no base; what is given for each token besides)
 
 
 def _real_length(cache: Any, virtual: int, *args: Any, **kwargs: Any) -> int:
@@ -532,6 +544,7 @@ class StackHooks:
         call.cache = caches.given(kwargs)
         if hides(call.cache):
             running(call.cache, True)
+            vars(call.cache)[_READ] = past + given_tokens(kwargs).shape[1]
         self.entry.now.open = True
         return (), kwargs
 
@@ -670,6 +683,17 @@ class StackHooks:
         assert vectors is not None
         name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
         real, types = kwargs[name], kwargs.get("token_type_ids")
+        others = [
+            other
+            for other, value in kwargs.items()
+            if other not in _INSERTED and isinstance(value, Tensor) and value.shape[:2] == real.shape[:2]
+        ]
+        if others:
+            raise EngineError(
+                f"{', '.join(others)} for each token, and an input prompt, whose virtual tokens have none",
+                f"nothing for each token but {', '.join(_INSERTED)}",
+                "use a prefix, or another model",
+            )
         call.width = real.shape[1] + layout.length
         if vectors.entry == "after":
             if types is None and "token_type_ids" in self.names:  # the model's own are as many as its positions
@@ -742,6 +766,7 @@ def check_unpacked(kwargs: Mapping[str, Any], mask: Tensor | None) -> None:
         )
 
 
+<<<<<<< HEAD
 def check_onward(positions: Tensor, mask: Tensor | None) -> None:
     """Refuse positions of several dimensions that a prompt in front would not move all alike.
 
@@ -817,6 +842,10 @@ def _with_positions(rows: Layout, ahead: int, positions: Tensor) -> Tensor:
     first = _take(each, (rows.front - ahead).clamp(max=each.shape[1] - 1)) + ahead
     virtual = first + torch.arange(rows.length, device=each.device).view(-1, *more)
     return rows.insert(torch.where(behind, each + lengths, each), virtual).movedim((0, 1), (-2, -1))
+=======
+#: What is given for each token, and can be for virtual ones.
+_INSERTED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+>>>>>>> 7f5a0a1 (States keep no length: it is counted; models that name no base; what is given for each token besides)
 
 
 def given_tokens(kwargs: Mapping[str, Any]) -> Tensor:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from softbridge import cache as caches
+from softbridge_native.call import past_hooks
 
 #: The name under which attention is watched.
 WATCHED = "softbridge_watched"
@@ -155,7 +156,7 @@ def one_token(stack: Any, ids: Tensor | None = None, **given: Any) -> Any:
     training = stack.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return stack.eval().forward(**({} if ids is None else {"input_ids": ids}), **given)
+            return past_hooks(stack.eval())(**({} if ids is None else {"input_ids": ids}), **given)
     finally:
         stack.train(training)
 
