@@ -379,6 +379,7 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
             reason = "a template's places are token ids, and this model makes embeddings of them before its stack runs"
             found.append(Obstacle("entry", reason, "use a prompt in front of the sequence"))
         width = stack.get_input_embeddings().embedding_dim
+        width = stack.get_input_embeddings().weight.shape[1]
         if part.entry == "before" and part.vectors.shape[1] != width:
             reason = f"tokens of {type(stack).__name__} have embeddings of {width} numbers, and a vector {part.vectors.shape[1]}"
             found.append(Obstacle("entry", reason, "use a prompt of that width, or a prefix"))
@@ -404,7 +405,7 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
 def _has_tokens(stack: Any) -> bool:
     """Whether a stack reads tokens, and says by which embedding."""
     try:
-        return isinstance(getattr(stack.get_input_embeddings(), "weight", None), Tensor)
+        return getattr(getattr(stack.get_input_embeddings(), "weight", None), "ndim", 0) == 2  # a convolution has 3
     except (AttributeError, NotImplementedError):
         return False
 

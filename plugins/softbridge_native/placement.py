@@ -661,7 +661,7 @@ class StackHooks:
 
     def _within(self, stack: Any, kwargs: Mapping[str, Any], mask: Tensor | None, past: int) -> None:
         """Refuse tokens beyond the stack's table of positions."""
-        if self.reach is None:
+        if self.reach is None or all(kwargs.get(name) is None for name in ("input_ids", "inputs_embeds")):
             return
         count = given_tokens(kwargs).shape[1] + past - self._virtual(past)[0]
         told = mask if "position_ids" in self.names else None
