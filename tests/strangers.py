@@ -254,7 +254,9 @@ class Seeded(Hand):
     def _cache(self, rows: int) -> DynamicCache:
         cache, like = DynamicCache(), next(self.model.parameters())
         for layer, pair in self.prompt.prefixes[0].layers.items():
-            numbers = (torch.from_numpy(part).to(like)[None].expand(rows, -1, -1, -1) for part in (pair.keys, pair.values))
+            numbers = (
+                torch.from_numpy(part).to(like)[None].expand(rows, -1, -1, -1) for part in (pair.keys, pair.values)
+            )
             cache.update(*numbers, layer)
         return cache
 
@@ -551,7 +553,9 @@ def _naturally(model: Any, geometry: Geometry, judge: Judge) -> None:
         judge.figures["natural"] = f"not judged: by hand it differs by {own:.1e}"
         return
     with judge.within(max(judge.bound, ISLAND)):  # keys and values are stored in float32
-        judge.close("natural", lambda: expected, lambda: _scores(sb.attach(copy.deepcopy(model), prompt), input_ids=rest))
+        judge.close(
+            "natural", lambda: expected, lambda: _scores(sb.attach(copy.deepcopy(model), prompt), input_ids=rest)
+        )
 
 
 def _sdpa(model: Any, prompt: SoftPrompt, text: Mapping[str, Any], judge: Judge) -> None:
@@ -680,7 +684,11 @@ def _table(model: Any, running: Any, judge: Judge) -> None:
         _scores(model, **text)
     except Exception:
         fitting = _text(model, tokens(1, most - 1))
-        judge.close("beyond the table", lambda: _scores(model, **fitting)[:, :1] * float("nan"), lambda: _scores(running, **fitting))
+        judge.close(
+            "beyond the table",
+            lambda: _scores(model, **fitting)[:, :1] * float("nan"),
+            lambda: _scores(running, **fitting),
+        )
 
 
 def _told(error: BaseException) -> str:
@@ -731,7 +739,18 @@ def counts(done: list[Cell]) -> dict[str, dict[str, int]]:
     found: dict[str, Counter[str]] = {}
     for cell in done:
         found.setdefault(f"{cell.kind}, {cell.method}", Counter())[cell.outcome] += 1
-    return {name: {outcome: number[outcome] for outcome in OUTCOMES if number[outcome]} for name, number in found.items()}
+    return {
+        name: {outcome: number[outcome] for outcome in OUTCOMES if number[outcome]} for name, number in found.items()
+    }
+
+
+def table(kept: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
+    """The counts of each version, as the README shows them."""
+    lines = ["transformers | class, method | " + " | ".join(OUTCOMES), "---|---|" + "---|" * len(OUTCOMES)]
+    for version, found in kept.items():
+        for name, numbers in found.items():
+            lines.append(" | ".join([version, name, *(str(numbers.get(outcome, 0)) for outcome in OUTCOMES)]))
+    return "\n".join(lines)
 
 
 def main() -> int:

@@ -381,7 +381,8 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         width = stack.get_input_embeddings().embedding_dim
         width = stack.get_input_embeddings().weight.shape[1]
         if part.entry == "before" and part.vectors.shape[1] != width:
-            reason = f"tokens of {type(stack).__name__} have embeddings of {width} numbers, and a vector {part.vectors.shape[1]}"
+            given = part.vectors.shape[1]
+            reason = f"tokens of {type(stack).__name__} have embeddings of {width} numbers, and a vector {given}"
             found.append(Obstacle("entry", reason, "use a prompt of that width, or a prefix"))
         why = wiring.embeds(stack)
         if why is not None and (part.stack == "decoder" or "something else" not in why):
@@ -405,7 +406,8 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
 def _has_tokens(stack: Any) -> bool:
     """Whether a stack reads tokens, and says by which embedding."""
     try:
-        return getattr(getattr(stack.get_input_embeddings(), "weight", None), "ndim", 0) == 2  # a convolution has 3
+        weight = getattr(stack.get_input_embeddings(), "weight", None)
+        return isinstance(weight, Tensor) and weight.ndim == 2  # a convolution has 3
     except (AttributeError, NotImplementedError):
         return False
 
@@ -633,7 +635,7 @@ def _wired_otherwise(model: Any, geometry: Geometry, heard: Sequence[nn.Module],
     if not set(heard) <= set(wired.called):
         yield f"its layers do not dispatch through transformers' attention interface, {type(heard[0]).__name__} does"
     elif len(wired.layers) > layers:
-        yield f"its {layers} layers call their attention {len(wired.layers)} times, with other keys and values each time"
+        yield f"its {layers} layers call their attention {len(wired.layers)} times, each with other keys and values"
     elif None in wired.layers:
         number = wired.layers.index(None)
         yield f"layer {number} attends to other keys and values than its cache holds: it makes them of these"

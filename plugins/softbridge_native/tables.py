@@ -48,11 +48,13 @@ def _reaches(module: nn.Module, numbers: set[Any], offset: int) -> Iterator[int]
         reserved = int(getattr(module, "offset", offset))
         if module.num_embeddings in numbers or module.num_embeddings - reserved in numbers:
             yield module.num_embeddings - reserved
-    elif hasattr(module, "axial_pos_shape"):  # a table in factors
-        yield prod(module.axial_pos_shape)
-    for name, buffer in module.named_buffers(recurse=False):
+    factors: Any = getattr(module, "axial_pos_shape", None)
+    if factors is not None:  # a table in factors
+        yield prod(factors)
+    attributes = {**dict(module.named_buffers(recurse=False)), **vars(module)}
+    for name, buffer in attributes.items():
         rows = int(name == "position_ids")
-        if buffer.ndim == 2 and buffer.shape[rows] in numbers:
+        if isinstance(buffer, Tensor) and buffer.ndim == 2 and buffer.shape[rows] in numbers:
             yield buffer.shape[rows]
 
 
@@ -66,7 +68,7 @@ def check(stack: Any, reach: int, count: int, ahead: int | Tensor, mask: Tensor 
         ahead: where the first of them stands, in all rows or in each [B, 1].
         mask: of these columns [B, count], where the stack is told that pads stand nowhere; else None.
     """
-    if isinstance(ahead, int) and count + ahead <= reach or torch.compiler.is_compiling():
+    if (isinstance(ahead, int) and count + ahead <= reach) or torch.compiler.is_compiling():
         return
     rows: Any = count if mask is None else mask.sum(-1, keepdim=True)
     last = torch.as_tensor(rows + ahead).max()
