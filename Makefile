@@ -1,14 +1,10 @@
 # make demo    the whole job on a tiny model: train with PEFT, convert to AdapterHub, run both, print the certificate
 # make test    lint, types, and the whole suite on both stacks of compat/matrix.toml
-<<<<<<< HEAD
 # make test-stacks  the contracts of engines and trainers and the table of conversions, on every stack of compat/matrix.toml
 # make test-processors  claims of equality on both stacks, as other processors sum, with one thread and with two
 # make test-long  the tests of foreign bytes with a hundred times as many examples, and the engine's check of itself on
 #              every architecture of its tests, on the newer stack
-=======
-# make test-long  the tests of foreign bytes with a hundred times as many examples, on the newer stack
-# make test-strangers  prompt and prefix on every text architecture of the installed transformers; some 20 minutes each
->>>>>>> c384f7d (A sample of the standing trial in the suite; make test-strangers)
+# make test-strangers  prompt and prefix on every text architecture of the installed transformers, for each stack
 # make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
 # make format  let ruff rewrite what it can
 # make clean   remove environments and caches
@@ -30,11 +26,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-<<<<<<< HEAD
-.PHONY: test test-stacks test-processors test-long bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
-=======
-.PHONY: test test-long test-strangers bench demo lint format clean $(addprefix test-,$(STACKS))
->>>>>>> c384f7d (A sample of the standing trial in the suite; make test-strangers)
+.PHONY: test test-stacks test-processors test-long test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
 
 test: lint $(addprefix test-,$(STACKS))
 

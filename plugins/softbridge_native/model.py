@@ -378,7 +378,6 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         if part.template is not None and outer_of(model, geometry) is not None:
             reason = "a template's places are token ids, and this model makes embeddings of them before its stack runs"
             found.append(Obstacle("entry", reason, "use a prompt in front of the sequence"))
-        width = stack.get_input_embeddings().embedding_dim
         width = stack.get_input_embeddings().weight.shape[1]
         if part.entry == "before" and part.vectors.shape[1] != width:
             given = part.vectors.shape[1]
@@ -459,8 +458,6 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
             found.append(
                 Obstacle("attention", reason, "use an input prompt, a toolkit's engine, or other transformers")
             )
-        for reason in _wired_otherwise(model, geometry, heard, layers) if part.site == "self" else ():
-            found.append(Obstacle("attention", reason, "use an input prompt, or a toolkit's engine"))
         table = _bias_table(nn.ModuleList(heard))
         if table is not None and prompt.positions.relative_bias == "skewed" and len(part.layers) != layers:
             reason = "a skewed relative bias is known only where every layer has a prefix"
@@ -485,6 +482,9 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
         if latent or (shape is not None and getattr(text, "v_head_dim", None) not in (None, shape.head_dim)):
             reason = f"keys and values of this attention are no pair of one width ({', '.join(latent) or 'v_head_dim'})"
             found.append(Obstacle("attention", reason, "use an input prompt"))
+        elif part.site == "self":
+            for reason in _wired_otherwise(model, geometry, heard, layers):
+                found.append(Obstacle("attention", reason, "use an input prompt, or a toolkit's engine"))
     if any(getattr(module, "reorder_and_upcast_attn", False) for module in model.modules()):
         reason = "this model's attention upcasts only under the name 'eager'"
         found.append(Obstacle("attention", reason, "set reorder_and_upcast_attn to false in its configuration"))
@@ -656,6 +656,8 @@ def _text_decoder(model: Any) -> Any:
     """The decoder of a model, which among several parts is the one of the text; not all say which that is."""
     base, text = model.base_model, model.config.get_text_config()
     found = base.get_decoder()
+    if found is model:  # whose class names no base, though it has a head
+        return next((child for child in model.children() if isinstance(child, PreTrainedModel)), found)
     if type(found.config) is type(text):
         return found
     parts = (module for module in base.modules() if isinstance(module, PreTrainedModel))
@@ -668,11 +670,6 @@ def outer_of(model: Any, geometry: Geometry) -> Any:
     if geometry.encoder is not None or model.config.get_text_config() is model.config:
         return None
     return None if model.base_model is _text_decoder(model) else model.base_model
-    stack = model.base_model.get_decoder()
-    if stack is model:  # whose class names no base, though it has a head
-        inner = (child for child in model.children() if isinstance(child, PreTrainedModel))
-        stack = next(inner, stack)
-    return {"decoder": stack}
 
 
 def attention_modules(model: Any, geometry: Geometry) -> dict[Site, list[nn.Module]]:

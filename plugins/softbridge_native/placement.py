@@ -280,26 +280,19 @@ def hides(cache: Any) -> bool:
 
 
 def full_length(cache: Any) -> int:
-<<<<<<< HEAD
-    """How many tokens a cache holds, virtual ones included."""
+    """How many tokens a cache holds, virtual ones included; or has read, where it keeps states of them only."""
     if cache is None or _blank(cache):
         return 0
-    return int(type(cache).get_seq_length(cache))
+    try:
+        return int(type(cache).get_seq_length(cache))
+    except ValueError:  # states alone do not say
+        return int(vars(cache).get(_READ, 0))
 
 
 def _blank(cache: Any) -> bool:
     """Whether a cache of a model's own kind, which may count what it has no keys of (Jamba's), has no number yet."""
     keys = vars(cache).get("key_cache")
     return isinstance(keys, list) and all(isinstance(each, Tensor) and each.numel() == 0 for each in keys)
-=======
-    """How many tokens a cache holds, virtual ones included; or has read, where it keeps states of them only."""
-    if cache is None:
-        return 0
-    try:
-        return int(type(cache).get_seq_length(cache))
-    except ValueError:  # states alone do not say
-        return int(vars(cache).get(_READ, 0))
->>>>>>> 7f5a0a1 (States keep no length: it is counted; models that name no base; what is given for each token besides)
 
 
 def _real_length(cache: Any, virtual: int, *args: Any, **kwargs: Any) -> int:
@@ -766,7 +759,6 @@ def check_unpacked(kwargs: Mapping[str, Any], mask: Tensor | None) -> None:
         )
 
 
-<<<<<<< HEAD
 def check_onward(positions: Tensor, mask: Tensor | None) -> None:
     """Refuse positions of several dimensions that a prompt in front would not move all alike.
 
@@ -842,10 +834,10 @@ def _with_positions(rows: Layout, ahead: int, positions: Tensor) -> Tensor:
     first = _take(each, (rows.front - ahead).clamp(max=each.shape[1] - 1)) + ahead
     virtual = first + torch.arange(rows.length, device=each.device).view(-1, *more)
     return rows.insert(torch.where(behind, each + lengths, each), virtual).movedim((0, 1), (-2, -1))
-=======
+
+
 #: What is given for each token, and can be for virtual ones.
 _INSERTED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
->>>>>>> 7f5a0a1 (States keep no length: it is counted; models that name no base; what is given for each token besides)
 
 
 def given_tokens(kwargs: Mapping[str, Any]) -> Tensor:
