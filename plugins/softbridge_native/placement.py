@@ -530,6 +530,7 @@ class StackHooks:
             if past == 0:
                 call.layout = rows
                 hide(cache, call.vectors.length, self.around.owner)
+                check_others(kwargs)
                 self._insert(call, rows, stack, kwargs, positions)
             if counted_without is not None:  # not every model counts its cache by itself
                 length = given_tokens(kwargs).shape[1]
@@ -676,17 +677,6 @@ class StackHooks:
         assert vectors is not None
         name = "input_ids" if kwargs.get("inputs_embeds") is None else "inputs_embeds"
         real, types = kwargs[name], kwargs.get("token_type_ids")
-        others = [
-            other
-            for other, value in kwargs.items()
-            if other not in _INSERTED and isinstance(value, Tensor) and value.shape[:2] == real.shape[:2]
-        ]
-        if others:
-            raise EngineError(
-                f"{', '.join(others)} for each token, and an input prompt, whose virtual tokens have none",
-                f"nothing for each token but {', '.join(_INSERTED)}",
-                "use a prefix, or another model",
-            )
         call.width = real.shape[1] + layout.length
         if vectors.entry == "after":
             if types is None and "token_type_ids" in self.names:  # the model's own are as many as its positions
@@ -756,6 +746,35 @@ def check_unpacked(kwargs: Mapping[str, Any], mask: Tensor | None) -> None:
             "one text in each row",
             "leave the texts unpacked (packing=False, padding_free=False), or use a prefix on a model that dispatches "
             "through transformers' attention interface: there each text has it",
+        )
+
+
+#: What is given for each token, and can be for virtual ones.
+_INSERTED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+
+
+def check_others(kwargs: Mapping[str, Any]) -> None:
+    """Refuse what is given for each token, and virtual ones have none of.
+
+    Raises:
+        EngineError: so much is given (Longformer's classifiers say which tokens attend to all).
+    """
+    size = given_tokens(kwargs).shape[:2]
+    others = [
+        name
+        for name, value in kwargs.items()
+        if isinstance(value, Tensor)
+        and value.shape[:2] == size
+        and name not in _INSERTED
+        # Of another stack, or of layers and heads.
+        and not name.startswith("encoder_")
+        and not name.endswith("head_mask")
+    ]
+    if others:
+        raise EngineError(
+            f"{', '.join(others)} for each token, and an input prompt, whose virtual tokens have none",
+            f"nothing for each token but {', '.join(_INSERTED)}",
+            "use a prefix, or another model",
         )
 
 
@@ -834,10 +853,6 @@ def _with_positions(rows: Layout, ahead: int, positions: Tensor) -> Tensor:
     first = _take(each, (rows.front - ahead).clamp(max=each.shape[1] - 1)) + ahead
     virtual = first + torch.arange(rows.length, device=each.device).view(-1, *more)
     return rows.insert(torch.where(behind, each + lengths, each), virtual).movedim((0, 1), (-2, -1))
-
-
-#: What is given for each token, and can be for virtual ones.
-_INSERTED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
 
 
 def given_tokens(kwargs: Mapping[str, Any]) -> Tensor:
