@@ -15,7 +15,7 @@ Each cell ends as one of
 - ``WRONG``: something else is computed without a word;
 - ``CRASH``: an error that is none of softbridge's own.
 
-    python tests/strangers.py [--only REGEX] [--kind KIND] [--resume] [--write]
+    python tests/strangers.py [--only REGEX] [--resume] [--write] [--verbose]
 
 Each cell runs in a process of its own, within bounds of time and memory. Exit status 1 if anything is wrong or crashes.
 """
@@ -68,6 +68,9 @@ FELT = 1e-3
 LARGEST = 4_000_000
 SECONDS, MEMORY = 90, 8 * 2**30
 COUNTS = Path(__file__).with_name("strangers.json")
+README = Path(__file__).resolve().parent.parent / "README.md"
+#: Between these the README shows the counts.
+BEGIN, END = "<!-- strangers -->", "<!-- /strangers -->"
 RESULTS = Path(__file__).resolve().parent.parent / "build"
 
 KINDS: Mapping[str, str] = {
@@ -745,7 +748,9 @@ def counts(done: list[Cell]) -> dict[str, dict[str, int]]:
 
 
 def table(kept: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
-    """The counts of each version, as the README shows them."""
+    """The counts of each version that was tried, as the README shows them."""
+    if not kept:
+        return "(no version was tried to the end yet)"
     lines = ["transformers | class, method | " + " | ".join(OUTCOMES), "---|---|" + "---|" * len(OUTCOMES)]
     for version, found in kept.items():
         for name, numbers in found.items():
@@ -792,7 +797,10 @@ def main() -> int:
     if told.write and not told.only:
         kept = json.loads(COUNTS.read_text()) if COUNTS.exists() else {}
         kept[version] = found
-        COUNTS.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
+        kept = dict(sorted(kept.items()))
+        COUNTS.write_text(json.dumps(kept, indent=1) + "\n")
+        before, _, rest = README.read_text().partition(f"{BEGIN}\n")
+        README.write_text(f"{before}{BEGIN}\n{table(kept)}\n{END}{rest.partition(END)[2]}")
     return int(any(cell.outcome in ("WRONG", "CRASH") for cell in done))
 
 
