@@ -4,6 +4,7 @@
 # make test-processors  claims of equality on both stacks, as other processors sum, with one thread and with two
 # make test-long  the tests of foreign bytes with a hundred times as many examples, and the engine's check of itself on
 #              every architecture of its tests, on the newer stack
+# make test-strangers  prompt and prefix on every text architecture of the installed transformers, for each stack
 # make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
 # make format  let ruff rewrite what it can
 # make clean   remove environments and caches
@@ -25,7 +26,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-stacks test-processors test-long bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
+.PHONY: test test-stacks test-processors test-long test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
 
 test: lint $(addprefix test-,$(STACKS))
 
@@ -67,6 +68,12 @@ test-long: export SOFTBRIDGE_PROFILE := long
 test-long: $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST) tests/bridge/test_untrusted_reading.py tests/bridge/test_container.py \
 		tests/plugins/test_native_selfcheck.py
+
+# Resumable: make test-strangers ONLY='causal llama' or RESUME=--resume
+test-strangers: export OMP_NUM_THREADS := 1
+test-strangers: $(ENV4)/ready $(ENV5)/ready
+	$(ENV4)/bin/python tests/strangers.py --write $(RESUME) --only '$(ONLY)'
+	$(ENV5)/bin/python tests/strangers.py --write $(RESUME) --only '$(ONLY)'
 
 bench: $(ENV5)/ready
 	$(ENV5)/bin/python tests/benchmarks/engines.py

@@ -104,7 +104,7 @@ def read_geometry(config: Any) -> Geometry:
         encoder, decoder = _stack(text, hidden), None
     else:
         encoder, decoder = None, _stack(text, hidden)
-    width = _optional_count(text, "embedding_size", "word_embed_proj_dim")
+    width = _optional_count(text, "embedding_size", "word_embed_proj_dim", "input_embedding_size")
     return Geometry(text.model_type, hidden, vocabulary, encoder, decoder, None if width == hidden else width)
 
 
@@ -149,7 +149,9 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
             )
         head_dim = hidden // heads
     # Whatever bounds how far attention looks back: where a prefix is concerned, the shortest text that shows it.
-    window = _optional_count(config, "sliding_window", "attention_chunk_size", "local_attention", "window_size")
+    bounds = ("sliding_window", "attention_chunk_size", "local_attention", "window_size")
+    found = [bound for one in single or [config] if (bound := _optional_count(one, *bounds)) is not None]
+    window = min(found, default=None)
     if getattr(config, "use_sliding_window", True) is False:
         window = None
     shapes = tuple(

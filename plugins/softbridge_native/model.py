@@ -11,8 +11,9 @@ import threading
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 from uuid import uuid4
 
@@ -26,7 +27,7 @@ from softbridge.geometry import Geometry, Site, Stack, read_geometry, stack_of
 from softbridge.lower import check_fits
 from softbridge.methods import KINDS, rematerialise
 from softbridge.prompt import KeyValuePrefix, Part, SoftPrompt
-from softbridge_native import seed
+from softbridge_native import seed, wiring
 from softbridge_native.attention import (
     FLASH,
     FLEX,
@@ -247,7 +248,8 @@ class Single(Injection):
         return StackHooks(stack, around, own, start, making, planted)
 
     def places(self, name: Stack) -> int:
-        return origin_of(self.prompt, name)
+        counted = self.prompt.prefixes[0].length if self.seeded else 0  # a cache that starts with it counts it
+        return origin_of(self.prompt, name) - counted
 
     def extract(self) -> SoftPrompt:
         """The prompt as it is now. A changed one has no origin, and no parameterisation but one that was trained."""
@@ -298,7 +300,7 @@ def install(model: Any, injected: Injection, geometry: Geometry, prefixed: bool,
         if prefixed or (any(modules.values()) and model.config._attn_implementation == "eager"):
             _switch_attention(model, injected)
         if prefixed:
-            _bind(injected, modules)
+            _bind(injected, modules, _wiring(model, geometry))
         _hook(model, injected, geometry)
     except BaseException:
         detach(model)
@@ -359,6 +361,15 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         return [Obstacle("base-model", error.found, error.remedy)]
     found = []
     stacks = stacks_of(model, geometry)
+    for name, stack in stacks.items():
+        if not _has_tokens(stack):
+            reason = f"{type(stack).__name__} has no token embeddings, or does not say which they are"
+            others = [other for other in stacks if other != name and _has_tokens(stacks[other])]
+            remedy = f"use a prompt of the {others[0]}" if others else "use another engine"
+            if any(part.stack == name for part in prompt.inputs) or not hasattr(stack, "config"):
+                found.append(Obstacle("entry", reason, remedy))
+    if found:
+        return found
     for part in prompt.inputs:
         stack = stacks[part.stack]
         if part.entry == "after" and embedding_block(stack) is None:
@@ -367,7 +378,16 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         if part.template is not None and outer_of(model, geometry) is not None:
             reason = "a template's places are token ids, and this model makes embeddings of them before its stack runs"
             found.append(Obstacle("entry", reason, "use a prompt in front of the sequence"))
-        if _looks_back(stack):
+        width = stack.get_input_embeddings().weight.shape[1]
+        if part.entry == "before" and part.vectors.shape[1] != width:
+            given = part.vectors.shape[1]
+            reason = f"tokens of {type(stack).__name__} have embeddings of {width} numbers, and a vector {given}"
+            found.append(Obstacle("entry", reason, "use a prompt of that width, or a prefix"))
+        why = wiring.embeds(stack)
+        if why is not None and (part.stack == "decoder" or "something else" not in why):
+            reason = f"{type(stack).__name__} {why}, and a vector is of no token"
+            found.append(Obstacle("entry", reason, "use a prefix"))
+        elif _looks_back(stack):
             reason = f"{type(stack).__name__} looks up which token each embedding is of, and a vector is of none"
             found.append(Obstacle("entry", reason, "use a prefix"))
     if prompt.prefixes:
@@ -380,6 +400,15 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
             reason = f"the {name}'s first token would stand at {origin}, and this model cannot be told so"
             found.append(Obstacle("positions", reason, "use a prompt whose positions the model counts by itself"))
     return found
+
+
+def _has_tokens(stack: Any) -> bool:
+    """Whether a stack reads tokens, and says by which embedding."""
+    try:
+        weight = getattr(stack.get_input_embeddings(), "weight", None)
+        return isinstance(weight, Tensor) and weight.ndim == 2  # a convolution has 3
+    except (AttributeError, NotImplementedError):
+        return False
 
 
 def _looks_back(stack: Any) -> bool:
@@ -453,6 +482,9 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
         if latent or (shape is not None and getattr(text, "v_head_dim", None) not in (None, shape.head_dim)):
             reason = f"keys and values of this attention are no pair of one width ({', '.join(latent) or 'v_head_dim'})"
             found.append(Obstacle("attention", reason, "use an input prompt"))
+        elif part.site == "self":
+            for reason in _wired_otherwise(model, geometry, heard, layers):
+                found.append(Obstacle("attention", reason, "use an input prompt, or a toolkit's engine"))
     if any(getattr(module, "reorder_and_upcast_attn", False) for module in model.modules()):
         reason = "this model's attention upcasts only under the name 'eager'"
         found.append(Obstacle("attention", reason, "set reorder_and_upcast_attn to false in its configuration"))
@@ -508,7 +540,7 @@ def _seed_obstacles(part: KeyValuePrefix, prompt: SoftPrompt, model: Any, geomet
             f"{type(model).__name__} does not dispatch through transformers' attention interface, and {reason}",
             "use an input prompt, a toolkit's engine, or other transformers",
         )
-        for reason in seed.reasons(stack, shape, part, start, tellable(stack))
+        for reason in seed.reasons(stack, shape, part, start, tellable(stack) or position_table(stack) is not None)
     ]
 
 
@@ -587,6 +619,30 @@ def _hears_scores(model: Any, stack: Any, attention: nn.Module) -> bool:
     return reached is not None and any(isinstance(told, Tensor) and told.ndim == 4 for told in reached.args[1])
 
 
+def _wiring(model: Any, geometry: Geometry) -> wiring.Wiring | None:
+    """What the decoder's attention is called with, if there is a decoder, and it is known."""
+    if geometry.decoder is None:
+        return None
+    stack = stacks_of(model, geometry)["decoder"]
+    return wiring.wiring(stack, partial(_named, model), geometry.is_encoder_decoder)
+
+
+def _wired_otherwise(model: Any, geometry: Geometry, heard: Sequence[nn.Module], layers: int) -> Iterator[str]:
+    """Why a prefix in attention would not be the one that a cache starts with."""
+    wired = _wiring(model, geometry)
+    if wired is None:
+        return
+    if not set(heard) <= set(wired.called):
+        yield f"its layers do not dispatch through transformers' attention interface, {type(heard[0]).__name__} does"
+    elif len(wired.layers) > layers:
+        yield f"its {layers} layers call their attention {len(wired.layers)} times, each with other keys and values"
+    elif None in wired.layers:
+        number = wired.layers.index(None)
+        yield f"layer {number} attends to other keys and values than its cache holds: it makes them of these"
+    elif wired.remade:
+        yield "its attention layers make their own mask, of keys and values that would lack the prefix"
+
+
 def stacks_of(model: Any, geometry: Geometry) -> dict[Stack, Any]:
     """The module that runs each stack: embeddings, layers, last norm; no head."""
     if geometry.is_encoder_decoder:
@@ -600,6 +656,8 @@ def _text_decoder(model: Any) -> Any:
     """The decoder of a model, which among several parts is the one of the text; not all say which that is."""
     base, text = model.base_model, model.config.get_text_config()
     found = base.get_decoder()
+    if found is model:  # whose class names no base, though it has a head
+        return next((child for child in model.children() if isinstance(child, PreTrainedModel)), found)
     if type(getattr(found, "config", None)) is type(text):
         return found
     parts = (module for module in base.modules() if isinstance(module, PreTrainedModel))
@@ -616,8 +674,13 @@ def outer_of(model: Any, geometry: Geometry) -> Any:
 
 def attention_modules(model: Any, geometry: Geometry) -> dict[Site, list[nn.Module]]:
     """The attention modules that dispatch, by site and in the order of the layers (self before cross, as they run)."""
-    found = {name: [m for m in stack.modules() if dispatches(m)] for name, stack in stacks_of(model, geometry).items()}
+    stacks = stacks_of(model, geometry)
+    found = {name: [m for m in stack.modules() if dispatches(m)] for name, stack in stacks.items()}
     decoder, crossed = found.get("decoder", []), geometry.is_encoder_decoder
+    alone = None if crossed else geometry.decoder
+    if alone is not None and len(decoder) > alone.layers:  # some attend to an encoder, should there be one
+        wired = wiring.wiring(stacks["decoder"], partial(_named, model), crossed=False)
+        decoder = decoder if wired is None else list(wired.called)
     return {
         "encoder": found.get("encoder", []),
         "self": decoder[::2] if crossed else decoder,
@@ -648,6 +711,16 @@ def _name_attention(model: Any, name: str) -> list[tuple[Any, str]]:
     for config in configs.values():
         config._attn_implementation_internal = name
     return before
+
+
+@contextmanager
+def _named(model: Any, name: str) -> Iterator[None]:
+    """Every configuration in the model names this attention."""
+    before = _name_attention(model, name)
+    try:
+        yield
+    finally:
+        _restore_names(before)
 
 
 def _restore_names(before: Iterable[tuple[Any, str]]) -> None:
@@ -696,15 +769,19 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
             handles.append(model.get_decoder().register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
 
 
-def _bind(injected: Injection, modules: Mapping[Site, Sequence[nn.Module]]) -> None:
-    off = injected.switch.is_off
+def _bind(injected: Injection, modules: Mapping[Site, Sequence[nn.Module]], wired: wiring.Wiring | None) -> None:
+    off, layers = injected.switch.is_off, () if wired is None else wired.layers
     for site, layer, source, gated in injected.sources():
-        module, table = modules[site][layer], _bias_table(nn.ModuleList(modules[site]))
-        causal = site != "cross" and getattr(module, "is_causal", site == "self")
-        bind(module, Binding(source, causal, None if site == "cross" else _bias_table(module) or table, off))
-        injected.bound.append(module)
-        if gated:
-            injected.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+        table = _bias_table(nn.ModuleList(modules[site]))
+        for number, module in enumerate(modules[site]):
+            # A layer that attends to another's keys and values attends to that one's prefix.
+            if layer != (layers[number] if site == "self" and layers else number):
+                continue
+            causal = site != "cross" and getattr(module, "is_causal", site == "self")
+            bind(module, Binding(source, causal, None if site == "cross" else _bias_table(module) or table, off))
+            injected.bound.append(module)
+            if gated:
+                injected.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
 
 
 def _bias_table(module: nn.Module) -> Any:

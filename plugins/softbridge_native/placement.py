@@ -29,6 +29,7 @@ from softbridge.geometry import Site, Stack
 from softbridge.prompt import Entry, InputPrompt, Placement
 from softbridge.template import PLACEHOLDER
 from softbridge.tensors import from_torch, to_torch
+from softbridge_native import tables
 from softbridge_native.call import Entry as Opened
 from softbridge_native.call import Own
 from softbridge_native.kernels import PACKED
@@ -223,6 +224,8 @@ def _take(both: Tensor, order: Tensor) -> Tensor:
 
 #: Of a cache: whether the stack that filled it is running, and counts all that it holds; and by whom it was begun.
 _RUNNING, _BEGUN = "_softbridge_running", "_softbridge_begun"
+#: And how many tokens it has read.
+_READ = "_softbridge_read"
 
 
 def hide(cache: Any, length: int, owner: str) -> None:
@@ -277,10 +280,13 @@ def hides(cache: Any) -> bool:
 
 
 def full_length(cache: Any) -> int:
-    """How many tokens a cache holds, virtual ones included."""
+    """How many tokens a cache holds, virtual ones included; or has read, where it keeps states of them only."""
     if cache is None or _blank(cache):
         return 0
-    return int(type(cache).get_seq_length(cache))
+    try:
+        return int(type(cache).get_seq_length(cache))
+    except ValueError:  # states alone do not say
+        return int(vars(cache).get(_READ, 0))
 
 
 def _blank(cache: Any) -> bool:
@@ -413,6 +419,8 @@ class StackHooks:
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.cache_name = caches.argument(stack.forward)
         self.offset = _position_offset(stack)
+        self.padding = _padding_row(stack)
+        self.reach = tables.reach(stack, self.offset)
         self._fixed = vectors, start
 
     def chosen(self, given: Tensor | None) -> tuple[Inserted | None, int | Tensor]:
@@ -502,6 +510,7 @@ class StackHooks:
         positions = self._positions(kwargs, plain, past, told)
         if positions is not None:
             kwargs["position_ids"] = positions
+        self._within(stack, kwargs, plain, past)
         if self.seed is not None:
             check_begun(cache, self.around.owner, past)
             self.seed.plant(stack, kwargs, plain, past, self.around.owner)
@@ -526,6 +535,7 @@ class StackHooks:
             if past == 0:
                 call.layout = rows
                 hide(cache, call.vectors.length, self.around.owner)
+                check_others(kwargs)
                 self._insert(call, rows, stack, kwargs, positions)
             if counted_without is not None:  # not every model counts its cache by itself
                 length = given_tokens(kwargs).shape[1]
@@ -533,6 +543,7 @@ class StackHooks:
         call.cache = caches.given(kwargs)
         if hides(call.cache):
             running(call.cache, True)
+            vars(call.cache)[_READ] = past + given_tokens(kwargs).shape[1]
         self.entry.now.open = True
         return (), kwargs
 
@@ -643,9 +654,17 @@ class StackHooks:
             return column + call.start + self.offset
         # Where a pad stands shows in the mean of a gate: on the right, where the model itself has it.
         positions = (column - left_pads(mask)).clamp(min=0) + call.start + self.offset
-        if self.offset and tokens.ndim == 2:
-            positions = torch.where(tokens == self.offset - 1, self.offset - 1, positions)
+        if self.padding is not None and tokens.ndim == 2:
+            positions = torch.where(tokens == self.padding, self.padding, positions)
         return positions
+
+    def _within(self, stack: Any, kwargs: Mapping[str, Any], mask: Tensor | None, past: int) -> None:
+        """Refuse tokens beyond the stack's table of positions."""
+        if self.reach is None or all(kwargs.get(name) is None for name in ("input_ids", "inputs_embeds")):
+            return
+        count = given_tokens(kwargs).shape[1] + past - self._virtual(past)[0]
+        told = mask if "position_ids" in self.names else None
+        tables.check(stack, self.reach, count, self.call.now.start, told)
 
     def _virtual(self, past: int) -> tuple[int, int | Tensor]:
         """How many virtual tokens are in a cache of this length, and how many the model counts by itself."""
@@ -732,6 +751,35 @@ def check_unpacked(kwargs: Mapping[str, Any], mask: Tensor | None) -> None:
             "one text in each row",
             "leave the texts unpacked (packing=False, padding_free=False), or use a prefix on a model that dispatches "
             "through transformers' attention interface: there each text has it",
+        )
+
+
+#: What is given for each token, and can be for virtual ones.
+_INSERTED = ("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids")
+
+
+def check_others(kwargs: Mapping[str, Any]) -> None:
+    """Refuse what is given for each token, and virtual ones have none of.
+
+    Raises:
+        EngineError: so much is given (Longformer's classifiers say which tokens attend to all).
+    """
+    size = given_tokens(kwargs).shape[:2]
+    others = [
+        name
+        for name, value in kwargs.items()
+        if isinstance(value, Tensor)
+        and value.shape[:2] == size
+        and name not in _INSERTED
+        # Of another stack, or of layers and heads.
+        and not name.startswith("encoder_")
+        and not name.endswith("head_mask")
+    ]
+    if others:
+        raise EngineError(
+            f"{', '.join(others)} for each token, and an input prompt, whose virtual tokens have none",
+            f"nothing for each token but {', '.join(_INSERTED)}",
+            "use a prefix, or another model",
         )
 
 
@@ -881,8 +929,15 @@ class Shift:
         return (), kwargs
 
 
-def _position_offset(stack: nn.Module) -> int:
-    """The row of the position embedding for position 0: RoBERTa's rows up to the padding token's are reserved."""
+def _padding_row(stack: nn.Module) -> int | None:
+    """The row of the position embedding where padding tokens stand, whatever their place, or None (RoBERTa)."""
     tables = (module for name, module in stack.named_modules() if name.endswith("position_embeddings"))
-    reserved = (getattr(table, "padding_idx", None) for table in tables)
-    return max((row + 1 for row in reserved if row is not None), default=0)
+    return max((row for table in tables if (row := getattr(table, "padding_idx", None)) is not None), default=None)
+
+
+def _position_offset(stack: nn.Module) -> int:
+    """The row of the position embedding for position 0: behind the padding tokens', or where the stack counts from."""
+    row = _padding_row(stack)
+    counted = (buffer for name, buffer in stack.named_buffers() if name.endswith("position_ids"))
+    first = (int(buffer.flatten()[0]) for buffer in counted if buffer.numel() and not buffer.is_meta)
+    return max(first, default=0) if row is None else row + 1

@@ -120,21 +120,23 @@ def padded(stack: Any) -> bool:
 
 
 def _held(stack: Any) -> list[list[list[int]]] | None:
-    """What each layer keeps of one token: heads and width of keys and of values; None if it keeps nothing."""
-    token, cache = (
-        torch.zeros(1, 1, dtype=torch.long, device=stack.get_input_embeddings().weight.device),
-        DynamicCache(),
-    )
-    training = stack.training
+    """What each layer keeps of one token: heads and width of keys and of values.
+
+    None if it keeps nothing, or cannot go on from there with more than one token.
+    """
+    token = torch.zeros(1, 1, dtype=torch.long, device=stack.get_input_embeddings().weight.device)
+    cache, training = DynamicCache(), stack.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            past_hooks(stack.eval())(token, use_cache=True, **caches.handed(stack.forward, cache))  # of a bank
+            run = past_hooks(stack.eval())  # of a bank
+            run(token, use_cache=True, **caches.handed(stack.forward, cache))
+            layers = getattr(cache, "layers", [])
+            held = [[getattr(layer, name, None) for name in ("keys", "values")] for layer in layers]
+            run(token.expand(1, 2), use_cache=True, **caches.handed(stack.forward, cache))
     except Exception:  # foreign code; nothing is known
         return None
     finally:
         stack.train(training)
-    layers = getattr(cache, "layers", [])
-    held = [[getattr(layer, name, None) for name in ("keys", "values")] for layer in layers]
     if not held or not all(isinstance(t, Tensor) and t.ndim == 4 and t.shape[2] == 1 for pair in held for t in pair):
         return None
     return [[[t.shape[1], t.shape[3]] for t in pair if t is not None] for pair in held]

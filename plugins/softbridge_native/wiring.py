@@ -1,0 +1,207 @@
+"""What a stack's attention is called with, watched while it runs on one token.
+
+A prefix joins keys and values where they enter the attention function. That is the same as a cache which starts with
+it only if they come from the cache as they are, and if nothing else there was made of them. It is measured here, on
+the model itself: no list of architectures could be complete.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from softbridge import cache as caches
+from softbridge_native.call import past_hooks
+
+#: The name under which attention is watched.
+WATCHED = "softbridge_watched"
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """One call of an attention function.
+
+    Attributes:
+        module: the attention module.
+        key: as the function has it.
+        value: as the function has it.
+        remade: whether the module made the mask itself.
+    """
+
+    module: nn.Module
+    key: Tensor
+    value: Tensor
+    remade: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Wiring:
+    """What one token showed.
+
+    Attributes:
+        called: the attention modules that ran, in their order.
+        layers: for each, the number of the layer whose keys and values in the cache it attends to; None: no layer's.
+        remade: whether any of them makes its mask itself.
+    """
+
+    called: tuple[nn.Module, ...]
+    layers: tuple[int | None, ...]
+    remade: bool
+
+
+_calls: ContextVar[list[Call] | None] = ContextVar("softbridge_calls", default=None)
+_told: ContextVar[dict[nn.Module, list[Any]] | None] = ContextVar("softbridge_told", default=None)
+_known: WeakKeyDictionary[nn.Module, Wiring | None] = WeakKeyDictionary()
+_plain: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+
+
+def wiring(stack: Any, named: Callable[[str], AbstractContextManager[None]], crossed: bool) -> Wiring | None:
+    """What the attention of a stack is called with. It is found out once.
+
+    None where the stack cannot be run so: nothing is known then.
+
+    Args:
+        stack: of a model.
+        named: gives a context in which the model's configurations name this attention.
+        crossed: whether each layer attends to another stack's states, too, after its own.
+    """
+    if stack not in _known:
+        try:
+            _known[stack] = _watch(stack, named, crossed)
+        except Exception:  # foreign code; nothing is known
+            _known[stack] = None
+    return _known[stack]
+
+
+def _watch(stack: Any, named: Callable[[str], AbstractContextManager[None]], crossed: bool) -> Wiring:
+    AttentionInterface.register(WATCHED, _look)
+    AttentionMaskInterface.register(WATCHED, AttentionMaskInterface()["eager"])
+    more: dict[str, Any] = {}
+    if crossed:
+        weight = stack.get_input_embeddings().weight
+        more["encoder_hidden_states"] = weight.new_zeros(1, 1, stack.config.hidden_size)
+    calls, told = _calls.set([]), _told.set({})
+    handles = [module.register_forward_pre_hook(_tell, with_kwargs=True) for module in stack.modules()]
+    try:
+        with named(WATCHED):
+            output = one_token(stack, use_cache=True, **more)
+        found = _calls.get() or []
+    finally:
+        for handle in handles:
+            handle.remove()
+        _calls.reset(calls)
+        _told.reset(told)
+    cache = caches.of(output)
+    held = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
+    own = found[::2] if crossed else found
+    return Wiring(
+        tuple(call.module for call in found), tuple(_layer(own, call, held) for call in own), any(c.remade for c in own)
+    )
+
+
+def _layer(calls: list[Call], call: Call, held: Any) -> int | None:
+    """The number of the layer whose keys and values a call has."""
+    if not held:  # an encoder, or a stack that is asked for no cache: then each has its own
+        return next(number for number, other in enumerate(calls) if other.key is call.key)
+    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in held]
+    return next((n for n, (key, value) in enumerate(pairs) if _same(key, call.key) and _same(value, call.value)), None)
+
+
+def _same(held: Any, called: Tensor) -> bool:
+    if held is called:
+        return True
+    like = isinstance(held, Tensor) and held.shape == called.shape and held.device == called.device
+    return like and not called.is_meta and bool(torch.equal(held, called))
+
+
+def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    told = _told.get()
+    if told is not None:
+        told[module] = [given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)]
+
+
+def _look(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
+) -> tuple[Tensor, Tensor | None]:
+    calls, told = _calls.get(), _told.get()
+    if calls is not None and told is not None:
+        given = told.get(module, [])
+        # A slice of what was given has its memory.
+        remade = isinstance(attention_mask, Tensor) and not any(
+            one is attention_mask or one.untyped_storage()._cdata == attention_mask.untyped_storage()._cdata
+            for one in given
+        )
+        calls.append(Call(module, key, value, remade))
+    own: Any = sys.modules[type(module).__module__]
+    return own.eager_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[no-any-return]
+
+
+def one_token(stack: Any, ids: Tensor | None = None, **given: Any) -> Any:
+    """The output of a stack for one token, past the hooks of what is attached."""
+    if ids is None and given.get("inputs_embeds") is None:
+        ids = some_token(stack)
+    takes = inspect.signature(stack.forward).parameters
+    if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values()):
+        given = {name: value for name, value in given.items() if name in takes}
+    training = stack.training
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            return past_hooks(stack.eval())(**({} if ids is None else {"input_ids": ids}), **given)
+    finally:
+        stack.train(training)
+
+
+def some_token(stack: Any) -> Tensor:
+    """A token [1, 1] that means nothing particular: it is no pad, which may stand elsewhere."""
+    special = {value for name, value in vars(stack.config).items() if name.endswith("_token_id")}
+    words = stack.get_input_embeddings()
+    number = next(number for number in range(3, 99) if number not in special)
+    return torch.full((1, 1), number, dtype=torch.long, device=words.weight.device)
+
+
+def embeds(stack: Any) -> str | None:
+    """Why a token's embedding is not all that a stack knows of it, or None if it is. It is found out once.
+
+    Only of a decoder is that asked to the last digit: in the middle of a text it meets tokens again by their numbers.
+    """
+    if stack not in _plain:
+        _plain[stack] = _asked(stack)
+    return _plain[stack]
+
+
+def _asked(stack: Any) -> str | None:
+    words = stack.get_input_embeddings()
+    ids = some_token(stack)
+    try:
+        output = one_token(stack, ids)
+    except Exception:  # foreign code, and no fault of embeddings
+        return None
+    expected = output[0]
+    more = [name for name, value in _fields(output) if value.ndim == 3 and value is not expected]
+    if more:
+        return f"returns more states of each token than the last hidden ones ({', '.join(more)})"
+    try:
+        with torch.no_grad():
+            embedded = words(ids)
+        found = one_token(stack, inputs_embeds=embedded)[0]
+    except Exception as error:  # foreign code
+        return f"cannot be run on embeddings ({type(error).__name__})"
+    if expected.is_meta or found.shape != expected.shape:
+        return None
+    apart, size = float((found - expected).abs().max()), float(expected.abs().max())
+    return "makes something else of tokens that are given as embeddings" if apart > 1e-2 * size else None
+
+
+def _fields(output: Any) -> list[tuple[str, Tensor]]:
+    named = output.items() if hasattr(output, "items") else ()
+    return [(name, value) for name, value in named if isinstance(value, Tensor)]
