@@ -36,6 +36,7 @@ from softbridge.lower import as_dtype
 from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt
 from softbridge.testing import TINY, agreement, apart, random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files
+from softbridge_compat import peft_defects
 from softbridge_native.engine import ENGINE
 from softbridge_native.format import FORMAT
 
@@ -110,6 +111,13 @@ def attached(model: Any, prompt: SoftPrompt) -> Any:
     if prompt.prefixes and not model._can_set_attn_implementation():
         pytest.skip(f"{model.config.model_type} does not dispatch here")
     return ENGINE.attach(copy.deepcopy(model), prompt)
+
+
+def skip_what_peft_fails_on() -> None:
+    """A prefix on a classifier, where PEFT does not know what the installed transformers calls the cache."""
+    defect = peft_defects.RENAMED_CACHE_CLASSIFIER
+    if defect.applies():
+        pytest.skip(f"{defect.id}: {defect.summary}")
 
 
 def shifted(prompt: SoftPrompt) -> SoftPrompt:
@@ -709,6 +717,8 @@ def test_is_peft(family: str, kind: str, layout: str) -> None:
     """
     if (family, kind) == ("t5", "prefix"):
         pytest.skip("PEFT's T5 prefix repeats blocks: a matter of its reader")
+    if (family, kind) == ("bert", "prefix"):
+        skip_what_peft_fails_on()
     model = tiny_model(family)
     prompt = wide(make_prompt(model, kind))
     ours, wrong, peft = attached(model, prompt), twins(model, prompt), peft_model(model, prompt)
@@ -738,7 +748,13 @@ def test_is_peft(family: str, kind: str, layout: str) -> None:
         for name, other in wrong.items():
             assert difference(other(**inputs).logits[keep], found.logits[keep]) > FAR, name
     if ours.can_generate() and layout == "unpadded":
-        made, theirs = generate(ours, ids), generate(peft, ids)
+        made = generate(ours, ids)
+        if peft_defects.RENAMED_CACHE_GENERATE.applies():  # its forward is right; generate keeps logits in float32
+            rows = [greedy(peft, row[None]) for row in ids]
+            theirs = (torch.stack([row[0] for row in rows]), torch.stack([row[1] for row in rows]))
+            rtol = max(agreement(model), 1e-6)
+        else:
+            theirs = generate(peft, ids)
         assert torch.equal(made[0], theirs[0])
         assert apart(made[1], theirs[1]) <= rtol
 
@@ -747,6 +763,8 @@ def test_is_peft(family: str, kind: str, layout: str) -> None:
 @pytest.mark.parametrize("family", ["opt", "roberta"])
 def test_is_peft_where_the_head_is_unusual(family: str, kind: str) -> None:
     """OPT's head calls the decoder past the base model; RoBERTa's takes the first state, a virtual token's."""
+    if (family, kind) == ("roberta", "prefix"):
+        skip_what_peft_fails_on()
     settings = {**TINY["bert"], "ffn_dim": 48, "word_embed_proj_dim": 32, "pad_token_id": 1, "eos_token_id": 2}
     config = AutoConfig.for_model(family, **settings)
     model = build(config, BaseModel(config).task, torch.float64, 0)
