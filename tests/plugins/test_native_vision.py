@@ -494,3 +494,16 @@ def test_images_that_are_placed_by_themselves_are_refused_where_they_would_move(
     attach(model, make(read_geometry(model.config), P))
     with pytest.raises(EngineError, match="placed by itself"):
         generated(model, given)
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "gemma3", "paligemma"])
+@methods
+def test_the_engines_check_of_itself_lets_it_run(
+    family: str, method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Qwen2-VL keeps what it found of the last sequence, and PaliGemma reads on in another way than it begins."""
+    monkeypatch.setenv("SOFTBRIDGE_SELF_CHECK", "1")
+    monkeypatch.setenv("SOFTBRIDGE_SELF_CHECK_FOLDER", str(tmp_path))
+    prompt, given = make_prompt(family, method), batch(family, True)
+    model = attach(copy.deepcopy(bare(family)), prompt)
+    assert torch.equal(generated(model, given), generated(attached(family, prompt), given))

@@ -219,7 +219,25 @@ def _with_prefixes(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inpu
     if start != part.length or "position_ids" in inspect.signature(bare.forward).parameters:
         given |= _told(bare, start, ids.shape[1])
     given |= caches.handed(bare.forward, _seeded(part, geometry))
+    if bare.config.get_text_config() is not bare.config:
+        _check_continues(bare, text, "position_ids" in given)
     return scores(bare(**given))
+
+
+def _check_continues(bare: Any, text: Inputs, told: bool) -> None:
+    """A filled cache says nothing of a model that makes masks and positions of its own for the first call of a text.
+
+    PaliGemma does: there its words see those behind them, and its positions begin with 1.
+    """
+    ids, begun = text["input_ids"], text["input_ids"].shape[1] // 2
+    rest: dict[str, Any] = {"input_ids": ids[:, begun:], "attention_mask": torch.ones_like(ids)}
+    if told:
+        rest |= _told(bare, begun, ids.shape[1] - begun)
+    first = bare(input_ids=ids[:, :begun], attention_mask=torch.ones_like(ids[:, :begun]), use_cache=True)
+    on = scores(bare(**rest, **caches.handed(bare.forward, caches.of(first))))
+    whole = scores(bare(**text))
+    if contract.distance(on, whole[:, begun:]) > contract.CLOSE_TO_ISLAND:
+        raise NotTried("the bare model reads on from a cache in another way than it reads a text as a whole")
 
 
 def _check_window(geometry: Geometry, prompt: SoftPrompt, length: int) -> None:

@@ -275,7 +275,8 @@ class _Trial:
         on the left, has a softmax of the lowest float64, which in a softmax of float32 is minus infinity. What the bare
         copy loses so is asked of both in float32.
         """
-        figures, reason = _answers(ask, self.running, self.texts)
+        # A copy for each: Qwen2-VL keeps what it found of the last sequence that it generated from.
+        figures, reason = _answers(ask, fresh(self.running), self.texts)
         alone: dict[str, float] = {}
         if Outcome(promise, tuple(figures), {}, self.islands).unkept:
             alone = self._alone(ask, torch.float64)
@@ -289,8 +290,9 @@ class _Trial:
 
     def _alone(self, ask: Ask, dtype: torch.dtype) -> dict[str, float]:
         """The figures of the bare copy."""
-        answers, _ = _answers(ask, contract.told_positions(fresh(self.bare).to(dtype)), self.plain)
-        return {one.name: one.value for one in answers}
+        told, _ = _answers(ask, contract.told_positions(fresh(self.bare).to(dtype)), self.plain)
+        untold, _ = _answers(ask, fresh(self.bare).to(dtype), self.plain)  # what that cannot run, nobody can
+        return {one.name: one.value for one in [*told, *(one for one in untold if one.name == RAISED)]}
 
     def _rows(self) -> Finding:
         """Rows of a bank with this prompt and with none are what each is alone, in a call and in `generate`."""
