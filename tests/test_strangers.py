@@ -24,6 +24,7 @@ from softbridge.testing import random_input_prompt, random_prefix
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' models, about themselves
 
 RIGHT, BEYOND, NO_DISPATCH = "right", "right .*beyond the table", "refused .*dispatch"
+UNNAMED, UNBUILT = ".*does not say which", "not buildable .*no attribute 'config'"  # FSMT's on transformers 5 and 4
 #: Kind and family -> what comes of an input prompt and of a prefix, as "outcome reason" matches.
 SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
     ("causal", "gpt2"): (BEYOND, BEYOND),
@@ -34,7 +35,8 @@ SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
         "refused .*entry: .*vector",
         RIGHT,
     ),  # layers share keys; each has embeddings of its own
-    ("causal", "diffllama"): (RIGHT, "refused .*call their attention 8 times|" + NO_DISPATCH),
+    # On transformers 4 it does not dispatch, and finds the prefix in its cache.
+    ("causal", "diffllama"): (RIGHT, "refused .*call their attention 8 times|right"),
     ("causal", "doge"): (RIGHT, "refused .*make their own mask"),
     ("causal", "git"): (BEYOND, "refused .*dispatch|elsewhere"),
     ("causal", "mamba2"): (RIGHT, "refused .*no key/value cache"),
@@ -45,7 +47,7 @@ SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
     ("masked", "ibert"): ("refused .*cannot be run on embeddings", NO_DISPATCH),
     ("masked", "reformer"): (BEYOND, NO_DISPATCH),
     ("classifier", "longformer"): ("refused .*global_attention_mask", NO_DISPATCH),
-    ("seq2seq", "fsmt"): ("refused .*does not say which", "refused .*does not say which"),
+    ("seq2seq", "fsmt"): (f"refused {UNNAMED}|{UNBUILT}", f"refused {UNNAMED}|{UNBUILT}"),
 }
 
 
@@ -139,7 +141,9 @@ def test_the_last_position_is_taken_and_none_beyond(method: str) -> None:
     fits = tokens(1, model.config.n_positions - 3)
     strangers._scores(running, input_ids=fits)
     longer = torch.cat([fits, fits[:, :1]], dim=1)
-    with pytest.raises(EngineError, match=r"126 tokens, the first of which stands at 3; expected no more than the 128"):
+    with pytest.raises(
+        EngineError, match=r"126 tokens, the first of which stands at 3\s+expected: no more than the 128"
+    ):
         strangers._scores(running, input_ids=longer)
     # Pads stand nowhere.
     mask = torch.ones_like(longer)

@@ -236,7 +236,8 @@ def hide(cache: Any, length: int, owner: str) -> None:
     if cache is not None:
         running(cache, hides(cache) and vars(cache)[_RUNNING])
         vars(cache)[_BEGUN] = owner
-        cache.get_seq_length = partial(_real_length, cache, length)
+        if hasattr(cache, "get_seq_length"):
+            cache.get_seq_length = partial(_real_length, cache, length)
         if hasattr(cache, "crop"):
             cache.crop = partial(_crop, cache, length)
 
@@ -285,7 +286,7 @@ def full_length(cache: Any) -> int:
         return 0
     try:
         return int(type(cache).get_seq_length(cache))
-    except ValueError:  # states alone do not say
+    except (AttributeError, ValueError):  # states alone do not say
         return int(vars(cache).get(_READ, 0))
 
 
@@ -561,8 +562,9 @@ class StackHooks:
             running(cache, False)
         if output is None or layout is None or vectors is None:
             return output
-        if cache is None:  # the stack may have made one
-            hide(_cache_of(output), vectors.length, self.around.owner)
+        if cache is None and (made := _cache_of(output)) is not None:  # by the stack
+            hide(made, vectors.length, self.around.owner)
+            vars(made)[_READ] = call.width
         if self.around.keeps or self.around.shows():
             return output
         pooled = self.around.pools and vectors.placement == "before-sequence"
