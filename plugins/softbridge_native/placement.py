@@ -422,6 +422,7 @@ class StackHooks:
         self.offset = _position_offset(stack)
         self.padding = _padding_row(stack)
         self.reach = tables.reach(stack, self.offset)
+        self.counts_pads = tables.counts_pads(stack)
         self._fixed = vectors, start
 
     def chosen(self, given: Tensor | None) -> tuple[Inserted | None, int | Tensor]:
@@ -665,7 +666,7 @@ class StackHooks:
         if self.reach is None or all(kwargs.get(name) is None for name in ("input_ids", "inputs_embeds")):
             return
         count = given_tokens(kwargs).shape[1] + past - self._virtual(past)[0]
-        told = mask if "position_ids" in self.names else None
+        told = mask if "position_ids" in self.names and not self.counts_pads else None
         tables.check(stack, self.reach, count, self.call.now.start, told)
 
     def _virtual(self, past: int) -> tuple[int, int | Tensor]:

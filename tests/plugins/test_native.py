@@ -605,7 +605,7 @@ def test_attention_over_latents_is_refused() -> None:
     with pytest.raises(EngineError, match="no pair of one width"):
         ENGINE.attach(model, prompt)
 
-    # What no configuration tells shows when it is tried with one token: in its cache, or in what attention is called with.
+    # What no configuration tells shows when one token is tried, in the cache, or else when it runs.
     for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim"):
         vars(model.config)[name] = None
     if ENGINE.obstacles(prompt, model):
