@@ -20,10 +20,12 @@ from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
 from softbridge.registry import engine_named
 from softbridge.testing import random_input_prompt, random_prefix
+from softbridge_native import tables
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of transformers' models, about themselves
 
 RIGHT, BEYOND, NO_DISPATCH = "right", "right .*beyond the table", "refused .*dispatch"
+UNNAMED, UNBUILT = ".*does not say which", "not buildable .*no attribute 'config'"  # FSMT's on transformers 5 and 4
 #: Kind and family -> what comes of an input prompt and of a prefix, as "outcome reason" matches.
 SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
     ("causal", "gpt2"): (BEYOND, BEYOND),
@@ -34,7 +36,8 @@ SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
         "refused .*entry: .*vector",
         RIGHT,
     ),  # layers share keys; each has embeddings of its own
-    ("causal", "diffllama"): (RIGHT, "refused .*call their attention 8 times|" + NO_DISPATCH),
+    # On transformers 4 it does not dispatch, and finds the prefix in its cache.
+    ("causal", "diffllama"): (RIGHT, "refused .*call their attention 8 times|right"),
     ("causal", "doge"): (RIGHT, "refused .*make their own mask"),
     ("causal", "git"): (BEYOND, "refused .*dispatch|elsewhere"),
     ("causal", "mamba2"): (RIGHT, "refused .*no key/value cache"),
@@ -45,7 +48,7 @@ SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
     ("masked", "ibert"): ("refused .*cannot be run on embeddings", NO_DISPATCH),
     ("masked", "reformer"): (BEYOND, NO_DISPATCH),
     ("classifier", "longformer"): ("refused .*global_attention_mask", NO_DISPATCH),
-    ("seq2seq", "fsmt"): ("refused .*does not say which", "refused .*does not say which"),
+    ("seq2seq", "fsmt"): (f"refused {UNNAMED}|{UNBUILT}", f"refused {UNNAMED}|{UNBUILT}"),
 }
 
 
@@ -55,7 +58,7 @@ def trial(kind: str, model_type: str) -> list[Cell]:
     return found
 
 
-@pytest.mark.parametrize(("kind", "model_type"), SAMPLE, ids=" ".join)
+@pytest.mark.parametrize(("kind", "model_type"), SAMPLE, ids=["-".join(names) for names in SAMPLE])
 def test_it_is_right_or_says_why_not(kind: str, model_type: str) -> None:
     for cell, expected in zip(trial(kind, model_type), SAMPLE[kind, model_type], strict=True):
         assert re.match(expected, f"{cell.outcome} {cell.reason}"), (cell.name, cell.outcome, cell.reason, cell.figures)
@@ -139,12 +142,18 @@ def test_the_last_position_is_taken_and_none_beyond(method: str) -> None:
     fits = tokens(1, model.config.n_positions - 3)
     strangers._scores(running, input_ids=fits)
     longer = torch.cat([fits, fits[:, :1]], dim=1)
-    with pytest.raises(EngineError, match=r"126 tokens, the first of which stands at 3; expected no more than the 128"):
+    with pytest.raises(
+        EngineError, match=r"126 tokens, the first of which stands at 3\s+expected: no more than the 128"
+    ):
         strangers._scores(running, input_ids=longer)
-    # Pads stand nowhere.
+    # Pads on the left stand nowhere.
     mask = torch.ones_like(longer)
-    mask[:, -1] = 0
-    strangers._scores(running, input_ids=longer, attention_mask=mask)
+    mask[:, 0] = 0
+    if tables.counts_pads(running.base_model):  # but take room on transformers 4
+        with pytest.raises(EngineError, match="126 tokens"):
+            strangers._scores(running, input_ids=longer, attention_mask=mask)
+    else:
+        strangers._scores(running, input_ids=longer, attention_mask=mask)
     with pytest.raises(EngineError, match="stands at 3"):
         running.generate(fits, max_new_tokens=3, do_sample=False)
 

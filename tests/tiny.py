@@ -8,7 +8,8 @@ each kind at least one.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from transformers import PretrainedConfig
@@ -100,7 +101,7 @@ def layers_of(settings: Mapping[str, Any]) -> set[int]:
     return {value for name, value in settings.items() if names.fullmatch(name) and type(value) is int and value > 2}
 
 
-def tiny_configs(config: Any, **more: Any) -> Iterator[Any]:
+def tiny_configs(config: Any, **more: Any) -> Iterator[Callable[[], Any]]:
     """Small configurations like this one, the first of which that can be built is the one to take.
 
     Args:
@@ -110,7 +111,16 @@ def tiny_configs(config: Any, **more: Any) -> Iterator[Any]:
     names = settings_of(config)
     for change in OTHERWISE:
         if all(name in names for name in change):
-            yield lambda change=change: type(config)(**shrunk(config, **{**change, **more}))
+            yield partial(_made, type(config), shrunk(config, **{**change, **more}))
+
+
+def _made(config_class: Any, settings: dict[str, Any]) -> Any:
+    """A configuration of these settings, whose parts some classes take as they are and some as mappings."""
+    try:
+        return config_class(**settings)
+    except TypeError:
+        parts = {name: value.to_dict() for name, value in settings.items() if isinstance(value, PretrainedConfig)}
+        return config_class(**{**settings, **parts})
 
 
 def shrunk(config: Any, **more: Any) -> dict[str, Any]:

@@ -236,7 +236,8 @@ def hide(cache: Any, length: int, owner: str) -> None:
     if cache is not None:
         running(cache, hides(cache) and vars(cache)[_RUNNING])
         vars(cache)[_BEGUN] = owner
-        cache.get_seq_length = partial(_real_length, cache, length)
+        if hasattr(cache, "get_seq_length"):
+            cache.get_seq_length = partial(_real_length, cache, length)
         if hasattr(cache, "crop"):
             cache.crop = partial(_crop, cache, length)
 
@@ -285,7 +286,7 @@ def full_length(cache: Any) -> int:
         return 0
     try:
         return int(type(cache).get_seq_length(cache))
-    except ValueError:  # states alone do not say
+    except (AttributeError, ValueError):  # states alone do not say
         return int(vars(cache).get(_READ, 0))
 
 
@@ -421,6 +422,7 @@ class StackHooks:
         self.offset = _position_offset(stack)
         self.padding = _padding_row(stack)
         self.reach = tables.reach(stack, self.offset)
+        self.counts_pads = tables.counts_pads(stack)
         self._fixed = vectors, start
 
     def chosen(self, given: Tensor | None) -> tuple[Inserted | None, int | Tensor]:
@@ -561,8 +563,9 @@ class StackHooks:
             running(cache, False)
         if output is None or layout is None or vectors is None:
             return output
-        if cache is None:  # the stack may have made one
-            hide(_cache_of(output), vectors.length, self.around.owner)
+        if cache is None and (made := _cache_of(output)) is not None:  # by the stack
+            hide(made, vectors.length, self.around.owner)
+            vars(made)[_READ] = call.width
         if self.around.keeps or self.around.shows():
             return output
         pooled = self.around.pools and vectors.placement == "before-sequence"
@@ -663,7 +666,7 @@ class StackHooks:
         if self.reach is None or all(kwargs.get(name) is None for name in ("input_ids", "inputs_embeds")):
             return
         count = given_tokens(kwargs).shape[1] + past - self._virtual(past)[0]
-        told = mask if "position_ids" in self.names else None
+        told = mask if "position_ids" in self.names and not self.counts_pads else None
         tables.check(stack, self.reach, count, self.call.now.start, told)
 
     def _virtual(self, past: int) -> tuple[int, int | Tensor]:

@@ -41,6 +41,12 @@ def reach(stack: Any, offset: int) -> int | None:
     return min((found for module in modules for found in _reaches(module, numbers, offset)), default=None)
 
 
+def counts_pads(stack: Any) -> bool:
+    """Whether pads take room, too: each layer has a mask of as many queries and keys as there are positions."""
+    numbers = {getattr(stack.config, name, None) for name in _NUMBERS}
+    return any(buffer.ndim == 4 and set(buffer.shape[2:]) <= numbers for buffer in stack.buffers())
+
+
 def _reaches(module: nn.Module, numbers: set[Any], offset: int) -> Iterator[int]:
     if hasattr(module, "make_weights") or hasattr(module, "make_weight"):  # it grows
         return
@@ -66,11 +72,12 @@ def check(stack: Any, reach: int, count: int, ahead: int | Tensor, mask: Tensor 
         reach: see `reach`.
         count: columns of real tokens, those in a cache included.
         ahead: where the first of them stands, in all rows or in each [B, 1].
-        mask: of these columns [B, count], where the stack is told that pads stand nowhere; else None.
+        mask: of these columns [B, count], where the stack is told where its tokens stand; else None.
     """
     if (isinstance(ahead, int) and count + ahead <= reach) or torch.compiler.is_compiling():
         return
-    rows: Any = count if mask is None else mask.sum(-1, keepdim=True)
+    # Pads on the left stand nowhere, and those on the right behind the text.
+    rows: Any = count if mask is None else count - (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
     last = torch.as_tensor(rows + ahead).max()
     if int(last) > reach:
         first = int(torch.as_tensor(ahead).max())
