@@ -115,8 +115,12 @@ def unhook(stack: Any) -> None:
         del stack.__dict__[_ENTRY]
 
 
-def past_hooks(stack: Any) -> Any:
-    """The stack's forward, without the hooks."""
-    if isinstance(stack, Hooked):
-        stack.__dict__[_ENTRY].now.open = True
-    return stack.forward
+def past_hooks(stack: Any) -> Callable[..., Any]:
+    """The stack's forward, without the hooks, as often as it is called."""
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if isinstance(stack, Hooked):
+            stack.__dict__[_ENTRY].now.open = True
+        return stack.forward(*args, **kwargs)
+
+    return forward
