@@ -562,7 +562,7 @@ def _compare(cell: Cell, model: Any, geometry: Geometry, prompt: SoftPrompt, bar
         judge.figures["effect"] = f"not judged: by hand the prompt moves logits by {felt:.1e} only"
     if cell.method == "prefix" and not crossed:
         _naturally(model, geometry, judge)
-    _sdpa(model, prompt, text, judge)
+    _sdpa(model, cell.method, prompt, text, judge)
     _pads(model, running, prompt, text, judge)
     if cell.kind in ("causal", "seq2seq"):
         _generation(model, running, prompt, hand, ids, crossed, judge)
@@ -593,7 +593,7 @@ def _naturally(model: Any, geometry: Geometry, judge: Judge) -> None:
         )
 
 
-def _sdpa(model: Any, prompt: SoftPrompt, text: Mapping[str, Any], judge: Judge) -> None:
+def _sdpa(model: Any, method: str, prompt: SoftPrompt, text: Mapping[str, Any], judge: Judge) -> None:
     other = copy.deepcopy(model)
     try:
         other.set_attn_implementation("sdpa")
@@ -604,12 +604,14 @@ def _sdpa(model: Any, prompt: SoftPrompt, text: Mapping[str, Any], judge: Judge)
         return
     if engine_named("native").obstacles(prompt, other):
         return
-    eager = sb.attach(copy.deepcopy(model), prompt)
-    judge.close(
-        "sdpa",
-        lambda: _scores(eager, **text, attention_mask=torch.ones_like(text["input_ids"])),
-        lambda: _scores(sb.attach(other, prompt), **text, attention_mask=torch.ones_like(text["input_ids"])),
-    )
+    ids, mask = text["input_ids"], torch.ones_like(text["input_ids"])
+    hand = by_hand(method, read_geometry(model.config))
+    if hand is Overwritten:  # it listens to eager attention
+        eager = sb.attach(copy.deepcopy(model), prompt)
+        expected_of = partial(_scores, eager, **text, attention_mask=mask)
+    else:
+        expected_of = partial(hand(copy.deepcopy(other), prompt).scores, ids, True, text.get("decoder_input_ids"))
+    judge.close("sdpa", expected_of, lambda: _scores(sb.attach(other, prompt), **text, attention_mask=mask))
 
 
 def _pads(model: Any, running: Any, prompt: SoftPrompt, text: Mapping[str, Any], judge: Judge) -> None:
