@@ -10,7 +10,7 @@ Each cell ends as one of
 
 - ``right``: all that is judged agrees; what is refused at its use (left padding, a cache) is listed;
 - ``refused``: an obstacle is told before anything runs;
-- ``not judged``: no reference can be run by hand, or the bare model gives another answer each time;
+- ``not compared``: no reference can be run by hand, or the bare model gives another answer each time;
 - ``not buildable``: no small model can be built, with transformers' reason;
 - ``WRONG``: something else is computed without a word;
 - ``CRASH``: an error that is none of softbridge's own.
@@ -71,6 +71,8 @@ COUNTS = Path(__file__).with_name("strangers.json")
 README = Path(__file__).resolve().parent.parent / "README.md"
 #: Between these the README shows the counts.
 BEGIN, END = "<!-- strangers -->", "<!-- /strangers -->"
+#: Of what is compared, that which is done by hand on the bare model; the rest is the prompt's own under other settings.
+BY_HAND = ("forward", "forward, mask", "natural", "cached tokens", "uncached tokens")
 RESULTS = Path(__file__).resolve().parent.parent / "build"
 
 KINDS: Mapping[str, str] = {
@@ -79,7 +81,7 @@ KINDS: Mapping[str, str] = {
     "classifier": "MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES",
     "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
 }
-OUTCOMES = ("right", "refused", "not judged", "not buildable", "elsewhere", "WRONG", "CRASH")
+OUTCOMES = ("right", "refused", "not compared", "not buildable", "elsewhere", "WRONG", "CRASH")
 
 
 class Unbuildable(Exception):  # noqa: N818
@@ -271,23 +273,53 @@ class Overwritten(Hand):
     """
 
     def _run(self, ids: Tensor, more: dict[str, Any]) -> Tensor:
-        one, other = (self._behind(ids, seed, more) for seed in (5, 6))
+        try:
+            return self._twice(ids, more, self._front)
+        except ArithmeticError:  # a head that takes the first state for all
+            return self._twice(ids, more, self._last)
+
+    def _twice(self, ids: Tensor, more: dict[str, Any], run: Callable[..., Tensor]) -> Tensor:
+        one, other = (run(ids, tokens(len(ids), P, seed), more) for seed in (5, 6))
         if _difference(one, other) > ISLAND:
             raise ArithmeticError("the tokens in front show elsewhere than in keys and values")
         return one
 
-    def _behind(self, ids: Tensor, seed: int, more: dict[str, Any]) -> Tensor:
+    def _front(self, ids: Tensor, filler: Tensor, more: dict[str, Any]) -> Tensor:
+        def joined(given: Tensor, ours: Tensor) -> Tensor:
+            return torch.cat([ours, given[:, :, P:]], 2)
+
+        found = self._overwritten(joined, input_ids=torch.cat([filler, ids], 1), **more)
+        return found[:, P:] if found.ndim == 3 else found
+
+    def _last(self, ids: Tensor, filler: Tensor, more: dict[str, Any]) -> Tensor:
+        """The same with these tokens behind all, told that they stand in front."""
+
+        def joined(given: Tensor, ours: Tensor) -> Tensor:
+            return torch.cat([given[:, :, :-P], ours], 2)
+
+        rows = (row for module in self.model.modules() if (row := _padding(module)) is not None)
+        places = torch.arange(P + ids.shape[1])[None] + max(rows, default=-1) + 1
+        more = {**more, "position_ids": places.roll(-P, 1).expand(len(ids), -1)}
+        found = self._overwritten(joined, input_ids=torch.cat([ids, filler], 1), **more)
+        return found[:, :-P] if found.ndim == 3 else found
+
+    def _overwritten(self, joined: Callable[[Tensor, Tensor], Tensor], **given: Any) -> Tensor:
         pairs = list(self.prompt.prefixes[0].layers.values())
 
         def overwrite(number: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
             numbers = ((pairs[number].keys, key), (pairs[number].values, value))
             ours = (torch.from_numpy(part).to(like)[None].expand(len(like), -1, -1, -1) for part, like in numbers)
             keys, values = ours
-            return torch.cat([keys, key[:, :, P:]], 2), torch.cat([values, value[:, :, P:]], 2)
+            return joined(key, keys), joined(value, values)
 
         with heard(self.model, overwrite):
-            found = _scores(self.model, input_ids=torch.cat([tokens(len(ids), P, seed), ids], 1), **more)
-        return found[:, P:] if found.ndim == 3 else found
+            return _scores(self.model, **given)
+
+
+def _padding(module: torch.nn.Module) -> int | None:
+    """The row of a table of positions that pads have, if there is one."""
+    table = getattr(module, "position_embeddings", None)
+    return getattr(table, "padding_idx", None)
 
 
 def by_hand(method: str, geometry: Geometry) -> type[Hand]:
@@ -457,7 +489,7 @@ def run(cell: Cell, others: list[Cell]) -> None:
     bare, again = (_scores(model, **_text(model)) for _ in range(2))
     if not torch.equal(bare, again) and _difference(bare, again) > 1e-9:
         differ = _difference(bare, again)
-        return all_are("not judged", f"run twice on the same text, the bare model differs by {differ:.1e}")
+        return all_are("not compared", f"run twice on the same text, the bare model differs by {differ:.1e}")
     bound = _bound(model)
     for one in every:
         began = time.process_time()
@@ -490,12 +522,12 @@ def _try(cell: Cell, model: Any, bare: Tensor, bound: float) -> None:
             cell.reason += "; wrong: " + ", ".join(judge.wrong)
     elif judge.wrong:
         cell.outcome, cell.reason = "WRONG", ", ".join(judge.wrong)
-    elif any(isinstance(value, float) for value in judge.figures.values()):
+    elif any(isinstance(judge.figures.get(name), float) for name in BY_HAND):
         cell.outcome, cell.reason = "right", "refused at its use: " * bool(judge.refused) + ", ".join(judge.refused)
     elif judge.refused:
         cell.outcome, cell.reason = "refused", "at each use: " + str(judge.figures[judge.refused[0]])
     else:
-        cell.outcome, cell.reason = "not judged", "nothing could be run by hand"
+        cell.outcome, cell.reason = "not compared", "nothing could be run by hand"
 
 
 def _bound(model: Any) -> float:
@@ -530,7 +562,7 @@ def _compare(cell: Cell, model: Any, geometry: Geometry, prompt: SoftPrompt, bar
         judge.figures["effect"] = f"not judged: by hand the prompt moves logits by {felt:.1e} only"
     if cell.method == "prefix" and not crossed:
         _naturally(model, geometry, judge)
-    _sdpa(model, prompt, text, judge)
+    _sdpa(model, cell.method, prompt, text, judge)
     _pads(model, running, prompt, text, judge)
     if cell.kind in ("causal", "seq2seq"):
         _generation(model, running, prompt, hand, ids, crossed, judge)
@@ -561,7 +593,7 @@ def _naturally(model: Any, geometry: Geometry, judge: Judge) -> None:
         )
 
 
-def _sdpa(model: Any, prompt: SoftPrompt, text: Mapping[str, Any], judge: Judge) -> None:
+def _sdpa(model: Any, method: str, prompt: SoftPrompt, text: Mapping[str, Any], judge: Judge) -> None:
     other = copy.deepcopy(model)
     try:
         other.set_attn_implementation("sdpa")
@@ -572,12 +604,14 @@ def _sdpa(model: Any, prompt: SoftPrompt, text: Mapping[str, Any], judge: Judge)
         return
     if engine_named("native").obstacles(prompt, other):
         return
-    eager = sb.attach(copy.deepcopy(model), prompt)
-    judge.close(
-        "sdpa",
-        lambda: _scores(eager, **text, attention_mask=torch.ones_like(text["input_ids"])),
-        lambda: _scores(sb.attach(other, prompt), **text, attention_mask=torch.ones_like(text["input_ids"])),
-    )
+    ids, mask = text["input_ids"], torch.ones_like(text["input_ids"])
+    hand = by_hand(method, read_geometry(model.config))
+    if hand is Overwritten:  # it listens to eager attention
+        eager = sb.attach(copy.deepcopy(model), prompt)
+        expected_of = partial(_scores, eager, **text, attention_mask=mask)
+    else:
+        expected_of = partial(hand(copy.deepcopy(other), prompt).scores, ids, True, text.get("decoder_input_ids"))
+    judge.close("sdpa", expected_of, lambda: _scores(sb.attach(other, prompt), **text, attention_mask=mask))
 
 
 def _pads(model: Any, running: Any, prompt: SoftPrompt, text: Mapping[str, Any], judge: Judge) -> None:
@@ -772,6 +806,8 @@ def main() -> int:
     known: dict[str, Cell] = {}
     if told.resume and results.exists():
         known = {cell.name: cell for cell in (Cell(**json.loads(line)) for line in results.read_text().splitlines())}
+    build("causal", "llama", "LlamaForCausalLM")  # what every process would import anew
+    transformers.GenerationMixin, engine_named("native")
     done: list[Cell] = []
     chosen: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells():

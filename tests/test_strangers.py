@@ -32,6 +32,11 @@ SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
     ("causal", "bart"): (BEYOND, BEYOND),  # its layers could attend to an encoder, and there is none
     ("causal", "trocr"): (BEYOND, BEYOND),  # its table counts the cache, prefix included
     ("causal", "bloom"): (RIGHT, RIGHT),
+    ("causal", "camembert"): (
+        BEYOND,
+        BEYOND,
+    ),  # told where its tokens stand, it is told rows, the first 2 of them for pads
+    ("causal", "cwm"): (RIGHT, RIGHT),  # three tokens end a text
     ("causal", "gemma3n_text"): (
         "refused .*entry: .*vector",
         RIGHT,
@@ -47,6 +52,8 @@ SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
     ("masked", "rembert"): (BEYOND, NO_DISPATCH),  # its embeddings are narrower than its states
     ("masked", "ibert"): ("refused .*cannot be run on embeddings", NO_DISPATCH),
     ("masked", "reformer"): (BEYOND, NO_DISPATCH),
+    ("classifier", "bert"): (BEYOND, BEYOND),  # its head takes the first state, which by hand is the text's, too
+    ("masked", "mobilebert"): (BEYOND, "not compared"),  # embeds each token with those beside it
     ("classifier", "longformer"): ("refused .*global_attention_mask", NO_DISPATCH),
     ("seq2seq", "fsmt"): (f"refused {UNNAMED}|{UNBUILT}", f"refused {UNNAMED}|{UNBUILT}"),
 }

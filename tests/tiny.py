@@ -7,6 +7,7 @@ each kind at least one.
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -123,6 +124,17 @@ def _made(config_class: Any, settings: dict[str, Any]) -> Any:
         return config_class(**{**settings, **parts})
 
 
+def _part(config: Any) -> Any:
+    """A small part of a configuration. Some classes do not take all that they have."""
+    settings = shrunk(config)
+    try:
+        return type(config)(**settings)
+    except (TypeError, ValueError):
+        small = copy.deepcopy(config)
+        vars(small).update(settings)
+        return small
+
+
 def shrunk(config: Any, **more: Any) -> dict[str, Any]:
     """The settings of a configuration like this one, made small."""
     before = settings_of(config)
@@ -133,7 +145,7 @@ def shrunk(config: Any, **more: Any) -> dict[str, Any]:
         if name in ("id2label", "label2id", "architectures", "transformers_version", "dtype"):
             continue
         if isinstance(value, PretrainedConfig):
-            found[name] = type(value)(**shrunk(value))
+            found[name] = _part(value)
         elif isinstance(value, list | tuple) and len(value) in layers and len(value) > depth:
             found[name] = type(value)(lowered(name, one) for one in cut(value, depth))
         elif name.endswith(("_token_id", "_token_index")) and type(value) is int and not 0 <= value < VOCABULARY:

@@ -526,6 +526,8 @@ class StackHooks:
         elif call.vectors is not None:
             if mask is not plain:
                 raise _ready_made()
+            if self.cache_name is None and kwargs.get("use_cache"):
+                raise _kept_within(stack)
             check_begun(cache, self.around.owner, past)
             check_unpacked(kwargs, plain)
             counted_without = kwargs.pop("cache_position", None)
@@ -821,6 +823,15 @@ def _ready_made() -> EngineError:
         "the attention mask came ready-made, with an input prompt attached",
         "a mask of shape [B, T], or none",
         "pass the tokens' own mask, and use a cache that grows",
+    )
+
+
+def _kept_within(stack: Any) -> EngineError:
+    return EngineError(
+        f"use_cache=True, and {type(stack).__name__} takes no cache that a call could hand on (it keeps its own), so that "
+        "nothing says which calls go on with a text that has the prompt",
+        "calls that read the whole text",
+        "use_cache=False",
     )
 
 

@@ -128,11 +128,13 @@ def _held(stack: Any) -> list[list[list[int]]] | None:
     cache, training = DynamicCache(), stack.training
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            run = past_hooks(stack.eval())  # of a bank
-            run(token, use_cache=True, **caches.handed(stack.forward, cache))
+            given = {"use_cache": True, **caches.handed(stack.forward, cache)}
+            past_hooks(stack.eval())(token, **given)  # of a bank
             layers = getattr(cache, "layers", [])
             held = [[getattr(layer, name, None) for name in ("keys", "values")] for layer in layers]
-            run(token.expand(1, 2), use_cache=True, **caches.handed(stack.forward, cache))
+            past_hooks(stack)(token.expand(1, 2), **given)
+            if cache.get_seq_length() != 3:  # XLM takes what it is given for the whole text, and cuts it
+                return None
     except Exception:  # foreign code; nothing is known
         return None
     finally:

@@ -59,8 +59,8 @@ def _reaches(module: nn.Module, numbers: set[Any], offset: int) -> Iterator[int]
         yield prod(factors)
     attributes = {**dict(module.named_buffers(recurse=False)), **vars(module)}
     for name, buffer in attributes.items():
-        rows = int(name == "position_ids")
-        if isinstance(buffer, Tensor) and buffer.ndim == 2 and buffer.shape[rows] in numbers:
+        rows = int(name.endswith("_ids"))  # of positions, or of the types of as many tokens
+        if isinstance(buffer, Tensor) and buffer.ndim in (2, 3) and buffer.shape[rows] in numbers:
             yield buffer.shape[rows]
 
 

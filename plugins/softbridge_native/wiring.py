@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +22,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from softbridge import cache as caches
 from softbridge_native.call import past_hooks
+from softbridge_native.placement import word
 
 #: The name under which attention is watched.
 WATCHED = "softbridge_watched"
@@ -153,20 +154,51 @@ def one_token(stack: Any, ids: Tensor | None = None, **given: Any) -> Any:
     takes = inspect.signature(stack.forward).parameters
     if not any(one.kind is inspect.Parameter.VAR_KEYWORD for one in takes.values()):
         given = {name: value for name, value in given.items() if name in takes}
-    training = stack.training
+    with undisturbed(stack):
+        return past_hooks(stack.eval())(**({} if ids is None else {"input_ids": ids}), **given)
+
+
+@contextmanager
+def undisturbed(stack: Any) -> Iterator[None]:
+    """A model of the user's runs here, and is then as it was: its modes, what it keeps of a call, the random numbers.
+
+    Weights that are elsewhere (offloaded, or in shards) are not brought here for it: that moves memory, and in shards
+    every process would have to take part.
+
+    Raises:
+        NotHere: some are.
+    """
+    if not all(_is_here(parameter) for parameter in stack.parameters()):
+        raise NotHere
+    kept = [(m, m.training, dict(vars(m)), dict(m._buffers)) for m in stack.modules()]
+    devices = {parameter.device.index for parameter in stack.parameters() if parameter.device.type == "cuda"}
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            return past_hooks(stack.eval())(**({} if ids is None else {"input_ids": ids}), **given)
+        with torch.no_grad(), torch.random.fork_rng(devices=sorted(devices)):
+            yield
     finally:
-        stack.train(training)
+        for module, training, state, buffers in kept:
+            module.training = training
+            for name in set(vars(module)) - set(state):
+                del vars(module)[name]
+            vars(module).update(state)
+            module._buffers.clear()
+            module._buffers.update(buffers)
+
+
+class NotHere(Exception):  # noqa: N818
+    """Some weights are elsewhere."""
+
+
+def _is_here(parameter: Tensor) -> bool:
+    """Whether a parameter is whole, and has its numbers: FSDP, DeepSpeed and DTensor keep parts, accelerate none."""
+    sharded = any(hasattr(parameter, name) for name in ("placements", "ds_id", "_is_flat_param"))
+    return not sharded and not parameter.is_meta and parameter.numel() > 0
 
 
 def some_token(stack: Any) -> Tensor:
     """A token [1, 1] that means nothing particular: it is no pad, which may stand elsewhere."""
-    special = {value for name, value in vars(stack.config).items() if name.endswith("_token_id")}
     words = stack.get_input_embeddings()
-    number = next(number for number in range(3, 99) if number not in special)
-    return torch.full((1, 1), number, dtype=torch.long, device=words.weight.device)
+    return torch.full((1, 1), word(stack.config), dtype=torch.long, device=words.weight.device)
 
 
 def embeds(stack: Any) -> str | None:

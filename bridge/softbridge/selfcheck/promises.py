@@ -203,7 +203,19 @@ def _among(part: InputPrompt, ids: Tensor, table: nn.Module) -> Tensor:
 def _told(model: Any, first: int, count: int) -> dict[str, Tensor]:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise NotTried("its first token cannot be told by hand to stand elsewhere")
+    first += _row(model)
     return {"position_ids": torch.arange(first, first + count)[None]}
+
+
+def _row(model: Any) -> int:
+    """What a model is told of a token that stands at 0: its row of a table, the first of which may be for pads."""
+    text = contract.make_text(model, 0)
+    expected, columns = said(model, text), torch.arange(text["input_ids"].shape[1])[None]
+    for row in range(4):
+        found = said(model, {**text, "position_ids": columns + row})
+        if contract.distance(found, expected) <= contract.CLOSE_TO_ISLAND:
+            return row
+    raise NotTried("told where its tokens stand, the bare model computes something else than when it counts them")
 
 
 def _with_prefixes(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inputs) -> Tensor:
