@@ -20,6 +20,7 @@ from softbridge.cli import app
 from softbridge.errors import BaseModelError, CheckpointError, OutputError
 from softbridge.registry import engines
 from softbridge.testing import random_prefix, tiny_config, tiny_model
+from softbridge_compat import peft_defects
 
 IDS = torch.tensor([[5, 9, 17, 33, 21]])
 
@@ -164,7 +165,9 @@ def test_verify_repeats_what_convert_certified_with_its_conditions(tmp_path: Pat
         pytest.skip("PEFT is not installed")
     config = tiny_config("bert")
     model = tiny_model("bert", torch.float32)
-    engine.train_example(model, "prefix-tuning", tmp_path / "a", length=5, steps=2, seed=0)
+    # Where PEFT cannot run it, it saves what it starts with.
+    steps = 0 if peft_defects.RENAMED_CACHE_CLASSIFIER.applies() else 2
+    engine.train_example(model, "prefix-tuning", tmp_path / "a", length=5, steps=steps, seed=0)
     accept = ["positions"]
     report = sb.convert(tmp_path / "a", tmp_path / "b", "adapterhub", config, accept=accept, verify=True)
     assert report.certificate is not None

@@ -23,6 +23,7 @@ from softbridge.prompt import Positions, SoftPrompt
 from softbridge.registry import engines
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.verification.run import obstacles_of
+from softbridge_compat import peft_defects
 
 pytestmark = pytest.mark.usefixtures("remembered_runs")
 
@@ -120,7 +121,10 @@ def write_source(family: str, method: str, source: str, directory: Path) -> None
         import torch
 
         name = {"prompt": "prompt-tuning", "prefix": "prefix-tuning"}[method]
-        engine.train_example(tiny_model(family, torch.float32), name, directory, length=5, steps=2, seed=0)
+        # Where PEFT cannot run a prefix on a classifier, it saves what it starts with.
+        fails = family == "bert" and method == "prefix" and peft_defects.RENAMED_CACHE_CLASSIFIER.applies()
+        steps = 0 if fails else 2
+        engine.train_example(tiny_model(family, torch.float32), name, directory, length=5, steps=steps, seed=0)
     else:
         sb.save(canonical(family, method, source), directory, source, tiny_config(family))
 

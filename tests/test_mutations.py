@@ -285,7 +285,11 @@ FAULTS = {
     ),
     "PEFT's numbers scaled by a thousandth": fault(
         "gpt2: softbridge to peft",
-        ("softbridge_peft.format:tensors_of", "part.flat(), **head", "part.flat() * np.float32(1.001), **head"),
+        (
+            "softbridge_peft.format:tensors_of",
+            "(part).flat(), **head",
+            "(part).flat() * np.float32(1.001), **head",
+        ),
     ),
     "a head of zeros": fault(
         "bert: softbridge to peft, head",
@@ -413,16 +417,16 @@ FAULTS = {
         "llama: peft to softbridge",
         (
             "softbridge_native.placement:StackHooks._positions",
-            "left_pads(mask)).clamp(min=0) + self.start",
-            "left_pads(mask)).clamp(min=0) + 1 + self.start",
+            "left_pads(mask)).clamp(min=0) + call.start",
+            "left_pads(mask)).clamp(min=0) + 1 + call.start",
         ),
     ),
     "virtual tokens stand one position on": fault(
         "gpt2: softbridge to peft, vectors",
         (
             "softbridge_native.placement:StackHooks._insert",
-            "first = self.start - layout.lengths",
-            "first = 1 + self.start - layout.lengths",
+            "first = call.start - layout.lengths",
+            "first = 1 + call.start - layout.lengths",
         ),
     ),
     "vectors are inserted in reverse": fault(

@@ -23,6 +23,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import softbridge as sb
 from softbridge.registry import engines
+from softbridge_compat import peft_defects
 
 HERE = Path(__file__).parent
 DATA, GOLDEN, EXAMPLE = HERE / "data" / "messages.tsv", HERE / "golden", HERE / "examples" / "train_a_prompt.py"
@@ -101,10 +102,11 @@ def test_what_was_learnt_is_the_same_in_every_toolkit(
         form = "softbridge" if engine == "native" else engine
         sb.save(prompt, tmp_path / engine, form, base, accept=["positions"] if engine == "adapterhub" else [])
         written = sb.load(tmp_path / engine, base)
-        if {obstacle.name for obstacle in engines()[engine].obstacles(written, base)} == {"attention"}:
-            continue  # the native engine: BERT of transformers 4.57 does not dispatch
+        against = {obstacle.name for obstacle in engines()[engine].obstacles(written, base)}
+        if against & {"attention", "past-key-values"}:
+            continue  # BERT of transformers 4.57 does not dispatch; and see peft-renamed-cache-classifier
         found[engine] = logits(sb.attach(base, written, engine=engine), batch)
-    assert len(found) > 1
+    assert len(found) > 1 or (peft_defects.RENAMED_CACHE_CLASSIFIER.applies() and list(found) == ["native"])
     (first, wanted), *others = found.items()
     right = int((wanted.argmax(-1) == labels).sum())
     print(f"{name}: {right} of 60 ({first})")

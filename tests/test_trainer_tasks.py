@@ -77,8 +77,9 @@ def test_heads_are_trained_saved_and_converted_along(name: str, tmp_path: Path) 
     for engine in USABLE:
         bare = model_of(task, num_labels=head.labels)
         started = PTuningV2(4, head=head).initialise(read_geometry(bare.config))
-        if {obstacle.name for obstacle in engines()[engine].obstacles(started, bare)} == {"attention"}:
-            continue  # the native engine: BERT of transformers 4.57 does not dispatch
+        against = {obstacle.name for obstacle in engines()[engine].obstacles(started, bare)}
+        if against & {"attention", "past-key-values"}:
+            continue  # BERT of transformers 4.57 does not dispatch; and see peft-renamed-cache-classifier
         model = sb.attach(bare, PTuningV2(4, head=head), engine=engine, seed=0)
         before = sb.extract(model)
         train(model, rows(name), tmp_path / engine)
@@ -92,7 +93,9 @@ def test_heads_are_trained_saved_and_converted_along(name: str, tmp_path: Path) 
         wanted, alone = outputs(model), outputs(model_of(task, num_labels=head.labels))
         base = model_of(task, num_labels=head.labels)
         sb.save(prompt, tmp_path / f"{engine}-peft", "peft", base)
-        found = outputs(sb.attach(base, sb.load(tmp_path / f"{engine}-peft", base), engine="peft"))
+        written = sb.load(tmp_path / f"{engine}-peft", base)
+        runs = "native" if engines()["peft"].obstacles(written, base) else "peft"
+        found = outputs(sb.attach(base, written, engine=runs))
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max(), engine
         assert (alone - wanted).abs().max() > 0.1 * wanted.abs().max()
     assert trained

@@ -776,8 +776,9 @@ def check_others(kwargs: Mapping[str, Any]) -> None:
         if isinstance(value, Tensor)
         and value.shape[:2] == size
         and name not in _INSERTED
-        # Of another stack, or of layers and heads.
+        # Of another stack, of layers and heads, or for a loss.
         and not name.startswith("encoder_")
+        and name != "labels"
         and not name.endswith("head_mask")
     ]
     if others:
@@ -828,8 +829,8 @@ def _ready_made() -> EngineError:
 
 def _kept_within(stack: Any) -> EngineError:
     return EngineError(
-        f"use_cache=True, and {type(stack).__name__} takes no cache that a call could hand on (it keeps its own), so that "
-        "nothing says which calls go on with a text that has the prompt",
+        f"use_cache=True, and {type(stack).__name__} takes no cache that a call could hand on (it keeps its own), so "
+        "that nothing says which calls go on with a text that has the prompt",
         "calls that read the whole text",
         "use_cache=False",
     )

@@ -41,7 +41,7 @@ from softbridge.selfcheck.miniature import Architecture
 from softbridge.selfcheck.proof import prove
 from softbridge.selfcheck.verdict import FOLDER, Verdict, decisive, folder, verdicts
 from softbridge.testing import random_input_prompt, random_prefix, tiny_model
-from softbridge_native import attention, placement
+from softbridge_native import attention, placement, wiring
 from softbridge_native import bank as native_bank
 from softbridge_native.engine import ENGINE
 
@@ -593,9 +593,10 @@ def test_doctor_lists_what_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.filterwarnings("ignore")  # of transformers' models, about themselves
 @pytest.mark.parametrize("family", ["doge", "diffllama"])
-def test_attention_that_computes_with_all_keys_is_refused(family: str) -> None:
+def test_attention_that_computes_with_all_keys_is_refused(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Doge makes a mask of the values, DiffLlama rearranges their heads, both before a prefix joins in attention.
 
+    It is refused at once, for what attention was seen to be called with; if that had not been seen, before the call.
     Where DiffLlama does not dispatch (transformers 4), the prefix is in its cache, and right.
     """
     sizes = {**CONTRACT.SIZES, "num_key_value_heads": 2}
@@ -607,6 +608,9 @@ def test_attention_that_computes_with_all_keys_is_refused(family: str) -> None:
         called(running)
         assert verdict_of(running).status == "kept"
     if joins:
+        with pytest.raises(EngineError, match=r"\[attention\]"):
+            sb.attach(copy.deepcopy(model), prompt_for(model, "prefix"))
+        monkeypatch.setattr(wiring, "wiring", lambda *args, **settings: None)
         with pytest.raises(EngineError, match="breaks the promise 'reference'"):
             called(sb.attach(copy.deepcopy(model), prompt_for(model, "prefix")))
 
