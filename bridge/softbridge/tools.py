@@ -577,7 +577,8 @@ def _key(part: Part) -> tuple[str, str]:
 def _name(part: Part) -> str:
     if isinstance(part, InputPrompt):
         place = part.template or part.placement
-        return f"{part.stack} input vectors ({part.entry} the embedding block, {place})"
+        scale = "" if part.told_scale is None else f", multiplied by {part.told_scale:g}"
+        return f"{part.stack} input vectors ({part.entry} the embedding block, {place}{scale})"
     return f"a prefix ('{part.site}')"
 
 
