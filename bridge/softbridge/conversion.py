@@ -177,7 +177,7 @@ def _trained_on(prompt: SoftPrompt, base: BaseModel | None, release: str) -> Sof
                 "what the files say",
                 "leave --trained-on out",
             )
-    stated = dict.fromkeys(prompt.positions.start, told)
+    stated: dict[str, float] = dict.fromkeys(prompt.positions.start, told)
     return replace(prompt, parts=tuple(_told(part, stated) for part in prompt.parts))
 
 

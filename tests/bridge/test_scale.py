@@ -182,7 +182,7 @@ def test_a_manifest_that_says_nonsense(folders: Path, scale: object) -> None:
 def test_only_positive_numbers_of_vectors_before_the_block() -> None:
     rows = np.zeros((2, 3), np.float32)
     for wrong in (0, -1.0, float("inf"), float("nan"), True, "x"):
-        with pytest.raises(ValueError, match="scale: .* not a positive number"):
+        with pytest.raises(ValueError, match=r"scale: .* not a positive number"):
             InputPrompt(rows, "decoder", scale=wrong)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="before the embedding block"):
         InputPrompt(rows, "encoder", "after", scale=2.0)
@@ -207,7 +207,7 @@ def test_prompts_for_different_releases_are_not_mixed() -> None:
         tools.average([prompt(HERE), prompt(THERE)])
 
 
-@pytest.mark.skipif(OTHER == sys.executable, reason="the other stack's environment was not named")
+@pytest.mark.skipif(sys.executable == OTHER, reason="the other stack's environment was not named")
 def test_one_prompt_is_one_function_on_both_stacks(folders: Path) -> None:
     """Our file here, and there PEFT itself with the files that softbridge wrote there; and, as a twin, their copy."""
     base = str(folders / "base")

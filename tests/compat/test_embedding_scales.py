@@ -54,7 +54,7 @@ def test_no_norm_is_taken_for_a_number() -> None:
     assert measure_scale(AutoConfig.for_model("bert", hidden_size=48, num_attention_heads=4)) is None
 
 
-@pytest.mark.skipif(OTHER == sys.executable, reason="the other stack's environment was not named")
+@pytest.mark.skipif(sys.executable == OTHER, reason="the other stack's environment was not named")
 def test_no_family_of_the_sample_is_missing(here: Mapping[str, float | None]) -> None:
     done = subprocess.run([OTHER, "-W", "ignore", __file__], capture_output=True, text=True, check=True)
     there = json.loads(done.stdout)
