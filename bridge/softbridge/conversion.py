@@ -406,9 +406,10 @@ def _certify(
     conditions, rounded = _named(lowering.steps, "conditional"), _named(lowering.steps, "rounding")
     base = target.need_base("both are run on it")
     untold = Target(form.name, form.capabilities, base)
-    source = Subject(str(loaded.path), chosen, loaded.format.engine, loaded.path if chosen is loaded.prompt else None)
+    naive = copied(chosen, untold)
     if "scale" in rounded:  # the files are for another transformers: what they compute there is run
-        source = replace(source, prompt=for_model(chosen, base), directory=None)
+        chosen = for_model(chosen, base)
+    source = Subject(str(loaded.path), chosen, loaded.format.engine, loaded.path if chosen is loaded.prompt else None)
     # Where the head was left out on request, the caller loads it: so does the comparison, and no file stands for it.
     prompt = replace(
         lowering.prompt,
@@ -416,7 +417,7 @@ def _certify(
         origin=Origin(form.name, digests={name: _sha256(data) for name, data in content.items()}),
     )
     whole = prompt.head.keys() == lowering.prompt.head.keys()
-    if "narrow" in rounded and len(rounded) > 1:
+    if "narrow" in rounded and {*rounded} - {"narrow", "scale"}:
         # Numbers that were computed and then rounded: what is shown is the same function is what was rounded.
         wide = lower(chosen, untold, conditions).prompt
         prompt, whole = replace(prompt, parts=wide.parts), False
@@ -425,7 +426,6 @@ def _certify(
         kind = DTYPES[target.dtype or "float32"]
         _check_rounding(chosen, lowering.prompt, kind)
         source = Subject(f"{loaded.path}, rounded to {kind.name}", as_dtype(chosen, kind), loaded.format.engine)
-    naive = copied(chosen, untold)
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "staged"
         untrusted.write(staged, content)

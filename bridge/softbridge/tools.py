@@ -673,7 +673,9 @@ def _made_of(prompts: Sequence[SoftPrompt], parts: Sequence[Part]) -> SoftPrompt
                 "the same head, bit for bit, or none",
                 "leave the heads out: dataclasses.replace(prompt, head={})",
             )
-    return SoftPrompt(tuple(parts), prompts[0].positions, _common_base(prompts), head)
+    untold = {part.stack for prompt in prompts for part in prompt.inputs if part.scale == "untold"}
+    asked = (replace(p, scale="untold") if isinstance(p, InputPrompt) and p.stack in untold else p for p in parts)
+    return SoftPrompt(tuple(asked), prompts[0].positions, _common_base(prompts), head)
 
 
 def _one_length(prompt: SoftPrompt) -> int:

@@ -163,6 +163,12 @@ def test_the_release_may_be_stated(folders: Path) -> None:
     again = sb.load(folders / "out")
     assert again.inputs[0].scale == HERE
     np.testing.assert_allclose(vectors(again), vectors(stated) * (THERE / HERE), rtol=1e-6)
+    wide = sb.load(folders / "softbridge")
+    foreign = replace(wide.inputs[0], vectors=vectors(wide).astype(np.float64) / 3, scale=THERE)
+    sb.save(replace(wide, parts=(foreign,)), folders / "wide", "softbridge")
+    for name, more in {"float32": {"accept": ["dtype"]}, "bfloat16": {"dtype": "bfloat16"}}.items():
+        narrowed = sb.convert(folders / "wide", folders / name, "peft", CONFIG, verify=True, **more)  # type: ignore[arg-type]
+        assert [step.name for step in narrowed.steps] == ["scale", "narrow" if "dtype" in more else "dtype"]
     with pytest.raises(SoftbridgeError, match="no version of transformers"):
         sb.load(bare, CONFIG, trained_on="five")
     with pytest.raises(BaseModelError, match="without a base model"):
@@ -202,9 +208,12 @@ def test_the_record_in_our_own_file(tmp_path: Path) -> None:
     assert one.digest() != plain.digest()
 
 
-def test_prompts_for_different_releases_are_not_mixed() -> None:
+def test_prompts_for_different_releases_are_not_mixed(folders: Path) -> None:
     with pytest.raises(ValueError, match="multiplied by"):
         tools.average([prompt(HERE), prompt(THERE)])
+    bare = sb.load(folders / "bare")
+    for made in (tools.average([prompt(), bare]), tools.concatenate([prompt(), bare], base=CONFIG)):
+        assert made.inputs[0].scale == "untold"
 
 
 @pytest.mark.skipif(sys.executable == OTHER, reason="the other stack's environment was not named")
