@@ -208,7 +208,10 @@ def _scale(prompt: SoftPrompt, target: Target) -> list[Option]:
                 f"nothing says which transformers the vectors were trained on: this one multiplies them by {here:g}, "
                 "and others by another number (Gemma's scale moved into the embedding)"
             )
-            remedy = "say which it was (--trained-on 4.57), or accept that it multiplied as this one does"
+            remedy = (
+                "say which it was: --trained-on 4.57 (softbridge.load(..., trained_on='4.57') in Python); or accept "
+                "that it multiplied as this one does"
+            )
             obstacles.append(Obstacle("scale", reason, remedy, True))
         elif part.told_scale is not None:
             factor = part.told_scale / here
@@ -235,13 +238,10 @@ def in_scale(part: InputPrompt, here: float) -> bool:
 def recorded(prompt: SoftPrompt, base: BaseModel) -> SoftPrompt:
     """The prompt, whose vectors were made on this model here, with what that multiplies them by."""
     here = base.scale if prompt.inputs else None
-    parts = tuple(
-        replace(part, scale=here)
-        if isinstance(part, InputPrompt) and part.entry == "before" and part.scale is None and here is not None
-        else part
-        for part in prompt.parts
-    )
-    return prompt if here is None else replace(prompt, parts=parts)
+    for part in prompt.inputs if here is not None else ():
+        if part.entry == "before" and part.scale is None:
+            prompt = _with_part(prompt, part, replace(part, scale=here))
+    return prompt
 
 
 def _placement(prompt: SoftPrompt, target: Target) -> list[Option]:
