@@ -15,9 +15,9 @@ from softbridge.base import BaseModel
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Engine, Insertable, SelfChecking
-from softbridge.lower import Target, check_fits, lower
+from softbridge.lower import Target, check_fits, for_model, lower
 from softbridge.methods import Method
-from softbridge.passes import inexpressible, left_behind
+from softbridge.passes import inexpressible, left_behind, recorded
 from softbridge.prompt import Array, SoftPrompt, same_array
 from softbridge.registry import engine_named, engines
 from softbridge.selfcheck import wanted
@@ -212,6 +212,7 @@ def _expressed(prompt: SoftPrompt, engine: str, model: Any, accept: Collection[s
     """The prompt in a form that the engine can run on this model if there is one."""
     chosen, base = engine_named(engine), BaseModel.resolve(model)
     check_fits(prompt, base.geometry)
+    prompt = for_model(prompt, base, accept)
     if left_behind(prompt) or inexpressible(prompt, chosen.capabilities, base) or chosen.obstacles(prompt, model):
         return lower(prompt, Target(engine, chosen.capabilities, base), accept=("positions", *accept)).prompt
     return prompt
@@ -227,7 +228,8 @@ def extract(model: Any) -> SoftPrompt:
         for engine in engines().values():
             if engine.unavailable() is None:
                 try:
-                    return engine.extract(model)
+                    found = engine.extract(model)
+                    return recorded(found, BaseModel.resolve(model))
                 except SoftbridgeError:
                     continue  # it is not this engine's
     attached = _attached(model)

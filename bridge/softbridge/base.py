@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from softbridge.errors import BaseModelError, SoftbridgeError
 from softbridge.geometry import Geometry, read_geometry, text_part
 from softbridge.prompt import Array, BaseId
-from softbridge_compat import transformers_configs, versions
+from softbridge_compat import embedding_scales, transformers_configs, versions
 
 if TYPE_CHECKING:
     from softbridge.positions import PositionScheme
@@ -101,6 +101,42 @@ class BaseModel:
         from softbridge.positions import probe
 
         return probe(self.config)
+
+    @cached_property
+    def scale(self) -> float | None:
+        """By what the installed transformers multiplies vectors that are given in the place of words.
+
+        None where every release does the same, so that nobody has to know: see `softbridge_compat.embedding_scales`.
+
+        Raises:
+            BaseModelError: it cannot be measured, and must be known.
+        """
+        if text_part(self.config).model_type not in embedding_scales.MOVED:
+            return None
+        from softbridge.embedding import measure_scale
+
+        scale = measure_scale(self.config)
+        if scale is None:
+            raise BaseModelError(
+                f"a {self.config.model_type} model that does more to vectors before its first layer than multiply them",
+                "one number",
+                "run this prompt on the transformers that it was trained on",
+            )
+        return scale
+
+    def scale_on(self, release: str) -> float | None:
+        """What `scale` is on a release of transformers, as in ``4.57``.
+
+        Raises:
+            SoftbridgeError: that is no release.
+        """
+        text = text_part(self.config)
+        if text.model_type not in embedding_scales.MOVED:
+            return None
+        try:
+            return embedding_scales.scale_on(text.model_type, text.hidden_size, release)
+        except ValueError as error:
+            raise SoftbridgeError(str(error), "a version, as in 4.57", "correct --trained-on") from error
 
     def with_head(self, head: Mapping[str, Array]) -> BaseModel:
         """The same base model under a head like this one: a classifier with as many labels.

@@ -3,7 +3,7 @@
 **The file.** A safetensors file whose metadata has one entry, ``softbridge``, a JSON object; every array of the prompt
 is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The same prompt is always the same bytes.
 
-**The description**, all keys required but for two that a part may have:
+**The description**, all keys required but for those that a part may have:
 
 - ``version``: 1.
 - ``parts``: a list. The part at place n is one of
@@ -11,9 +11,10 @@ is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The
   "placement": "before-sequence" | "after-first-token"}``, with the tensor ``parts.n.vectors`` [P, H], or
   ``{"kind": "prefix", "site": "self" | "encoder" | "cross", "layers": [numbers, rising]}``, with the tensors
   ``parts.n.layers.l.keys`` and ``parts.n.layers.l.values`` [K, P, D] for every layer l.
-  Two keys are there only where they say something: ``"gates": [numbers of the layers that have one, rising]``, with the
-  tensors ``parts.n.layers.l.gate.weight`` [G, H] and ``parts.n.layers.l.gate.bias`` [G]; and ``"template": TEMPLATE``,
-  with the placement ``"template"``. TEMPLATE is
+  Three keys are there only where they say something: ``"gates": [numbers of the layers that have one, rising]``, with
+  the tensors ``parts.n.layers.l.gate.weight`` [G, H] and ``parts.n.layers.l.gate.bias`` [G]; ``"template": TEMPLATE``,
+  with the placement ``"template"``; and ``"scale": number``, by what the model that the vectors are for multiplies them
+  before its first layer, in families of which releases of transformers differ in that. TEMPLATE is
   ``{"pieces": [PIECE, ...], "verbaliser": null | [[class, [ids]], ...]}`` and PIECE is
   ``{"virtual": number} | {"field": name} | {"words": [ids]} | {"slot": true}``.
 - ``positions``: ``{"start": {stack: number}, "relative_bias": "plain" | "skewed", "window": "slides" | "pinned"}``.
@@ -207,8 +208,9 @@ def _describe_geometry(geometry: Geometry) -> dict[str, Any]:
 
 def _describe_part(part: Part) -> dict[str, Any]:
     if isinstance(part, InputPrompt):
-        template = {} if part.template is None else {"template": part.template.to_json()}
-        return {"kind": "input", "stack": part.stack, "entry": part.entry, "placement": part.placement, **template}
+        more: dict[str, Any] = {} if part.template is None else {"template": part.template.to_json()}
+        more |= {} if part.told_scale is None else {"scale": part.told_scale}
+        return {"kind": "input", "stack": part.stack, "entry": part.entry, "placement": part.placement, **more}
     gated = [layer for layer, pair in part.layers.items() if pair.gate is not None]
     gates = {"gates": gated} if gated else {}
     return {"kind": "prefix", "site": part.site, "layers": list(part.layers), **gates}
@@ -253,12 +255,14 @@ class _Reader:
         here = f"parts.{number}"
         kind = value.get("kind") if isinstance(value, dict) else None
         if kind == "input":
-            extra = {"template"} & value.keys()
+            extra = {"template", "scale"} & value.keys()
             fields = self.fields(value, here, {"kind", "stack", "entry", "placement", *extra})
             vectors = self.take(f"{here}.vectors")
             del fields["kind"]
-            if extra:
+            if "template" in extra:
                 fields["template"] = self.build(f"{here}.template", Template.from_json, {"value": fields["template"]})
+            if "scale" in extra and not isinstance(fields["scale"], (int, float)):
+                self.problems.append(f"{here}.scale: {fields['scale']!r:.40}, not a number")
             return None if vectors is None else self.build(here, InputPrompt, {**fields, "vectors": vectors})
         if kind == "prefix":
             extra = {"gates"} & value.keys()

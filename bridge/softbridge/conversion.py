@@ -21,10 +21,10 @@ from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError, CheckpointError, OutputError, SoftbridgeError, UnknownFormatError
 from softbridge.geometry import Geometry
 from softbridge.hookspecs import Format
-from softbridge.lower import Lowering, Step, Target, as_dtype, check_fits, copied, lower
+from softbridge.lower import Lowering, Step, Target, as_dtype, check_fits, copied, for_model, lower
 from softbridge.methods import rematerialise
-from softbridge.passes import DTYPES, Exactness
-from softbridge.prompt import BaseId, Origin, Positions, SoftPrompt, same_array
+from softbridge.passes import DTYPES, Exactness, in_scale
+from softbridge.prompt import BaseId, InputPrompt, Origin, Part, Positions, SoftPrompt, same_array
 from softbridge.registry import format_named, formats
 from softbridge.untested import warn_of_untested
 
@@ -121,6 +121,7 @@ def read(
     *,
     revision: str | None = None,
     drop: Collection[str] = (),
+    trained_on: str | None = None,
 ) -> Loaded:
     """Read a soft prompt of any known format, recognised by content unless named.
 
@@ -133,11 +134,14 @@ def read(
         revision: of an id on the hub: a branch, a tag or a commit.
         drop: what is not to be read, though it is there (see `DROPPED`): softbridge's own files beside a toolkit's,
             which no longer belong to them when the toolkit has written its own anew.
+        trained_on: the release of transformers (as in ``4.57``) on which an input prompt was trained, if the files do
+            not say by what the model multiplied its vectors, and releases differ in that (Gemma). It needs the base.
 
     Raises:
         CheckpointError: the files are malformed, incomplete or hostile, or not to be had.
         UnknownFormatError: no format recognises them.
         BaseModelError: the base model is needed and missing, or the prompt does not fit it.
+        SoftbridgeError: `trained_on` is no release, or the files say something else.
     """
     named = None if format is None else format_named(format)
     files = files_at(path, revision, named)
@@ -145,7 +149,36 @@ def read(
     unknown = sorted(set(drop) - DROPPED.keys())
     if unknown:
         raise SoftbridgeError(f"nothing that can be dropped: {', '.join(unknown)}", ", ".join(DROPPED), "correct it")
-    return _read(files, form, None if base is None else BaseModel.resolve(base).geometry, drop)
+    resolved = None if base is None else BaseModel.resolve(base)
+    loaded = _read(files, form, None if resolved is None else resolved.geometry, drop)
+    return loaded if trained_on is None else replace(loaded, prompt=_trained_on(loaded.prompt, resolved, trained_on))
+
+
+def _trained_on(prompt: SoftPrompt, base: BaseModel | None, release: str) -> SoftPrompt:
+    """The prompt with what a release of transformers multiplies its vectors by.
+
+    Raises:
+        SoftbridgeError: no base model is given, the release is none, or the prompt's files say something else.
+    """
+    if base is None:
+        raise BaseModelError(
+            f"an input prompt that was trained on transformers {release}, without a base model",
+            "the base model, whose family says what that means",
+            "give it with --base (base=... in Python)",
+        )
+    told = base.scale_on(release)
+    if told is None:
+        return prompt
+    for part in prompt.inputs:
+        if part.told_scale is not None and not in_scale(part, told):
+            raise SoftbridgeError(
+                f"files that say that their vectors are multiplied by {part.told_scale:g}; on transformers {release} "
+                f"it was {told:g}",
+                "what the files say",
+                "leave --trained-on out",
+            )
+    stated: dict[str, float] = dict.fromkeys(prompt.positions.start, told)
+    return replace(prompt, parts=tuple(_told(part, stated) for part in prompt.parts))
 
 
 def files_at(path: str | Path, revision: str | None = None, form: Format | None = None) -> untrusted.Files:
@@ -177,12 +210,21 @@ def _read(files: untrusted.Files, form: Format, geometry: Geometry | None, drop:
         prompt = replace(prompt, base=replace(prompt.base, geometry=geometry))
     steps: tuple[Step, ...] = ()
     dtype = None
+    scale: Mapping[str, float] = {}
     if MANIFEST in files and "manifest" not in drop:
-        positions, steps, dtype = _manifest_of(files, form, prompt)
+        positions, steps, dtype, scale = _manifest_of(files, form, prompt)
         prompt = replace(prompt, positions=positions)
+    prompt = replace(prompt, parts=tuple(_told(part, scale) for part in prompt.parts))
     digests = {name: files.digest(name) for name in files.names}
     origin = prompt.origin if prompt.origin is not None else Origin(form.name)
     return Loaded(replace(prompt, origin=replace(origin, digests=digests)), form, files.path, steps, dtype)
+
+
+def _told(part: Part, scale: Mapping[str, float]) -> Part:
+    """A part as it was read, with what multiplies its vectors, or that nothing says so."""
+    if not isinstance(part, InputPrompt) or part.entry != "before" or part.told_scale is not None:
+        return part
+    return replace(part, scale=scale.get(part.stack, "untold"))
 
 
 def _files_of(folder: Path, form: Format | None) -> Sequence[str] | None:
@@ -201,6 +243,7 @@ def load(
     *,
     revision: str | None = None,
     task: int | None = None,
+    trained_on: str | None = None,
 ) -> SoftPrompt:
     """The soft prompt in a file or directory, or on the hub; see `read` for the other arguments and errors.
 
@@ -210,7 +253,7 @@ def load(
     Raises:
         SoftbridgeError: it has no such task.
     """
-    prompt = read(path, base, format, revision=revision).prompt
+    prompt = read(path, base, format, revision=revision, trained_on=trained_on).prompt
     return prompt if task is None else of_task(prompt, task)
 
 
@@ -272,6 +315,7 @@ def convert(
     task: int | None = None,
     part: str | None = None,
     drop: Collection[str] = (),
+    trained_on: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
 ) -> Report:
@@ -289,6 +333,7 @@ def convert(
         task: which task of a multitask prompt to convert, alone; the matrices of all tasks stay behind.
         part: which part of a prompt to convert, by its name (`softbridge.parts.name_of`); the others stay behind.
         drop: what of the source is left out; see `read`.
+        trained_on: the release of transformers that trained the source, where that matters; see `read`.
         verify: run both through their own toolkits where installed, write the certificate beside the files, and write
             nothing if they differ.
         overwrite: replace an existing target.
@@ -301,7 +346,7 @@ def convert(
     if untrusted.hub_id(source) is None:
         _apart(Path(source), Path(target))
     _check_target(Path(target), overwrite)  # before the work, and again when it is written
-    loaded = read(source, resolved, format, drop=drop)
+    loaded = read(source, resolved, format, drop=drop, trained_on=trained_on)
     chosen = _choose(loaded.prompt, task, part)
     if "training" in drop and chosen.training is not None:
         chosen = replace(chosen, training=None)
@@ -361,6 +406,9 @@ def _certify(
     conditions, rounded = _named(lowering.steps, "conditional"), _named(lowering.steps, "rounding")
     base = target.need_base("both are run on it")
     untold = Target(form.name, form.capabilities, base)
+    naive = copied(chosen, untold)
+    if "scale" in rounded:  # the files are for another transformers: what they compute there is run
+        chosen = for_model(chosen, base)
     source = Subject(str(loaded.path), chosen, loaded.format.engine, loaded.path if chosen is loaded.prompt else None)
     # Where the head was left out on request, the caller loads it: so does the comparison, and no file stands for it.
     prompt = replace(
@@ -369,7 +417,7 @@ def _certify(
         origin=Origin(form.name, digests={name: _sha256(data) for name, data in content.items()}),
     )
     whole = prompt.head.keys() == lowering.prompt.head.keys()
-    if "narrow" in rounded and len(rounded) > 1:
+    if "narrow" in rounded and {*rounded} - {"narrow", "scale"}:
         # Numbers that were computed and then rounded: what is shown is the same function is what was rounded.
         wide = lower(chosen, untold, conditions).prompt
         prompt, whole = replace(prompt, parts=wide.parts), False
@@ -378,7 +426,6 @@ def _certify(
         kind = DTYPES[target.dtype or "float32"]
         _check_rounding(chosen, lowering.prompt, kind)
         source = Subject(f"{loaded.path}, rounded to {kind.name}", as_dtype(chosen, kind), loaded.format.engine)
-    naive = copied(chosen, untold)
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "staged"
         untrusted.write(staged, content)
@@ -558,6 +605,9 @@ def _write(
         "dtype": dtype,
         "files": {name: _sha256(data) for name, data in content.items()},
     }
+    scale = {part.stack: part.told_scale for part in lowering.prompt.inputs if part.told_scale is not None}
+    if scale:
+        manifest["scale"] = scale
     if source is not None and source.prompt.origin is not None:
         manifest["source"] = {"format": source.format.name, "digests": dict(source.prompt.origin.digests)}
     untrusted.write(target, {**content, MANIFEST: untrusted.json_bytes(manifest)}, overwrite=overwrite, check=check)
@@ -569,8 +619,8 @@ def _positions_json(positions: Positions) -> dict[str, Any]:
 
 def _manifest_of(
     files: untrusted.Files, form: Format, prompt: SoftPrompt
-) -> tuple[Positions, tuple[Step, ...], str | None]:
-    """The positions, steps and dtype that a manifest tells, after checking that it belongs to these files."""
+) -> tuple[Positions, tuple[Step, ...], str | None, Mapping[str, float]]:
+    """The positions, steps, dtype and scale that a manifest tells, after checking that it belongs to these files."""
     manifest = files.json(MANIFEST)
     remedy = f"remove {MANIFEST} if it does not belong here, or convert again"
     # Weights that the manifest does not name could be read instead of those that it does.
@@ -615,4 +665,10 @@ def _manifest_of(
         raise CheckpointError(f"{MANIFEST} has steps {steps!r:.80}", "a list of steps as softbridge wrote it", remedy)
     if dtype is not None and dtype not in DTYPES:
         raise CheckpointError(f"{MANIFEST} has the dtype {dtype!r:.40}", f"null or one of {', '.join(DTYPES)}", remedy)
-    return positions, tuple(Step(**step) for step in steps), dtype
+    scale = manifest.get("scale", {})
+    try:
+        for stack, number in scale.items():
+            replace(next(part for part in prompt.inputs if part.stack == stack), scale=float(number))
+    except (AttributeError, StopIteration, TypeError, ValueError) as error:
+        raise CheckpointError(f"{MANIFEST} has the scale {scale!r:.80}", "stack: positive number", remedy) from error
+    return positions, tuple(Step(**step) for step in steps), dtype, scale

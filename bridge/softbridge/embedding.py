@@ -1,12 +1,14 @@
-"""What a base model's embedding block makes of vectors that enter it: how a prompt moves behind it."""
+"""What a base model makes of vectors before its first layer: how a prompt moves behind it, and what multiplies it."""
 
 from __future__ import annotations
 
+import copy
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from softbridge.errors import BaseModelError
+from softbridge.geometry import text_part
 from softbridge.prompt import Array
 from softbridge.tensors import from_torch, to_torch
 
@@ -54,6 +56,42 @@ def leave_block(base: BaseModel, vectors: Array, first: int) -> Array:
     finally:
         handle.remove()
     return from_torch(left[0][0, first:])
+
+
+def measure_scale(config: Any) -> float | None:
+    """By what a model multiplies vectors that are given in the place of words, before its first layer.
+
+    Read off a model of one small layer: whatever it adds to them (positions, token types) drops out of the difference
+    of two inputs. None: not by one number, as where a norm or a projection lies between.
+
+    Args:
+        config: of a model with a decoder and no encoder, or of an encoder.
+
+    Raises:
+        BaseModelError: no such model can be built.
+    """
+    import torch
+
+    from softbridge.base import BaseModel, build, shrink
+
+    config = copy.deepcopy(text_part(config))
+    task = BaseModel(config).task
+    if vars(config).get("layer_types"):
+        config.layer_types = config.layer_types[:1]
+    shrink(config, vocab_size=64, intermediate_size=32, n_inner=32, d_ff=32, num_hidden_layers=1)
+    model = build(config, task, torch.float64, seed=0)
+    width = model.get_input_embeddings().embedding_dim
+    rows = torch.randn((1, 3, width), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def entering(vectors: Any) -> Any:
+        return model(inputs_embeds=vectors, output_hidden_states=True).hidden_states[0]
+
+    with torch.no_grad():
+        one, none, other = (entering(vectors) for vectors in (torch.ones_like(rows), torch.zeros_like(rows), rows))
+    if one.shape != rows.shape:
+        return None
+    scale = float((one - none)[0, 0, 0])
+    return scale if torch.allclose(other - none, scale * rows, rtol=1e-9, atol=1e-9) else None
 
 
 class _Enough(Exception):  # noqa: N818 - no error

@@ -314,7 +314,8 @@ def _input(model: Any, vectors: Callable[[Callable[[Sequence[int]], Array]], Arr
     base = BaseModel.resolve(model)
     there = _input_stack(base, stack)
     rows = vectors(lambda ids: tools.embed(model, ids, there))
-    prompt = SoftPrompt((InputPrompt(rows, there),), Positions({there: len(rows)}), base.id)
+    part = InputPrompt(rows, there, scale=base.scale)
+    prompt = SoftPrompt((part,), Positions({there: len(rows)}), base.id)
     check_fits(prompt, base.geometry)
     return prompt
 

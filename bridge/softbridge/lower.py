@@ -16,6 +16,8 @@ from typing import Literal
 
 import numpy as np
 
+from softbridge.base import BaseModel
+from softbridge.capabilities import EVERYTHING
 from softbridge.errors import BaseModelError, LoweringError, Obstacle, SoftbridgeError
 from softbridge.geometry import Geometry, stack_of
 from softbridge.passes import (
@@ -41,6 +43,7 @@ __all__ = [
     "as_dtype",
     "check_fits",
     "copied",
+    "for_model",
     "lower",
     "native_positions",
     "plan",
@@ -57,6 +60,7 @@ CONDITIONS = {
     "dtype": 1,
     "task": 1,
     "partial": 1,
+    "scale": 1,
 }
 
 Outcome = Literal["exact", "rounding", "conditional", "impossible"]
@@ -188,6 +192,17 @@ def _check_names(given: Collection[str], known: Collection[str], what: str, reme
         )
 
 
+def for_model(prompt: SoftPrompt, base: BaseModel, accept: Collection[str] = CONDITIONS) -> SoftPrompt:
+    """The prompt with the vectors that make it the same function on the base model as it is run here.
+
+    Raises:
+        LoweringError: it is not known what multiplied them, and that is not accepted.
+    """
+    if not prompt.inputs or base.scale is None:
+        return prompt
+    return lower(prompt, Target(base.geometry.model_type, EVERYTHING, base), accept).prompt
+
+
 def copied(prompt: SoftPrompt, target: Target) -> SoftPrompt | None:
     """What a plain copy of the numbers comes to in the target: whatever of them fits, in its own words, untold.
 
@@ -201,6 +216,7 @@ def copied(prompt: SoftPrompt, target: Target) -> SoftPrompt | None:
     parts: list[Part] = []
     for part in prompt.parts:
         if isinstance(part, InputPrompt):
+            part = replace(part, scale=None)
             words = sorted((e, p) for stack, e, p in able.inputs if stack == part.stack and p != "template")
             if (part.stack, part.entry, part.placement) in able.inputs:
                 parts.append(part)

@@ -23,8 +23,8 @@ def named_arrays(prompt: SoftPrompt) -> dict[str, Array]:
 
 
 def places(prompt: SoftPrompt) -> dict[str, Any]:
-    """Name of each part with vectors -> where they stand in the input."""
-    return {name_of(part): (part.entry, part.placement, part.template) for part in prompt.inputs}
+    """Name of each part with vectors -> where they stand in the input, and what multiplies them there."""
+    return {name_of(part): (part.entry, part.placement, part.template, part.told_scale) for part in prompt.inputs}
 
 
 def split(prompt: SoftPrompt) -> dict[str, SoftPrompt]:

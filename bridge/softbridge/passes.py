@@ -22,6 +22,9 @@ from softbridge.prompt import Array, Gate, InputPrompt, KeyValue, KeyValuePrefix
 from softbridge.template import Field, Virtual, Words
 from softbridge.tensors import BFLOAT16
 
+#: Two numbers by which vectors are multiplied are the same if they differ by less than this, relatively.
+SAME_SCALE = 1e-9
+
 Exactness = Literal["exact", "rounding", "conditional"]
 
 #: Dtypes that numbers can be stored in on request.
@@ -184,6 +187,61 @@ def _whole(prompt: SoftPrompt, target: Target) -> list[Option]:
     if not partial:
         return [Option(prompt)]
     return _blocked(prompt, Obstacle("partial", str(partial), "accept that the prompt alone goes on", True))
+
+
+def _scale(prompt: SoftPrompt, target: Target) -> list[Option]:
+    """Vectors that the installed transformers multiplies by another number than that of their training make up for it.
+
+    A target has no say in this: whoever names the base model gets numbers for the model that is run here.
+    """
+    here = None if target.base is None or not prompt.inputs else target.base.scale
+    if here is None:
+        return [Option(prompt)]
+    obstacles: list[Obstacle] = []
+    steps: list[Step] = []
+    for part in prompt.inputs:
+        if part.entry != "before" or in_scale(part, here):
+            continue
+        ours = replace(part, scale=here)
+        if part.scale == "untold":
+            reason = (
+                f"nothing says which transformers the vectors were trained on: this one multiplies them by {here:g}, "
+                "and others by another number (Gemma's scale moved into the embedding)"
+            )
+            remedy = (
+                "say which it was: --trained-on 4.57 (softbridge.load(..., trained_on='4.57') in Python); or accept "
+                "that it multiplied as this one does"
+            )
+            obstacles.append(Obstacle("scale", reason, remedy, True))
+        elif part.told_scale is not None:
+            factor = part.told_scale / here
+            dtype = np.promote_types(part.vectors.dtype, np.float32)
+            ours = replace(ours, vectors=(part.vectors.astype(np.float64) * factor).astype(dtype))
+            note = (
+                f"vectors multiplied by {factor:.6g}: the transformers they were trained on multiplied them by "
+                f"{part.told_scale:g}, and this one by {here:g}; float32 rounding"
+            )
+            steps.append(Step("scale", "rounding", note))
+        prompt = _with_part(prompt, part, ours)
+    if not steps:
+        return [Option(prompt, (), tuple(obstacles))]
+    ejected = _ejected(prompt, target, "belongs to the vectors before that and is left out")
+    return [Option(ejected.prompt, (*steps, *ejected.steps), (*obstacles, *ejected.obstacles))]
+
+
+def in_scale(part: InputPrompt, here: float) -> bool:
+    """Whether vectors are known to be for a model that multiplies them by this number."""
+    told = part.told_scale
+    return told is not None and abs(told - here) <= SAME_SCALE * here
+
+
+def recorded(prompt: SoftPrompt, base: BaseModel) -> SoftPrompt:
+    """The prompt, whose vectors were made on this model here, with what that multiplies them by."""
+    here = base.scale if prompt.inputs else None
+    for part in prompt.inputs if here is not None else ():
+        if part.entry == "before" and part.scale is None:
+            prompt = _with_part(prompt, part, replace(part, scale=here))
+    return prompt
 
 
 def _placement(prompt: SoftPrompt, target: Target) -> list[Option]:
@@ -517,13 +575,19 @@ def turn(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftPrompt
 def inexpressible(prompt: SoftPrompt, able: Capabilities, base: BaseModel) -> list[Obstacle]:
     """What of a prompt, as it is, a toolkit with these capabilities cannot hold at all."""
     target = Target("it", able, base)
-    return [o for check in (_parts, _gates, _layers) for option in check(prompt, target) for o in option.obstacles]
+    found = [o for check in (_parts, _gates, _layers) for option in check(prompt, target) for o in option.obstacles]
+    for part in prompt.inputs:
+        if part.told_scale is not None and base.scale is not None and not in_scale(part, base.scale):
+            reason = f"its vectors are for a model that multiplies them by {part.told_scale:g}, and here {base.scale:g}"
+            found.append(Obstacle("scale", reason, "lower it for this base model: softbridge.attach does"))
+    return found
 
 
 #: In this order: each relies on what those before it did.
 PASSES: tuple[Pass, ...] = (
     _family,
     _whole,
+    _scale,
     _placement,
     _entry,
     _parts,

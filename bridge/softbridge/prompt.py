@@ -35,6 +35,7 @@ Entry = Literal["before", "after"]
 Placement = Literal["before-sequence", "after-first-token", "template"]
 RelativeBias = Literal["plain", "skewed"]
 Window = Literal["slides", "pinned"]
+Untold = Literal["untold"]
 
 
 class FrozenMap(Mapping[Name, Value]):
@@ -139,6 +140,9 @@ class InputPrompt:
         placement: ``before-sequence``, ``after-first-token`` (after a [CLS] or <s>), or where a ``template`` has them.
         template: the template, if that is the placement, else None. The n-th vector stands in the place of the n-th
             `softbridge.template.PLACEHOLDER` of a row.
+        scale: by what the model that they are for multiplies them before its first layer, where releases of
+            transformers differ in that (`softbridge.base.BaseModel.scale`). None: the installed one's number, or of no
+            matter. ``untold``: they were read from files that do not say it, which counts as None in a comparison.
     """
 
     vectors: Array
@@ -146,6 +150,7 @@ class InputPrompt:
     entry: Entry = "before"
     placement: Placement = "before-sequence"
     template: Template | None = None
+    scale: float | Untold | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vectors", frozen(self.vectors))
@@ -158,6 +163,11 @@ class InputPrompt:
             _require(self.entry == "before", "entry: the virtual tokens of a template enter before the embedding block")
             same = self.template.length == self.length
             _require(same, f"template: of {self.length} virtual tokens, like the vectors, not {self.template.length}")
+        if self.scale is not None and self.scale != "untold":
+            number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
+            _require(number and 0 < self.scale < math.inf, f"scale: {self.scale!r:.40}, not a positive number")
+            _require(self.entry == "before", "scale: of vectors that enter before the embedding block")
+            object.__setattr__(self, "scale", float(self.scale))
 
     @property
     def length(self) -> int:
@@ -165,8 +175,13 @@ class InputPrompt:
         return int(self.vectors.shape[0])
 
     @property
+    def told_scale(self) -> float | None:
+        """`scale`, if it is a number."""
+        return None if self.scale == "untold" else self.scale
+
+    @property
     def _kind(self) -> tuple[Any, ...]:
-        return (self.stack, self.entry, self.placement, self.template)
+        return (self.stack, self.entry, self.placement, self.template, self.told_scale)
 
     def arrays(self) -> Iterator[tuple[str, Array]]:
         """All arrays with a name that is unique within the part."""
@@ -174,7 +189,8 @@ class InputPrompt:
 
     def __repr__(self) -> str:
         shape = list(self.vectors.shape)
-        return f"InputPrompt({shape} {self.vectors.dtype}, {self.stack}, {self.entry}, {self.placement})"
+        scale = "" if self.told_scale is None else f", scale {self.told_scale:g}"
+        return f"InputPrompt({shape} {self.vectors.dtype}, {self.stack}, {self.entry}, {self.placement}{scale})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, InputPrompt):

@@ -577,7 +577,8 @@ def _key(part: Part) -> tuple[str, str]:
 def _name(part: Part) -> str:
     if isinstance(part, InputPrompt):
         place = part.template or part.placement
-        return f"{part.stack} input vectors ({part.entry} the embedding block, {place})"
+        scale = "" if part.told_scale is None else f", multiplied by {part.told_scale:g}"
+        return f"{part.stack} input vectors ({part.entry} the embedding block, {place}{scale})"
     return f"a prefix ('{part.site}')"
 
 
@@ -672,7 +673,9 @@ def _made_of(prompts: Sequence[SoftPrompt], parts: Sequence[Part]) -> SoftPrompt
                 "the same head, bit for bit, or none",
                 "leave the heads out: dataclasses.replace(prompt, head={})",
             )
-    return SoftPrompt(tuple(parts), prompts[0].positions, _common_base(prompts), head)
+    untold = {part.stack for prompt in prompts for part in prompt.inputs if part.scale == "untold"}
+    asked = (replace(p, scale="untold") if isinstance(p, InputPrompt) and p.stack in untold else p for p in parts)
+    return SoftPrompt(tuple(asked), prompts[0].positions, _common_base(prompts), head)
 
 
 def _one_length(prompt: SoftPrompt) -> int:

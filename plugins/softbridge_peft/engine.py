@@ -395,7 +395,7 @@ def _refusals(part: Part, prompt: SoftPrompt, model: Any, geometry: Geometry) ->
 def _in_precision(new: Part, old: Part) -> Part:
     """`new` in the precision of `old`, whose numbers PEFT holds in float32."""
     if isinstance(new, InputPrompt) and isinstance(old, InputPrompt):
-        return replace(new, vectors=new.vectors.astype(old.vectors.dtype))
+        return replace(new, vectors=new.vectors.astype(old.vectors.dtype), scale=old.scale)
     if isinstance(new, KeyValuePrefix) and isinstance(old, KeyValuePrefix):
         dtype: Any = old.layers[0].keys.dtype
         pairs = {layer: KeyValue(p.keys.astype(dtype), p.values.astype(dtype)) for layer, p in new.layers.items()}

@@ -244,6 +244,14 @@ def convert(
         list[Dropped] | None,
         typer.Option("--drop", help="Leave this out of the source, stale or not; may be repeated."),
     ] = None,
+    trained_on: Annotated[
+        str | None,
+        typer.Option(
+            "--trained-on",
+            help="The transformers that an input prompt was trained on, where that matters and no file says it.",
+            metavar="VERSION",
+        ),
+    ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Run both, and write nothing if they differ. Needs --base.")
     ] = False,
@@ -267,6 +275,7 @@ def convert(
                 task=task,
                 part=part,
                 drop=[name.value for name in drop or ()],
+                trained_on=trained_on,
                 verify=verify,
                 overwrite=overwrite,
             )

@@ -120,6 +120,7 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
         where: dict[str, Any]
         if isinstance(part, InputPrompt):
             where = {"kind": "input", "stack": part.stack, "entry": part.entry, "placement": part.placement}
+            where |= {} if part.told_scale is None else {"scale": part.told_scale}
         else:
             where = {"kind": "prefix", "site": part.site, "layers": list(part.layers)}
         parts.append({**where, **numbers})

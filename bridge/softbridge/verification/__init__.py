@@ -19,7 +19,7 @@ import numpy as np
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.hookspecs import Engine
-from softbridge.lower import Step, as_dtype
+from softbridge.lower import Step, as_dtype, for_model
 from softbridge.passes import DTYPES
 from softbridge.prompt import SoftPrompt
 from softbridge.untested import warn_of_untested
@@ -101,7 +101,8 @@ def verify(
         return compare(*recordings, level=level)
     conditions = tuple(dict.fromkeys(name for loaded in files for name in loaded.conditions))
     rounded = _rounding([step for loaded in files for step in loaded.steps])
-    subjects = [Subject(str(one.path), one.prompt, one.format.engine, one.path) for one in files]
+    subjects = [_subject(one, resolved) for one in files]
+    rounded += ("scale",) * any(one.directory is None and "scale" not in rounded for one in subjects)
     if "head" in conditions:  # one side left it to its caller: the comparison gives it the other's
         head = next((one.prompt.head for one in files if one.prompt.head), {})
         subjects = [
@@ -271,11 +272,12 @@ def probe(
     warn_of_untested()
     resolved = BaseModel.resolve(base)
     loaded = read(path, resolved)
-    subject = Subject(str(loaded.path), loaded.prompt, loaded.format.engine, loaded.path)
+    subject = _subject(loaded, resolved)
     resolved = resolved.with_head(loaded.prompt.head)
     if window is None and "window" not in loaded.conditions:
         window = _window(loaded.prompt)
     rounded = _rounding(loaded.steps)
+    rounded += ("scale",) * (subject.directory is None and "scale" not in rounded)
     weights = weights or "entry" in rounded
     captures, models = [], []
     with threads(None if weights else 1):
@@ -299,6 +301,15 @@ def probe(
         rounded=rounded,
         versions=_versions(),
     )
+
+
+def _subject(loaded: Loaded, base: BaseModel) -> Subject:
+    """What was read, as it is run here. Files for another transformers do not stand for it."""
+    prompt = for_model(loaded.prompt, base)
+    same = all(
+        one.scale == "untold" or one == other for one, other in zip(loaded.prompt.inputs, prompt.inputs, strict=True)
+    )
+    return Subject(str(loaded.path), prompt, loaded.format.engine, loaded.path if same else None)
 
 
 def compare(a: Recording, b: Recording, *, level: Level = "exact") -> Certificate:

@@ -17,7 +17,7 @@ from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Engine, Loader
 from softbridge.lower import turn
 from softbridge.parts import named_arrays
-from softbridge.prompt import Array, SoftPrompt
+from softbridge.prompt import Array, InputPrompt, SoftPrompt
 from softbridge.template import Template
 from softbridge.verification.certificate import Fault, Figure, Layer
 from softbridge.verification.layers import differences, places, watch
@@ -268,7 +268,7 @@ def capture(
         exact, states = bench.own(subject, engine)
         rough, _ = bench.own(subject, engine, dtype, backwards)
     loss, grown = bench.gradient(engine, prompt)
-    grown = replace(grown, head={}, training=None)
+    grown = _entering(replace(grown, head={}, training=None), bench.base.scale)
     scheme, turned = bench.base.positions, grown
     if bench.frames and scheme.kind == "rotary":
         for stack, start in prompt.positions.start.items():
@@ -306,6 +306,14 @@ def capture(
         stepwise=generate_fault(engine, prompt, bench.base.geometry) or "",
         naive=copied,
     )
+
+
+def _entering(grown: SoftPrompt, scale: float | None) -> SoftPrompt:
+    """A gradient with respect to vectors as they enter the first layer, which releases of transformers agree on."""
+    if scale is None:
+        return grown
+    parts = (replace(p, vectors=p.vectors / scale) if isinstance(p, InputPrompt) else p for p in grown.parts)
+    return replace(grown, parts=tuple(parts))
 
 
 def judge(a: Capture, b: Capture, rounded: Sequence[str]) -> Findings:
