@@ -646,7 +646,8 @@ def _wired_otherwise(model: Any, geometry: Geometry, heard: Sequence[nn.Module],
 def stacks_of(model: Any, geometry: Geometry) -> dict[Stack, Any]:
     """The module that runs each stack: embeddings, layers, last norm; no head."""
     if geometry.is_encoder_decoder:
-        return {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
+        both = model if hasattr(model, "get_encoder") else model.base_model  # a classifier of BART's has none itself
+        return {"encoder": both.get_encoder(), "decoder": both.get_decoder()}
     if geometry.decoder is None:
         return {"encoder": model.base_model}
     return {"decoder": _text_decoder(model)}
@@ -742,6 +743,7 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
         if table is not None and places and not tellable(stack):
             handles.append(table.register_forward_pre_hook(Shift(table, places, off).before, with_kwargs=True))
         around = Circumstances(implementation, crossed, pools, injected.shows, off, injected.owner)
+        around = replace(around, knows_pads=not tellable(stack) and wiring.knows_pads(stack))
         outer = outer_of(model, geometry)
         if outer is not None:
             around = replace(around, word=word(model.config), counts_pads=_counts_pads(outer, stack))
@@ -766,7 +768,8 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
             handles.append(block.register_forward_pre_hook(hooks.before_block, with_kwargs=True))
             handles.append(block.register_forward_hook(hooks.after_block))
         if crossed:
-            handles.append(model.get_decoder().register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
+            decoder = stacks_of(model, geometry)["decoder"]
+            handles.append(decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
 
 
 def _bind(injected: Injection, modules: Mapping[Site, Sequence[nn.Module]], wired: wiring.Wiring | None) -> None:

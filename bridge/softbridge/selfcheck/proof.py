@@ -30,7 +30,7 @@ from softbridge import contract
 from softbridge.bank import PromptBank
 from softbridge.base import fresh
 from softbridge.contract import CLOSE, CLOSE_TO_ISLAND, FELT, Figure, Outcome
-from softbridge.errors import EngineError
+from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.hookspecs import Engine, Insertable
 from softbridge.prompt import Array, InputPrompt, KeyValuePrefix, SoftPrompt
 from softbridge.selfcheck import promises
@@ -201,6 +201,12 @@ class _Trial:
         self.running = engine.attach(fresh(bare), prompt)
 
     def findings(self, bank: bool) -> tuple[Finding, ...]:
+        try:
+            promises.said(self.running, self.texts[0])
+        except SoftbridgeError:
+            raise
+        except Exception as error:  # which the bare copy does not raise: a head weighs P + T states by a mask of T
+            return (self._judged("effect", [Figure(f"raised {_line(error)}", math.inf, "same")], {}),)
         reference = self._reference()
         found = [self._effect(reference), reference]
         asks: list[tuple[Promise, Ask, Ask | None]] = [
