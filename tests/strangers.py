@@ -195,8 +195,9 @@ def _text(model: Any, ids: Tensor | None = None, **more: Any) -> dict[str, Any]:
     """What a model is called with for a text."""
     given: dict[str, Any] = {"input_ids": tokens() if ids is None else ids, **more}
     if model.config.is_encoder_decoder:
+        rows, length = given["input_ids"].shape
         whole = "ForSequenceClassification" in type(model).__name__
-        given["decoder_input_ids"] = tokens(len(given["input_ids"]), given["input_ids"].shape[1] if whole else 4, seed=9)
+        given["decoder_input_ids"] = tokens(rows, length if whole else 4, seed=9)
         if whole:  # where the text ends, the decoder's state is that of all
             given["input_ids"][:, -1] = model.config.eos_token_id
     return given

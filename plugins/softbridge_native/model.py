@@ -291,6 +291,8 @@ def install(model: Any, injected: Injection, geometry: Geometry, prefixed: bool,
             f"this {type(model).__name__} has a prompt attached already", "a model without one", "detach that one first"
         )
     modules, head = attention_modules(model, geometry), set(head)
+    stacks = stacks_of(model, geometry).items()
+    pads = {name for name, stack in stacks if not tellable(stack) and wiring.knows_pads(stack)}
     injected.trainable = [p for name, p in model.named_parameters() if p.requires_grad and name not in head]
     for parameter in injected.trainable:
         parameter.requires_grad_(False)
@@ -301,7 +303,7 @@ def install(model: Any, injected: Injection, geometry: Geometry, prefixed: bool,
             _switch_attention(model, injected)
         if prefixed:
             _bind(injected, modules, _wiring(model, geometry))
-        _hook(model, injected, geometry)
+        _hook(model, injected, geometry, pads)
     except BaseException:
         detach(model)
         raise
@@ -730,8 +732,8 @@ def _restore_names(before: Iterable[tuple[Any, str]]) -> None:
         config._attn_implementation_internal = name
 
 
-def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
-    """Hook the stacks, and the model around them."""
+def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[Stack]) -> None:
+    """Hook the stacks, and the model around them. Those of `pads` find pads by their token ids."""
     handles, off = injected.handles, injected.switch.is_off
     handles.append(model.register_forward_pre_hook(injected.enter, with_kwargs=True))
     handles.append(model.register_forward_hook(injected.leave))
@@ -743,7 +745,7 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
         if table is not None and places and not tellable(stack):
             handles.append(table.register_forward_pre_hook(Shift(table, places, off).before, with_kwargs=True))
         around = Circumstances(implementation, crossed, pools, injected.shows, off, injected.owner)
-        around = replace(around, knows_pads=not tellable(stack) and wiring.knows_pads(stack))
+        around = replace(around, knows_pads=name in pads)
         outer = outer_of(model, geometry)
         if outer is not None:
             around = replace(around, word=word(model.config), counts_pads=_counts_pads(outer, stack))

@@ -842,8 +842,8 @@ def _check_no_pads_ahead(stack: Any, mask: Tensor) -> None:
 
 def _kept_within(stack: Any) -> EngineError:
     return EngineError(
-        f"use_cache=True, and {type(stack).__name__} takes no cache that a call could hand on (it keeps its own), so that "
-        "nothing says which calls go on with a text that has the prompt",
+        f"use_cache=True, and {type(stack).__name__} takes no cache that a call could hand on (it keeps its own), and "
+        "does not say which calls go on with a text that has the prompt",
         "calls that read the whole text",
         "use_cache=False",
     )

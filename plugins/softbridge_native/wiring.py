@@ -253,10 +253,8 @@ def _counts_otherwise(stack: Any) -> bool:
     ids[:, :2] = stack.config.pad_token_id
     mask = torch.tensor([[0, 0, 1, 1]], device=ids.device)
     with torch.no_grad():
-        embedded = stack.get_input_embeddings()(ids)
-    expected, found = (
-        one_token(stack, attention_mask=mask, **given)[0][:, -1] for given in ({"ids": ids}, {"inputs_embeds": embedded})
-    )
+        both: list[dict[str, Tensor]] = [{"ids": ids}, {"inputs_embeds": stack.get_input_embeddings()(ids)}]
+    expected, found = (one_token(stack, attention_mask=mask, **given)[0][:, -1] for given in both)
     return float((found - expected).abs().max()) > 1e-2 * float(expected.abs().max())
 
 

@@ -318,8 +318,9 @@ def _in_encoder(stack: nn.Module, geometry: Geometry, part: KeyValuePrefix, star
     given = {"attention_mask": torch.ones(1, length, dtype=torch.long)}
     if "position_ids" in inspect.signature(stack.forward).parameters:
         # Where keys are rotated, those at 0 are not, as those of a prefix.
-        positions = torch.arange(length)[None] + _row(stack, {"input_ids": ids, "attention_mask": torch.ones_like(ids)})
-        given["position_ids"] = torch.cat([positions[:, :1].expand(-1, part.length), positions[:, part.length :]], dim=1)
+        plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        given["position_ids"] = torch.arange(length)[None] + _row(stack, plain)
+        given["position_ids"][:, : part.length] = given["position_ids"][:, :1].clone()
     handles = _replace(stack, geometry, part)
     try:
         one, other = (
