@@ -80,6 +80,7 @@ OTHERWISE: tuple[dict[str, Any], ...] = (
     {"d_head": HEAD_WIDTH},
     {"encoder_layers": LAYERS},
     {"default_language": "en_XX"},
+    {"embedding_size": HIDDEN},
     {"num_hidden_layers": 8},
     {"num_key_value_heads": None},
 )

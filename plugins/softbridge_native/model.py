@@ -291,6 +291,8 @@ def install(model: Any, injected: Injection, geometry: Geometry, prefixed: bool,
             f"this {type(model).__name__} has a prompt attached already", "a model without one", "detach that one first"
         )
     modules, head = attention_modules(model, geometry), set(head)
+    stacks = stacks_of(model, geometry).items()
+    pads = {name for name, stack in stacks if not tellable(stack) and wiring.knows_pads(stack)}
     injected.trainable = [p for name, p in model.named_parameters() if p.requires_grad and name not in head]
     for parameter in injected.trainable:
         parameter.requires_grad_(False)
@@ -301,7 +303,7 @@ def install(model: Any, injected: Injection, geometry: Geometry, prefixed: bool,
             _switch_attention(model, injected)
         if prefixed:
             _bind(injected, modules, _wiring(model, geometry))
-        _hook(model, injected, geometry)
+        _hook(model, injected, geometry, pads)
     except BaseException:
         detach(model)
         raise
@@ -646,7 +648,8 @@ def _wired_otherwise(model: Any, geometry: Geometry, heard: Sequence[nn.Module],
 def stacks_of(model: Any, geometry: Geometry) -> dict[Stack, Any]:
     """The module that runs each stack: embeddings, layers, last norm; no head."""
     if geometry.is_encoder_decoder:
-        return {"encoder": model.get_encoder(), "decoder": model.get_decoder()}
+        both = model if hasattr(model, "get_encoder") else model.base_model  # a classifier of BART's has none itself
+        return {"encoder": both.get_encoder(), "decoder": both.get_decoder()}
     if geometry.decoder is None:
         return {"encoder": model.base_model}
     return {"decoder": _text_decoder(model)}
@@ -729,8 +732,8 @@ def _restore_names(before: Iterable[tuple[Any, str]]) -> None:
         config._attn_implementation_internal = name
 
 
-def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
-    """Hook the stacks, and the model around them."""
+def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[Stack]) -> None:
+    """Hook the stacks, and the model around them. Those of `pads` find pads by their token ids."""
     handles, off = injected.handles, injected.switch.is_off
     handles.append(model.register_forward_pre_hook(injected.enter, with_kwargs=True))
     handles.append(model.register_forward_hook(injected.leave))
@@ -742,6 +745,7 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
         if table is not None and places and not tellable(stack):
             handles.append(table.register_forward_pre_hook(Shift(table, places, off).before, with_kwargs=True))
         around = Circumstances(implementation, crossed, pools, injected.shows, off, injected.owner)
+        around = replace(around, knows_pads=name in pads)
         outer = outer_of(model, geometry)
         if outer is not None:
             around = replace(around, word=word(model.config), counts_pads=_counts_pads(outer, stack))
@@ -766,7 +770,8 @@ def _hook(model: Any, injected: Injection, geometry: Geometry) -> None:
             handles.append(block.register_forward_pre_hook(hooks.before_block, with_kwargs=True))
             handles.append(block.register_forward_hook(hooks.after_block))
         if crossed:
-            handles.append(model.get_decoder().register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
+            decoder = stacks_of(model, geometry)["decoder"]
+            handles.append(decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
 
 
 def _bind(injected: Injection, modules: Mapping[Site, Sequence[nn.Module]], wired: wiring.Wiring | None) -> None:

@@ -319,6 +319,7 @@ class Circumstances:
         owner: a name that no other attachment has.
         word: a token id that is a word of text; see `word`.
         counts_pads: whether a model around the stack makes positions that count pads on the left.
+        knows_pads: whether the stack finds pads by their token ids, and is told no positions.
     """
 
     implementation: str | None
@@ -329,6 +330,7 @@ class Circumstances:
     owner: str
     word: int = 0
     counts_pads: bool = False
+    knows_pads: bool = False
 
 
 #: How the names of token ids in a configuration end.
@@ -516,6 +518,8 @@ class StackHooks:
         if self.seed is not None:
             check_begun(cache, self.around.owner, past)
             self.seed.plant(stack, kwargs, plain, past, self.around.owner)
+        if call.vectors is not None and self.around.knows_pads and plain is not None:
+            _check_no_pads_ahead(stack, plain)
         if call.vectors is not None and call.vectors.placement == "template":
             _fill(call.vectors, stack, kwargs, past)
         elif call.vectors is not None and outer is not None:
@@ -827,10 +831,20 @@ def _ready_made() -> EngineError:
     )
 
 
+def _check_no_pads_ahead(stack: Any, mask: Tensor) -> None:
+    if not torch.compiler.is_compiling() and bool(left_pads(mask).any()):
+        raise EngineError(
+            f"rows padded on the left, with an input prompt, and {type(stack).__name__} finds pads by their token ids, "
+            "which embeddings have not",
+            "rows padded on the right, or not at all",
+            "pad on the right, or run the rows one by one",
+        )
+
+
 def _kept_within(stack: Any) -> EngineError:
     return EngineError(
-        f"use_cache=True, and {type(stack).__name__} takes no cache that a call could hand on (it keeps its own), so "
-        "that nothing says which calls go on with a text that has the prompt",
+        f"use_cache=True, and {type(stack).__name__} takes no cache that a call could hand on (it keeps its own), and "
+        "does not say which calls go on with a text that has the prompt",
         "calls that read the whole text",
         "use_cache=False",
     )

@@ -64,6 +64,7 @@ _calls: ContextVar[list[Call] | None] = ContextVar("softbridge_calls", default=N
 _told: ContextVar[dict[nn.Module, list[Any]] | None] = ContextVar("softbridge_told", default=None)
 _known: WeakKeyDictionary[nn.Module, Wiring | None] = WeakKeyDictionary()
 _plain: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_pads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
 def wiring(stack: Any, named: Callable[[str], AbstractContextManager[None]], crossed: bool) -> Wiring | None:
@@ -148,7 +149,7 @@ def _look(
 
 
 def one_token(stack: Any, ids: Tensor | None = None, **given: Any) -> Any:
-    """The output of a stack for one token, past the hooks of what is attached."""
+    """The output of a stack for one token, or for those given, past the hooks of what is attached."""
     if ids is None and given.get("inputs_embeds") is None:
         ids = some_token(stack)
     takes = inspect.signature(stack.forward).parameters
@@ -232,6 +233,29 @@ def _asked(stack: Any) -> str | None:
         return None
     apart, size = float((found - expected).abs().max()), float(expected.abs().max())
     return "makes something else of tokens that are given as embeddings" if apart > 1e-2 * size else None
+
+
+def knows_pads(stack: Any) -> bool:
+    """Whether a stack finds by their token ids which tokens are pads, and counts others without them (M2M-100's).
+
+    Among embeddings it finds none, and counts them. It is found out once.
+    """
+    if stack not in _pads:
+        try:
+            _pads[stack] = _counts_otherwise(stack)
+        except Exception:  # foreign code; nothing is known
+            _pads[stack] = False
+    return _pads[stack]
+
+
+def _counts_otherwise(stack: Any) -> bool:
+    ids = some_token(stack).expand(1, 4).clone()
+    ids[:, :2] = stack.config.pad_token_id
+    mask = torch.tensor([[0, 0, 1, 1]], device=ids.device)
+    with torch.no_grad():
+        both: list[dict[str, Tensor]] = [{"ids": ids}, {"inputs_embeds": stack.get_input_embeddings()(ids)}]
+    expected, found = (one_token(stack, attention_mask=mask, **given)[0][:, -1] for given in both)
+    return float((found - expected).abs().max()) > 1e-2 * float(expected.abs().max())
 
 
 def _fields(output: Any) -> list[tuple[str, Tensor]]:

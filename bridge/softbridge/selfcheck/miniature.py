@@ -151,7 +151,8 @@ def kinds_of(model: Any, geometry: Geometry, stack: Stack) -> tuple[int, ...] | 
     if shape is None:
         return None
     if geometry.is_encoder_decoder:
-        module = model.get_encoder() if stack == "encoder" else model.get_decoder()
+        both = model if hasattr(model, "get_encoder") else model.base_model
+        module = both.get_encoder() if stack == "encoder" else both.get_decoder()
     else:
         module = model.base_model if stack == "encoder" else model.base_model.get_decoder()
     found = layers_of(module, shape.layers)

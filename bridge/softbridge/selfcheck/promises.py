@@ -203,13 +203,12 @@ def _among(part: InputPrompt, ids: Tensor, table: nn.Module) -> Tensor:
 def _told(model: Any, first: int, count: int) -> dict[str, Tensor]:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise NotTried("its first token cannot be told by hand to stand elsewhere")
-    first += _row(model)
+    first += _row(model, contract.make_text(model, 0))
     return {"position_ids": torch.arange(first, first + count)[None]}
 
 
-def _row(model: Any) -> int:
+def _row(model: Any, text: Inputs) -> int:
     """What a model is told of a token that stands at 0: its row of a table, the first of which may be for pads."""
-    text = contract.make_text(model, 0)
     expected, columns = said(model, text), torch.arange(text["input_ids"].shape[1])[None]
     for row in range(4):
         found = said(model, {**text, "position_ids": columns + row})
@@ -315,14 +314,26 @@ def _in_encoder(stack: nn.Module, geometry: Geometry, part: KeyValuePrefix, star
     if start != part.length:
         raise NotTried("its first token cannot be told by hand to stand elsewhere")
     ids = text["input_ids"]
-    ids = torch.cat([ids[:, :1].expand(-1, part.length), ids], dim=1)
+    length = part.length + ids.shape[1]
+    given = {"attention_mask": torch.ones(1, length, dtype=torch.long)}
+    if "position_ids" in inspect.signature(stack.forward).parameters:
+        # Where keys are rotated, those at 0 are not, as those of a prefix.
+        plain = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        given["position_ids"] = torch.arange(length)[None] + _row(stack, plain)
+        given["position_ids"][:, : part.length] = given["position_ids"][:, :1].clone()
     handles = _replace(stack, geometry, part)
     try:
-        states: Tensor = stack(input_ids=ids, attention_mask=torch.ones_like(ids))[0]
+        one, other = (
+            stack(input_ids=torch.cat([filler.expand(-1, part.length), ids], dim=1), **given)[0][:, part.length :]
+            for filler in (ids[:, :1], ids[:, 1:2])
+        )
     finally:
         for handle in handles:
             handle.remove()
-    return states[:, part.length :]
+    if contract.distance(one, other) > contract.CLOSE_TO_ISLAND:
+        raise NotTried("what tokens stand in front shows elsewhere than in keys and values")
+    found: Tensor = one
+    return found
 
 
 def _replace(stack: nn.Module, geometry: Geometry, part: Part) -> list[Any]:

@@ -30,7 +30,7 @@ from softbridge import contract
 from softbridge.bank import PromptBank
 from softbridge.base import fresh
 from softbridge.contract import CLOSE, CLOSE_TO_ISLAND, FELT, Figure, Outcome
-from softbridge.errors import EngineError
+from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.hookspecs import Engine, Insertable
 from softbridge.prompt import Array, InputPrompt, KeyValuePrefix, SoftPrompt
 from softbridge.selfcheck import promises
@@ -153,6 +153,7 @@ def _sources(module: Any) -> tuple[str, ...]:
 
 def _proven(engine: Engine, of: Architecture, prompt: SoftPrompt, bank: bool) -> Verdict:
     reasons: list[str] = []
+    raised: Verdict | None = None
     with _leaving_all_as_it_was():
         for small in islice(miniatures(of, prompt), TRIES):
             try:
@@ -170,14 +171,19 @@ def _proven(engine: Engine, of: Architecture, prompt: SoftPrompt, bank: bool) ->
             if obstacles:
                 reasons.append(f"{small.note}: {'; '.join(obstacle.reason for obstacle in obstacles)}")
                 continue
+            instead = "" if of.named == of.implementation else f" for {of.named}, which runs elsewhere"
+            note = f"{small.note}; {of.implementation} attention{instead}"
             try:
                 found = _Trial(engine, bare, small, told).findings(bank)
+            except _Raised as error:
+                raised = raised or Verdict(of.kind.__name__, error.args, note, "", decisive())
+                continue
             except Exception as error:
                 reasons.append(f"{small.note}: {_line(error)}")
                 continue
-            instead = "" if of.named == of.implementation else f" for {of.named}, which runs elsewhere"
-            note = f"{small.note}; {of.implementation} attention{instead}"
             return Verdict(of.kind.__name__, found, note, "", decisive())
+    if raised is not None:
+        return raised
     reason = "; ".join(dict.fromkeys(reasons)) or "no configuration of a small copy is taken"
     return unproven(of.kind, f"no small copy of it runs ({reason})")
 
@@ -185,6 +191,10 @@ def _proven(engine: Engine, of: Architecture, prompt: SoftPrompt, bank: bool) ->
 def _line(error: BaseException) -> str:
     text = str(error).strip()
     return f"{type(error).__name__}: {text.splitlines()[0] if text else ''}"
+
+
+class _Raised(Exception):  # noqa: N818
+    """The copy raises with the prompt what it does not raise without; with the finding."""
 
 
 class _Trial:
@@ -201,6 +211,12 @@ class _Trial:
         self.running = engine.attach(fresh(bare), prompt)
 
     def findings(self, bank: bool) -> tuple[Finding, ...]:
+        try:
+            promises.said(self.running, self.texts[0])
+        except SoftbridgeError:
+            raise
+        except Exception as error:  # which the bare copy does not raise: a head weighs P + T states by a mask of T
+            raise _Raised(self._judged("effect", [Figure(f"raised {_line(error)}", math.inf, "same")], {})) from error
         reference = self._reference()
         found = [self._effect(reference), reference]
         asks: list[tuple[Promise, Ask, Ask | None]] = [
