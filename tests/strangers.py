@@ -815,7 +815,7 @@ def main() -> int:
     if told.resume and results.exists():
         known = {cell.name: cell for cell in (Cell(**json.loads(line)) for line in results.read_text().splitlines())}
     build("causal", "llama", "LlamaForCausalLM")  # what every process would import anew
-    transformers.GenerationMixin, engine_named("native")
+    transformers.GenerationMixin, sb.attach, engine_named("native")
     done: list[Cell] = []
     chosen: dict[tuple[str, str], list[Cell]] = {}
     for cell in cells():
