@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import os
 import runpy
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
 from pathlib import Path
@@ -33,6 +34,9 @@ if os.environ.get("SOFTBRIDGE_PROCESSOR") == "another":
 
 # What the suite itself shows no engine needs to show again before each call. That check has tests of its own.
 os.environ.setdefault("SOFTBRIDGE_SELF_CHECK", "0")
+# And no test reads, or writes, what a user's own checks have found.
+_VERDICTS = tempfile.TemporaryDirectory(prefix="softbridge-self-check-")
+os.environ["SOFTBRIDGE_SELF_CHECK_FOLDER"] = _VERDICTS.name
 
 #: Runs that are remembered at most, the latest: some 100 kB each.
 REMEMBERED = 300
