@@ -39,7 +39,6 @@ from softbridge.methods import (
 from softbridge.prompt import SoftPrompt
 from softbridge.registry import engines
 from softbridge.testing import tiny_model
-from softbridge_compat import peft_defects
 
 ENGINES = [name for name, engine in engines().items() if engine.unavailable() is None]
 P, STEPS, ROWS, TOKENS = 4, 4, 12, 7
@@ -440,7 +439,8 @@ def test_engines_train_alike(family: str, method: Method, bound: float, tmp_path
     for engine in ENGINES:
         with suppress(LoweringError, EngineError):  # the native engine: BERT of transformers 4.57 does not dispatch
             curves[engine] = curve(family, method, engine, tmp_path / engine)
-    assert len(curves) > 1 or (family == "bert" and peft_defects.RENAMED_CACHE_CLASSIFIER.applies())
+    # Without AdapterHub one of the others may be all that runs BERT: see `_attention_obstacles` and PEFT's defects.
+    assert len(curves) > 1 or (curves and family == "bert" and "adapterhub" not in ENGINES)
     first, *others = curves.values()
     assert first[-1] < first[0] - 0.1
     for name, losses in curves.items():
