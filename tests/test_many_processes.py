@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import softbridge as sb
+from softbridge.testing import agreement
 
 SCRIPT = Path(__file__).with_name("many_processes.py")
 
@@ -46,7 +47,7 @@ def test_ddp(both: tuple[Path, dict[str, Any], Any], tmp_path: Path) -> None:
     assert told["wrapped"] == "DistributedDataParallel"
     module.with_trainer(tmp_path)
     alone = sb.load(tmp_path)
-    assert apart(sb.load(folder / "trainer"), alone) < 1e-12
+    assert apart(sb.load(folder / "trainer"), alone) <= agreement(module.tiny_model("llama"))
     assert apart(sb.load(folder / "trainer"), sb.extract(module.attached())) > 0.01
     files = {path.name for path in (folder / "trainer" / "checkpoint-4").iterdir()}
     assert {"rng_state_0.pth", "rng_state_1.pth", "model.safetensors"} <= files
@@ -59,7 +60,7 @@ def test_fsdp2(both: tuple[Path, dict[str, Any], Any], tmp_path: Path) -> None:
     assert told["accelerate"] == "DistributedType.MULTI_CPU", "the trainer can be asked for FSDP on a CPU now"
     module.whole(tmp_path)
     alone = sb.load(tmp_path)
-    assert apart(sb.load(folder / "shards"), alone) < 1e-12
+    assert apart(sb.load(folder / "shards"), alone) <= agreement(module.tiny_model("llama"))
     assert apart(sb.load(folder / "shards"), sb.extract(module.attached())) > 0.01
 
 

@@ -38,7 +38,7 @@ from softbridge.methods import (
 )
 from softbridge.prompt import SoftPrompt
 from softbridge.registry import engines
-from softbridge.testing import tiny_model
+from softbridge.testing import agreement, apart, tiny_model
 
 ENGINES = [name for name, engine in engines().items() if engine.unavailable() is None]
 P, STEPS, ROWS, TOKENS = 4, 4, 12, 7
@@ -318,7 +318,8 @@ def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
         type(base).from_pretrained(tmp_path / "again", attn_implementation="eager"),
         torch.tensor([[5, 9, 17]]),
     )
-    assert torch.equal(found.eval()(text).logits, base.eval()(text).logits)
+    found, base = (each.eval().double() for each in (found, base))
+    assert apart(found(text).logits, base(text).logits) <= agreement(base)
 
 
 def test_a_pipeline_takes_it() -> None:

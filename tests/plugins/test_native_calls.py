@@ -22,7 +22,7 @@ from softbridge.errors import EngineError
 from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
 from softbridge.passes import as_dtype
-from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.testing import agreement, random_input_prompt, random_prefix, tiny_config, tiny_model
 
 THREADS, CALLS = 3, 60
 NEVER = {"eos_token_id": 10**6, "pad_token_id": 0}
@@ -330,6 +330,7 @@ def test_a_cache_that_was_begun_elsewhere(kind: str) -> None:
     """Refused, and what this model began goes on: copied, cropped, reordered, or made by the stack itself."""
     model = bloom() if kind == "seeded" else tiny_model("llama")
     geometry = read_geometry(model.config)
+    close = agreement(model)
     make = random_prefix if kind == "seeded" else random_input_prompt
     ids, more = text(6), text(3, 1)
     running, other = (sb.attach(copy.deepcopy(model), make(geometry, 5, seed=seed)) for seed in (1, 2))
@@ -344,16 +345,16 @@ def test_a_cache_that_was_begun_elsewhere(kind: str) -> None:
             begun = caches.of(running(input_ids=ids, use_cache=True, **given))
             assert begun.get_seq_length() == 6
             for mine in (copy.deepcopy(begun), begun):
-                assert apart(running(input_ids=more, **{handed: mine}).logits, expected) < 1e-12
+                assert apart(running(input_ids=more, **{handed: mine}).logits, expected) <= close
             begun.crop(-3)
-            assert apart(running(input_ids=more, **{handed: begun}).logits, expected) < 1e-12
+            assert apart(running(input_ids=more, **{handed: begun}).logits, expected) <= close
             begun.crop(-3)
             begun.reorder_cache(torch.tensor([0, 0]))
             twice = running(input_ids=more.expand(2, -1), **{handed: begun}).logits
-            assert apart(twice, expected.expand(2, -1, -1)) < 1e-12
+            assert apart(twice, expected.expand(2, -1, -1)) <= close
         begun = caches.of(running(input_ids=ids, use_cache=True))
         again = copy.deepcopy(running)  # the same prompt
-        assert apart(again(input_ids=more, **{handed: begun}).logits, expected) < 1e-12
+        assert apart(again(input_ids=more, **{handed: begun}).logits, expected) <= close
 
 
 def packed(first: Tensor, second: Tensor) -> dict[str, Any]:
@@ -367,6 +368,7 @@ def test_a_prefix_is_each_packed_text_s(family: str, implementation: str) -> Non
     """Wherever the model itself keeps them apart: without a cache, or by the mask. Elsewhere it never does."""
     model, first, second = tiny_model(family), text(5), text(4, 1)
     model.set_attn_implementation(implementation)
+    close = agreement(model)
     running = sb.attach(copy.deepcopy(model), prompts(model)["prefix"])
     both = packed(first, second)
     own = torch.tensor([0] * 5 + [1] * 4)
@@ -375,8 +377,8 @@ def test_a_prefix_is_each_packed_text_s(family: str, implementation: str) -> Non
     for each in (model, running):
         expected = torch.cat([logits(each, first), logits(each, second)], dim=1)
         with torch.no_grad():
-            assert apart(each(**both, use_cache=False).logits, expected) < 1e-12
-            assert apart(each(**both, attention_mask=block).logits, expected) < 1e-12
+            assert apart(each(**both, use_cache=False).logits, expected) <= close
+            assert apart(each(**both, attention_mask=block).logits, expected) <= close
             assert apart(each(**both, use_cache=True).logits, expected) > 0.1
     assert apart(logits(running, second), logits(model, second)) > 0.1
 

@@ -1,8 +1,8 @@
 """Every method of PEFT x eleven architectures: the file there and back, and PEFT against the native engine.
 
 PEFT decides which cells there are: what it does not train is counted, with its reason. All in float64 with dropout off,
-so that what is the same sum is the same number, also where a model computes its rotary tables or a softmax in float32:
-both engines meet the same one.
+so that what is the same sum is nearly the same number: in which order it is added, a processor decides by where its
+numbers lie in memory (`softbridge.testing.agreement`).
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ import softbridge as sb
 from softbridge.base import BaseModel, build
 from softbridge.errors import EngineError
 from softbridge.prompt import Array, InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.testing import agreement
 from softbridge.untrusted import Files
 from softbridge.verification.probes import make_probes
 from softbridge.verification.run import attached, generate_fault, gradient, run
@@ -148,6 +149,7 @@ def test_there_and_back_and_the_same_in_both_engines(family: str, tmp_path: Path
     probes = [probe for probe in make_probes(base.geometry, config, 0, base.task) if probe.name in chosen]
     told = probes[:-1] if probes[-1].greedy else probes
     plain = run(model, told)
+    close = agreement(model)
     for method in METHODS:
         why = LEFT_OUT.get((family, method))
         folder = tmp_path / method
@@ -167,7 +169,7 @@ def test_there_and_back_and_the_same_in_both_engines(family: str, tmp_path: Path
             expected = run(running, [replace(probe, stepwise=wrong) for probe in probes])
         loaded = run(ENGINE.load(copy.deepcopy(model), prompt, folder / "written"), told)
         assert loaded.keys() == plain.keys()
-        assert apart(loaded, {name: expected[name] for name in loaded}) == 0, method
+        assert apart(loaded, {name: expected[name] for name in loaded}) <= close, method
         obstacles = NATIVE.obstacles(prompt, model)
         if config.is_encoder_decoder and prompt.prefixes and peft_defects.CACHED_T5_PREFIX.applies() and not wrong:
             expected = {name: array for name, array in expected.items() if name in loaded}  # PEFT generates otherwise
@@ -178,7 +180,7 @@ def test_there_and_back_and_the_same_in_both_engines(family: str, tmp_path: Path
         assert why is None, method
         with attached(NATIVE, copy.deepcopy(model), prompt) as running:
             found = run(running, [probe for probe in probes if probe.name in expected])
-        assert apart(found, expected) == 0, method
+        assert apart(found, expected) <= close, method
         with attached(NATIVE, copy.deepcopy(model), replace(prompt, parts=(spoilt(prompt.parts[0]),))) as running:
             wrong = run(running, told)
         assert min(apart(wrong, other) for other in (loaded, plain)) > 1e-3, method
@@ -186,6 +188,6 @@ def test_there_and_back_and_the_same_in_both_engines(family: str, tmp_path: Path
         (loss, first), (other, second) = (
             gradient(engine, copy.deepcopy(model), prompt, probes[0]) for engine in (ENGINE, NATIVE)
         )
-        assert loss == other, method
+        assert abs(loss - other) <= close * abs(other), method
         theirs, ours = first.parts[0], in_blocks(second.parts[0]) if config.is_encoder_decoder else second.parts[0]
-        assert apart(dict(ours.arrays()), dict(theirs.arrays())) == 0, method
+        assert apart(dict(ours.arrays()), dict(theirs.arrays())) <= close, method
