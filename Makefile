@@ -3,7 +3,7 @@
 # make test-stacks  the contracts of engines and trainers and the table of conversions, on every stack of compat/matrix.toml
 # make test-processors  claims of equality on both stacks, as other processors sum, with one thread and with two
 # make test-long  the tests of foreign bytes with a hundred times as many examples, and the engine's check of itself on
-#              every architecture of its tests, on the newer stack
+#              every architecture of its tests, on the newer stack; a hundred pairs of equal prompts on each
 # make test-strangers  prompt and prefix on every text architecture of the installed transformers, for each stack
 # make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
 # make format  let ruff rewrite what it can
@@ -70,9 +70,10 @@ test-processors: $(ENV4)/ready $(ENV5)/ready
 
 test-long: export OMP_NUM_THREADS := 1
 test-long: export SOFTBRIDGE_PROFILE := long
-test-long: $(ENV5)/ready
+test-long: $(ENV4)/ready $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST) tests/bridge/test_untrusted_reading.py tests/bridge/test_container.py \
-		tests/plugins/test_native_selfcheck.py
+		tests/plugins/test_native_selfcheck.py tests/test_false_alarms.py
+	$(ENV4)/bin/python $(PYTEST) tests/test_false_alarms.py
 
 # Resumable: make test-strangers ONLY='causal llama' or RESUME=--resume
 test-strangers: export OMP_NUM_THREADS := 1

@@ -20,7 +20,7 @@ from softbridge.base import BaseModel, build, draw_weights
 from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry, Site, read_geometry
 from softbridge.prompt import SoftPrompt
-from softbridge.testing import random_input_prompt, random_prefix
+from softbridge.testing import agreement, apart, random_input_prompt, random_prefix
 from softbridge.verification.probes import make_probes
 from softbridge.verification.run import attached, gradient, run
 from softbridge_native.engine import ENGINE, NativeEngine
@@ -393,7 +393,7 @@ def test_an_excuse_has_a_limit() -> None:
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
-def test_a_counted_prefix_is_peft_bitwise(family: str, implementation: str) -> None:
+def test_a_counted_prefix_is_peft(family: str, implementation: str) -> None:
     """Logits, loss and gradient, unpadded; logits padded on the right, too."""
 
     def make() -> Any:
@@ -412,10 +412,11 @@ def test_a_counted_prefix_is_peft_bitwise(family: str, implementation: str) -> N
             outputs = run(running, probes)
         found.append((outputs, gradient(engine, make(), prompt, probes[0])))
     (ours, (our_loss, our_gradient)), (theirs, (their_loss, their_gradient)) = found
-    assert {name for name in ours if not np.array_equal(ours[name], theirs[name])} == set()
-    assert our_loss == their_loss
+    close = agreement(make())
+    assert {name for name in ours if apart(ours[name], theirs[name]) > close} == set()
+    assert our_loss == pytest.approx(their_loss, rel=close)
     pairs = zip(our_gradient.arrays(), their_gradient.arrays(), strict=True)
-    assert all(name == other and np.array_equal(a, b) and np.abs(a).max() > 0 for (name, a), (other, b) in pairs)
+    assert all(name == other and apart(a, b) <= close and np.abs(a).max() > 0 for (name, a), (other, b) in pairs)
     bare = run(make(), probes)
     assert all(np.abs(bare[name] - ours[name]).max() > 0.1 for name in bare)
 
