@@ -23,7 +23,7 @@ from softbridge.examples import METHODS, example
 from softbridge.explain import KINDS, Explanation, explain
 from softbridge.lower import CONDITIONS, Target, copied
 from softbridge.prompt import Array, SoftPrompt
-from softbridge.registry import engine_named, format_named, formats
+from softbridge.registry import engines, format_named, formats
 from softbridge.template import Template
 from softbridge.testing import tiny_config, tiny_model
 from softbridge.verification.comparison import template_of
@@ -35,7 +35,7 @@ pytestmark = pytest.mark.usefixtures("remembered_runs")
 FORMATS = ("softbridge", "peft", "adapterhub", "google")
 PAIRS = [(source, target) for source in FORMATS for target in FORMATS if source != target]
 #: Whose toolkit is not installed: what it computes is proven on the stack that has it.
-ELSEWHERE = {name for name in FORMATS if engine_named(format_named(name).engine).unavailable() is not None}
+ELSEWHERE = {name for name in FORMATS if engines()[format_named(name).engine].unavailable() is not None}
 
 
 @cache
