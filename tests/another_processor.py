@@ -37,6 +37,8 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _added(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if c.dtype != a.dtype:  # which torch's own refuse
+        raise RuntimeError(f"self and mat1 must have the same dtype, but got {c.dtype} and {a.dtype}")
     made = _product(a, b) * alpha
     return made if beta == 0 else made + c * beta
 
