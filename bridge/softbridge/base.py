@@ -165,16 +165,12 @@ class BaseModel:
         Heads of several tasks may have the same names (BERT's classifiers of texts and of tokens): then the class of
         the model decides, or those that its configuration names.
         """
-        if self.geometry.is_encoder_decoder:
-            return "seq2seq-lm"
+        if not self._head or self.geometry.is_encoder_decoder:
+            return usual_task(self.config)
         able = [task for task in HEADED if self.config.model_type in _classes(task)]
-        if self._head:
-            named = {type(self._model).__name__} if self._model is not None else set(self.config.architectures or ())
-            able.sort(key=lambda task: _classes(task).get(self.config.model_type) not in named)
-            return next((task for task in able if self._fits(task)), "causal-lm")
-        return (
-            "sequence-classification" if self.geometry.decoder is None and has_classifier(self.config) else "causal-lm"
-        )
+        named = {type(self._model).__name__} if self._model is not None else set(self.config.architectures or ())
+        able.sort(key=lambda task: _classes(task).get(self.config.model_type) not in named)
+        return next((task for task in able if self._fits(task)), "causal-lm")
 
     def _fits(self, task: Task) -> bool:
         """Whether a model of this task has parameters of the names of the head."""
@@ -284,6 +280,14 @@ def _other_parts(config: Any, text: Any) -> list[Any]:
 def _first_line(error: Exception) -> str:
     """Transformers lists the names of all its classes below."""
     return (str(error) or repr(error)).splitlines()[0]
+
+
+def usual_task(config: Any) -> Task:
+    """The head that verification puts on a model of this configuration, where no prompt brings one."""
+    geometry = read_geometry(config)
+    if geometry.is_encoder_decoder:
+        return "seq2seq-lm"
+    return "sequence-classification" if geometry.decoder is None and has_classifier(config) else "causal-lm"
 
 
 def has_classifier(config: Any) -> bool:

@@ -162,6 +162,14 @@ def _canonical(value: object) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 
+def digest_of(prompt: SoftPrompt) -> str:
+    """sha256 of what a model sees: the file of its parts and positions alone.
+
+    Neither the head, the base model's name nor where it was read from changes it.
+    """
+    return hashlib.sha256(pack(SoftPrompt(prompt.parts, prompt.positions))).hexdigest()
+
+
 def _digest(description: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
     plain = {name: value for name, value in description.items() if name != "digest"}
     names = sorted(arrays)

@@ -72,10 +72,10 @@ def measure_scale(config: Any) -> float | None:
     """
     import torch
 
-    from softbridge.base import BaseModel, build, shrink
+    from softbridge.base import build, shrink, usual_task
 
     config = copy.deepcopy(text_part(config))
-    task = BaseModel(config).task
+    task = usual_task(config)
     if vars(config).get("layer_types"):
         config.layer_types = config.layer_types[:1]
     shrink(config, vocab_size=64, intermediate_size=32, n_inner=32, d_ff=32, num_hidden_layers=1)

@@ -23,7 +23,7 @@ import numpy as np
 
 from softbridge import cache as caches
 from softbridge.errors import BaseModelError
-from softbridge.geometry import text_part
+from softbridge.geometry import read_geometry, text_part
 from softbridge.prompt import Array
 
 if TYPE_CHECKING:
@@ -148,11 +148,10 @@ def probe(config: Any) -> PositionScheme:
     Rotary tables depend on the head size and on the layer's number, not on the number of heads or the hidden size, so
     that the small model stays small for any base.
     """
-    from softbridge.base import BaseModel, build
+    from softbridge.base import build, usual_task
 
     config = text_part(config)
-    task = BaseModel(config).task
-    geometry = BaseModel(config).geometry
+    task, geometry = usual_task(config), read_geometry(config)
     try:
         model = build(_smallest(config), task, _float64(), seed=0)
     except Exception as error:  # whatever a modelling file raises, the answer is that it cannot be measured

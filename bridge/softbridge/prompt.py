@@ -13,7 +13,6 @@ deep-learning framework. All classes are immutable and compared by value.
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -522,15 +521,6 @@ class SoftPrompt:
         if self.training is not None:
             for name, array in self.training.tensors.items():
                 yield f"training.{name}", array
-
-    def digest(self) -> str:
-        """sha256 of what a model sees: the canonical on-disk form of parts and positions alone.
-
-        Neither the head, the base model's name nor where it was read from changes it.
-        """
-        from softbridge.container import pack
-
-        return hashlib.sha256(pack(SoftPrompt(self.parts, self.positions))).hexdigest()
 
     def __repr__(self) -> str:
         more = f", head {_shapes(self.head)}" if self.head else ""

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from softbridge.container import digest_of
 from softbridge.errors import BaseModelError
 from softbridge.explain import LENGTH
 from softbridge.prompt import InputPrompt, SoftPrompt
@@ -136,7 +137,7 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
         "training": None if prompt.training is None else prompt.training.kind,
         "task": _task(prompt),
         "notes": [] if prompt.origin is None else [str(note) for note in prompt.origin.details.get("notes", [])],
-        "digest": prompt.digest(),
+        "digest": digest_of(prompt),
     }
 
 

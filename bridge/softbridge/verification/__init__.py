@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 
 from softbridge.base import BaseModel
+from softbridge.container import digest_of
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.hookspecs import Engine
 from softbridge.lower import Step, as_dtype, for_model
@@ -453,4 +454,6 @@ def _least(found: Sequence[Sequence[Fault]]) -> tuple[Fault, ...]:
 
 def _side(subject: Subject, engine: Engine, why: str) -> Side:
     files = {} if subject.prompt.origin is None else subject.prompt.origin.digests
-    return Side(subject.path, engine.name, why, loader_of(subject, engine) is not None, subject.prompt.digest(), files)
+    return Side(
+        subject.path, engine.name, why, loader_of(subject, engine) is not None, digest_of(subject.prompt), files
+    )

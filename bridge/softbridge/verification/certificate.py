@@ -40,7 +40,7 @@ class Side:
         engine: what ran it.
         instead_of: why not its own toolkit, if something else ran it.
         loaded: whether the toolkit's own loader read the files; else softbridge read them and handed the prompt over.
-        digest: of the prompt (see `SoftPrompt.digest`).
+        digest: of the prompt (see `digest_of`).
         files: file name -> sha256.
     """
 
