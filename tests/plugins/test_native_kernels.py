@@ -286,6 +286,9 @@ def test_all_layers_share_one_longer_mask(monkeypatch: pytest.MonkeyPatch) -> No
     assert {mask.seq_lengths for mask in made} == {(T, P + T)}
 
 
+@pytest.mark.skipif(
+    torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="torch compiles flex attention for vector units alone"
+)
 def test_a_kernel_that_is_compiled() -> None:
     """In float32, forward only: on a CPU torch has no other."""
     model = make("llama").float()
