@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import inspect
 import json
 import multiprocessing
 import re
@@ -49,6 +50,7 @@ from transformers import CONFIG_MAPPING, DynamicCache, EncoderDecoderCache
 from transformers.models.auto import modeling_auto
 
 import softbridge as sb
+from softbridge import cache as caches
 from softbridge.base import draw_weights
 from softbridge.errors import SoftbridgeError
 from softbridge.geometry import Geometry, Site, read_geometry
@@ -250,6 +252,21 @@ class Rows(Hand):
 class Seeded(Hand):
     """A prefix of a decoder: a cache that starts with it."""
 
+    def __init__(self, model: Any, prompt: SoftPrompt) -> None:
+        super().__init__(copy.deepcopy(model), prompt)  # some keep a state of what they read, and not in their cache
+        self.like = next(model.parameters())
+        shape = read_geometry(model.config).decoder
+        self.stateful = shape is not None and (shape.stateful or not self._plain())
+
+    def _plain(self) -> bool:
+        """Whether the model reads a token into a cache of keys and values alone."""
+        cache = caches.handed(self.model.forward, DynamicCache())
+        try:
+            _scores(copy.deepcopy(self.model), **_text(self.model, tokens(1, 1)), **cache, use_cache=True)
+        except Exception:  # it asks its cache for more
+            return self.model.config.is_encoder_decoder
+        return True
+
     def _run(self, ids: Tensor, more: dict[str, Any]) -> Tensor:
         cache: Any = self._cache(len(ids))
         if "decoder_input_ids" in more:
@@ -258,10 +275,41 @@ class Seeded(Hand):
             more["attention_mask"] = torch.ones_like(ids)
         # PEFT gives a mask, too; some models make a wrong one for a cache that begins in mid-text.
         more.setdefault("attention_mask", torch.ones(len(ids), P + ids.shape[1], dtype=torch.long))
-        return _scores(self.model, input_ids=ids, past_key_values=cache, use_cache=True, **more)
+        if self.stateful:
+            return self._one_by_one(ids, cache)
+        return _scores(self.model, input_ids=ids, **caches.handed(self.model.forward, cache), use_cache=True, **more)
 
-    def _cache(self, rows: int) -> DynamicCache:
-        cache, like = DynamicCache(), next(self.model.parameters())
+    def _one_by_one(self, ids: Tensor, cache: Any) -> Tensor:
+        """Token by token: some models that keep states go on from their cache in no other way."""
+        whole = _scores(copy.deepcopy(self.model), input_ids=ids)
+        apart = min(_difference(whole[:, begun:], self._reads_on(ids, begun)) for begun in (0, P))
+        if apart > ISLAND:
+            raise ArithmeticError(f"the bare model reads on token by token otherwise than all at once, by {apart:.1e}")
+        return self._read(copy.deepcopy(self.model), ids, cache, P)
+
+    def _reads_on(self, ids: Tensor, begun: int) -> Tensor:
+        """The bare model's own scores of the tokens behind so many."""
+        model, empty = copy.deepcopy(self.model), caches.empty(copy.deepcopy(self.model), len(ids))
+        if begun:
+            _scores(model, input_ids=ids[:, :begun], use_cache=True, **caches.handed(model.forward, empty))
+        return self._read(model, ids[:, begun:], empty, begun)
+
+    def _read(self, model: Any, ids: Tensor, cache: Any, held: int) -> Tensor:
+        """The scores of tokens behind so many in the cache."""
+        found = []
+        takes = inspect.signature(model.forward).parameters
+        for at in range(ids.shape[1]):
+            place = torch.tensor([held + at])  # not all count what a cache of their own kind holds
+            told = {"position_ids": place[None], "cache_position": place}
+            more = {name: value for name, value in told.items() if name in takes}
+            more["attention_mask"] = torch.ones(len(ids), held + at + 1, dtype=torch.long)
+            more |= caches.handed(model.forward, cache)
+            found.append(_scores(model, input_ids=ids[:, at : at + 1], use_cache=True, **more))
+        return torch.cat(found, 1)
+
+    def _cache(self, rows: int) -> Any:
+        """A cache with the prefix; of the model's own kind, where it keeps more of a text than keys and values."""
+        cache, like = caches.empty(copy.deepcopy(self.model), rows) if self.stateful else DynamicCache(), self.like
         for layer, pair in self.prompt.prefixes[0].layers.items():
             numbers = (
                 torch.from_numpy(part).to(like)[None].expand(rows, -1, -1, -1) for part in (pair.keys, pair.values)
@@ -385,10 +433,10 @@ def natural(model: Any, geometry: Geometry, site: Site) -> tuple[SoftPrompt, Ten
         return None
     with heard(model) as calls:
         expected = _scores(model, input_ids=ids)
-    if len(calls) != shape.layers:
+    if len(calls) != len(shape.attending):
         return None
     layers = {}
-    for number, (keys, values) in enumerate(calls):
+    for number, (keys, values) in zip(shape.attending, calls, strict=True):
         sizes = [(part.shape[1], part.shape[3]) for part in (keys, values)]
         if sizes != [shape.shape(number)] * 2:
             return None

@@ -46,7 +46,7 @@ SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
     ("causal", "diffllama"): (RIGHT, "refused .*call their attention 8 times|right"),
     ("causal", "doge"): (RIGHT, "refused .*make their own mask"),
     ("causal", "git"): (BEYOND, "refused .*dispatch|elsewhere"),
-    ("causal", "mamba2"): (RIGHT, "refused .*no key/value cache"),
+    ("causal", "mamba2"): (RIGHT, "refused .*(no key/value cache|without keys and values only)"),
     ("causal", "prophetnet"): ("refused .*more states of each token", "refused .*no key/value cache"),
     ("causal", "llama4_text"): (RIGHT, "refused .*chunks"),
     ("masked", "nystromformer"): (BEYOND, NO_DISPATCH),  # its first position is 2

@@ -68,6 +68,10 @@ PARTICULAR: dict[str, dict[str, Any]] = {
     "reformer": {"axial_pos_embds_dim": (HIDDEN // 4, HIDDEN - HIDDEN // 4), "axial_pos_shape": (8, 16)},
     "bamba": {"attn_layer_indices": [1, 3]},
     "granitemoehybrid": {"layer_types": ["mamba", "attention"] * 2},
+    "zamba": {"attention_hidden_size": 2 * HIDDEN, "attention_head_dim": 2 * HEAD_WIDTH},
+    "zamba2": {"attention_hidden_size": 2 * HIDDEN, "mamba_headdim": 2 * HEAD_WIDTH},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"] * 2},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "attention_layers": ["global", "local"] * 2},
@@ -83,6 +87,7 @@ OTHERWISE: tuple[dict[str, Any], ...] = (
     {"embedding_size": HIDDEN},
     {"num_hidden_layers": 8},
     {"num_key_value_heads": None},
+    {"use_mamba_kernels": False},
 )
 
 

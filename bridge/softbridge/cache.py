@@ -59,6 +59,50 @@ def of(output: Any) -> Any:
     return next((found for name in NAMES if (found := getattr(output, name, None)) is not None), None)
 
 
+def pairs(cache: Any) -> dict[int, tuple[Any, Any]]:
+    """The keys and values [B, K, N, D] that a cache holds, by the number of their layer; layers without are left out.
+
+    Caches of a model's own kind, older than transformers' caches of layers, have lists of them.
+    """
+    held: list[tuple[Any, Any]] = [
+        (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in getattr(cache, "layers", None) or ()
+    ]
+    if not held:
+        keys, values = (getattr(cache, name, None) or () for name in ("key_cache", "value_cache"))
+        held = list(zip(keys, values, strict=True))
+    return {number: pair for number, pair in enumerate(held) if all(half is not None and half.numel() for half in pair)}
+
+
+def empty(model: Any, rows: int) -> Any:
+    """A cache of the kind that a model makes for itself, which holds nothing yet. Hybrid models keep states in theirs.
+
+    Args:
+        model: runs on one token to show it.
+        rows: B.
+
+    Returns:
+        The cache, or None if the model makes none.
+    """
+    import torch
+
+    ids = torch.zeros(rows, 1, dtype=torch.long, device=model.device)
+    if hasattr(model, "prepare_inputs_for_generation"):
+        column = torch.arange(1, device=model.device)
+        made = given(model.prepare_inputs_for_generation(ids, use_cache=True, cache_position=column))
+        if made is not None:  # for all kinds that no signature tells how to make
+            return made
+    with torch.no_grad():
+        kind = type(of(model(ids, use_cache=True)))
+    known = {
+        "config": model.config.get_text_config(),
+        "max_batch_size": rows,
+        "dtype": model.dtype,
+        "device": model.device,
+    }
+    names = inspect.signature(kind).parameters
+    return None if kind is type(None) else kind(**{name: value for name, value in known.items() if name in names})
+
+
 def drop(output: Any) -> None:
     """Take the cache out of a model's output, in place, as if it had been asked for none."""
     if isinstance(output, OrderedDict) and (name := _first(NAMES, set(output))):

@@ -208,7 +208,7 @@ def _describe_geometry(geometry: Geometry) -> dict[str, Any]:
     described = asdict(geometry)
     for name in ("encoder", "decoder"):
         if described[name] is not None:
-            del described[name]["sources"]
+            del described[name]["sources"], described[name]["kinds"]
             if described[name]["shapes"] is None:
                 del described[name]["shapes"]
     return described

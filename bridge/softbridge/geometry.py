@@ -15,6 +15,15 @@ Stack = Literal["encoder", "decoder"]
 Site = Literal["encoder", "self", "cross"]
 
 
+#: Under which names transformers' configurations say, layer by layer, what each is.
+_MIXERS = ("layers_block_type", "layer_types")
+#: Of their words, those for layers that have no keys and values: they keep a state, or look at one token only. An
+#: engine looks at the model itself, so that a layer of which it is not known here is refused there.
+_NO_KEYS = frozenset({"linear_attention", "mamba", "recurrent", "conv", "moe", "mlp"})
+#: And those for layers that have both, keys and values and a state.
+_BOTH = frozenset({"hybrid", "hybrid_sliding"})
+
+
 def stack_of(site: Site) -> Stack:
     """The stack whose queries attend at this site."""
     return "encoder" if site == "encoder" else "decoder"
@@ -34,6 +43,8 @@ class StackGeometry:
             of the first layer.
         sources: of every layer, the one whose keys and values it attends to, where some attend to an earlier layer's
             (Gemma 3n, Gemma 4), else None. A base model knows it, a prompt's file does not record it.
+        kinds: what each layer is, in the configuration's words (``full_attention``, ``mamba``, ``conv``, ``moe`` ...),
+            or None if it does not say. A base model knows it, as above.
     """
 
     layers: int
@@ -43,6 +54,24 @@ class StackGeometry:
     window: int | None = None
     shapes: tuple[tuple[int, int], ...] | None = None
     sources: tuple[int, ...] | None = field(default=None, compare=False)
+    kinds: tuple[str, ...] | None = field(default=None, compare=False)
+
+    @property
+    def attending(self) -> tuple[int, ...]:
+        """The numbers of the layers that have keys and values, in their order: those that a prefix can join.
+
+        The others of a hybrid model keep a state of a text, or look at one token only. No prefix touches such a state.
+        """
+        return tuple(n for n in range(self.layers) if self.kinds is None or self.kinds[n] not in _NO_KEYS)
+
+    @property
+    def stateful(self) -> bool:
+        """Whether some layers keep something else of a text than keys and values, beside them or instead."""
+        return any(kind in _NO_KEYS or kind in _BOTH for kind in self.kinds or ())
+
+    def named(self, layer: int) -> str:
+        """A layer that has no keys and values, in words: its number, and what it is."""
+        return f"layer {layer} ({self.kinds[layer] if self.kinds else 'of no known kind'})"
 
     def shape(self, layer: int) -> tuple[int, int]:
         """(K, D) of a layer."""
@@ -82,6 +111,23 @@ class Geometry:
         if site == "cross" and self.encoder is None:
             return None
         return self.stack(stack_of(site))
+
+    def attending(self, site: Site) -> tuple[int, ...]:
+        """The numbers of the layers that a prefix at this site can join.
+
+        Raises:
+            BaseModelError: there are none.
+        """
+        shape = self.site(site)
+        layers = () if shape is None else shape.attending
+        if not layers:
+            why = "no such site" if shape is None else f"layers without keys and values only ({shape.named(0)} ...)"
+            raise BaseModelError(
+                f"a prefix at the site '{site}' of {self.model_type}, which has {why}",
+                "layers that attend",
+                "use an input prompt",
+            )
+        return layers
 
     @property
     def is_encoder_decoder(self) -> bool:
@@ -138,7 +184,7 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
     kv_heads = _optional_count(first, "num_key_value_heads", "num_kv_heads") or heads
     if getattr(config, "multi_query", False) and not getattr(config, "new_decoder_architecture", False):
         kv_heads = 1
-    head_dim = _optional_count(first, "head_dim", "d_kv")
+    head_dim = _optional_count(first, "head_dim", "d_kv", "attention_head_dim")
     hidden = _optional_count(config, "true_hidden_size") or hidden  # MobileBERT attends in a bottleneck
     if head_dim is None:
         if hidden % heads:
@@ -159,9 +205,17 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
         for one in single
     )
     sources = None if prefix else _sources(config, layers)
+    kinds = None if prefix else _kinds(config, layers)
     if len(set(shapes)) > 1:
-        return StackGeometry(layers, heads, *shapes[0], window, shapes, sources)
-    return StackGeometry(layers, heads, kv_heads, head_dim, window, None, sources)
+        return StackGeometry(layers, heads, *shapes[0], window, shapes, sources, kinds)
+    return StackGeometry(layers, heads, kv_heads, head_dim, window, None, sources, kinds)
+
+
+def _kinds(config: Any, layers: int) -> tuple[str, ...] | None:
+    """What each layer is, as far as the configuration says it."""
+    told = (getattr(config, name, None) for name in _MIXERS)
+    lists = (tuple(map(str, kinds)) for kinds in told if isinstance(kinds, (list, tuple)))
+    return next((kinds for kinds in lists if len(kinds) == layers), None)
 
 
 def _sources(config: Any, layers: int) -> tuple[int, ...] | None:

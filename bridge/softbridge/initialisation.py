@@ -207,24 +207,22 @@ def text_cache(model: Any, ids: Tokens, length: int | None = None, *, tokenizer:
         )
     tools.check_bare(model)
     given = torch.tensor([tokens], device=next(model.get_input_embeddings().parameters()).device)
-    # A cache of its own: the model's may keep no more than a sliding window. The stack: it computes no logits.
-    cache, stack = DynamicCache(), model.base_model
-    told = {**caches.handed(stack.forward, cache), "use_cache": True}
+    decoder, stack = base.geometry.decoder, model.base_model
     with tools.evaluating(model):
+        # A cache of its own: the model's may keep no more than a sliding window. The stack: it computes no logits.
+        cache = caches.empty(model, 1) if decoder.stateful else DynamicCache()
+        told = {**caches.handed(stack.forward, cache), "use_cache": True}
         stack(given, attention_mask=torch.ones_like(given), **told)
-    decoder = base.geometry.decoder
-    expected = [(heads, len(tokens), width) for heads, width in map(decoder.shape, range(decoder.layers))]
-    held: list[tuple[Any, Any]] = [
-        (getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in cache.layers
-    ]
-    shapes = [tuple(None if half is None else tuple(half.shape[1:]) for half in pair) for pair in held]
-    if shapes != [(each, each) for each in expected]:
+    expected = {n: (heads, len(tokens), width) for n in decoder.attending for heads, width in [decoder.shape(n)]}
+    held = caches.pairs(cache)
+    shapes = {n: tuple(tuple(half.shape[1:]) for half in pair) for n, pair in held.items()}
+    if shapes != {n: (each, each) for n, each in expected.items()}:
         raise BaseModelError(
             f"the cache of {base.geometry.model_type} holds {shapes}",
             f"keys and values {expected}, layer by layer",
             "start the prefix from another prompt or from random numbers",
         )
-    layers = {n: KeyValue(from_torch(keys[0]), from_torch(values[0])) for n, (keys, values) in enumerate(held)}
+    layers = {n: KeyValue(from_torch(keys[0]), from_torch(values[0])) for n, (keys, values) in held.items()}
     return SoftPrompt((KeyValuePrefix("self", layers),), Positions({"decoder": len(tokens)}), base.id)
 
 
@@ -295,8 +293,8 @@ def _filled(
         shape = geometry.site(site)
         if shape is None:
             raise BaseModelError(f"{geometry.model_type} has no site '{site}'", "a site of the model", "choose another")
-        sizes = [(heads, length, width) for heads, width in map(shape.shape, range(shape.layers))]
-        layers = {layer: KeyValue(numbers(size), numbers(size)) for layer, size in enumerate(sizes)}
+        sizes = {n: (heads, length, width) for n in geometry.attending(site) for heads, width in [shape.shape(n)]}
+        layers = {layer: KeyValue(numbers(size), numbers(size)) for layer, size in sizes.items()}
         parts.append(KeyValuePrefix(site, layers))
     return SoftPrompt(tuple(parts), Positions({stack_of(site): length for site in sites if site != "cross"}), here)
 

@@ -229,7 +229,7 @@ def copied(prompt: SoftPrompt, target: Target) -> SoftPrompt | None:
             shape = None if geometry is None else geometry.site(part.site)
             if able.every_layer and shape is not None:
                 zeros = np.zeros_like(next(iter(layers.values())).keys)
-                layers = {n: layers.get(n, KeyValue(zeros, zeros)) for n in range(shape.layers)}
+                layers = {n: layers.get(n, KeyValue(zeros, zeros)) for n in shape.attending}
             parts.append(replace(part, layers=layers))
     if not parts:
         return None

@@ -149,6 +149,9 @@ def check_fits(prompt: SoftPrompt, geometry: Geometry) -> None:
             if layer >= shape.layers:
                 problems.append(f"a prefix for layer {layer}, the model has {shape.layers} layers")
                 continue
+            if layer not in shape.attending:
+                problems.append(f"a prefix for {shape.named(layer)}, which has no keys and values that it could join")
+                continue
             theirs = shape.shape(layer)
             if (heads, width) != theirs:
                 problems.append(
@@ -342,8 +345,8 @@ def _layers(prompt: SoftPrompt, target: Target) -> list[Option]:
     obstacles = []
     for part in prompt.prefixes:
         shape = None if geometry is None else geometry.site(part.site)
-        count = max(part.layers) + 1 if shape is None else shape.layers
-        absent = sorted(set(range(count)) - set(part.layers))
+        every = range(max(part.layers) + 1) if shape is None else shape.attending
+        absent = sorted(set(every) - set(part.layers))
         if able.every_layer and absent:
             reason = (
                 f"{target.name} prefixes every layer and this prompt leaves out {absent} at the site '{part.site}': no "

@@ -112,22 +112,24 @@ class _Keys:
         self.tokens = torch.randn(size, generator=generator, dtype=torch.float64)
         self.origin, self.values = self.at(0)
 
-    def at(self, position: int) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-        """Keys and values of all layers, each [N, D], with every token at `position`."""
+    def at(self, position: int) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+        """Keys and values of all layers that have some, each [N, D], with every token at `position`."""
         import torch
 
         positions = torch.full((self.tokens.shape[0], 1), position)
         with torch.no_grad():
             cache = caches.of(self.model(inputs_embeds=self.tokens, position_ids=positions, use_cache=True))
         cache = getattr(cache, "self_attention_cache", cache)
-        return [layer.keys[:, 0, 0] for layer in cache.layers], [layer.values[:, 0, 0] for layer in cache.layers]
+        held = caches.pairs(cache)
+        return {n: keys[:, 0, 0] for n, (keys, _) in held.items()}, {n: v[:, 0, 0] for n, (_, v) in held.items()}
 
     def maps(self, position: int) -> dict[int, Array]:
         import torch
 
         keys, _ = self.at(position)
         maps = {}
-        for layer, (before, after) in enumerate(zip(self.origin, keys, strict=True)):
+        for layer, before in self.origin.items():
+            after = keys[layer]
             matrix = torch.linalg.lstsq(before, after).solution
             misfit = float((before @ matrix - after).abs().max() / after.abs().max())
             skew = float((matrix.T @ matrix - torch.eye(matrix.shape[0], dtype=matrix.dtype)).abs().max())
@@ -180,7 +182,9 @@ def _probe_decoder(keys: _Keys) -> PositionScheme:
     import torch
 
     _, values = keys.at(3)
-    moved = max(float((a - b).abs().max() / a.abs().max()) for a, b in zip(keys.values, values, strict=True))
+    moved = max(
+        float((a - b).abs().max() / a.abs().max()) for a, b in zip(keys.values.values(), values.values(), strict=True)
+    )
     if moved > TOLERANCE:
         return _absolute(keys.model, keys.tokens[:4, 0][None])
     maps = keys.maps(3)

@@ -78,7 +78,7 @@ def random_prefix(
     seed: int = 0,
     std: float = 0.8,
 ) -> SoftPrompt:
-    """A prefix with random keys and values of float32 in all layers of some sites, counted unless told."""
+    """A prefix with random keys and values of float32 in all layers that attend at some sites, counted unless told."""
     generator = np.random.default_rng(seed)
     sites = sites or (("encoder",) if geometry.decoder is None else ("self",))
     parts: list[Part] = []
@@ -87,7 +87,7 @@ def random_prefix(
         if shape is None:
             raise ValueError(f"{geometry.model_type} has no site {site!r}")
         layers = {}
-        for layer in range(shape.layers):
+        for layer in geometry.attending(site):
             kv_heads, head_dim = shape.shape(layer)
             size = (kv_heads, length, head_dim)
             keys, values = (generator.normal(0, std, size).astype(np.float32) for _ in range(2))

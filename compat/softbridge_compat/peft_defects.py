@@ -54,6 +54,11 @@ def _both_stacks(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
     return geometry is None or geometry.is_encoder_decoder
 
 
+def _hybrid_prefix(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    shapes = [None if geometry is None else geometry.site(part.site) for part in prompt.prefixes]
+    return any(shape is not None and shape.stateful for shape in shapes)
+
+
 def _seq2seq_prefix(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
     return any(part.site == "self" for part in prompt.prefixes) and _both_stacks(prompt, geometry)
 
@@ -138,6 +143,15 @@ UNPOOLED_PREFIX = Defect(
     "classifier the cache instead of the hidden states",
     _transformers_4,
     _encoder_prefix,
+)
+HYBRID_PREFIX = Defect(
+    "peft-hybrid-prefix",
+    "peft",
+    "a prefix on a hybrid model, some of whose layers keep a state of the text, is put into a cache of keys and values "
+    "of every layer: with it the model fails, or (RecurrentGemma) runs on what it kept of an earlier text, or without the "
+    "prefix",
+    _peft,
+    _hybrid_prefix,
 )
 ADAPTER_NAMES = Defect(
     "peft-adapter-names",
@@ -263,6 +277,7 @@ DEFECTS: tuple[Defect, ...] = (
     ONE_SUBMODULE,
     CACHED_T5_PREFIX,
     UNPOOLED_PREFIX,
+    HYBRID_PREFIX,
     ADAPTER_NAMES,
     MISSING_HEAD,
     GROWING_CONFIG,

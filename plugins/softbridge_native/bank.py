@@ -43,7 +43,7 @@ def attach(model: Any, bank: PromptBank, fetch: Fetch) -> Any:
     modules = {
         site: heard
         for site, heard in attention_modules(model, geometry).items()
-        if (shape := geometry.site(site)) is not None and len(heard) == shape.layers
+        if (shape := geometry.site(site)) is not None and tuple(heard) == shape.attending
     }
     shared = Shared(bank, partial(_ready, model, fetch, modules), modules)
     return install(model, shared, geometry, bool(modules), ())
@@ -52,7 +52,9 @@ def attach(model: Any, bank: PromptBank, fetch: Fetch) -> Any:
 class Ready:
     """One prompt, ready to join: where its modules are, and never trained."""
 
-    def __init__(self, prompt: SoftPrompt, modules: Mapping[Site, Sequence[nn.Module]], device: torch.device) -> None:
+    def __init__(
+        self, prompt: SoftPrompt, modules: Mapping[Site, Mapping[int, nn.Module]], device: torch.device
+    ) -> None:
         self.start = dict(prompt.positions.start)
         self.inputs = {part.stack: Held.of(part, device) for part in prompt.inputs}
         self.layers: dict[tuple[Site, int], LayerPrefix] = {}
@@ -80,7 +82,7 @@ class Held:
         return cls(to_torch(part.vectors).to(device), part.entry, part.placement, counted(part))
 
 
-def _ready(model: Any, fetch: Fetch, modules: Mapping[Site, Sequence[nn.Module]], entry: Entry) -> Ready:
+def _ready(model: Any, fetch: Fetch, modules: Mapping[Site, Mapping[int, nn.Module]], entry: Entry) -> Ready:
     prompt = fetch(entry)
     check(prompt, model)
     missing = [part.site for part in prompt.prefixes if part.site not in modules]
@@ -160,7 +162,7 @@ class Shared(Injection):
     """
 
     def __init__(
-        self, bank: PromptBank, make: Callable[[Entry], Ready], modules: Mapping[Site, Sequence[nn.Module]]
+        self, bank: PromptBank, make: Callable[[Entry], Ready], modules: Mapping[Site, Mapping[int, nn.Module]]
     ) -> None:
         super().__init__()
         self.bank = bank

@@ -115,9 +115,9 @@ class Prefix(nn.Module):
         return replace(part, layers={number: layer.extract(pair) for (number, pair), layer in pairs})
 
 
-def _devices(modules: Sequence[nn.Module], device: torch.device) -> Mapping[int, torch.device]:
+def _devices(modules: Mapping[int, nn.Module], device: torch.device) -> Mapping[int, torch.device]:
     """Where each layer's prefix is to be: with its attention module, if that is known."""
-    found = {layer: home(next(module.parameters()).device) for layer, module in enumerate(modules)}
+    found = {layer: home(next(module.parameters()).device) for layer, module in modules.items()}
     return defaultdict(lambda: device, found)
 
 
@@ -213,7 +213,9 @@ class Single(Injection):
         parameterisation: what makes some of them, or None.
     """
 
-    def __init__(self, prompt: SoftPrompt, modules: Mapping[Site, Sequence[nn.Module]], device: torch.device) -> None:
+    def __init__(
+        self, prompt: SoftPrompt, modules: Mapping[Site, Mapping[int, nn.Module]], device: torch.device
+    ) -> None:
         super().__init__()
         self.prompt = prompt
         self.seeded = bool(prompt.prefixes) and not modules[prompt.prefixes[0].site]
@@ -450,9 +452,11 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
     if implementation == FLASH:
         found += _flash_obstacles(prompt, model, geometry)
     for part in prompt.prefixes:
-        shape, heard = geometry.site(part.site), modules[part.site]
-        layers = 0 if shape is None else shape.layers
-        if len(heard) != layers or any(getattr(m, "layer_idx", None) not in (None, i) for i, m in enumerate(heard)):
+        shape, numbered = geometry.site(part.site), modules[part.site]
+        heard, layers = list(numbered.values()), 0 if shape is None else len(shape.attending)
+        if (turns := _in_turn(model, geometry, part.site)) is not None:
+            found.append(Obstacle("attention", turns, "use an input prompt"))
+        elif len(heard) != layers or any(getattr(m, "layer_idx", -1) not in (None, -1, i) for i, m in numbered.items()):
             reason = (
                 f"{len(heard)} of the {layers} attention layers at the site '{part.site}' of {type(model).__name__} "
                 "dispatch through transformers' attention interface"
@@ -477,15 +481,15 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
         if slides and getattr(text, "attention_chunk_size", None):
             reason = f"attention in chunks of {text.attention_chunk_size} tokens drops virtual tokens otherwise"
             found.append(Obstacle("window", reason, "use the engine of the prompt's own toolkit"))
-        elif slides and heard and not _hears_positions(model, stacks_of(model, geometry)["decoder"], heard[0]):
+        elif slides and (wired := _wiring(model, geometry)) is not None and not wired.placed:
             reason = "its attention layers do not learn where their queries stand, so a prefix cannot slide"
             found.append(Obstacle("window", reason, "use a prompt whose window is 'pinned'"))
         latent = [name for name in ("kv_lora_rank", "qk_nope_head_dim") if getattr(text, name, None)]
         if latent or (shape is not None and getattr(text, "v_head_dim", None) not in (None, shape.head_dim)):
             reason = f"keys and values of this attention are no pair of one width ({', '.join(latent) or 'v_head_dim'})"
             found.append(Obstacle("attention", reason, "use an input prompt"))
-        elif part.site == "self":
-            for reason in _wired_otherwise(model, geometry, heard, layers):
+        elif part.site == "self" and turns is None:
+            for reason in _wired_otherwise(model, geometry, numbered):
                 found.append(Obstacle("attention", reason, "use an input prompt, or a toolkit's engine"))
     if any(getattr(module, "reorder_and_upcast_attn", False) for module in model.modules()):
         reason = "this model's attention upcasts only under the name 'eager'"
@@ -504,7 +508,7 @@ def _flash_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> list
         found.append(Obstacle("attention", reason, remedy))
     modules, stacks = attention_modules(model, geometry), stacks_of(model, geometry)
     for part in prompt.prefixes:
-        shape, heard = geometry.site(part.site), modules[part.site]
+        shape, heard = geometry.site(part.site), list(modules[part.site].values())
         if heard and _hears_scores(model, stacks[stack_of(part.site)], heard[0]):
             reason = f"{type(model).__name__} makes the mask of flash attention under that very name only"
             found.append(Obstacle("attention", reason, remedy))
@@ -606,12 +610,6 @@ def _counts_pads(outer: Any, stack: Any) -> bool:
     return False
 
 
-def _hears_positions(model: Any, stack: Any, attention: nn.Module) -> bool:
-    """Whether attention is told where its queries stand."""
-    reached = _reached(model, stack, attention, "eager")
-    return reached is None or "position_ids" in reached.args[0]
-
-
 def _hears_scores(model: Any, stack: Any, attention: nn.Module) -> bool:
     """Whether flash attention, called by our name, is told of padding by scores.
 
@@ -626,12 +624,20 @@ def _wiring(model: Any, geometry: Geometry) -> wiring.Wiring | None:
     if geometry.decoder is None:
         return None
     stack = stacks_of(model, geometry)["decoder"]
-    return wiring.wiring(stack, partial(_named, model), geometry.is_encoder_decoder)
+    return wiring.wiring(stack, partial(_named, model), geometry.is_encoder_decoder, geometry.decoder.attending)
 
 
-def _wired_otherwise(model: Any, geometry: Geometry, heard: Sequence[nn.Module], layers: int) -> Iterator[str]:
+def _in_turn(model: Any, geometry: Geometry, site: Site) -> str | None:
+    """Why a prefix of each layer would not find it: that the layers call the same modules in turn (Zamba's on 4.57)."""
+    wired = _wiring(model, geometry) if site == "self" else None
+    if wired is None or len(set(wired.called)) == len(wired.called):
+        return None
+    return f"{len(wired.called)} layers attend, in turn through {len(set(wired.called))} modules that they share"
+
+
+def _wired_otherwise(model: Any, geometry: Geometry, numbered: Mapping[int, nn.Module]) -> Iterator[str]:
     """Why a prefix in attention would not be the one that a cache starts with."""
-    wired = _wiring(model, geometry)
+    wired, heard, layers = _wiring(model, geometry), list(numbered.values()), len(numbered)
     if wired is None:
         return
     if not set(heard) <= set(wired.called):
@@ -641,6 +647,8 @@ def _wired_otherwise(model: Any, geometry: Geometry, heard: Sequence[nn.Module],
     elif None in wired.layers:
         number = wired.layers.index(None)
         yield f"layer {number} attends to other keys and values than its cache holds: it makes them of these"
+    elif not set(wired.layers) <= set(numbered):
+        yield f"by its configuration layers {list(numbered)} attend, and by its cache layers {list(wired.layers)}"
     elif wired.remade:
         yield "its attention layers make their own mask, of keys and values that would lack the prefix"
 
@@ -675,20 +683,29 @@ def outer_of(model: Any, geometry: Geometry) -> Any:
     return None if model.base_model is _text_decoder(model) else model.base_model
 
 
-def attention_modules(model: Any, geometry: Geometry) -> dict[Site, list[nn.Module]]:
-    """The attention modules that dispatch, by site and in the order of the layers (self before cross, as they run)."""
+def attention_modules(model: Any, geometry: Geometry) -> dict[Site, dict[int, nn.Module]]:
+    """The attention modules that dispatch, by site and the number of their layer (self before cross, as they run).
+
+    Where they are not as many as the layers that attend, they are numbered as they come.
+    """
     stacks = stacks_of(model, geometry)
     found = {name: [m for m in stack.modules() if dispatches(m)] for name, stack in stacks.items()}
     decoder, crossed = found.get("decoder", []), geometry.is_encoder_decoder
     alone = None if crossed else geometry.decoder
-    if alone is not None and len(decoder) > alone.layers:  # some attend to an encoder, should there be one
-        wired = wiring.wiring(stacks["decoder"], partial(_named, model), crossed=False)
+    if alone is not None and len(decoder) > len(alone.attending):  # some attend to an encoder, should there be one
+        wired = wiring.wiring(stacks["decoder"], partial(_named, model), crossed=False, numbers=alone.attending)
         decoder = decoder if wired is None else list(wired.called)
-    return {
+    sites: dict[Site, list[nn.Module]] = {
         "encoder": found.get("encoder", []),
         "self": decoder[::2] if crossed else decoder,
         "cross": decoder[1::2] if crossed else [],
     }
+    return {site: dict(zip(_numbers(geometry, site, len(heard)), heard, strict=True)) for site, heard in sites.items()}
+
+
+def _numbers(geometry: Geometry, site: Site, count: int) -> Sequence[int]:
+    shape = geometry.site(site)
+    return range(count) if shape is None or len(shape.attending) != count else shape.attending
 
 
 def _pools_first_token(model: Any, geometry: Geometry) -> bool:
@@ -774,13 +791,14 @@ def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[St
             handles.append(decoder.register_forward_pre_hook(hooks.before_decoder, with_kwargs=True))
 
 
-def _bind(injected: Injection, modules: Mapping[Site, Sequence[nn.Module]], wired: wiring.Wiring | None) -> None:
-    off, layers = injected.switch.is_off, () if wired is None else wired.layers
+def _bind(injected: Injection, modules: Mapping[Site, Mapping[int, nn.Module]], wired: wiring.Wiring | None) -> None:
+    off = injected.switch.is_off
     for site, layer, source, gated in injected.sources():
-        table = _bias_table(nn.ModuleList(modules[site]))
-        for number, module in enumerate(modules[site]):
-            # A layer that attends to another's keys and values attends to that one's prefix.
-            if layer != (layers[number] if site == "self" and layers else number):
+        table = _bias_table(nn.ModuleList(modules[site].values()))
+        # A layer that attends to another's keys and values attends to that one's prefix.
+        layers = wired.layers if wired is not None and site == "self" else tuple(modules[site])
+        for number, module in zip(layers, modules[site].values(), strict=True):
+            if layer != number:
                 continue
             causal = site != "cross" and getattr(module, "is_causal", site == "self")
             bind(module, Binding(source, causal, None if site == "cross" else _bias_table(module) or table, off))

@@ -96,6 +96,9 @@ class Seed:
 
 def reasons(stack: Any, shape: StackGeometry, part: KeyValuePrefix, start: int, tellable: bool) -> Iterator[str]:
     """Why a prefix in the cache of this decoder would not be the same function."""
+    if shape.stateful:
+        yield "some of its layers keep a state of the text, which a cache that is started cannot hold"
+        return
     if set(part.layers) != set(range(shape.layers)):
         yield "a prefix in the cache is in every layer"
     if part.gated:

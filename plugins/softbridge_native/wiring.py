@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -37,12 +37,14 @@ class Call:
         key: as the function has it.
         value: as the function has it.
         remade: whether the module made the mask itself.
+        placed: whether it says where its queries stand.
     """
 
     module: nn.Module
     key: Tensor
     value: Tensor
     remade: bool
+    placed: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,11 +55,13 @@ class Wiring:
         called: the attention modules that ran, in their order.
         layers: for each, the number of the layer whose keys and values in the cache it attends to; None: no layer's.
         remade: whether any of them makes its mask itself.
+        placed: whether all of them tell their attention function where their queries stand.
     """
 
     called: tuple[nn.Module, ...]
     layers: tuple[int | None, ...]
     remade: bool
+    placed: bool
 
 
 _calls: ContextVar[list[Call] | None] = ContextVar("softbridge_calls", default=None)
@@ -67,7 +71,9 @@ _plain: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 _pads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
-def wiring(stack: Any, named: Callable[[str], AbstractContextManager[None]], crossed: bool) -> Wiring | None:
+def wiring(
+    stack: Any, named: Callable[[str], AbstractContextManager[None]], crossed: bool, numbers: Sequence[int]
+) -> Wiring | None:
     """What the attention of a stack is called with. It is found out once.
 
     None where the stack cannot be run so: nothing is known then.
@@ -76,16 +82,19 @@ def wiring(stack: Any, named: Callable[[str], AbstractContextManager[None]], cro
         stack: of a model.
         named: gives a context in which the model's configurations name this attention.
         crossed: whether each layer attends to another stack's states, too, after its own.
+        numbers: of the layers that attend.
     """
     if stack not in _known:
         try:
-            _known[stack] = _watch(stack, named, crossed)
+            _known[stack] = _watch(stack, named, crossed, numbers)
         except Exception:  # foreign code; nothing is known
             _known[stack] = None
     return _known[stack]
 
 
-def _watch(stack: Any, named: Callable[[str], AbstractContextManager[None]], crossed: bool) -> Wiring:
+def _watch(
+    stack: Any, named: Callable[[str], AbstractContextManager[None]], crossed: bool, numbers: Sequence[int]
+) -> Wiring:
     AttentionInterface.register(WATCHED, _look)
     AttentionMaskInterface.register(WATCHED, AttentionMaskInterface()["eager"])
     more: dict[str, Any] = {}
@@ -104,19 +113,21 @@ def _watch(stack: Any, named: Callable[[str], AbstractContextManager[None]], cro
         _calls.reset(calls)
         _told.reset(told)
     cache = caches.of(output)
-    held = getattr(getattr(cache, "self_attention_cache", cache), "layers", [])
+    held = caches.pairs(getattr(cache, "self_attention_cache", cache))
     own = found[::2] if crossed else found
-    return Wiring(
-        tuple(call.module for call in found), tuple(_layer(own, call, held) for call in own), any(c.remade for c in own)
-    )
+    if not held:  # an encoder, or a stack that returns no cache: then each has its own
+        firsts = [next(at for at, other in enumerate(own) if other.key is call.key) for call in own]
+        layers: list[int | None] = [numbers[first] if len(own) == len(numbers) else first for first in firsts]
+    else:
+        layers = [_layer(call, held) for call in own]
+    called = tuple(call.module for call in found)
+    return Wiring(called, tuple(layers), any(call.remade for call in own), all(call.placed for call in own))
 
 
-def _layer(calls: list[Call], call: Call, held: Any) -> int | None:
+def _layer(call: Call, held: Mapping[int, tuple[Any, Any]]) -> int | None:
     """The number of the layer whose keys and values a call has."""
-    if not held:  # an encoder, or a stack that is asked for no cache: then each has its own
-        return next(number for number, other in enumerate(calls) if other.key is call.key)
-    pairs = [(getattr(layer, "keys", None), getattr(layer, "values", None)) for layer in held]
-    return next((n for n, (key, value) in enumerate(pairs) if _same(key, call.key) and _same(value, call.value)), None)
+    pairs = held.items()
+    return next((n for n, (key, value) in pairs if _same(key, call.key) and _same(value, call.value)), None)
 
 
 def _same(held: Any, called: Tensor) -> bool:
@@ -143,7 +154,7 @@ def _look(
             one is attention_mask or one.untyped_storage()._cdata == attention_mask.untyped_storage()._cdata
             for one in given
         )
-        calls.append(Call(module, key, value, remade))
+        calls.append(Call(module, key, value, remade, settings.get("position_ids") is not None))
     own: Any = sys.modules[type(module).__module__]
     return own.eager_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[no-any-return]
 

@@ -53,6 +53,11 @@ KINDS: Mapping[str, Kind] = {
 PEFT_TYPES: Mapping[Kind, str] = {"input": PROMPT_TUNING, "prefix": PREFIX_TUNING}
 #: Our name of a parameterisation that PEFT's own file holds whole -> the peft_type.
 STORED: Mapping[str, str] = {"multitask": MULTITASK, "cartridge": CARTRIDGE}
+#: Why PEFT has no prefix for a hybrid model (peft_model.py, get_prompt).
+STATES = (
+    "PEFT starts a cache of keys and values with the prefix, in every layer, and some layers of this model keep a state "
+    "of the text there: with such a cache it fails, or runs without the prefix, or goes on from an earlier text"
+)
 #: peft_type -> why it is no soft prompt, where one might think so.
 OTHERS: Mapping[str, str] = {
     "ADAPTION_PROMPT": "LLaMA-Adapter's vectors go through the key and value projections into a softmax of their own, "

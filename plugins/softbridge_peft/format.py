@@ -392,6 +392,12 @@ def _read_prefix(
     """The prefix that the release which wrote it hands to the model, and what to tell the user of that."""
     heads, layers = fields.heads or 0, fields.layers or 0
     family, shape = (None, None) if geometry is None else (geometry.model_type, geometry.site(site))
+    if shape is not None and shape.stateful:
+        raise BaseModelError(
+            f"a prefix by PEFT for {family}, and {facts.STATES}",
+            "a base model whose layers keep keys and values, and nothing else",
+            f"{fields.remedy}; train the prefix with softbridge's native engine, which runs it on this one",
+        )
     old, notes = peft_releases.scrambles_bloom(written_by), []
     if geometry is None and old and facts.BLOOM in (fields.name or "").lower():
         raise BaseModelError(f"a prefix of {fields.name} by an old release of PEFT", "its base model", fields.remedy)
@@ -471,6 +477,8 @@ def _refusals(part: Part, geometry: Geometry | None) -> list[Obstacle]:
         reason = f"PEFT holds prompts in float32, which would round {', '.join(wide)}"
         found.append(Obstacle("precision", reason, elsewhere))
     shape = None if geometry is None or isinstance(part, InputPrompt) else geometry.site(part.site)
+    if shape is not None and shape.stateful:
+        found.append(Obstacle("states", facts.STATES, elsewhere))
     if isinstance(part, KeyValuePrefix) and shape is not None and shape.sources is not None:
         apart = [n for n, source in enumerate(shape.sources) if part.layers.get(n) != part.layers.get(source)]
         if apart:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, RobertaConfig
+from transformers import BambaConfig, BertConfig, RobertaConfig
 
 from softbridge import cache as caches
 from softbridge.base import build
@@ -104,6 +104,22 @@ def cached_t5_prefix(_: Path) -> bool:
         out = logits(model, input_ids=ROW, decoder_input_ids=torch.tensor([uncached]))
         uncached.append(int(out[0, -1].argmax()))
     return cached != uncached[1:]
+
+
+def hybrid_prefix(_: Path) -> bool:
+    """A layer that keeps a state finds keys and values where its state is to be."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2}
+    mamba = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+    layers = {"num_hidden_layers": 2, "attn_layer_indices": [1], "vocab_size": 64}
+    bare = build(BambaConfig(**sizes, **mamba, **layers, pad_token_id=0), "causal-lm", torch.float32, 0)
+    config = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=LENGTH, inference_mode=True)
+    model = peft.get_peft_model(bare, config)
+    logits(bare, input_ids=ROW)
+    try:
+        logits(model, input_ids=ROW)
+    except (AttributeError, ValueError):
+        return True
+    return False
 
 
 def unpooled_prefix(_: Path) -> bool:
@@ -342,6 +358,7 @@ SHOWN: dict[Defect, Callable[[Path], bool]] = {
     peft_defects.ONE_SUBMODULE: one_submodule,
     peft_defects.CACHED_T5_PREFIX: cached_t5_prefix,
     peft_defects.UNPOOLED_PREFIX: unpooled_prefix,
+    peft_defects.HYBRID_PREFIX: hybrid_prefix,
     peft_defects.ADAPTER_NAMES: adapter_names,
     peft_defects.MISSING_HEAD: missing_head,
     peft_defects.GROWING_CONFIG: growing_config,

@@ -177,9 +177,12 @@ def _prefix_slots(geometry: Geometry, sites: Sites) -> tuple[Slot, ...]:
         shape = geometry.site(site) if site in get_args(Site) else None
         if shape is None:
             raise ValueError(f"sites: {geometry.model_type} has no site {site!r}")
-        layers = tuple(sorted(sites[site])) if isinstance(sites, Mapping) else tuple(range(shape.layers))
+        layers = tuple(sorted(sites[site])) if isinstance(sites, Mapping) else geometry.attending(site)
         if not layers or len(set(layers)) < len(layers) or not set(layers) <= set(range(shape.layers)):
             raise ValueError(f"sites: layers {list(layers)} at site {site!r}, which has layers 0 to {shape.layers - 1}")
+        if not set(layers) <= set(shape.attending):
+            others = ", ".join(shape.named(layer) for layer in layers if layer not in shape.attending)
+            raise ValueError(f"sites: {others} at site {site!r}, which have no keys and values; {shape.attending} have")
         slots.append(_prefix_slot(site, {layer: shape.shape(layer) for layer in layers}))
     if not slots or len({slot.site for slot in slots}) < len(slots):
         raise ValueError(f"sites: at least one, and each of them once, not {list(sites)}")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from softbridge import cache as caches
 from softbridge import contract
+from softbridge.base import fresh
 from softbridge.contract import Figure
 from softbridge.errors import SoftbridgeError
 from softbridge.geometry import Geometry, Site
@@ -229,10 +230,37 @@ def _with_prefixes(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inpu
     given: dict[str, Any] = {**text, "attention_mask": torch.ones(1, part.length + ids.shape[1], dtype=torch.long)}
     if start != part.length or "position_ids" in inspect.signature(bare.forward).parameters:
         given |= _told(bare, start, ids.shape[1])
-    given |= caches.handed(bare.forward, _seeded(part, geometry))
+    if geometry.decoder is not None and geometry.decoder.stateful:
+        return _one_by_one(bare, geometry, part, start, text)
+    given |= caches.handed(bare.forward, _seeded(bare, part, geometry))
     if bare.config.get_text_config() is not bare.config:
         _check_continues(bare, text, "position_ids" in given)
     return scores(bare(**given))
+
+
+def _one_by_one(bare: Any, geometry: Geometry, part: KeyValuePrefix, start: int, text: Inputs) -> Tensor:
+    """The scores of a text behind a prefix in the cache of a hybrid model, whose states have read nothing.
+
+    Token by token: on older transformers some hybrid models go on from a cache in no other way.
+    """
+    ids, takes = text["input_ids"], inspect.signature(bare.forward).parameters
+
+    def read(cache: Any, rest: Tensor, held: int, first: int) -> Tensor:
+        found, model = [], fresh(bare)  # some keep the state of what they read in their layers, and not in their cache
+        for at in range(rest.shape[1]):
+            mask = torch.ones(1, held + at + 1, dtype=torch.long)
+            given: dict[str, Any] = {"input_ids": rest[:, at : at + 1], "attention_mask": mask}
+            if first != held or "position_ids" in takes:
+                given |= _told(bare, first + at, 1)
+            if "cache_position" in takes:
+                given["cache_position"] = torch.tensor([held + at])
+            found.append(scores(model(**given, **caches.handed(model.forward, cache), use_cache=True)))
+        return torch.cat(found, dim=1)
+
+    whole = scores(fresh(bare)(**text))
+    if contract.distance(read(caches.empty(fresh(bare), 1), ids, 0, 0), whole) > contract.CLOSE_TO_ISLAND:
+        raise NotTried("the bare model reads a text token by token in another way than as a whole")
+    return read(_seeded(bare, part, geometry), ids, part.length, start)
 
 
 def _check_continues(bare: Any, text: Inputs, told: bool) -> None:
@@ -265,13 +293,13 @@ def _stack(part: KeyValuePrefix) -> Any:
     return "encoder" if part.site == "encoder" else "decoder"
 
 
-def _seeded(part: KeyValuePrefix, geometry: Geometry) -> Any:
+def _seeded(bare: Any, part: KeyValuePrefix, geometry: Geometry) -> Any:
     from transformers import DynamicCache
 
     shape = geometry.site(part.site)
-    if shape is None or set(part.layers) != set(range(shape.layers)):
+    if shape is None or set(part.layers) != set(shape.attending):
         raise NotTried("a cache holds as many tokens in each layer, and some have no prefix")
-    cache = DynamicCache()
+    cache = caches.empty(fresh(bare), 1) if shape.stateful else DynamicCache()
     for layer, pair in part.layers.items():
         cache.update(to_torch(pair.keys)[None], to_torch(pair.values)[None], layer)
     return cache
@@ -295,7 +323,7 @@ def _crossed(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inputs) ->
     if own is not None:
         if start["decoder"] != own.length:
             raise NotTried("its first token cannot be told by hand to stand elsewhere")
-        seeded = EncoderDecoderCache(_seeded(own, geometry), DynamicCache())
+        seeded = EncoderDecoderCache(_seeded(bare, own, geometry), DynamicCache())
         given |= caches.handed(bare.forward, seeded)
     given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
     given["attention_mask"] = torch.ones(states.shape[:2], dtype=torch.long)
