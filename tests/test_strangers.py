@@ -47,6 +47,11 @@ SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
     ("causal", "doge"): (RIGHT, "refused .*make their own mask"),
     ("causal", "git"): (BEYOND, "refused .*dispatch|elsewhere"),
     ("causal", "mamba2"): (RIGHT, "refused .*(no key/value cache|without keys and values only)"),
+    # Of hybrid models the layers that attend have a prefix. Jamba dispatches on transformers 5 only.
+    ("causal", "jamba"): (RIGHT, "right|refused .*dispatch"),
+    ("causal", "lfm2"): (RIGHT, RIGHT),
+    ("causal", "zamba2"): (RIGHT, "right|refused .*in turn through 1 modules"),
+    ("causal", "recurrent_gemma"): (RIGHT, "refused .*(where their queries stand|keep a state)"),
     ("causal", "prophetnet"): ("refused .*more states of each token", "refused .*no key/value cache"),
     ("causal", "llama4_text"): (RIGHT, "refused .*chunks"),
     ("masked", "nystromformer"): (BEYOND, NO_DISPATCH),  # its first position is 2

@@ -178,7 +178,8 @@ def text_cache(model: Any, ids: Tokens, length: int | None = None, *, tokenizer:
 
     The model runs on the text, at positions 0 to P - 1, and keys and values are taken as its cache holds them: counted,
     real tokens stand at P, and a sliding window slides. A text that models see at the start of everything (a
-    beginning-of-sequence token with it) is the better start: pass its ids.
+    beginning-of-sequence token with it) is the better start: pass its ids. In a hybrid model the text leaves states
+    behind, too, which no prefix holds: there it is a start, and not that text.
 
     Args:
         model: a transformers model with a decoder and no encoder: in an encoder no token is computed without the ones
@@ -190,7 +191,7 @@ def text_cache(model: Any, ids: Tokens, length: int | None = None, *, tokenizer:
     Raises:
         ValueError: there are no ids, or one is not in the vocabulary.
         BaseModelError: no model with weights; it has an encoder; or its cache does not hold keys and values [K, P, D]
-            for every layer.
+            for every layer that attends.
         EngineError: a prompt is attached.
     """
     import torch

@@ -276,7 +276,8 @@ class KeyValuePrefix:
         site: ``self`` (self-attention of the decoder, or of a decoder-only model), ``encoder`` (self-attention of the
             encoder, or of an encoder-only model) or ``cross`` (the decoder's attention to the encoder).
         layers: layer number (from 0, within its stack) -> `KeyValue`. Layers may be left out, and may differ in K
-            and D; P is the same in all.
+            and D; P is the same in all. Of a hybrid model it joins layers that attend: what others keep of a text, a
+            state, a prefix neither holds nor touches, and its first real token is the first that a state reads.
     """
 
     site: Site

@@ -148,8 +148,8 @@ HYBRID_PREFIX = Defect(
     "peft-hybrid-prefix",
     "peft",
     "a prefix on a hybrid model, some of whose layers keep a state of the text, is put into a cache of keys and values "
-    "of every layer: with it the model fails, or (RecurrentGemma) runs on what it kept of an earlier text, or without the "
-    "prefix",
+    "of every layer: with it the model fails, or (RecurrentGemma) runs on what it kept of an earlier text, or without "
+    "the prefix",
     _peft,
     _hybrid_prefix,
 )

@@ -170,11 +170,11 @@ class Shared(Injection):
         self.call: Own[Rows] = Own(Rows)
         self.loading = Loading()
         self._make = make
-        self._layers = {site: len(heard) for site, heard in modules.items()}
+        self._layers = {site: tuple(heard) for site, heard in modules.items()}
 
     def sources(self) -> Iterator[tuple[Site, int, Source, bool]]:
         for site, layers in self._layers.items():
-            for layer in range(layers):
+            for layer in layers:
                 yield site, layer, Layer(self, site, layer), True
 
     def hooks(self, name: Stack, stack: nn.Module, around: Circumstances) -> StackHooks:

@@ -55,8 +55,8 @@ PEFT_TYPES: Mapping[Kind, str] = {"input": PROMPT_TUNING, "prefix": PREFIX_TUNIN
 STORED: Mapping[str, str] = {"multitask": MULTITASK, "cartridge": CARTRIDGE}
 #: Why PEFT has no prefix for a hybrid model (peft_model.py, get_prompt).
 STATES = (
-    "PEFT starts a cache of keys and values with the prefix, in every layer, and some layers of this model keep a state "
-    "of the text there: with such a cache it fails, or runs without the prefix, or goes on from an earlier text"
+    "PEFT starts a cache of keys and values with the prefix, in every layer, and some layers of this model keep a "
+    "state of the text there: with such a cache it fails, or runs without the prefix, or goes on from an earlier text"
 )
 #: peft_type -> why it is no soft prompt, where one might think so.
 OTHERS: Mapping[str, str] = {

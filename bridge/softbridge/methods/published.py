@@ -396,7 +396,7 @@ class MLP:
 
 @dataclass(frozen=True)
 class PrefixTuning(Method):
-    """Prefix tuning: keys and values of every layer, made by a perceptron or trained themselves.
+    """Prefix tuning: keys and values of every layer that attends, made by a perceptron or trained themselves.
 
     For each site, with W = 2·L·K·D: P·W numbers if flat; P·E + M·E + M + W·M + W with the perceptron (its E, M).
 
