@@ -118,7 +118,7 @@ def test_padding_changes_nothing_where_it_changes_nothing_in_the_bare_model(fami
     def both(of: Any) -> tuple[Tensor, Tensor]:
         return strangers.real(logits(of, rows, attention_mask=mask), 2, left, ids.shape[1]), logits(of, ids)
 
-    if apart(*both(model)) > strangers.ISLAND:
+    if not apart(*both(model)) <= strangers.ISLAND:  # or no number
         pytest.skip("the bare model itself takes pads for tokens")
     assert apart(*both(sb.attach(model, prompt))) < strangers.ISLAND
 
@@ -269,8 +269,7 @@ def test_a_cache_of_its_own_that_cannot_begin_with_keys() -> None:
             *(torch.from_numpy(part).double()[None].expand(2, -1, -1, -1) for part in (pair.keys, pair.values)), layer
         )
     held.linear_cache = [None] * geometry.decoder.layers
-    mask = torch.ones(2, P + ids.shape[1], dtype=torch.long)
-    expected = logits(model, ids, attention_mask=mask, use_cache=True, **caches.handed(model.forward, held))
+    expected = logits(model, ids, use_cache=True, **caches.handed(model.forward, held))
     running = sb.attach(copy.deepcopy(model), prompt)
     assert apart(logits(running, ids), expected) < strangers.ISLAND
     assert apart(logits(model, ids), expected) > 0.1
