@@ -52,6 +52,9 @@ SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
     ("causal", "lfm2"): (RIGHT, RIGHT),
     ("causal", "zamba2"): (RIGHT, "right|refused .*in turn through 1 modules"),
     ("causal", "recurrent_gemma"): (RIGHT, "refused .*(where their queries stand|keep a state)"),
+    # Some layers have other heads; keys are values.
+    ("causal", "mimo_v2_flash"): (RIGHT, "refused attention: layer 1 attends to keys"),
+    ("causal", "deepseek_v4"): ("refused .*entry", "refused .*one tensor for keys and for values"),
     ("causal", "prophetnet"): ("refused .*more states of each token", "refused .*no key/value cache"),
     ("causal", "llama4_text"): (RIGHT, "refused .*chunks"),
     ("masked", "nystromformer"): (BEYOND, NO_DISPATCH),  # its first position is 2

@@ -305,7 +305,7 @@ def install(model: Any, injected: Injection, geometry: Geometry, prefixed: bool,
             _switch_attention(model, injected)
         if prefixed:
             _bind(injected, modules, _wiring(model, geometry))
-        _hook(model, injected, geometry, pads)
+        _hook(model, injected, geometry, pads, prefixed)
     except BaseException:
         detach(model)
         raise
@@ -649,8 +649,22 @@ def _wired_otherwise(model: Any, geometry: Geometry, numbered: Mapping[int, nn.M
         yield f"layer {number} attends to other keys and values than its cache holds: it makes them of these"
     elif not set(wired.layers) <= set(numbered):
         yield f"by its configuration layers {list(numbered)} attend, and by its cache layers {list(wired.layers)}"
+    elif (size := _of_another_size(geometry, wired)) is not None:
+        yield size
+    elif wired.single:
+        yield "its attention layers take one tensor for keys and for values, and a prefix has two"
     elif wired.remade:
         yield "its attention layers make their own mask, of keys and values that would lack the prefix"
+
+
+def _of_another_size(geometry: Geometry, wired: wiring.Wiring) -> str | None:
+    """Where attention is of other shapes than its configuration says, under the names that all have (MiMo's)."""
+    shape = geometry.site("self")
+    for layer, (keys, values) in zip(wired.layers, wired.shapes, strict=True):
+        if shape is not None and layer is not None and {keys, values} != {shape.shape(layer)}:
+            here = f"layer {layer} attends to keys {list(keys)} and values {list(values)} [heads, width]"
+            return f"{here}, and by its configuration to {list(shape.shape(layer))}"
+    return None
 
 
 def stacks_of(model: Any, geometry: Geometry) -> dict[Stack, Any]:
@@ -749,7 +763,7 @@ def _restore_names(before: Iterable[tuple[Any, str]]) -> None:
         config._attn_implementation_internal = name
 
 
-def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[Stack]) -> None:
+def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[Stack], prefixed: bool) -> None:
     """Hook the stacks, and the model around them. Those of `pads` find pads by their token ids."""
     handles, off = injected.handles, injected.switch.is_off
     handles.append(model.register_forward_pre_hook(injected.enter, with_kwargs=True))
@@ -762,7 +776,7 @@ def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[St
         if table is not None and places and not tellable(stack):
             handles.append(table.register_forward_pre_hook(Shift(table, places, off).before, with_kwargs=True))
         around = Circumstances(implementation, crossed, pools, injected.shows, off, injected.owner)
-        around = replace(around, knows_pads=name in pads)
+        around = replace(around, knows_pads=name in pads, prefixed=prefixed)
         outer = outer_of(model, geometry)
         if outer is not None:
             around = replace(around, word=word(model.config), counts_pads=_counts_pads(outer, stack))

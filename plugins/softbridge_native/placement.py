@@ -261,13 +261,20 @@ def check_begun(cache: Any, owner: str, past: int) -> None:
         )
 
 
+def begin(cache: Any, owner: str, past: int) -> None:
+    """Say who begins a cache, where it is no matter how many tokens it holds; see `check_begun`."""
+    if cache is not None:
+        check_begun(cache, owner, past)
+        vars(cache)[_BEGUN] = owner
+
+
 def check_foreign(cache: Any, past: int) -> None:
     """Refuse a cache that a prompt is in, where there is to be none.
 
     Raises:
         EngineError: it is.
     """
-    if past and hides(cache):
+    if past and _BEGUN in vars(cache):
         raise EngineError(
             f"a cache of {past} tokens that a call with a prompt began, and the prompt is switched off",
             "a cache that the model filled without a prompt, or an empty one",
@@ -320,6 +327,7 @@ class Circumstances:
         word: a token id that is a word of text; see `word`.
         counts_pads: whether a model around the stack makes positions that count pads on the left.
         knows_pads: whether the stack finds pads by their token ids, and is told no positions.
+        prefixed: whether attention has prefixes, which caches do not hold.
     """
 
     implementation: str | None
@@ -331,6 +339,7 @@ class Circumstances:
     word: int = 0
     counts_pads: bool = False
     knows_pads: bool = False
+    prefixed: bool = False
 
 
 #: How the names of token ids in a configuration end.
@@ -549,6 +558,8 @@ class StackHooks:
                 length = given_tokens(kwargs).shape[1]
                 kwargs["cache_position"] = torch.arange(past, past + length, device=counted_without.device)
         call.cache = caches.given(kwargs)
+        if self.around.prefixed and not torch.compiler.is_compiling():
+            begin(call.cache, self.around.owner, past)
         if hides(call.cache):
             running(call.cache, True)
             vars(call.cache)[_READ] = past + given_tokens(kwargs).shape[1]
@@ -567,6 +578,9 @@ class StackHooks:
             self.seed.take_back(output)
         if hides(cache):
             running(cache, False)
+        unwatched = self.around.off(stack) or torch.compiler.is_compiling()
+        if output is not None and cache is None and self.around.prefixed and not unwatched:
+            begin(_cache_of(output), self.around.owner, 0)  # the stack made it
         if output is None or layout is None or vectors is None:
             return output
         if cache is None and (made := _cache_of(output)) is not None:  # by the stack

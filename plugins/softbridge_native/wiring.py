@@ -54,12 +54,16 @@ class Wiring:
     Attributes:
         called: the attention modules that ran, in their order.
         layers: for each, the number of the layer whose keys and values in the cache it attends to; None: no layer's.
+        shapes: for each, heads and width of its keys, and of its values.
+        single: whether any of them takes one tensor for keys and for values.
         remade: whether any of them makes its mask itself.
         placed: whether all of them tell their attention function where their queries stand.
     """
 
     called: tuple[nn.Module, ...]
     layers: tuple[int | None, ...]
+    shapes: tuple[tuple[tuple[int, int], tuple[int, int]], ...]
+    single: bool
     remade: bool
     placed: bool
 
@@ -120,8 +124,18 @@ def _watch(
         layers: list[int | None] = [numbers[first] if len(own) == len(numbers) else first for first in firsts]
     else:
         layers = [_layer(call, held) for call in own]
-    called = tuple(call.module for call in found)
-    return Wiring(called, tuple(layers), any(call.remade for call in own), all(call.placed for call in own))
+    return Wiring(
+        tuple(call.module for call in found),
+        tuple(layers),
+        tuple((_size(call.key), _size(call.value)) for call in own),
+        any(call.key is call.value for call in own),
+        any(call.remade for call in own),
+        all(call.placed for call in own),
+    )
+
+
+def _size(half: Tensor) -> tuple[int, int]:
+    return half.shape[1], half.shape[3]
 
 
 def _layer(call: Call, held: Mapping[int, tuple[Any, Any]]) -> int | None:

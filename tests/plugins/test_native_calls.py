@@ -297,14 +297,12 @@ def test_a_prompt_that_is_switched_off(kind: str) -> None:
             cache = caches.of(running(input_ids=ids, use_cache=True))
     assert apart(logits(running, ids), with_it) == 0
     handed = caches.argument(type(model).forward)
-    if kind in ("input", "seeded"):
-        with pytest.raises(EngineError, match="no call with this prompt began"):
-            running(input_ids=ids[:, :1], **{handed: cache})
+    with pytest.raises(EngineError, match="no call with this prompt began"):
+        running(input_ids=ids[:, :1], **{handed: cache})
     with torch.no_grad():
         cache = caches.of(running(input_ids=ids, use_cache=True))
-    if kind in ("input", "seeded"):
-        with running.softbridge.off(), pytest.raises(EngineError, match="the prompt is switched off"):
-            running(input_ids=ids[:, :1], **{handed: cache})
+    with running.softbridge.off(), pytest.raises(EngineError, match="the prompt is switched off"):
+        running(input_ids=ids[:, :1], **{handed: cache})
 
 
 def test_a_bank_that_is_switched_off_needs_no_names() -> None:
@@ -325,13 +323,13 @@ def bloom() -> Any:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager").double().eval()
 
 
-@pytest.mark.parametrize("kind", ["input", "seeded"])
+@pytest.mark.parametrize("kind", ["input", "prefix", "seeded"])
 def test_a_cache_that_was_begun_elsewhere(kind: str) -> None:
     """Refused, and what this model began goes on: copied, cropped, reordered, or made by the stack itself."""
     model = bloom() if kind == "seeded" else tiny_model("llama")
     geometry = read_geometry(model.config)
     close = agreement(model)
-    make = random_prefix if kind == "seeded" else random_input_prompt
+    make = random_input_prompt if kind == "input" else random_prefix
     ids, more = text(6), text(3, 1)
     running, other = (sb.attach(copy.deepcopy(model), make(geometry, 5, seed=seed)) for seed in (1, 2))
     handed: Any = caches.argument(type(model).forward)
