@@ -629,8 +629,8 @@ def _wiring(model: Any, geometry: Geometry) -> wiring.Wiring | None:
 
 def _in_turn(model: Any, geometry: Geometry, site: Site) -> str | None:
     """Why a prefix of each layer would not find it: that the layers call the same modules in turn (Zamba's on 4.57)."""
-    wired = _wiring(model, geometry) if site == "self" else None
-    if wired is None or len(set(wired.called)) == len(wired.called):
+    shape, wired = geometry.site(site), _wiring(model, geometry) if site == "self" else None
+    if shape is None or wired is None or not len(set(wired.called)) < len(wired.called) == len(shape.attending):
         return None
     return f"{len(wired.called)} layers attend, in turn through {len(set(wired.called))} modules that they share"
 
