@@ -37,7 +37,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -281,11 +281,16 @@ class Seeded(Hand):
 
     def _one_by_one(self, ids: Tensor, cache: Any) -> Tensor:
         """Token by token: some models that keep states go on from their cache in no other way."""
-        whole = _scores(copy.deepcopy(self.model), input_ids=ids)
-        apart = min(_difference(whole[:, begun:], self._reads_on(ids, begun)) for begun in (0, P))
-        if apart > ISLAND:
-            raise ArithmeticError(f"the bare model reads on token by token otherwise than all at once, by {apart:.1e}")
+        if self.apart > ISLAND:
+            raise ArithmeticError(f"the bare model reads on token by token otherwise than at once, by {self.apart:.1e}")
         return self._read(copy.deepcopy(self.model), ids, cache, P)
+
+    @cached_property
+    def apart(self) -> float:
+        """How far what the bare model reads on, token by token, is from what it reads at once."""
+        ids = tokens()
+        whole = _scores(copy.deepcopy(self.model), input_ids=ids)
+        return min(_difference(whole[:, begun:], self._reads_on(ids, begun)) for begun in (0, P))
 
     def _reads_on(self, ids: Tensor, begun: int) -> Tensor:
         """The bare model's own scores of the tokens behind so many."""

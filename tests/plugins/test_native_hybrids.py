@@ -118,9 +118,12 @@ def test_padding_changes_nothing_where_it_changes_nothing_in_the_bare_model(fami
     def both(of: Any) -> tuple[Tensor, Tensor]:
         return strangers.real(logits(of, rows, attention_mask=mask), 2, left, ids.shape[1]), logits(of, ids)
 
-    if not apart(*both(model)) <= strangers.ISLAND:  # or no number
+    bound, own = strangers.ISLAND, apart(*both(model))
+    if own != own:  # what sees nothing has a softmax of the lowest float64, in float32: no number
+        bound, own = strangers.SINGLE, apart(*both(model.float()))
+    if own > bound:
         pytest.skip("the bare model itself takes pads for tokens")
-    assert apart(*both(sb.attach(model, prompt))) < strangers.ISLAND
+    assert apart(*both(sb.attach(model, prompt))) < bound
 
 
 def test_loss_and_gradient_are_those_by_hand() -> None:
