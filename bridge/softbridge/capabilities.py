@@ -28,7 +28,7 @@ class Capabilities:
         parts: how many parts there may be at once, or None for any number.
         positions_told: whether the toolkit lets its caller move the tokens (``position_ids``), so that another start
             is a condition on the caller and not an impossibility.
-        relative_bias: how a T5-like bias sees the prefix, or None for any.
+        relative_bias: how a T5-like bias sees the prefix, or None for any. Where it is ``plain``, every layer has it.
         window: whether a sliding window drops virtual tokens, or None for any.
         training: kinds of parameterisation that are kept, or None for any.
         dtypes: names of the dtypes that the toolkit keeps when it loads a prompt, or None for any.

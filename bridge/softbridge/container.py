@@ -3,7 +3,7 @@
 **The file.** A safetensors file whose metadata has one entry, ``softbridge``, a JSON object; every array of the prompt
 is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The same prompt is always the same bytes.
 
-**The description**, all keys required but for those that a part may have:
+**The description**, all keys required but for those that a part or the positions may have:
 
 - ``version``: 1.
 - ``parts``: a list. The part at place n is one of
@@ -17,7 +17,8 @@ is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The
   before its first layer, in families of which releases of transformers differ in that. TEMPLATE is
   ``{"pieces": [PIECE, ...], "verbaliser": null | [[class, [ids]], ...]}`` and PIECE is
   ``{"virtual": number} | {"field": name} | {"words": [ids]} | {"slot": true}``.
-- ``positions``: ``{"start": {stack: number}, "relative_bias": "plain" | "skewed", "window": "slides" | "pinned"}``.
+- ``positions``: ``{"start": {stack: number}, "relative_bias": "plain" | "skewed", "window": "slides" | "pinned"}``,
+  and ``"unbiased_from": {stack: layer}`` only where self-attention has no relative bias from a layer on.
 - ``base``: ``{"name": text | null, "geometry": null | {"model_type", "hidden", "vocabulary", "encoder", "decoder",
   "embedding": number | null}}``, where a stack is null or
   ``{"layers", "heads", "kv_heads", "head_dim", "window": number | null}``, and ``"shapes": [[K, D], ...]`` where the
@@ -185,11 +186,7 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
     return {
         "version": VERSION,
         "parts": [_describe_part(part) for part in prompt.parts],
-        "positions": {
-            "start": dict(prompt.positions.start),
-            "relative_bias": prompt.positions.relative_bias,
-            "window": prompt.positions.window,
-        },
+        "positions": prompt.positions.to_json(),
         "base": {
             "name": prompt.base.name,
             "geometry": None if prompt.base.geometry is None else _describe_geometry(prompt.base.geometry),
@@ -302,14 +299,18 @@ class _Reader:
         return []
 
     def positions(self, value: Any) -> dict[str, Any]:
-        fields = self.fields(value, "positions", {"start", "relative_bias", "window"})
-        start = self.fields(fields["start"], "positions.start", None)
-        self.problems += [
-            f"positions.start.{stack:.40}: {place!r:.40}, not a number from 0"
-            for stack, place in start.items()
-            if not _is_count(place)
-        ]
-        return {**fields, "start": start}
+        extra = {"unbiased_from"} & value.keys() if isinstance(value, dict) else set()
+        fields = self.fields(value, "positions", {"start", "relative_bias", "window", *extra})
+        for name in ("start", *extra):
+            fields[name] = self.fields(fields[name], f"positions.{name}", None)
+            self.problems += [
+                f"positions.{name}.{stack:.40}: {place!r:.40}, not a number from 0"
+                for stack, place in fields[name].items()
+                if not _is_count(place)
+            ]
+        if extra and not fields["unbiased_from"]:
+            self.problems.append("positions.unbiased_from: no stack")
+        return fields
 
     def base(self, value: Any) -> BaseId:
         fields = self.fields(value, "base", {"name", "geometry"})

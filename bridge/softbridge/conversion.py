@@ -598,7 +598,7 @@ def _write(
     manifest: dict[str, Any] = {
         "softbridge": MANIFEST_VERSION,
         "format": form.name,
-        "positions": _positions_json(lowering.prompt.positions),
+        "positions": lowering.prompt.positions.to_json(),
         "conditions": list(conditions),
         "advice": list(_advice(lowering, form, base)),
         "steps": [asdict(step) for step in lowering.steps],
@@ -611,10 +611,6 @@ def _write(
     if source is not None and source.prompt.origin is not None:
         manifest["source"] = {"format": source.format.name, "digests": dict(source.prompt.origin.digests)}
     untrusted.write(target, {**content, MANIFEST: untrusted.json_bytes(manifest)}, overwrite=overwrite, check=check)
-
-
-def _positions_json(positions: Positions) -> dict[str, Any]:
-    return {**asdict(positions), "start": dict(positions.start)}
 
 
 def _manifest_of(

@@ -238,9 +238,8 @@ def copied(prompt: SoftPrompt, target: Target) -> SoftPrompt | None:
         part.stack if isinstance(part, InputPrompt) else stack_of(part.site) for part in parts if not _crosses(part)
     }
     start = {stack: place for stack, place in prompt.positions.start.items() if stack in stacks}
-    kept = replace(
-        prompt, parts=tuple(parts), positions=replace(prompt.positions, start=start), training=None, origin=None
-    )
+    positions = prompt.positions.of(parts, start)
+    kept = replace(prompt, parts=tuple(parts), positions=positions, training=None, origin=None)
     return replace(kept, positions=native_positions(kept, able))
 
 

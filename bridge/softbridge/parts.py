@@ -8,7 +8,7 @@ from typing import Any
 
 from softbridge.errors import SoftbridgeError
 from softbridge.geometry import Stack, stack_of
-from softbridge.prompt import Array, InputPrompt, Part, Positions, SoftPrompt, Training
+from softbridge.prompt import Array, InputPrompt, Part, SoftPrompt, Training
 
 
 def name_of(part: Part) -> str:
@@ -59,10 +59,12 @@ def join(prompts: Sequence[SoftPrompt]) -> SoftPrompt:
         raise ValueError("join: at least one prompt")
     first = prompts[0]
     start: dict[Stack, int] = {}
+    unbiased: dict[Stack, int] = {}
     for prompt in prompts:
         told = prompt.positions
         clash = any(start.setdefault(stack, place) != place for stack, place in told.start.items())
-        if clash or replace(told, start={}) != replace(first.positions, start={}):
+        clash |= any(unbiased.setdefault(stack, layer) != layer for stack, layer in told.unbiased_from.items())
+        if clash or told.of((), {}) != first.positions.of((), {}):
             raise ValueError(
                 f"join: positions that differ, {first.positions} and {told}: lower them to one target first"
             )
@@ -70,7 +72,7 @@ def join(prompts: Sequence[SoftPrompt]) -> SoftPrompt:
             raise ValueError("join: prompts for one base model, with one head")
     return SoftPrompt(
         tuple(part for prompt in prompts for part in prompt.parts),
-        replace(first.positions, start=start),
+        replace(first.positions, start=start, unbiased_from=unbiased),
         first.base,
         first.head,
         _joined([prompt.training for prompt in prompts]),
@@ -81,7 +83,7 @@ def _alone(prompt: SoftPrompt, part: Part) -> SoftPrompt:
     stack = part.stack if isinstance(part, InputPrompt) else stack_of(part.site)
     crosses = name_of(part) == "cross"
     start = {} if crosses else {stack: prompt.positions.start[stack]}
-    positions = Positions(start, prompt.positions.relative_bias, prompt.positions.window)
+    positions = prompt.positions.of((part,), start)
     training = prompt.training
     if training is not None and len(prompt.parts) > 1:
         # Only parameterisations of prefixes can have several parts: their tensors have the site in front.

@@ -123,6 +123,7 @@ def native_positions(prompt: SoftPrompt, capabilities: Capabilities) -> Position
         start,
         capabilities.relative_bias or prompt.positions.relative_bias,
         capabilities.window or prompt.positions.window,
+        {} if capabilities.relative_bias == "plain" else prompt.positions.unbiased_from,
     )
 
 
@@ -392,7 +393,8 @@ def _ejected(prompt: SoftPrompt, target: Target, note: str) -> Option:
 
 def _relative_bias(prompt: SoftPrompt, target: Target) -> list[Option]:
     wanted = native_positions(prompt, target.capabilities)
-    if wanted.relative_bias == prompt.positions.relative_bias:
+    told = replace(prompt.positions, relative_bias=wanted.relative_bias, unbiased_from=wanted.unbiased_from)
+    if told == prompt.positions:
         return [Option(prompt)]
     if any(part.site != "cross" for part in prompt.prefixes):
         base = target.need_base("whether it has a relative position bias decides whether the prefix can be moved")
@@ -402,9 +404,12 @@ def _relative_bias(prompt: SoftPrompt, target: Target) -> list[Option]:
                 f"{target.name} computes a {wanted.relative_bias} one: the bias between real tokens differs by the "
                 "prefix length, and no change of keys or values makes up for it"
             )
+            if prompt.positions.unbiased_from != wanted.unbiased_from:
+                lost = " and ".join(f"the {s} from layer {n} on" for s, n in prompt.positions.unbiased_from.items())
+                reason = f"the prompt was trained without a relative position bias in {lost}, which {target.name} computes"
             remedy = "run it with an engine that computes the same bias (native), through --to softbridge"
             return _blocked(prompt, Obstacle("relative-bias", reason, remedy))
-    return [Option(replace(prompt, positions=replace(prompt.positions, relative_bias=wanted.relative_bias)))]
+    return [Option(replace(prompt, positions=told))]
 
 
 def _window(prompt: SoftPrompt, target: Target) -> list[Option]:

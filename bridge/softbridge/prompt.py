@@ -14,8 +14,8 @@ deep-learning framework. All classes are immutable and compared by value.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias, TypeVar, get_args
 
 import numpy as np
@@ -355,6 +355,11 @@ class KeyValuePrefix:
 Part: TypeAlias = InputPrompt | KeyValuePrefix
 
 
+def prefixed_stacks(parts: Iterable[Part]) -> set[Stack]:
+    """The stacks whose self-attention has a prefix."""
+    return {stack_of(p.site) for p in parts if isinstance(p, KeyValuePrefix) and p.site != "cross"}
+
+
 @dataclass(frozen=True)
 class Positions:
     """What toolkits leave unsaid, and what makes copied numbers compute another function.
@@ -372,22 +377,39 @@ class Positions:
             between real tokens, too, is shifted by P).
         window: whether a sliding window drops virtual tokens that fell out of it (``slides``, as cache content does)
             or they stay visible (``pinned``, as concatenation inside attention does).
+        unbiased_from: stack -> the layer from which on its self-attention has no T5-like bias, neither for virtual nor
+            for real tokens, be the layer prefixed or not (AdapterHub's T5: the bias is lost where a prefixed layer and
+            one that is left out meet). A stack that is absent has the bias in every layer.
     """
 
     start: Mapping[Stack, int] = field(default_factory=dict)
     relative_bias: RelativeBias = "plain"
     window: Window = "slides"
+    unbiased_from: Mapping[Stack, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "start", FrozenMap(dict(sorted(self.start.items()))))
-        _require(all(stack in get_args(Stack) for stack in self.start), f"start: {dict(self.start)}")
-        counts = all(type(place) is int and place >= 0 for place in self.start.values())
-        _require(counts, f"start: numbers from 0, not {dict(self.start)}")
+        for name in ("start", "unbiased_from"):
+            told: Mapping[Stack, int] = FrozenMap(dict(sorted(getattr(self, name).items())))
+            object.__setattr__(self, name, told)
+            _require(all(stack in get_args(Stack) for stack in told), f"{name}: {dict(told)}")
+            counts = all(type(place) is int and place >= 0 for place in told.values())
+            _require(counts, f"{name}: numbers from 0, not {dict(told)}")
         _require(self.relative_bias in get_args(RelativeBias), f"relative_bias: {self.relative_bias!r}")
         _require(self.window in get_args(Window), f"window: {self.window!r}")
 
     def __hash__(self) -> int:
-        return hash((tuple(self.start.items()), self.relative_bias, self.window))
+        return hash((tuple(self.start.items()), self.relative_bias, self.window, tuple(self.unbiased_from.items())))
+
+    def to_json(self) -> dict[str, Json]:
+        """The arguments of this class in JSON's types; ``unbiased_from`` only where it says something."""
+        said = {"start": dict(self.start), "relative_bias": self.relative_bias, "window": self.window}
+        return said | ({"unbiased_from": dict(self.unbiased_from)} if self.unbiased_from else {})
+
+    def of(self, parts: Collection[Part], start: Mapping[Stack, int]) -> Positions:
+        """The same for these parts alone, with the stacks' starts."""
+        stacks = prefixed_stacks(parts)
+        unbiased = {stack: layer for stack, layer in self.unbiased_from.items() if stack in stacks}
+        return replace(self, start=start, unbiased_from=unbiased)
 
 
 @dataclass(frozen=True)
@@ -488,6 +510,8 @@ class SoftPrompt:
         _require(len(self.inputs) == len({p.stack for p in self.inputs}), "parts: one input prompt per stack")
         stacks, told = sorted(self.counted()), sorted(self.positions.start)
         _require(stacks == told, f"positions: a start for {stacks}, the stacks with virtual tokens, not for {told}")
+        others = sorted(self.positions.unbiased_from.keys() - prefixed_stacks(self.parts))
+        _require(not others, f"positions: unbiased_from for {others}, whose self-attention has no prefix")
 
     @property
     def prefixes(self) -> tuple[KeyValuePrefix, ...]:

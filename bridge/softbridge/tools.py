@@ -336,9 +336,8 @@ def _join(a: SoftPrompt, b: SoftPrompt, base: BaseModel | None, accept: Collecti
     starts = dict(a.positions.start)
     told = dict(b.positions.start)
     counted = b.counted()
-    if a.positions.window != b.positions.window or any(
-        starts.get(stack) != told.get(stack) for stack in {*starts, *told} - {*counted}
-    ):
+    alike = (a.positions.window, a.positions.unbiased_from) == (b.positions.window, b.positions.unbiased_from)
+    if not alike or any(starts.get(stack) != told.get(stack) for stack in {*starts, *told} - {*counted}):
         _check_positions([a, b])
     for stack in counted:
         starts[stack] = _joined_start(a, b, stack)
@@ -474,7 +473,7 @@ def slice(
         start, stop = 0, None
     parts = tuple(part for part in map(cut, prompt.parts) if part is not None)
     stacks = {part.stack if isinstance(part, InputPrompt) else stack_of(part.site) for part in parts}
-    positions = replace(prompt.positions, start={stack: place for stack, place in places.items() if stack in stacks})
+    positions = prompt.positions.of(parts, {stack: place for stack, place in places.items() if stack in stacks})
     return replace(prompt, parts=parts, positions=positions, training=None, origin=None)
 
 

@@ -111,6 +111,10 @@ def prompted(setup: object, prompt_of: Callable[[str], SoftPrompt]) -> tuple[Pro
             f"{describe(setup)}: AdapterHub fills the shorter of its prefixes up with keys that real tokens see "
             "(see `softbridge_compat.adapterhub_defects`)"
         )
+    if any(one.prompt.positions.unbiased_from != made[0].prompt.positions.unbiased_from for one in made):
+        raise ValueError(
+            f"{describe(setup)}: AdapterHub loses the relative bias of all rows where a layer of one has no prefix"
+        )
     return tuple(made)
 
 
@@ -144,7 +148,7 @@ def stacked(prompts: Sequence[SoftPrompt], first: SoftPrompt, what: str) -> Soft
     parts = first.inputs + (concatenate(prefixes).parts if prefixes else ())
     if not parts:
         raise ValueError(f"{what}: AdapterHub puts the vectors of no other adapter than the first into the input")
-    positions = replace(first.positions, start=starts(parts))
+    positions = replace(first.positions, start=starts(parts), unbiased_from=prompts[0].positions.unbiased_from)
     return SoftPrompt(parts, positions, first.base, heads[0] if heads else {}, origin=_origin(prompts, what))
 
 

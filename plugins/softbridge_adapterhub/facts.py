@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from softbridge.errors import Obstacle
-from softbridge.geometry import Geometry, Site, StackGeometry, stack_of
+from softbridge.geometry import Geometry, Site, Stack, StackGeometry, stack_of
 from softbridge.prompt import InputPrompt, Placement, SoftPrompt
 from softbridge.untrusted import Files
 
@@ -120,9 +120,7 @@ ATTENTIONS: Mapping[str, tuple[str, ...]] = {
     ),
 }
 
-#: Families with a relative bias. The bias is computed in a stack's first layer; where the number of keys changes
-#: between two layers (one prefixed, the next left out), AdapterHub computes it anew in a layer that has no table, and
-#: it is zero from there on. No canonical prompt says that, so a stack is prefixed in all layers or in none.
+#: Families with a relative bias; see `unbiased_from`.
 RELATIVE_BIAS = frozenset(("mt5", "t5"))
 
 #: Families whose layers are one module, with one prefix and one gate for all. (ALBERT can be built with several groups
@@ -219,13 +217,27 @@ def stored_layers(layers: Sequence[int], geometry: Geometry) -> tuple[int, ...]:
 
 def partly_prefixed(layers: Mapping[Site, Sequence[int]], geometry: Geometry) -> str | None:
     """Why some layers cannot be left out, if some are and the family does not bear it."""
-    if all(site == "cross" or len(layers[site]) == _stack(geometry, site).layers for site in layers):
+    if geometry.model_type not in SHARED_LAYERS or all(
+        len(layers[site]) == _stack(geometry, site).layers for site in layers
+    ):
         return None
-    if geometry.model_type in RELATIVE_BIAS:
-        return "AdapterHub loses the relative bias of the layers after one that is left out"
-    if geometry.model_type in SHARED_LAYERS:
-        return "AdapterHub has one prefix for all layers, which share their weights"
-    return None
+    return "AdapterHub has one prefix for all layers, which share their weights"
+
+
+def unbiased_from(layers: Mapping[Site, Sequence[int]], geometry: Geometry) -> dict[Stack, int]:
+    """Stack -> the layer from which on AdapterHub's self-attention has no relative bias, where it loses it.
+
+    A stack computes its bias in layer 0, which holds the table, for as many keys as that layer has. The first layer
+    with another number of keys, prefixed where layer 0 is not or the reverse, computes it anew without a table: zeros,
+    which all further layers take over, or replace by zeros. (`modeling_t5.py` in the package.)
+    """
+    found: dict[Stack, int] = {}
+    for site, prefixed in layers.items():
+        if geometry.model_type in RELATIVE_BIAS and site != "cross":
+            all_layers = range(_stack(geometry, site).layers)
+            changed = [layer for layer in all_layers if (layer in prefixed) != (0 in prefixed)]
+            found |= {stack_of(site): changed[0]} if changed else {}
+    return found
 
 
 def obstacles(prompt: SoftPrompt, geometry: Geometry) -> list[Obstacle]:
@@ -246,8 +258,13 @@ def obstacles(prompt: SoftPrompt, geometry: Geometry) -> list[Obstacle]:
 
     moved = sorted(stack for stack, start in prompt.positions.start.items() if start != 0)
     biased = any(part.site != "cross" for part in prompt.prefixes)
+    lost = unbiased_from({part.site: tuple(part.layers) for part in prompt.prefixes}, geometry)
     if kind in RELATIVE_BIAS and biased and (moved or prompt.positions.relative_bias != "skewed"):
         reason = "AdapterHub's relative bias counts queries from 0, and keys from the prefix's start"
+        found.append(("relative-bias", reason))
+    elif lost != prompt.positions.unbiased_from:
+        reason = f"with these layers AdapterHub has no relative bias from {lost or 'none'} on, and the prompt has none "
+        reason += f"from {dict(prompt.positions.unbiased_from) or 'none'} on"
         found.append(("relative-bias", reason))
     elif moved and kind not in POSITION_INPUTS and kind not in RELATIVE_BIAS:
         found.append(("positions", f"the {' and '.join(moved)} of '{kind}' takes no positions from its caller"))

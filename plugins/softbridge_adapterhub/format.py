@@ -128,7 +128,7 @@ class AdapterHubFormat:
             ) from error
         return SoftPrompt(
             parts,
-            Positions(starts(parts), "skewed", "pinned"),
+            Positions(starts(parts), "skewed", "pinned", facts.unbiased_from(adapter.layers, geometry)),
             BaseId(document.get("model_name") or None, geometry),
             head.tensors,
             training,

@@ -70,6 +70,13 @@ class Entered:
         self.states: Tensor | None = None
 
 
+class Nothing:
+    """The source of a layer without a prefix; see `Source`."""
+
+    def join(self, entered: Tensor | None, like: Tensor) -> None:
+        return None
+
+
 class LayerPrefix(nn.Module):
     """The prefix of one layer: keys [K, P, D], values [K, P, D] and what gates them, or None.
 
@@ -186,8 +193,9 @@ class Binding:
     Attributes:
         source: where it comes from.
         causal: whether the module's queries see the past only.
-        bias: the module that holds the table of a T5-like relative bias, or None.
+        bias: the module that holds the table of a T5-like relative bias, or None: virtual tokens have none.
         off: says whether a module is to run without it.
+        biased: whether real tokens have the model's relative bias.
         entered: what entered the module, in the running thread, where a gate asks for it.
     """
 
@@ -195,6 +203,7 @@ class Binding:
     causal: bool
     bias: Any
     off: Callable[[nn.Module], bool]
+    biased: bool = True
     entered: Own[Entered] = field(default_factory=lambda: Own(Entered))
 
 
@@ -277,6 +286,8 @@ def _attend(
     attention_mask = _above_float32(attention_mask)
     binding: Binding | None = module.__dict__.get(_BINDING)
     joined = None if binding is None else _joined(binding, module, key)
+    if binding is not None and not binding.biased and not binding.off(module):
+        settings["position_bias"] = torch.zeros_like(settings["position_bias"])
     told = by_name(module, implementation) if implementation == FLASH else module
     if binding is None or joined is None:
         # The last queries alone: a model asks SDPA for them with a mask, but knows it by its own name only.
@@ -421,7 +432,7 @@ def _bias(binding: Binding, joined: Joined, length: int, real: int, mask: Tensor
     The model goes on sharing the bias without them among its layers.
     """
     prefix, table = joined.length, binding.bias
-    if table is None:  # cross-attention has none
+    if table is None:  # cross-attention has none, nor have layers that lost theirs
         return torch.cat([bias.new_zeros(*bias.shape[:-1], prefix), bias], dim=-1)
     slots, positions = _queries(binding.causal, length, real, mask, bias.device)
     virtual = torch.arange(prefix, device=bias.device) - (joined.stand.origin + positions)[..., None]

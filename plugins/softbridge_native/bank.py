@@ -105,6 +105,12 @@ def _ready(model: Any, fetch: Fetch, modules: Mapping[Site, Mapping[int, nn.Modu
             "prompts in a bank whose positions this model counts by itself",
             "attach it alone",
         )
+    if prompt.positions.unbiased_from:
+        raise EngineError(
+            f"a prompt without a relative position bias in some layers: {dict(prompt.positions.unbiased_from)}",
+            "prompts in a bank under which all rows have the model's own bias",
+            "attach it alone",
+        )
     if prompt.head:
         raise EngineError(
             f"a prompt of the bank brings a head of its own: {', '.join(prompt.head)}",

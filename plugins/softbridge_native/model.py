@@ -34,6 +34,7 @@ from softbridge_native.attention import (
     UNDERLYING,
     Binding,
     LayerPrefix,
+    Nothing,
     Source,
     Stand,
     bind,
@@ -141,6 +142,7 @@ class Injection(nn.Module, ABC):
         implementations: each configuration in the model, with the attention implementation that it named.
         trainable: the model's parameters that were trainable.
         check: how the engine checks itself before the first call, or None.
+        unbiased_from: as in `softbridge.prompt.Positions`.
         virtual_logits: whether states and logits of virtual tokens are to be returned, too, in their places: P + T of
             them. Off unless set; there is no loss then, as labels are of real tokens.
     """
@@ -156,6 +158,7 @@ class Injection(nn.Module, ABC):
         self.implementations: list[tuple[Any, str]] = []
         self.trainable: list[nn.Parameter] = []
         self.check: SelfCheck | None = None
+        self.unbiased_from: Mapping[Stack, int] = {}
         self.virtual_logits = False
 
     def enter(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -218,6 +221,7 @@ class Single(Injection):
     ) -> None:
         super().__init__()
         self.prompt = prompt
+        self.unbiased_from = prompt.positions.unbiased_from
         self.seeded = bool(prompt.prefixes) and not modules[prompt.prefixes[0].site]
         kind = KINDS[prompt.training.kind] if prompt.training is not None and trainable(prompt) else None
         made = [kind is not None and kind.makes(part) for part in prompt.parts]
@@ -465,8 +469,10 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
                 Obstacle("attention", reason, "use an input prompt, a toolkit's engine, or other transformers")
             )
         table = _bias_table(nn.ModuleList(heard))
-        if table is not None and prompt.positions.relative_bias == "skewed" and len(part.layers) != layers:
-            reason = "a skewed relative bias is known only where every layer has a prefix"
+        biased = range(prompt.positions.unbiased_from.get(stack_of(part.site), layers))
+        some = 0 < len(part.layers.keys() & biased) < len(biased)
+        if table is not None and prompt.positions.relative_bias == "skewed" and some:
+            reason = "a skewed relative bias is known only where every layer that has it has a prefix"
             found.append(Obstacle("relative-bias", reason, "use the engine of the prompt's own toolkit"))
         if table is not None and implementation == FLEX:
             reason = "a relative bias of virtual tokens is not known to flex attention"
@@ -807,15 +813,23 @@ def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[St
 
 def _bind(injected: Injection, modules: Mapping[Site, Mapping[int, nn.Module]], wired: wiring.Wiring | None) -> None:
     off = injected.switch.is_off
-    for site, layer, source, gated in injected.sources():
-        table = _bias_table(nn.ModuleList(modules[site].values()))
+    sources = list(injected.sources())
+    prefixed = {(site, layer) for site, layer, *_ in sources}
+    for stack, first in injected.unbiased_from.items():
+        here: Site = "encoder" if stack == "encoder" else "self"
+        rest = (layer for layer in modules[here] if layer >= first and (here, layer) not in prefixed)
+        sources += [(here, layer, Nothing(), False) for layer in rest]
+    for site, layer, source, gated in sources:
+        table = None if site == "cross" else _bias_table(nn.ModuleList(modules[site].values()))
+        biased = table is None or layer < injected.unbiased_from.get(stack_of(site), layer + 1)
         # A layer that attends to another's keys and values attends to that one's prefix.
         layers = wired.layers if wired is not None and site == "self" else tuple(modules[site])
         for number, module in zip(layers, modules[site].values(), strict=True):
             if layer != number:
                 continue
             causal = site != "cross" and getattr(module, "is_causal", site == "self")
-            bind(module, Binding(source, causal, None if site == "cross" else _bias_table(module) or table, off))
+            bias = None if table is None or not biased else _bias_table(module) or table
+            bind(module, Binding(source, causal, bias, off, biased))
             injected.bound.append(module)
             if gated:
                 injected.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))

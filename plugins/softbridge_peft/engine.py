@@ -381,7 +381,9 @@ def _refusals(part: Part, prompt: SoftPrompt, model: Any, geometry: Geometry) ->
         found.append(("pooler", f"PEFT fails with a prefix on {kind} under the installed transformers"))
     biased = any(hasattr(module, "relative_attention_bias") for module in model.modules())
     shifted = prompt.positions.start.get(stack_of(part.site), part.length) != part.length
-    if biased and (shifted or prompt.positions.relative_bias == "skewed"):
+    if biased and prompt.positions.unbiased_from:
+        found.append(("relative-bias", "PEFT's layers all have the relative position bias, this prompt's have not"))
+    elif biased and (shifted or prompt.positions.relative_bias == "skewed"):
         reason = "PEFT's real tokens stand behind the prefix for the relative position bias, this prompt's do not"
         found.append(("relative-bias", reason))
     elif shifted and "position_ids" not in takes:

@@ -78,6 +78,7 @@ PROMPTS = {
     "training without tensors": replace(INPUT, training=Training("direct", {}, {})),
     "decoder only": replace(INPUT, base=BaseId(None, Geometry("llama", 4, 96, None, STACK))),
     "full": FULL,
+    "unbiased": replace(FULL, positions=replace(FULL.positions, unbiased_from={"decoder": 2})),
 }
 
 
@@ -231,6 +232,10 @@ UNSOUND: list[tuple[list[Callable[[Any, dict[str, Array]], None]], list[str]]] =
     ([edit("positions/start", {"middle": 1})], ["positions: start: {'middle': 1}"]),
     ([edit("positions/window", "shut")], ["positions: window: 'shut'"]),
     ([edit("positions/relative_bias", {})], ["positions: relative_bias: {}"]),
+    ([edit("positions/unbiased_from", {})], ["positions.unbiased_from: no stack"]),
+    ([edit("positions/unbiased_from", {"decoder": -1})], ["positions.unbiased_from.decoder: -1, not a number from 0"]),
+    ([edit("positions/unbiased_from", {"middle": 1})], ["positions: unbiased_from: {'middle': 1}"]),
+    ([edit("positions/unbiased_from", {"encoder": 1})], ["unbiased_from for ['encoder'], whose self-attention"]),
     ([edit("base/name", 3)], ["base.name: int, not a text"]),
     ([edit("base/geometry", "t5")], ["base.geometry: str, not an object"]),
     ([edit("base/geometry/hidden", 0)], ["base.geometry.hidden: 0, not a positive number"]),

@@ -71,6 +71,8 @@ FULL = SoftPrompt(
         lambda: Positions({"decoder": np.int64(1)}),  # type: ignore[dict-item]
         lambda: Positions(relative_bias="bent"),  # type: ignore[arg-type]
         lambda: Positions(window="shut"),  # type: ignore[arg-type]
+        lambda: Positions({"decoder": 0}, unbiased_from={"decoder": -1}),
+        lambda: SoftPrompt(FULL.parts, replace(FULL.positions, unbiased_from={"encoder": 1})),
         lambda: SoftPrompt((), Positions()),
         lambda: SoftPrompt(FULL.parts, Positions({"encoder": 5})),
         lambda: SoftPrompt(FULL.parts[:1], Positions({"encoder": 5, "decoder": 0})),
@@ -177,6 +179,7 @@ DIFFERENT: dict[str, Callable[[SoftPrompt], SoftPrompt]] = {
     "start": lambda p: replace(p, positions=Positions({"encoder": 5, "decoder": 5})),
     "relative bias": lambda p: replace(p, positions=replace(p.positions, relative_bias="skewed")),
     "window": lambda p: replace(p, positions=replace(p.positions, window="pinned")),
+    "unbiased from": lambda p: replace(p, positions=replace(p.positions, unbiased_from={"decoder": 1})),
     "base": lambda p: replace(p, base=BaseId("another")),
     "head dropped": lambda p: replace(p, head={}),
     "head": lambda p: replace(p, head={**p.head, "bias": VECTORS[1]}),

@@ -1,7 +1,7 @@
 """Make `adapterhub_<family>.safetensors`: what AdapterHub itself computed, for environments that cannot hold it.
 
 Run in an environment with AdapterHub: ``python tests/golden/make_adapterhub.py`` (``... small``: the file of small
-models alone). One file per family (gpt2, llama,
+models alone; ``... leave_out``: that of T5's left-out layers). One file per family (gpt2, llama,
 bert, t5), in the safetensors format, everything in float64 unless said otherwise:
 
 - metadata ``config``: the base model's configuration, JSON; ``family``; ``toolkit``: what AdapterHub's file says;
@@ -27,12 +27,23 @@ embedding block (``prefix`` and ``prefix_after_bos``):
 - ``<family>.<case>.logits``, and ``<family>.<case>.masked``, of padded rows (pads are the token 0; the last columns of
   the mask are the decoder's, too).
 
+And one file ``adapterhub_t5_leave_out.safetensors``, of prefixes at all sites of a T5 with three layers in each stack,
+of which `leave_out` names some:
+
+- metadata ``config``; ``cases``: case -> its `leave_out`, JSON;
+- ``weights.<name>``, float32, to be used in float64; ``input_ids``, ``decoder_input_ids``, ``attention_mask`` as above;
+- ``prompt``: the prefixes of all layers, the bytes (uint8) of softbridge's own file; each case has some of them;
+- ``<case>.logits`` and ``<case>.masked``, as above; ``<case>.loss``, with `decoder_input_ids` as labels;
+  ``<case>.gradient.<site>``: its gradient [P, 2·L·K·D] in keys and values of the layers that are there, in the order of
+  `KeyValuePrefix.flat`; ``<case>.tokens``: generated, with a cache.
+
 Numbers differ between machines in the last bits: compare with a tolerance (float32 islands: 1e-5, else 1e-10).
 """
 
 from __future__ import annotations
 
 import copy
+import json
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -48,7 +59,7 @@ from transformers import AutoConfig
 
 from softbridge.base import BaseModel, build
 from softbridge.container import pack
-from softbridge.geometry import Site, read_geometry
+from softbridge.geometry import Geometry, Site, read_geometry, stack_of
 from softbridge.prompt import Gate, KeyValuePrefix, Positions, SoftPrompt
 from softbridge.tensors import from_torch
 from softbridge.testing import random_input_prompt, random_prefix, tiny_model
@@ -160,8 +171,58 @@ def gated(part: KeyValuePrefix, outputs: int, hidden: int) -> KeyValuePrefix:
     return replace(part, layers=layers)
 
 
-def with_adapterhub(model: Any, prompt: SoftPrompt) -> Any:
-    """A copy of the model with the prompt, in AdapterHub: prompt tuning, or a prefix."""
+#: What is left out of a T5 with three layers in each stack; the decoder's have the numbers 3 to 5.
+LEFT_OUT = {
+    "encoder first": [0],
+    "encoder middle": [1],
+    "encoder last": [2],
+    "encoder": [0, 1, 2],
+    "decoder first": [3],
+    "decoder middle": [4],
+    "decoder last": [5],
+    "both": [0, 1, 5],
+}
+
+
+def make_leave_out() -> bytes:
+    settings = {**SMALL["t5"][0], "num_layers": 3}
+    model = build(AutoConfig.for_model("t5", **settings), "seq2seq-lm", torch.float64, 0)
+    geometry = read_geometry(model.config)
+    inputs, mask = inputs_for(model)
+    prefix = random_prefix(geometry, 3, sites=facts.model_sites(geometry))
+    whole = replace(prefix, positions=Positions(dict.fromkeys(prefix.positions.start, 0), "skewed", "pinned"))
+    tensors: dict[str, Any] = {f"weights.{name}": from_torch(t.float()) for name, t in model.state_dict().items()}
+    tensors |= {name: from_torch(tensor) for name, tensor in {**inputs, "attention_mask": mask}.items()}
+    tensors["prompt"] = np.frombuffer(pack(SoftPrompt(whole.prefixes, whole.positions)), np.uint8)
+    for case, leave_out in LEFT_OUT.items():
+        prompt = without(whole, leave_out, geometry)
+        running = with_adapterhub(model, prompt, leave_out)
+        tensors[f"{case}.logits"] = logits(running, inputs)
+        tensors[f"{case}.masked"] = logits(running, padded(inputs, mask))
+        tensors[f"{case}.tokens"] = from_torch(running.generate(inputs["input_ids"], max_new_tokens=5, do_sample=False))
+        pool = running.base_model.prefix_tuning.prefix_tunings["a"]
+        loss = running(input_ids=inputs["input_ids"], labels=inputs["decoder_input_ids"]).loss
+        loss.backward()
+        tensors[f"{case}.loss"] = from_torch(loss.detach())
+        for part in prompt.prefixes:
+            gradient = pool[f"{part.site}_prefix"].control_trans.grad.reshape(part.length, -1)
+            tensors[f"{case}.gradient.{part.site}"] = from_torch(gradient)
+    return safetensors_bytes(tensors, {"config": model.config.to_json_string(), "cases": json.dumps(LEFT_OUT)})
+
+
+def without(whole: SoftPrompt, leave_out: list[int], geometry: Geometry) -> SoftPrompt:
+    """The prompt without the layers that `leave_out` names, the decoder's behind the encoder's."""
+    parts = []
+    for part in whole.prefixes:
+        first = 0 if part.site == "encoder" else geometry.encoder.layers
+        layers = {layer: pair for layer, pair in part.layers.items() if first + layer not in leave_out}
+        parts += [replace(part, layers=layers)] if layers else []
+    start = {stack: 0 for stack in whole.positions.start if stack in {stack_of(part.site) for part in parts}}
+    return replace(whole, parts=tuple(parts), positions=replace(whole.positions, start=start))
+
+
+def with_adapterhub(model: Any, prompt: SoftPrompt, leave_out: list[int] | None = None) -> Any:
+    """A copy of the model with the prompt, in AdapterHub: prompt tuning, or a prefix, which leaves out these layers."""
     running = copy.deepcopy(model)
     adapters.init(running)
     for part in prompt.inputs:
@@ -172,6 +233,7 @@ def with_adapterhub(model: Any, prompt: SoftPrompt) -> Any:
         geometry = read_geometry(model.config)
         gate = next(iter(prompt.prefixes[0].layers.values())).gate
         said = facts.config_of({part.site: tuple(part.layers) for part in prompt.prefixes}, geometry)
+        said |= {} if leave_out is None else {"leave_out": leave_out, "encoder_prefix": True, "cross_prefix": True}
         said |= {"use_gating": gate is not None, "shared_gating": gate is None or len(gate.bias) == 1}
         config = adapters.PrefixTuningConfig(flat=True, prefix_length=prompt.prefixes[0].length, **said)
         running.add_adapter("a", config=config)
@@ -239,9 +301,10 @@ def logits(model: Any, inputs: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    contents = {"gates_and_entries": make_small()}
-    if sys.argv[1:] != ["small"]:
-        contents |= {family: make(family, method) for family, method in METHODS.items()}
+    asked = sys.argv[1:] or ["small", "leave_out", *METHODS]
+    contents = {"gates_and_entries": make_small()} if "small" in asked else {}
+    contents |= {"t5_leave_out": make_leave_out()} if "leave_out" in asked else {}
+    contents |= {family: make(family, method) for family, method in METHODS.items() if family in asked}
     for name, content in contents.items():
         target = Path(__file__).parent / f"adapterhub_{name}.safetensors"
         target.write_bytes(content)

@@ -324,7 +324,8 @@ def regated(prompt: SoftPrompt, change: Callable[[Gate], Gate | None]) -> SoftPr
     return replace(prompt, parts=parts, training=None)
 
 
-#: Kinds of prompt, as AdapterHub configures them. The last two are of families with prompt tuning.
+#: Kinds of prompt, as AdapterHub configures them: "unbiased" for families with a relative bias, which is lost behind a
+#: layer that is left out. The last two are of families with prompt tuning.
 KINDS: dict[str, tuple[dict[str, Any], ...]] = {
     "flat": ({"architecture": "prefix_tuning", "flat": True, "prefix_length": P},),
     "gated": (
@@ -332,6 +333,7 @@ KINDS: dict[str, tuple[dict[str, Any], ...]] = {
         | {"shared_gating": False},
     ),
     "some": ({"architecture": "prefix_tuning", "prefix_length": P, "bottleneck_size": 6},),
+    "unbiased": ({"architecture": "prefix_tuning", "flat": True, "prefix_length": P, "leave_out": [0, 3]},),
     "prompt": ({"architecture": "prompt_tuning", "prompt_length": 4},),
     "union": (
         {"architecture": "prompt_tuning", "prompt_length": 4, "combine": "prefix_after_bos"},
@@ -412,6 +414,7 @@ EVERY = [
     for kind in KINDS
     if kind in ("flat", "gated")
     or (kind == "some" and family in SOME)
+    or (kind == "unbiased" and family in facts.RELATIVE_BIAS)
     or (kind in ("prompt", "union") and family in facts.PROMPT_MODEL_TYPES - facts.PROMPT_UNSOUND.keys())
 ]
 
@@ -454,7 +457,9 @@ def test_every_family(family: str, kind: str, adapters: Any, tmp_path: Path) -> 
 
     if geometry.encoder is not None and reference.ndim == 3 and not geometry.is_encoder_decoder:
         assert running(**inputs_of(model), labels=inputs_of(model)["input_ids"]).loss > 0
-    if kind == "some" and family != "t5":
+    if kind == "unbiased":
+        assert prompt.positions.unbiased_from == {"encoder": 1, "decoder": 1}
+    if kind == "unbiased" or (kind == "some" and family != "t5"):
         # In other layers it is another prompt.
         moved = [replace(p, layers=dict(zip(range(2), p.layers.values(), strict=False))) for p in prompt.prefixes]
         elsewhere = ENGINE.attach(copy.deepcopy(model), replace(prompt, parts=tuple(moved), training=None))

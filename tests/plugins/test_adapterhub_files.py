@@ -15,7 +15,7 @@ import pytest
 
 from softbridge import untrusted
 from softbridge.errors import BaseModelError, CheckpointError, EngineError, SoftbridgeError
-from softbridge.geometry import Geometry, Site, StackGeometry
+from softbridge.geometry import Geometry, Site, Stack, StackGeometry
 from softbridge.methods import MLP_TENSORS, rematerialise
 from softbridge.prompt import (
     Array,
@@ -191,6 +191,26 @@ def test_left_out_layers_of_two_stacks_are_counted_in_one_index() -> None:
     assert layers == {"encoder": (0,), "self": (1, 2), "cross": (1, 2)}
 
 
+@pytest.mark.parametrize(
+    ("leave_out", "expected"),
+    [
+        ([], {}),
+        ([0, 1], {}),  # no prefix in the encoder, which keeps its bias
+        ([0], {"encoder": 1}),
+        ([1], {"encoder": 1}),
+        ([2], {"decoder": 1}),
+        ([3], {"decoder": 1}),
+        ([4], {"decoder": 2}),
+        ([2, 3], {"decoder": 2}),
+        ([1, 2, 4], {"encoder": 1, "decoder": 1}),
+    ],
+)
+def test_from_which_layer_on_the_relative_bias_is_lost(leave_out: list[int], expected: dict[str, int]) -> None:
+    config = {**PREFIX, "leave_out": leave_out}
+    assert facts.unbiased_from(facts.sites_of(config, GEOMETRIES["t5"]), GEOMETRIES["t5"]) == expected
+    assert facts.unbiased_from(facts.sites_of(config, GEOMETRIES["bart"]), GEOMETRIES["bart"]) == {}
+
+
 # --- the format, without the toolkit ---------------------------------------------------------------------------------
 
 
@@ -232,7 +252,7 @@ def test_what_was_read_is_written_and_read_again(
     family: str, flat: bool, gating: dict[str, bool], tmp_path: Path
 ) -> None:
     geometry = GEOMETRIES[family]
-    settings = {} if family in ("t5", "albert") else {"leave_out": [1]}
+    settings = {} if family == "albert" else {"leave_out": [1]}
     document, tensors = handmade(geometry, flat, dropout=0.1, init_weights_seed=4, **settings, **gating)
     prompt = FORMAT.read(put(tmp_path / "x", written(document, tensors)), geometry)
     assert (prompt.training is None) == flat
@@ -465,8 +485,6 @@ def test_whatever_a_configuration_says_is_read_or_refused(strange: Any, tmp_path
 
 def test_refuses_what_cannot_be_read_for_this_base(tmp_path: Path) -> None:
     files = put(tmp_path / "x", written(*handmade(GEOMETRIES["t5"], flat=True, leave_out=[0])))
-    with pytest.raises(CheckpointError, match=r"leaves out layers \[0\]"):
-        FORMAT.read(files, GEOMETRIES["t5"])
     with pytest.raises(BaseModelError, match="--base"):
         FORMAT.read(files, None)
     vit = replace(GEOMETRIES["bert"], model_type="vit")
@@ -558,7 +576,11 @@ def gated(
         (GEOMETRIES["bart"], _longer, "length"),
         (GEOMETRIES["bart"], lambda p: without(p, "cross", 1), "layers"),
         (GEOMETRIES["bart"], lambda p: replace(p, parts=p.parts[2:], positions=Positions({})), "layers"),
-        (GEOMETRIES["t5"], lambda p: without(p, "encoder", 1), "layers"),
+        (GEOMETRIES["albert"], lambda p: without(p, "encoder", 1), "layers"),
+        (GEOMETRIES["t5"], lambda p: without(p, "encoder", 1), "relative-bias"),
+        (GEOMETRIES["t5"], lambda p: unbiased(p, {"encoder": 1}), "relative-bias"),
+        (GEOMETRIES["t5"], lambda p: unbiased(without(p, "encoder", 1), {"encoder": 0}), "relative-bias"),
+        (GEOMETRIES["gpt2"], lambda p: unbiased(p, {"decoder": 1}), "relative-bias"),
         (GEOMETRIES["gpt2"], lambda p: at_encoder(p, KeyValuePrefix("encoder", p.parts[0].layers)), "sites"),
         (GEOMETRIES["gpt2"], lambda p: replace(p, parts=(InputPrompt(np.ones((2, 32)), "decoder"),)), "input-prompt"),
         (GEOMETRIES["t5"], lambda p: moved(p, P, "skewed"), "relative-bias"),
@@ -569,6 +591,15 @@ def gated(
 def test_obstacles(geometry: Geometry, change: Callable[[SoftPrompt], SoftPrompt], name: str) -> None:
     prompt = change(prefix_for(geometry))
     assert name in {obstacle.name for obstacle in FORMAT.obstacles(prompt, geometry)}
+
+
+def unbiased(prompt: SoftPrompt, layers: dict[Stack, int]) -> SoftPrompt:
+    return replace(prompt, positions=replace(prompt.positions, unbiased_from=layers))
+
+
+def test_a_relative_bias_that_is_lost_is_no_obstacle_if_the_prompt_says_so() -> None:
+    without_one = without(prefix_for(GEOMETRIES["t5"]), "encoder", 1)
+    assert FORMAT.obstacles(unbiased(without_one, {"encoder": 1}), GEOMETRIES["t5"]) == []
 
 
 def test_obstacles_of_a_prompt_without_a_base_or_with_another_perceptron(tmp_path: Path) -> None:

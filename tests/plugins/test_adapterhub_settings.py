@@ -39,7 +39,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "gpt2": {"vocab_size": 40, "n_embd": 16, "n_layer": 3, "n_head": 2, "n_positions": 32, "pad_token_id": 0},
     "t5": {**_SEQ2SEQ, "d_kv": 6, "d_ff": 20, "num_layers": 2, "num_decoder_layers": 3, "num_heads": 2},
 }
-LAYERS = {"bart": 5, "bert": 3, "gpt2": 3}
+LAYERS = {"bart": 5, "bert": 3, "gpt2": 3, "t5": 5}
 
 CONFIGURATIONS = st.fixed_dictionaries(
     {
@@ -81,7 +81,7 @@ def test_a_file_is_read_as_the_package_runs_it(family: str, config: dict[str, An
     if family not in LAYERS:
         config = {**config, "leave_out": []}
     left = set(range(LAYERS.get(family, 1))) - set(config["leave_out"])
-    if not left or (family == "bart" and not left & {2, 3, 4} and not config["encoder_prefix"]):
+    if not left or (family in ("bart", "t5") and not left & {2, 3, 4} and not config["encoder_prefix"]):
         return  # the package fails without a prefix
     model = model_of(family)
     running = copy.deepcopy(model)

@@ -128,11 +128,7 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
     return {
         "base": prompt.base.name,
         "parts": parts,
-        "positions": {
-            "start": dict(prompt.positions.start),
-            "relative_bias": prompt.positions.relative_bias,
-            "window": prompt.positions.window,
-        },
+        "positions": prompt.positions.to_json(),
         "head": sorted(prompt.head),
         "training": None if prompt.training is None else prompt.training.kind,
         "task": _task(prompt),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, get_args
 
 import numpy as np
@@ -20,7 +20,7 @@ from softbridge.base import draw_weights, shrink
 from softbridge.drop_in import Derived
 from softbridge.errors import BaseModelError
 from softbridge.geometry import Geometry, Stack, StackGeometry, read_geometry, stack_of
-from softbridge.prompt import Array, BaseId, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part, Positions, SoftPrompt
+from softbridge.prompt import Array, BaseId, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
 from softbridge.template import Field, Template, Virtual
 from softbridge.verification.structure import layers_of
 
@@ -207,12 +207,13 @@ def _marked(of: Architecture, prompt: SoftPrompt, stack: Stack) -> list[Any]:
     layers = 0 if shape is None else shape.layers
     kinds = of.layers[stack] or (0,) * layers
     mine = [part for part in prompt.prefixes if stack_of(part.site) == stack]
+    unbiased_from = prompt.positions.unbiased_from.get(stack, layers)
 
     def held(layer: int) -> list[int | None]:
         pairs = [part.layers.get(layer) for part in mine]
         return [None if pair is None else 0 if pair.gate is None else len(pair.gate.weight) for pair in pairs]
 
-    return [(kinds[layer], held(layer)) for layer in range(layers)]
+    return [(kinds[layer], held(layer), layer >= unbiased_from) for layer in range(layers)]
 
 
 def _each(kinds: Sequence[Any]) -> tuple[int, ...]:
@@ -404,7 +405,9 @@ def like(prompt: SoftPrompt, small: Miniature, seed: int = 0) -> SoftPrompt:
     base, full = BaseId(None, small.geometry), prompt.counted()
     counted = _counted(parts)
     start = {stack: _start(place, full[stack], counted[stack]) for stack, place in prompt.positions.start.items()}
-    told = Positions(start, prompt.positions.relative_bias, prompt.positions.window)
+    kept = {stack: sum(n < layer for n in small.chosen[stack]) for stack, layer in prompt.positions.unbiased_from.items()}
+    unbiased = {stack: layer for stack, layer in kept.items() if layer < len(small.chosen[stack])}
+    told = replace(prompt.positions, start=start, unbiased_from=unbiased)
     return SoftPrompt(tuple(parts), told, base)
 
 

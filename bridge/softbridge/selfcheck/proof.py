@@ -121,8 +121,7 @@ def _kind(prompt: SoftPrompt) -> Any:
         ]
         for part in prompt.parts
     ]
-    told = prompt.positions
-    return [parts, dict(told.start), told.relative_bias, told.window]
+    return [parts, prompt.positions.to_json()]
 
 
 @once
