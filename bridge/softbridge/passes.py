@@ -406,7 +406,9 @@ def _relative_bias(prompt: SoftPrompt, target: Target) -> list[Option]:
             )
             if prompt.positions.unbiased_from != wanted.unbiased_from:
                 lost = " and ".join(f"the {s} from layer {n} on" for s, n in prompt.positions.unbiased_from.items())
-                reason = f"the prompt was trained without a relative position bias in {lost}, which {target.name} computes"
+                reason = (
+                    f"the prompt was trained without a relative position bias in {lost}, which {target.name} computes"
+                )
             remedy = "run it with an engine that computes the same bias (native), through --to softbridge"
             return _blocked(prompt, Obstacle("relative-bias", reason, remedy))
     return [Option(replace(prompt, positions=told))]

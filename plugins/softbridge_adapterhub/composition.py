@@ -14,7 +14,8 @@ from typing import NamedTuple
 from softbridge.prompt import Origin, Positions, SoftPrompt, same_array
 from softbridge_adapterhub.adapter import starts
 
-#: Families whose mask hides what AdapterHub fills shorter prefixes up with, so that lengths may differ among rows.
+#: Families whose mask hides what AdapterHub fills shorter prefixes up with, so that lengths, and which layers have a
+#: prefix, may differ among rows.
 UNEQUAL_LENGTHS = frozenset(("distilbert",))
 
 
@@ -102,18 +103,12 @@ def prompted(setup: object, prompt_of: Callable[[str], SoftPrompt]) -> tuple[Pro
         Prompted(stacked([prompts[name] for name in block.names], prompts[first], describe(setup)), block.rows)
         for block in found
     ]
-    lengths = [{part.site: part.length for part in one.prompt.prefixes} for one in made]
+    sizes = [{part.site: (part.length, tuple(part.layers)) for part in one.prompt.prefixes} for one in made]
     geometry = prompts[first].base.geometry
-    if any(length != lengths[0] for length in lengths) and (
-        geometry is None or geometry.model_type not in UNEQUAL_LENGTHS
-    ):
+    if any(size != sizes[0] for size in sizes) and (geometry is None or geometry.model_type not in UNEQUAL_LENGTHS):
         raise ValueError(
             f"{describe(setup)}: AdapterHub fills the shorter of its prefixes up with keys that real tokens see "
             "(see `softbridge_compat.adapterhub_defects`)"
-        )
-    if any(one.prompt.positions.unbiased_from != made[0].prompt.positions.unbiased_from for one in made):
-        raise ValueError(
-            f"{describe(setup)}: AdapterHub loses the relative bias of all rows where a layer of one has no prefix"
         )
     return tuple(made)
 

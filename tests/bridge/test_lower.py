@@ -97,6 +97,20 @@ def test_a_relative_bias_cannot_be_moved() -> None:
         assert obstacles(refused) == {"relative-bias": False, "positions": False}
 
 
+def test_a_relative_bias_that_is_lost_does_not_come_back() -> None:
+    model = base("t5")
+    prompt = random_prefix(model.geometry)
+    lost = replace(prompt, positions=replace(prompt.positions, unbiased_from={"decoder": 1}))
+    assert lower(lost, Target("softbridge", EVERYTHING)).prompt == lost
+    with pytest.raises(LoweringError, match="without a relative position bias in the decoder from layer 1") as refused:
+        lower(lost, Target("x", COUNTED, model))
+    assert obstacles(refused) == {"relative-bias": False}
+    llama = base("llama")
+    nothing = random_prefix(llama.geometry)
+    nothing = replace(nothing, positions=replace(nothing.positions, unbiased_from={"decoder": 1}))
+    assert lower(nothing, Target("x", COUNTED, llama)).prompt.positions == Positions(nothing.positions.start)
+
+
 def test_cross_attention_has_no_positions() -> None:
     model = base("t5")
     prompt = random_prefix(model.geometry, sites=("cross",))

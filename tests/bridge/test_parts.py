@@ -44,6 +44,18 @@ def test_each_part_keeps_its_own_training_state_and_positions() -> None:
     assert choose(prompt, "self") == parts["self"]
 
 
+def test_a_relative_bias_that_is_lost_goes_with_its_stack() -> None:
+    prompt = every_site()
+    lost = replace(prompt, positions=replace(prompt.positions, unbiased_from={"encoder": 1}))
+    parts = split(lost)
+    assert {name: dict(part.positions.unbiased_from) for name, part in parts.items()} == {
+        "self": {},
+        "encoder": {"encoder": 1},
+        "cross": {},
+    }
+    assert join(list(parts.values())) == lost
+
+
 def test_an_input_prompt_and_a_prefix_in_one_stack_stay_where_they_are() -> None:
     vectors, prefix = random_input_prompt(T5, 3), random_prefix(T5, 4, sites=("encoder",))
     both = SoftPrompt((*vectors.parts, *prefix.parts), Positions({"encoder": 7}), vectors.base)

@@ -408,6 +408,16 @@ def test_a_relative_bias_counts_by_itself() -> None:
         tools.concatenate([skewed, skewed], base_of("t5"))
 
 
+def test_a_relative_bias_that_is_lost_stays_so_where_its_prefix_stays() -> None:
+    one, two = (random_prefix(base_of("t5").geometry, 3, sites=("encoder", "self"), seed=n) for n in (4, 3))
+    lost = replace(one, positions=replace(one.positions, unbiased_from={"encoder": 1}))
+    assert dict(tools.slice(lost, 0, 2).positions.unbiased_from) == {"encoder": 1}
+    with pytest.raises(ValueError, match="differ in positions"):
+        tools.concatenate([lost, two], base_of("t5"))
+    with pytest.raises(ValueError, match="differ in positions"):
+        tools.average([lost, two])
+
+
 def mistral(window: int) -> Any:
     from transformers import AutoConfig
 

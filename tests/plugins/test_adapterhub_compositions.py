@@ -283,6 +283,31 @@ def test_a_composition_is_taken_out_of_a_model(family: str, adapters: Any, tmp_p
             ENGINE.blocks(running)
 
 
+@pytest.mark.parametrize("family", CONFIGS)
+def test_layers_that_are_left_out_of_a_composition(family: str, adapters: Any) -> None:
+    """AdapterHub fills what has no prefix in a layer up, where other rows have one."""
+    from adapters.composition import BatchSplit, Stack
+
+    model = model_of(family)
+    close = agreement(model)
+    configs = [adapters.PrefixTuningConfig(prefix_length=4, flat=True, leave_out=[out]) for out in (0, 0, 1)]
+    running = toolkit(adapters, model, *configs)
+    for setup in (Stack("a", "b"), BatchSplit("a", "b", batch_sizes=[1, 2])):
+        expected = active(running, setup)
+        rows = (slice(None),) if isinstance(setup, Stack) else (slice(1), slice(1, None))
+        for one, here in zip(ENGINE.blocks(running), rows, strict=True):
+            assert one.prompt.positions.unbiased_from == ({"encoder": 1} if family == "t5" else {})
+            assert apart(logits(ENGINE.attach(copy.deepcopy(model), one.prompt))[here], expected[here]) <= close
+    expected = active(running, BatchSplit("a", "c", batch_sizes=[1, 2]))
+    if family in composition.UNEQUAL_LENGTHS:
+        first, second = (logits(ENGINE.attach(copy.deepcopy(model), one.prompt)) for one in ENGINE.blocks(running))
+        assert apart(np.concatenate([first[:1], second[1:]]), expected) <= close
+    else:
+        assert apart(active(running, "c")[1:], expected[1:]) > 0.01
+        with pytest.raises(EngineError, match="fills the shorter of its prefixes up"):
+            ENGINE.blocks(set_active(running, BatchSplit("a", "c", batch_sizes=[1, 2])))
+
+
 def set_active(model: Any, setup: Any) -> Any:
     model.set_active_adapters(setup)
     return model

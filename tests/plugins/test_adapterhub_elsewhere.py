@@ -195,7 +195,7 @@ def test_prefixes_gates_and_entries_are_those_of_adapterhub(implementation: str,
     assert {family for family, case in ran if "prefix" in case} >= {"bert", "roberta", "albert"}
 
 
-# ------------------------------------------------------- layers that a T5's `leave_out` names, and the bias that is lost
+# ---------------------------------------- layers that a T5's `leave_out` names, and the bias that is lost behind them
 
 #: Case of the golden file -> from which layer on AdapterHub has no relative bias.
 LOST: dict[str, dict[Stack, int]] = {
@@ -224,11 +224,12 @@ class LeftOut:
         weights = {name: tensor for name, tensor in self.tensors.items() if name.startswith("weights.")}
         self.model.load_state_dict({name.removeprefix("weights."): tensor for name, tensor in weights.items()})
         (folder / "whole.safetensors").write_bytes(self.tensors["prompt"].numpy().tobytes())
-        whole = replace(sb.load(folder / "whole.safetensors"), base=BaseId(None, BaseModel.resolve(self.model).geometry))
+        geometry = BaseModel.resolve(self.model).geometry
+        whole = replace(sb.load(folder / "whole.safetensors"), base=BaseId(None, geometry))
         (folder / "whole").mkdir(exist_ok=True)
         self.prompts = {}
         for case, leave_out in told["cases"].items():
-            layers = facts.sites_of({**facts.DEFAULTS[facts.PREFIX], "leave_out": leave_out}, whole.base.geometry)
+            layers = facts.sites_of({**facts.DEFAULTS[facts.PREFIX], "leave_out": leave_out}, geometry)
             parts = tuple(
                 replace(part, layers={layer: part.layers[layer] for layer in layers[part.site]})
                 for part in whole.prefixes
@@ -256,9 +257,9 @@ class LeftOut:
         """How far logits are from AdapterHub's, relative to the largest."""
         expected = self.tensors[f"{case}.{'masked' if masked else 'logits'}"]
         real = self.inputs(True)["decoder_attention_mask"].bool() if masked else slice(None)
-        with nullcontext(self.model) if prompt is None else attached(ENGINE, self.model, prompt) as running:
-            with torch.no_grad():
-                found = running(**self.inputs(masked)).logits
+        here = nullcontext(self.model) if prompt is None else attached(ENGINE, self.model, prompt)
+        with here as running, torch.no_grad():
+            found = running(**self.inputs(masked)).logits
         return float((found - expected)[real].abs().max() / expected.abs().max())
 
 

@@ -745,4 +745,10 @@ def test_layers_of_each_kind_are_kept() -> None:
     some = replace(prompt, parts=(KeyValuePrefix("self", {n: part.layers[n] for n in (0, 5, 6, 11)}),))
     assert next(miniature.miniatures(architecture, some)).chosen == {"decoder": (0, 1, 5)}
     assert list(miniature.like(some, next(miniature.miniatures(architecture, some))).prefixes[0].layers) == [0, 2]
+    lost = replace(prompt, positions=replace(prompt.positions, unbiased_from={"decoder": 3}))
+    small = next(miniature.miniatures(architecture, lost))
+    assert small.chosen == {"decoder": (0, 3, 5)}
+    assert miniature.like(lost, small).positions.unbiased_from == {"decoder": 1}
+    whole = replace(lost, positions=replace(prompt.positions, unbiased_from={"decoder": 12}))
+    assert miniature.like(whole, next(miniature.miniatures(architecture, whole))).positions.unbiased_from == {}
     assert prove(ENGINE, architecture, prompt).status == "kept"

@@ -164,6 +164,9 @@ def prompt_table(found: dict[str, Any]) -> Group:
         _row(parts, what, where, part["length"], shape, part["dtype"], f"{part['std']:.3g}", f"{part['largest']:.3g}")
     start = ", ".join(f"{stack} {position}" for stack, position in found["positions"]["start"].items())
     facts = [f"the first real token stands at: {start or 'no stack is moved'}"]
+    unbiased = ", ".join(f"{stack} {layer}" for stack, layer in found["positions"].get("unbiased_from", {}).items())
+    if unbiased:
+        facts.append(f"self-attention has no relative position bias from this layer on: {unbiased}")
     if found["conditions"]:
         facts.append(f"written under the conditions: {', '.join(found['conditions'])}")
     if found["training"]:

@@ -405,8 +405,8 @@ def like(prompt: SoftPrompt, small: Miniature, seed: int = 0) -> SoftPrompt:
     base, full = BaseId(None, small.geometry), prompt.counted()
     counted = _counted(parts)
     start = {stack: _start(place, full[stack], counted[stack]) for stack, place in prompt.positions.start.items()}
-    kept = {stack: sum(n < layer for n in small.chosen[stack]) for stack, layer in prompt.positions.unbiased_from.items()}
-    unbiased = {stack: layer for stack, layer in kept.items() if layer < len(small.chosen[stack])}
+    biased = {s: [n for n in small.chosen[s] if n < layer] for s, layer in prompt.positions.unbiased_from.items()}
+    unbiased = {stack: len(kept) for stack, kept in biased.items() if len(kept) < len(small.chosen[stack])}
     told = replace(prompt.positions, start=start, unbiased_from=unbiased)
     return SoftPrompt(tuple(parts), told, base)
 

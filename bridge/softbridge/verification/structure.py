@@ -63,9 +63,11 @@ class Structure:
                 parts += [part] if self.first == 0 else []
             elif layers := {n - self.first: pair for n, pair in part.layers.items() if self.first <= n < last}:
                 parts.append(KeyValuePrefix(part.site, layers))
-        if len(parts) < len(prompt.parts):  # a stack with vectors and a prefix would lose one of them
-            return None if not parts or prompt.inputs else replace(prompt, parts=tuple(parts), training=None)
-        return replace(prompt, parts=tuple(parts), training=None)
+        if not parts or (len(parts) < len(prompt.parts) and prompt.inputs):
+            return None  # a stack with vectors and a prefix would lose one of them
+        unbiased = {stack: max(n - self.first, 0) for stack, n in prompt.positions.unbiased_from.items()}
+        positions = replace(prompt.positions, unbiased_from=unbiased)
+        return replace(prompt, parts=tuple(parts), positions=positions, training=None)
 
 
 def _of_heads(part: Part, first: int, last: int) -> Part:
