@@ -23,7 +23,7 @@ from transformers import AutoConfig
 
 import softbridge as sb
 from softbridge.base import BaseModel, auto_class
-from softbridge.errors import EngineError
+from softbridge.errors import EngineError, LoweringError
 from softbridge.geometry import Stack, stack_of
 from softbridge.prompt import BaseId, KeyValue, KeyValuePrefix, Positions, SoftPrompt
 from softbridge.registry import engines
@@ -338,3 +338,19 @@ def test_a_lost_bias_comes_back_with_the_prompt_off_and_the_self_check_bears_it(
         running = sb.attach(model, bank)
         with pytest.raises(EngineError, match="without a relative position bias in some layers"), bank.rows(["a", "a"]):
             running(**inputs)
+
+
+def test_a_conversion_there_and_back_keeps_a_lost_bias(tmp_path: Path) -> None:
+    golden = LeftOut("eager", tmp_path)
+    files = FORMAT.write(golden.prompts["both"], None)
+    (tmp_path / "theirs").mkdir()
+    for name, content in files.items():
+        (tmp_path / "theirs" / name).write_bytes(content)
+    report = sb.convert(tmp_path / "theirs", tmp_path / "ours", to="softbridge", base=golden.model.config, verify=True)
+    assert report.certificate is not None
+    assert report.certificate.verdict == "bitwise"
+    sb.convert(tmp_path / "ours", tmp_path / "back", to="adapterhub", base=golden.model.config)
+    assert {name: (tmp_path / "back" / name).read_bytes() for name in files} == files
+    assert sb.load(tmp_path / "back", golden.model).positions == golden.prompts["both"].positions
+    with pytest.raises(LoweringError, match=r"(?s)leaves out \[0, 1\].*without a relative position bias in the decoder"):
+        sb.convert(tmp_path / "theirs", tmp_path / "peft", to="peft", base=golden.model.config)

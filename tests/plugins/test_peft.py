@@ -680,6 +680,8 @@ def test_what_the_engine_cannot_run_is_an_obstacle() -> None:
     assert names(prefix, t5) == []
     assert names(replace(prefix, positions=Positions({"decoder": 0})), t5) == ["relative-bias"]
     assert names(replace(prefix, positions=Positions({"decoder": 5}, relative_bias="skewed")), t5) == ["relative-bias"]
+    lost = Positions({"decoder": 5}, unbiased_from={"decoder": 1})
+    assert names(replace(prefix, positions=lost), t5) == ["relative-bias"]
     geometry = read_geometry(llama.config)
     vectors, prefix = random_input_prompt(geometry), random_prefix(geometry)
     part = vectors.inputs[0]
