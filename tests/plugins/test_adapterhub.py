@@ -692,7 +692,7 @@ def test_refusals(adapters: Any, tmp_path: Path) -> None:
     vectors = InputPrompt(np.ones((2, 24)), "encoder", "after")
     for wrong, message in [
         (replace(prompt, positions=Positions({"encoder": P, "decoder": P})), "relative-bias"),
-        (without(prompt, "encoder", 0), "layers"),
+        (without(prompt, "encoder", 0), "relative-bias"),
         (replace(prompt, parts=(vectors,), positions=Positions({"encoder": 0}, "skewed", "pinned")), "input-prompt"),
         (changed(prompt, lambda pair: KeyValue(pair.keys[..., :4], pair.values[..., :4])), "shape"),
     ]:
