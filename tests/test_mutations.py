@@ -158,8 +158,8 @@ FAULTS = {
         "gpt2: peft to adapterhub",
         (
             "softbridge.conversion:_write",
-            "_positions_json(lowering.prompt.positions)",
-            "_positions_json(replace(lowering.prompt.positions, start={'decoder': 0}))",
+            "lowering.prompt.positions.to_json()",
+            "replace(lowering.prompt.positions, start={'decoder': 0}).to_json()",
         ),
     ),
     "the manifest is not written": fault(
