@@ -12,6 +12,7 @@ from typing import Any
 from softbridge import drop_in
 from softbridge.bank import Entry, PromptBank
 from softbridge.base import BaseModel
+from softbridge.choice import of_task
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.head import load_head, restore_head
 from softbridge.hookspecs import Engine, Insertable, SelfChecking
@@ -201,7 +202,7 @@ def _fetch(engine: str, model: Any, accept: Collection[str], entry: Entry) -> So
 
 def _read(prompt: SoftPrompt | str | Path, base: BaseModel, task: int | None = None) -> SoftPrompt:
     """The prompt, read if need be, or of it the prompt of one task."""
-    from softbridge.conversion import load, of_task
+    from softbridge.conversion import load
 
     if isinstance(prompt, (str, Path)):
         return load(prompt, base, task=task)

@@ -10,19 +10,17 @@ from __future__ import annotations
 import hashlib
 import tempfile
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_args
 
-import numpy as np
-
 from softbridge import parts, untrusted
 from softbridge.base import BaseModel
+from softbridge.choice import DROPPED, Choice, of_task
 from softbridge.errors import BaseModelError, CheckpointError, OutputError, SoftbridgeError, UnknownFormatError
 from softbridge.geometry import Geometry
 from softbridge.hookspecs import Format
-from softbridge.lower import Lowering, Step, Target, as_dtype, check_fits, copied, for_model, lower
-from softbridge.methods import rematerialise
+from softbridge.lower import Lowering, Step, Target, check_fits, copied, lower
 from softbridge.passes import DTYPES, Exactness, in_scale
 from softbridge.prompt import BaseId, InputPrompt, Origin, Part, Positions, SoftPrompt, same_array
 from softbridge.registry import format_named, formats
@@ -35,12 +33,6 @@ MANIFEST = "softbridge.json"
 MANIFEST_VERSION = 1
 CERTIFICATE = "certificate.json"
 
-#: What can be left out on reading -> what that means.
-DROPPED = {
-    "training": "what trained the prompt; it runs, and its training cannot be resumed",
-    "manifest": f"{MANIFEST}; real tokens stand where the toolkit itself has them",
-}
-
 #: Suffixes that name a file rather than a directory, whatever the format.
 FILE_SUFFIXES = frozenset((".npy", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"))
 
@@ -51,7 +43,9 @@ class Loaded:
 
     Attributes:
         steps: that led to it, as its manifest says.
-        dtype: what its numbers were rounded to on request, as its manifest says.
+        dtype: what its numbers were to be stored in on request, as its manifest says.
+        choice: what of its source was converted, as its manifest says.
+        made_of: digests of the files that it was converted from, as its manifest says.
     """
 
     prompt: SoftPrompt
@@ -59,6 +53,8 @@ class Loaded:
     path: Path
     steps: tuple[Step, ...] = ()
     dtype: str | None = None
+    choice: Choice = Choice()
+    made_of: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def conditions(self) -> tuple[str, ...]:
@@ -208,16 +204,15 @@ def _read(files: untrusted.Files, form: Format, geometry: Geometry | None, drop:
             )
         check_fits(prompt, geometry)
         prompt = replace(prompt, base=replace(prompt.base, geometry=geometry))
-    steps: tuple[Step, ...] = ()
-    dtype = None
     scale: Mapping[str, float] = {}
+    loaded = Loaded(prompt, form, files.path)
     if MANIFEST in files and "manifest" not in drop:
-        positions, steps, dtype, scale = _manifest_of(files, form, prompt)
-        prompt = replace(prompt, positions=positions)
-    prompt = replace(prompt, parts=tuple(_told(part, scale) for part in prompt.parts))
+        loaded, scale = _with_manifest(loaded, files)
+        prompt = loaded.prompt
     digests = {name: files.digest(name) for name in files.names}
-    origin = prompt.origin if prompt.origin is not None else Origin(form.name)
-    return Loaded(replace(prompt, origin=replace(origin, digests=digests)), form, files.path, steps, dtype)
+    origin = replace(prompt.origin if prompt.origin is not None else Origin(form.name), digests=digests)
+    told = tuple(_told(part, scale) for part in prompt.parts)
+    return replace(loaded, prompt=replace(prompt, parts=told, origin=origin))
 
 
 def _told(part: Part, scale: Mapping[str, float]) -> Part:
@@ -255,20 +250,6 @@ def load(
     """
     prompt = read(path, base, format, revision=revision, trained_on=trained_on).prompt
     return prompt if task is None else of_task(prompt, task)
-
-
-def of_task(prompt: SoftPrompt, task: int) -> SoftPrompt:
-    """The prompt of one task of a multitask prompt, alone.
-
-    Raises:
-        SoftbridgeError: it has no such task.
-    """
-    try:
-        return replace(rematerialise(prompt, task), training=None)
-    except ValueError as error:
-        raise SoftbridgeError(
-            str(error), "a task of a multitask prompt", "correct the task, or leave it out"
-        ) from error
 
 
 def save(
@@ -347,14 +328,11 @@ def convert(
         _apart(Path(source), Path(target))
     _check_target(Path(target), overwrite)  # before the work, and again when it is written
     loaded = read(source, resolved, format, drop=drop, trained_on=trained_on)
-    chosen = _choose(loaded.prompt, task, part)
-    if "training" in drop and chosen.training is not None:
-        chosen = replace(chosen, training=None)
+    choice = Choice(format, tuple(drop), trained_on, task, part)
+    chosen = choice.of(loaded.prompt)
     form = format_named(to)
-    wanted = Target(form.name, form.capabilities, resolved, dtype)
-    lowering, content = _prepare(chosen, form, wanted, accept, encoding)
-    dropped = [Step("drop", "exact", f"left out, as asked: {DROPPED[name]}") for name in dict.fromkeys(drop)]
-    lowering = replace(lowering, steps=(*_notes(loaded.prompt), *_choice(task, part), *dropped, *lowering.steps))
+    lowering, content = _prepare(chosen, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
+    lowering = replace(lowering, steps=(*_notes(loaded.prompt), *_said(choice), *lowering.steps))
     single = _is_file(Path(target), content)
     certificate = None
     if verify:
@@ -364,79 +342,60 @@ def convert(
                 "the base model's configuration, directory or hub id",
                 "give it with --base (base=... in Python)",
             )
-        certificate = _certify(loaded, chosen, lowering, content, form, str(target), wanted)
+        made = Loaded(lowering.prompt, form, Path(target), lowering.steps, dtype, choice, _digests(loaded))
+        naive = copied(chosen, Target(form.name, form.capabilities, resolved))
+        certificate = _certify(loaded, made, content, resolved, naive)
         if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
-    _write(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype)
+    _write(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
     return Report(loaded, to, Path(target), lowering, _advice(lowering, form, resolved), certificate)
 
 
-def _choose(prompt: SoftPrompt, task: int | None, part: str | None) -> SoftPrompt:
-    """What the caller wants of the source."""
-    if task is not None:
-        prompt = of_task(prompt, task)
-    return prompt if part is None else parts.choose(prompt, part)
-
-
-def _choice(task: int | None, part: str | None) -> list[Step]:
-    chosen = {"task": task, "part": part}
+def _said(choice: Choice) -> list[Step]:
+    chosen = {"task": choice.task, "part": choice.part}
     return [
-        Step(name, "exact", f"{name} {value}, as asked; others are left out")
-        for name, value in chosen.items()
-        if value is not None
+        *(
+            Step(name, "exact", f"{name} {value}, as asked; others are left out")
+            for name, value in chosen.items()
+            if value is not None
+        ),
+        *(Step("drop", "exact", f"left out, as asked: {DROPPED[name]}") for name in choice.drop),
     ]
 
 
 def _certify(
-    loaded: Loaded,
-    chosen: SoftPrompt,
-    lowering: Lowering,
-    content: Mapping[str, bytes],
-    form: Format,
-    path: str,
-    target: Target,
+    source: Loaded, made: Loaded, content: Mapping[str, bytes], base: BaseModel, naive: SoftPrompt | None
 ) -> Certificate:
-    """Compare what was chosen of the source with what is about to be written.
+    """Compare a source with what is about to be written.
+
+    Args:
+        source: as it was read.
+        made: what was made of it, as it will be read.
+        content: its files.
+        base: both are run on it.
+        naive: the source's numbers, copied.
 
     Raises:
         OutputError: they are not the same.
     """
-    from softbridge.verification import Subject, verify_prompts
+    from softbridge.verification import verify_prompts
+    from softbridge.verification.sides import Pair, claim_of, subjects
 
-    conditions, rounded = _named(lowering.steps, "conditional"), _named(lowering.steps, "rounding")
-    base = target.need_base("both are run on it")
-    untold = Target(form.name, form.capabilities, base)
-    naive = copied(chosen, untold)
-    if "scale" in rounded:  # the files are for another transformers: what they compute there is run
-        chosen = for_model(chosen, base)
-    source = Subject(str(loaded.path), chosen, loaded.format.engine, loaded.path if chosen is loaded.prompt else None)
-    # Where the head was left out on request, the caller loads it: so does the comparison, and no file stands for it.
-    prompt = replace(
-        lowering.prompt,
-        head=chosen.head,
-        origin=Origin(form.name, digests={name: _sha256(data) for name, data in content.items()}),
-    )
-    whole = prompt.head.keys() == lowering.prompt.head.keys()
-    if "narrow" in rounded and {*rounded} - {"narrow", "scale"}:
-        # Numbers that were computed and then rounded: what is shown is the same function is what was rounded.
-        wide = lower(chosen, untold, conditions).prompt
-        prompt, whole = replace(prompt, parts=wide.parts), False
-        _check_rounding(wide, lowering.prompt, DTYPES[target.dtype or "float32"])
-    elif "narrow" in rounded or "dtype" in conditions:  # rounded alike, the two must be the same
-        kind = DTYPES[target.dtype or "float32"]
-        _check_rounding(chosen, lowering.prompt, kind)
-        source = Subject(f"{loaded.path}, rounded to {kind.name}", as_dtype(chosen, kind), loaded.format.engine)
+    origin = Origin(made.format.name, digests={name: _sha256(data) for name, data in content.items()})
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "staged"
         untrusted.write(staged, content)
+        sides: Pair = {
+            "source": source,
+            "target": replace(made, prompt=replace(made.prompt, origin=origin), path=staged),
+        }
+        claim, first, second = subjects(claim_of(sides), sides, base)
         certificate = verify_prompts(
-            source,
-            Subject(path, prompt, form.engine, staged if whole else None),
+            first,
+            replace(second, path=str(made.path)),
             base,
-            naive=None if naive is None or _same_function(naive, lowering.prompt) else naive,
-            conditions=conditions,
-            rounded=tuple(name for name in rounded if name != "narrow"),
-            weights="entry" in rounded,
+            naive=None if naive is None or _same_function(naive, made.prompt) else naive,
+            claim=claim,
         )
     if not certificate.same:
         raise OutputError(
@@ -445,18 +404,6 @@ def _certify(
             "report this as a defect of softbridge, with the two files; nothing was written",
         )
     return certificate
-
-
-def _check_rounding(wide: SoftPrompt, narrow: SoftPrompt, kind: np.dtype[Any]) -> None:
-    """Hold rounded numbers against NumPy's own, since the comparison that follows rounds both sides alike."""
-    ours, theirs = (parts.named_arrays(replace(prompt, head={}, training=None)) for prompt in (wide, narrow))
-    wrong = [name for name, array in theirs.items() if not same_array(array.astype(kind), ours[name].astype(kind))]
-    if wrong:
-        raise OutputError(
-            f"numbers that are not rounded to {kind.name} as they should be: {', '.join(wrong)}",
-            "the nearest numbers",
-            "report this as a defect of softbridge; nothing was written",
-        )
 
 
 def _same_function(naive: SoftPrompt, right: SoftPrompt) -> bool:
@@ -471,6 +418,10 @@ def _apart(source: Path, target: Path) -> None:
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise OutputError(f"{target} is, holds or lies in the source {source}", "a target beside it", "choose another")
+
+
+def _digests(loaded: Loaded) -> Mapping[str, str]:
+    return {} if loaded.prompt.origin is None else loaded.prompt.origin.digests
 
 
 def _notes(prompt: SoftPrompt) -> list[Step]:
@@ -567,6 +518,7 @@ def _write(
     overwrite: bool,
     source: Loaded | None = None,
     dtype: str | None = None,
+    choice: Choice = Choice(),
 ) -> None:
     def check(written: Path) -> None:
         geometry = lowering.prompt.base.geometry
@@ -608,15 +560,20 @@ def _write(
     scale = {part.stack: part.told_scale for part in lowering.prompt.inputs if part.told_scale is not None}
     if scale:
         manifest["scale"] = scale
-    if source is not None and source.prompt.origin is not None:
-        manifest["source"] = {"format": source.format.name, "digests": dict(source.prompt.origin.digests)}
+    if source is not None:
+        manifest["source"] = {"format": source.format.name, "digests": dict(_digests(source))}
+    if choice != Choice():
+        manifest["choice"] = asdict(choice)
     untrusted.write(target, {**content, MANIFEST: untrusted.json_bytes(manifest)}, overwrite=overwrite, check=check)
 
 
-def _manifest_of(
-    files: untrusted.Files, form: Format, prompt: SoftPrompt
-) -> tuple[Positions, tuple[Step, ...], str | None, Mapping[str, float]]:
-    """The positions, steps, dtype and scale that a manifest tells, after checking that it belongs to these files."""
+def _with_manifest(loaded: Loaded, files: untrusted.Files) -> tuple[Loaded, Mapping[str, float]]:
+    """What was read, with what the manifest tells, and the scales in it, after checking that it belongs to these files.
+
+    Raises:
+        CheckpointError: it does not, or is damaged.
+    """
+    form, prompt = loaded.format, loaded.prompt
     manifest = files.json(MANIFEST)
     remedy = f"remove {MANIFEST} if it does not belong here, or convert again"
     # Weights that the manifest does not name could be read instead of those that it does.
@@ -644,7 +601,7 @@ def _manifest_of(
         )
     try:
         positions = Positions(**manifest["positions"])
-        replace(prompt, positions=positions)  # checks that they speak of the prompt's own stacks
+        prompt = replace(prompt, positions=positions)  # checks that they speak of the prompt's own stacks
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{MANIFEST} has no valid 'positions': {error!r}", "start, relative_bias and window", remedy
@@ -667,4 +624,15 @@ def _manifest_of(
             replace(next(part for part in prompt.inputs if part.stack == stack), scale=float(number))
     except (AttributeError, StopIteration, TypeError, ValueError) as error:
         raise CheckpointError(f"{MANIFEST} has the scale {scale!r:.80}", "stack: positive number", remedy) from error
-    return positions, tuple(Step(**step) for step in steps), dtype, scale
+    try:
+        choice = Choice.from_json(manifest.get("choice", {}))
+    except ValueError as error:
+        raise CheckpointError(
+            f"{MANIFEST} has no valid 'choice': {error}", "one that softbridge wrote", remedy
+        ) from error
+    source = manifest.get("source", {})
+    made_of = source.get("digests") if isinstance(source, dict) else None
+    if not isinstance(made_of or {}, dict):
+        raise CheckpointError(f"{MANIFEST} has the source {source!r:.80}", "an object with 'digests'", remedy)
+    told = replace(loaded, prompt=prompt, dtype=dtype, choice=choice, made_of=made_of or {})
+    return replace(told, steps=tuple(Step(**step) for step in steps)), scale

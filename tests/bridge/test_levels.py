@@ -22,7 +22,8 @@ from softbridge.positions import PositionScheme
 from softbridge.prompt import KeyValue, Positions, SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
 from softbridge.verification import Certificate, Subject, compare, probe, verify_prompts
-from softbridge.verification.certificate import Layer, Level
+from softbridge.verification.certificate import Layer
+from softbridge.verification.claim import Level
 from softbridge.verification.mutations import mutations
 from softbridge.verification.recording import pack, unpack
 

@@ -92,7 +92,7 @@ class Alike(str, Enum):
 
 
 class Dropped(str, Enum):
-    """What of a source can be left out; see `softbridge.conversion.DROPPED`."""
+    """What of a source can be left out; see `softbridge.choice.DROPPED`."""
 
     training = "training"
     manifest = "manifest"
@@ -437,6 +437,10 @@ def probe(
     seed: Seed = 0,
     texts: Texts = None,
     memory: Memory = None,
+    against: Annotated[
+        Path | None,
+        typer.Option("--against", help="The other side, whose files, too, say what is claimed of the two."),
+    ] = None,
     window: Annotated[
         int | None, typer.Option("--window", help="What a sliding window is shortened to, for both sides alike.", min=1)
     ] = None,
@@ -451,6 +455,7 @@ def probe(
             recording = run(
                 path,
                 base,
+                against=against,
                 weights=weights,
                 dtype=dtype.value,
                 seed=seed,

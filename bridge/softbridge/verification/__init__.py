@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,12 +20,11 @@ from softbridge.base import BaseModel
 from softbridge.container import digest_of
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.hookspecs import Engine
-from softbridge.lower import Step, as_dtype, for_model
-from softbridge.passes import DTYPES
 from softbridge.prompt import SoftPrompt
 from softbridge.untested import warn_of_untested
 from softbridge.untrusted import json_bytes
-from softbridge.verification.certificate import Certificate, Fault, Figure, Layer, Level, Side
+from softbridge.verification.certificate import Certificate, Fault, Figure, Layer, Side
+from softbridge.verification.claim import Claim, Level
 from softbridge.verification.comparison import (
     Bench,
     Capture,
@@ -36,17 +35,15 @@ from softbridge.verification.comparison import (
     judge,
     loader_of,
 )
-from softbridge.verification.probes import LENGTHS
 from softbridge.verification.progress import told
 from softbridge.verification.recording import Recording, check_same_setting, fingerprint, record_elsewhere
 from softbridge.verification.run import choose_engine, threads
+from softbridge.verification.sides import Pair, alone, claim_of, read_sides, subjects
 from softbridge.verification.structure import BUDGET, Structure, structures
-
-if TYPE_CHECKING:
-    from softbridge.conversion import Loaded
 
 __all__ = [
     "Certificate",
+    "Claim",
     "Fault",
     "Figure",
     "Layer",
@@ -57,6 +54,7 @@ __all__ = [
     "compare",
     "probe",
     "verify",
+    "verify_claim",
     "verify_prompts",
 ]
 
@@ -92,48 +90,30 @@ def verify(
     Raises:
         SoftbridgeError: a file cannot be read, or no engine can run a prompt on this model.
     """
-    from softbridge.conversion import read
-
     warn_of_untested()
     resolved = BaseModel.resolve(base)
-    files = [read(a, resolved), read(b, resolved)]
+    sides = read_sides(a, b, resolved)
     if python:
-        recordings = _across(files, base, python, weights=weights, dtype=dtype, seed=seed, texts=texts, memory=memory)
+        recordings = _across(sides, base, python, weights=weights, dtype=dtype, seed=seed, texts=texts, memory=memory)
         return compare(*recordings, level=level)
-    conditions = tuple(dict.fromkeys(name for loaded in files for name in loaded.conditions))
-    rounded = _rounding([step for loaded in files for step in loaded.steps])
-    subjects = [_subject(one, resolved) for one in files]
-    rounded += ("scale",) * any(one.directory is None and "scale" not in rounded for one in subjects)
-    if "head" in conditions:  # one side left it to its caller: the comparison gives it the other's
-        head = next((one.prompt.head for one in files if one.prompt.head), {})
-        subjects = [
-            one if one.prompt.head else replace(one, prompt=replace(one.prompt, head=head), directory=None)
-            for one in subjects
-        ]
-    asked = next((one.dtype for one in files if one.dtype is not None), "float32" if "dtype" in conditions else None)
-    if asked is not None:  # one side was rounded
-        kind = DTYPES[asked]
-        subjects = [
-            replace(one, prompt=as_dtype(one.prompt, kind), directory=None) if _is_wider(one, kind) else one
-            for one in subjects
-        ]
-    return verify_prompts(
-        subjects[0],
-        subjects[1],
-        resolved,
-        conditions=conditions,
-        rounded=rounded,
-        weights=weights or "entry" in rounded,  # what the embedding block makes of vectors depends on its weights
-        dtype=dtype,
-        seed=seed,
-        texts=texts,
-        memory=memory,
-        level=level,
-    )
+    claim = claim_of(sides, weights=weights, level=level)
+    return _verify(claim, sides, resolved, dtype=dtype, seed=seed, texts=texts, memory=memory)
+
+
+def verify_claim(a: str | Path, b: str | Path, base: Any, claim: Claim, *, dtype: str, seed: int) -> Certificate:
+    """Compare two prompts as a claim says, whatever their files say by now; see `verify` for the other arguments."""
+    warn_of_untested()
+    resolved = BaseModel.resolve(base)
+    return _verify(claim, read_sides(a, b, resolved, claim), resolved, dtype=dtype, seed=seed)
+
+
+def _verify(claim: Claim, sides: Pair, base: BaseModel, **setting: Any) -> Certificate:
+    claim, first, second = subjects(claim, sides, base)
+    return verify_prompts(first, second, base, claim=claim, **setting)
 
 
 def _across(
-    files: Sequence[Loaded],
+    pair: Pair,
     base: Any,
     python: Mapping[str, str],
     *,
@@ -144,6 +124,7 @@ def _across(
     memory: int,
 ) -> list[Recording]:
     """Record each side where its toolkit is."""
+    files = (pair["source"], pair["target"])
     unknown = sorted(set(python) - {loaded.format.engine for loaded in files})
     if unknown or not isinstance(base, (str, Path)):
         raise SoftbridgeError(
@@ -153,28 +134,15 @@ def _across(
             f"the engines of the two sides ({', '.join(one.format.engine for one in files)}) and a base by name",
             "correct --python, or give --base as a path or a hub id",
         )
-    window = None
-    if not any("window" in loaded.conditions for loaded in files):
-        window = _window(files[0].prompt)
     sides = []
-    for loaded in files:
+    for loaded, other in (files, files[::-1]):
         where = python.get(loaded.format.engine)
         if where is None:
-            sides.append(
-                probe(
-                    loaded.path,
-                    base,
-                    weights=weights,
-                    dtype=dtype,
-                    seed=seed,
-                    texts=texts,
-                    memory=memory,
-                    window=window,
-                )
-            )
+            setting: dict[str, Any] = {"dtype": dtype, "seed": seed, "texts": texts, "memory": memory}
+            sides.append(probe(loaded.path, base, against=other.path, weights=weights, **setting))
             continue
-        options = {"--base": base, "--dtype": dtype, "--seed": seed, "--memory": memory, "--window": window}
-        arguments = [str(word) for name, value in options.items() if value is not None for word in (name, value)]
+        options = {"--base": base, "--against": other.path, "--dtype": dtype, "--seed": seed, "--memory": memory}
+        arguments = [str(word) for option in options.items() for word in option]
         with tempfile.TemporaryDirectory() as scratch:
             if texts is not None:
                 ids = Path(scratch) / "texts.json"
@@ -187,37 +155,28 @@ def _across(
     return sides
 
 
-def _is_wider(subject: Subject, kind: np.dtype[Any]) -> bool:
-    arrays = [array for part in subject.prompt.parts for _, array in part.arrays()]
-    return any(array.dtype.itemsize > kind.itemsize for array in arrays)
-
-
 def verify_prompts(
     a: Subject,
     b: Subject,
     base: BaseModel,
     *,
+    claim: Claim | None = None,
     naive: SoftPrompt | None = None,
-    conditions: Sequence[str] = (),
-    rounded: Sequence[str] = (),
-    weights: bool = False,
     dtype: str = "float32",
     seed: int = 0,
     texts: Sequence[Sequence[int]] | None = None,
     memory: int = BUDGET,
-    level: Level = "exact",
 ) -> Certificate:
     """Compare two prompts; the first is the reference. See `verify` for the other arguments.
 
     Args:
+        claim: in which sense they are the same; None: without any condition.
         naive: the first prompt's numbers as the second side would run them untold; its difference is reported.
-        conditions: names of the conditions that were accepted, for the certificate.
-        rounded: names of the conversion's steps that stored what they computed in float32, which bounds how closely
-            the two can agree.
     """
+    claim = claim or Claim().about([a.prompt, b.prompt])
+    weights = claim.weights
     base = base.with_head(a.prompt.head or b.prompt.head)
     template = common_template(a.prompt, b.prompt)
-    window = None if "window" in conditions else _window(a.prompt)  # they must agree beyond it, too
     captures: list[tuple[Capture, Capture]] = []
     with threads(None if weights else 1):
         chosen, pieces = _plan([a, b], base, weights, memory)
@@ -228,7 +187,7 @@ def verify_prompts(
             first, second = cast("tuple[Subject, Subject]", subjects)
             cached = not (_gated(a.prompt) or _gated(b.prompt))
             frames = a.prompt.positions.start != b.prompt.positions.start
-            bench = Bench(piece.base, weights, seed, window, texts, template, cached, piece.first, frames)
+            bench = Bench(piece.base, weights, seed, claim.window, texts, template, cached, piece.first, frames)
             copy = None if naive is None else piece.fit(naive)
             captures.append(
                 (
@@ -238,15 +197,13 @@ def verify_prompts(
             )
     return _certificate(
         (_side(a, *chosen[0]), _side(b, *chosen[1])),
-        [judge(one, other, rounded) for one, other in captures],
+        claim,
+        captures,
         base=base.name,
         geometry=base.geometry,
         weights=_weights_note(weights, seed, pieces),
         seed=seed,
         dtype=dtype,
-        level=level,
-        conditions=tuple(conditions),
-        rounded=tuple(rounded),
         versions=_versions(),
     )
 
@@ -255,6 +212,7 @@ def probe(
     path: str | Path,
     base: Any,
     *,
+    against: str | Path | None = None,
     weights: bool = False,
     dtype: str = "float32",
     seed: int = 0,
@@ -265,52 +223,42 @@ def probe(
     """Run one side of a comparison, to be judged against another that ran elsewhere; see `verify` for the arguments.
 
     Args:
-        window: what a sliding window is shortened to; None: the prompt's length and a little, unless its files were
+        against: path of the other side, whose files, too, say what is claimed of the two; None: the side is run as it
+            is.
+        window: what a sliding window is shortened to; None: the prompt's length and a little, unless files were
             written under a condition on the window.
     """
-    from softbridge.conversion import read
-
     warn_of_untested()
     resolved = BaseModel.resolve(base)
-    loaded = read(path, resolved)
-    subject = _subject(loaded, resolved)
-    resolved = resolved.with_head(loaded.prompt.head)
-    if window is None and "window" not in loaded.conditions:
-        window = _window(loaded.prompt)
-    rounded = _rounding(loaded.steps)
-    rounded += ("scale",) * (subject.directory is None and "scale" not in rounded)
-    weights = weights or "entry" in rounded
+    if against is None:
+        claim, *sides = alone(path, resolved, weights=weights)
+    else:
+        pair = read_sides(path, against, resolved)
+        claim, *sides = subjects(claim_of(pair, weights=weights), pair, resolved)
+    claim = claim if window is None else replace(claim, window=window)
+    subject, weights = sides[0], claim.weights
+    resolved = resolved.with_head(subject.prompt.head)
+    cached = not any(_gated(side.prompt) for side in sides)
     captures, models = [], []
     with threads(None if weights else 1):
         chosen, pieces = _plan([subject], resolved, weights, memory)
-        template = common_template(loaded.prompt, loaded.prompt)
+        template = common_template(subject.prompt, sides[-1].prompt)
         for piece in told(pieces, pieces[0].note):
             part = _fitted(piece, subject)
             if part is not None:
-                cached = not _gated(loaded.prompt)
-                bench = Bench(piece.base, weights, seed, window, texts, template, cached, piece.first)
+                bench = Bench(piece.base, weights, seed, claim.window, texts, template, cached, piece.first)
                 captures.append(capture(bench, part, chosen[0][0], dtype))
                 models.append(fingerprint(bench))
     return Recording(
         side=_side(subject, *chosen[0]),
-        setting={"seed": seed, "precision": dtype, "window": window, "own weights": weights, "model": models},
+        setting={"seed": seed, "precision": dtype, "window": claim.window, "own weights": weights, "model": models},
         captures=tuple(captures),
         base=resolved.name,
         geometry=resolved.geometry,
         weights=_weights_note(weights, seed, pieces),
-        conditions=loaded.conditions,
-        rounded=rounded,
+        claim=claim,
         versions=_versions(),
     )
-
-
-def _subject(loaded: Loaded, base: BaseModel) -> Subject:
-    """What was read, as it is run here. Files for another transformers do not stand for it."""
-    prompt = for_model(loaded.prompt, base)
-    same = all(
-        one.scale == "untold" or one == other for one, other in zip(loaded.prompt.inputs, prompt.inputs, strict=True)
-    )
-    return Subject(str(loaded.path), prompt, loaded.format.engine, loaded.path if same else None)
 
 
 def compare(a: Recording, b: Recording, *, level: Level = "exact") -> Certificate:
@@ -320,26 +268,27 @@ def compare(a: Recording, b: Recording, *, level: Level = "exact") -> Certificat
         SoftbridgeError: they are of different probes or models.
     """
     check_same_setting(a, b)
-    rounded = tuple(dict.fromkeys((*a.rounded, *b.rounded)))
     theirs = {f"{name} (target)": version for name, version in b.versions.items() if a.versions.get(name) != version}
     return _certificate(
         (a.side, b.side),
-        [judge(one, other, rounded) for one, other in zip(a.captures, b.captures, strict=True)],
+        replace(a.claim.joined(b.claim), level=level),
+        list(zip(a.captures, b.captures, strict=True)),
         base=a.base,
         geometry=a.geometry,
         weights=a.weights,
         seed=a.setting["seed"],
         dtype=a.setting["precision"],
-        level=level,
-        conditions=tuple(dict.fromkeys((*a.conditions, *b.conditions))),
-        rounded=rounded,
         versions={**a.versions, **theirs},
     )
 
 
-def _certificate(sides: tuple[Side, Side], found: Sequence[Findings], **known: Any) -> Certificate:
+def _certificate(
+    sides: tuple[Side, Side], claim: Claim, captures: Sequence[tuple[Capture, Capture]], **known: Any
+) -> Certificate:
     """What several pieces of a model come to, together."""
+    found = [judge(one, other, claim) for one, other in captures]
     return Certificate(
+        claim=claim,
         source=sides[0],
         target=sides[1],
         longest=max(one.longest for one in found),
@@ -385,22 +334,10 @@ def _gated(prompt: SoftPrompt) -> bool:
     return any(part.gated for part in prompt.prefixes)
 
 
-def _window(prompt: SoftPrompt) -> int:
-    """A sliding window that the texts reach beyond."""
-    return max(prompt.counted().values(), default=0) + LENGTHS[0] // 2
-
-
-def _rounding(steps: Sequence[Step]) -> tuple[str, ...]:
-    """Names of the steps that stored what they computed in float32."""
-    names = (step.name for step in steps if step.exactness == "rounding" and step.name != "narrow")
-    return tuple(dict.fromkeys(names))
-
-
 def _weights_note(weights: bool, seed: int, pieces: Sequence[Structure]) -> str:
     return "the model's own" if weights else f"random, seed {seed}; {pieces[0].note}"
 
 
-@cache
 @cache
 def _versions() -> dict[str, str]:
     from softbridge_compat import versions
@@ -454,6 +391,5 @@ def _least(found: Sequence[Sequence[Fault]]) -> tuple[Fault, ...]:
 
 def _side(subject: Subject, engine: Engine, why: str) -> Side:
     files = {} if subject.prompt.origin is None else subject.prompt.origin.digests
-    return Side(
-        subject.path, engine.name, why, loader_of(subject, engine) is not None, digest_of(subject.prompt), files
-    )
+    digest = digest_of(subject.stands_for or subject.prompt)
+    return Side(subject.path, engine.name, why, loader_of(subject, engine) is not None, digest, files)

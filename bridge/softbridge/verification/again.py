@@ -9,7 +9,8 @@ from typing import Any
 
 from softbridge.errors import CheckpointError
 from softbridge.untrusted import Files
-from softbridge.verification.certificate import LEVELS, OLDER, SCHEMA, Certificate
+from softbridge.verification.certificate import OLDER, SCHEMA, Certificate
+from softbridge.verification.claim import LEVELS, Claim
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ def verify_again(path: str | Path, base: Any = None) -> Again:
         CheckpointError: it is no certificate of this version, or its files are gone.
         SoftbridgeError: see `softbridge.verify`.
     """
-    from softbridge.verification import verify
+    from softbridge.verification import verify, verify_claim
 
     files = Files(path)
     recorded = files.json(files.names[0]) if files.is_file else {}
@@ -61,15 +62,18 @@ def verify_again(path: str | Path, base: Any = None) -> Again:
     model = recorded.get("base") if base is None else base
     if model is None:
         raise CheckpointError(f"{path} does not name the base model", "a name or a path", "give --base")
-    certificate = verify(
-        source,
-        target,
-        model,
-        weights=recorded["weights"] == "the model's own",
-        dtype=recorded["dtype"],
-        seed=recorded["seed"],
-        level=level,
-    )
+    setting = {"dtype": recorded["dtype"], "seed": recorded["seed"]}
+    if "claim" in recorded:
+        try:
+            claim = Claim.from_json(recorded["claim"])
+        except ValueError as error:
+            raise CheckpointError(
+                f"{path} has no valid 'claim': {error}", "one that softbridge wrote", remedy
+            ) from error
+        certificate = verify_claim(source, target, model, claim, **setting)
+    else:  # an earlier one: what is claimed is what the files say
+        weights = recorded["weights"] == "the model's own"
+        certificate = verify(source, target, model, weights=weights, level=level, **setting)
     changes = []
     for name, side in zip(("source", "target"), sides, strict=True):
         changes += _changes(name, side or {}, getattr(certificate, name))
@@ -83,6 +87,7 @@ def verify_again(path: str | Path, base: Any = None) -> Again:
 
 def _place(path: str, folder: Path) -> Path:
     """Where the files are: where the certificate says, beside it, or the folder in which it lies."""
+    path = path.partition(", rounded to ")[0]  # which earlier ones say there
     candidates = [Path(path), folder / path, folder.parent / Path(path).name]
     for candidate in candidates:
         if candidate.exists():

@@ -1,7 +1,8 @@
 """What a comparison found, as a value that can be printed, stored and read by a program.
 
 The JSON form, ``softbridge/certificate/2``, has the attributes of `Certificate` by their names, of whatever they hold
-too, and besides ``schema``, ``verdict`` and ``parted``. A number that is not finite is null there. Version 1 has no
+too, and besides ``schema``, ``verdict``, ``parted``, and of the claim ``level``, ``conditions`` and ``rounded`` by
+themselves. A certificate may lack ``claim``, as earlier ones do: then it is what the files say. A number that is not finite is null there. Version 1 has no
 ``level``, ``unit``, ``layers``, ``parted`` and ``untried``, repeats a loss's and a gradient's figure as that of the
 working precision, and calls what is ``rounding`` here ``different``; `softbridge.verification.again` runs both.
 """
@@ -14,19 +15,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 from softbridge.geometry import Geometry
+from softbridge.verification.claim import LEVELS, Claim, Level
 
 #: The name and version of the JSON form. A change of meaning changes the number.
 SCHEMA = "softbridge/certificate/2"
 #: Earlier ones that can still be run again.
 OLDER = ("softbridge/certificate/1",)
 
-#: How alike two sides are, the strictest first. bitwise: not one bit differed here, in float64 and in the working
-#: precision; on another processor, which sums products of other shapes in another order, the same may be exact.
-#: exact: within the stated bound in float64. rounding: another function in float64, but in the working precision no
-#: probe's outputs are further apart than the yardstick, and without the prompt they are; the generated tokens are the
-#: same.
-Level = Literal["bitwise", "exact", "rounding"]
-LEVELS: tuple[Level, ...] = ("bitwise", "exact", "rounding")
+#: What was found, in the words of `softbridge.verification.claim.Level`, and two more.
 #: different: further apart. insensitive: the comparison would not have noticed a missing prompt, and proves nothing.
 Verdict = Literal["bitwise", "exact", "rounding", "different", "insensitive"]
 
@@ -121,9 +117,7 @@ class Certificate:
         weights: with which weights it was run.
         seed: of texts and random weights.
         dtype: the working precision.
-        level: what its caller counts as the same.
-        conditions: names of the conditions under which the two are the same, as the caller accepted them.
-        rounded: names of the conversion's steps that stored what they computed in float32.
+        claim: in which sense the two are said to be the same.
         longest: tokens of the longest text that was run; nothing is shown beyond (a window or a table of frequencies
             that begins to matter later).
         scale: the largest logit of the source, in absolute value.
@@ -148,9 +142,7 @@ class Certificate:
     weights: str
     seed: int
     dtype: str
-    level: Level
-    conditions: tuple[str, ...]
-    rounded: tuple[str, ...]
+    claim: Claim
     longest: int
     scale: float
     islands: tuple[str, ...]
@@ -163,6 +155,21 @@ class Certificate:
     untried: Mapping[str, str]
     naive: float | None
     versions: Mapping[str, str]
+
+    @property
+    def level(self) -> Level:
+        """What its caller counts as the same."""
+        return self.claim.level
+
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions under which the two are the same, as the caller accepted them."""
+        return self.claim.conditions
+
+    @property
+    def rounded(self) -> tuple[str, ...]:
+        """Names of the conversion's steps that stored what they computed in float32."""
+        return self.claim.rounded
 
     @property
     def verdict(self) -> Verdict:
@@ -226,7 +233,9 @@ class Certificate:
     def to_json(self) -> dict[str, Any]:
         """A JSON value; see the module and the README."""
         parted = None if self.parted is None else asdict(self.parted)
-        return {"schema": SCHEMA, "verdict": self.verdict, "parted": _plain(parted), **_plain(asdict(self))}
+        claimed = {"level": self.level, "conditions": self.conditions, "rounded": self.rounded}
+        found = {"parted": parted, **claimed, **asdict(self)}
+        return {"schema": SCHEMA, "verdict": self.verdict, **_plain(found)}
 
 
 def _plain(value: Any) -> Any:

@@ -20,6 +20,7 @@ from softbridge.parts import named_arrays
 from softbridge.prompt import Array, InputPrompt, SoftPrompt
 from softbridge.template import Template
 from softbridge.verification.certificate import Fault, Figure, Layer
+from softbridge.verification.claim import Claim
 from softbridge.verification.layers import differences, places, watch
 from softbridge.verification.mutations import mutations
 from softbridge.verification.probes import GREEDY, REVERSED, Probe, make_probes, reverse
@@ -43,12 +44,14 @@ class Subject:
         engine: the engine that should run it: its own toolkit's.
         directory: its files, for the toolkit's own loader to read; None if there are none, or not in a form that
             stands for the whole prompt.
+        stands_for: the prompt of the files, where something else is run for it: its numbers before they were rounded.
     """
 
     path: str
     prompt: SoftPrompt
     engine: str
     directory: Path | None = None
+    stands_for: SoftPrompt | None = None
 
 
 @dataclass(frozen=True)
@@ -316,13 +319,9 @@ def _entering(grown: SoftPrompt, scale: float | None) -> SoftPrompt:
     return replace(grown, parts=tuple(parts))
 
 
-def judge(a: Capture, b: Capture, rounded: Sequence[str]) -> Findings:
-    """How far two sides are apart; the first is the reference.
-
-    Args:
-        rounded: names of the conversion's steps that stored what they computed in float32.
-    """
-    bound = ISLAND_BOUND if a.islands or b.islands or rounded else BOUND
+def judge(a: Capture, b: Capture, claim: Claim) -> Findings:
+    """How far two sides are apart under a claim; the first is the reference."""
+    bound = ISLAND_BOUND if a.islands or b.islands or claim.rounded else BOUND
     scale = max(float(np.abs(logits).max()) for name, logits in a.exact.items() if name != GREEDY)
     alone = [name for name in a.exact if name.startswith("alone")]
     figures = []
@@ -347,7 +346,7 @@ def judge(a: Capture, b: Capture, rounded: Sequence[str]) -> Findings:
         yardstick=yardstick,
         unit=a.unit * 2.0 ** math.floor(math.log2(scale)) / scale if 0 < scale < math.inf else a.unit,
         longest=max(a.longest, b.longest),
-        figures=(*figures, *_training(a, b, rounded)),
+        figures=(*figures, *_training(a, b, claim)),
         layers=differences(a.states, b.states),
         # What is not a number is noticed.
         faults=tuple(Fault(name, far / scale, not far / scale <= NOTICED * bound) for name, far in b.faults.items()),
@@ -378,7 +377,7 @@ def _left_padding(
     return "; ".join(dict.fromkeys(variant)), broken
 
 
-def _training(a: Capture, b: Capture, rounded: Sequence[str]) -> list[Figure]:
+def _training(a: Capture, b: Capture, claim: Claim) -> list[Figure]:
     """Whether training goes on identically: the loss, and its gradient in the prompt's numbers, in float64 alone."""
     loss = abs(a.loss - b.loss) / (abs(a.loss) or 1.0)
     figures = [Figure("loss", loss, None)]
@@ -387,7 +386,7 @@ def _training(a: Capture, b: Capture, rounded: Sequence[str]) -> list[Figure]:
     if ours.keys() != theirs.keys():  # what was moved to another place is not trained there alike
         return figures
     note = ""
-    if "entry" in rounded:
+    if claim.moved:
         note = "the embedding block lies between the two, and their gradients are not each other's"
     elif a.repeats or b.repeats:
         note = "layers share their numbers, and what a toolkit does with that in training is not compared"

@@ -21,10 +21,13 @@ from softbridge.errors import CheckpointError, EngineError, SoftbridgeError
 from softbridge.geometry import Geometry, StackGeometry
 from softbridge.prompt import Array
 from softbridge.verification.certificate import Side
+from softbridge.verification.claim import Claim
 from softbridge.verification.comparison import Bench, Capture
 
 KEY = "softbridge-recording"
-VERSION = 2
+VERSION = 3
+#: Earlier ones, which have ``conditions`` and ``rounded`` instead of a claim, can still be judged.
+OLDER = (2,)
 _ARRAYS = ("exact", "rough", "states", "gradient", "turned")
 
 
@@ -40,8 +43,7 @@ class Recording:
         base: name of the base model, or None.
         geometry: its attention.
         weights: with which weights it was run, in words.
-        conditions: under which the side's files were written.
-        rounded: steps of their conversion that rounded.
+        claim: in which sense it is to be the same as another, which is the target.
         versions: of everything that can change a result.
     """
 
@@ -51,8 +53,7 @@ class Recording:
     base: str | None
     geometry: Geometry
     weights: str
-    conditions: tuple[str, ...]
-    rounded: tuple[str, ...]
+    claim: Claim
     versions: Mapping[str, str]
 
 
@@ -107,7 +108,7 @@ def unpack(path: str | Path) -> Recording:
     if metadata.keys() != {KEY}:
         raise CheckpointError(f"{path} is no recording", "a file that 'softbridge probe' wrote", remedy)
     content = untrusted.parse_json(metadata[KEY].encode(), str(path))
-    if content.get("version") != VERSION:
+    if content.get("version") not in (VERSION, *OLDER):
         raise CheckpointError(f"{path}: a recording of version {content.get('version')!r:.20}", f"{VERSION}", remedy)
     tensors = files.tensors(name)
     try:
@@ -142,8 +143,9 @@ def unpack(path: str | Path) -> Recording:
             base=content["base"],
             geometry=_geometry(content["geometry"]),
             weights=content["weights"],
-            conditions=tuple(content["conditions"]),
-            rounded=tuple(content["rounded"]),
+            claim=Claim.from_json(content["claim"])
+            if "claim" in content
+            else Claim(tuple(content["conditions"]), tuple(content["rounded"])),
             versions=content["versions"],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -167,11 +169,18 @@ def _geometry(value: Mapping[str, Any]) -> Geometry:
 
 
 def check_same_setting(a: Recording, b: Recording) -> None:
-    """Refuse recordings of different probes or models.
+    """Refuse recordings of different probes or models, or of prompts of which different things are claimed.
 
     Raises:
         SoftbridgeError: they are.
     """
+    about = [(claim.dtype, claim.choice, claim.made) for claim in (a.claim, b.claim.turned)]
+    if about[0] != about[1]:
+        raise SoftbridgeError(
+            f"recordings of which one was rounded, or chosen from, for a comparison with something else: {about}",
+            "two recordings, each made for a comparison with the other's files",
+            "record both with 'softbridge probe A --against B', or both without",
+        )
     other = sorted(n for n in a.setting.keys() | b.setting.keys() if a.setting.get(n) != b.setting.get(n))
     same_probes = a.captures and [list(c.exact) for c in a.captures] == [list(c.exact) for c in b.captures]
     if other or not same_probes:
