@@ -25,7 +25,7 @@ from softbridge.methods import rematerialise
 from softbridge.prompt import Array, InputPrompt, KeyValue, Part, SoftPrompt
 from softbridge.registry import format_named
 from softbridge.testing import TINY, tiny_model
-from softbridge.verification import Certificate, Subject, verify_prompts
+from softbridge.verification import Certificate, Claim, Subject, verify_prompts
 
 FORMATS = ("softbridge", "peft", "adapterhub", "google")
 #: Standard deviations: what training makes, and far beyond it on both sides.
@@ -89,9 +89,9 @@ def compared(prompt: SoftPrompt, source: str, target: str, base: BaseModel) -> C
     """In memory: what is read, and what would be written."""
     here, there = format_named(source), format_named(target)
     lowering = lower(prompt, Target(target, there.capabilities, base), (), there.obstacles)
-    rounded = tuple(step.name for step in lowering.steps if step.exactness == "rounding")
     first, second = Subject("source", prompt, here.engine), Subject("target", lowering.prompt, there.engine)
-    return verify_prompts(first, second, base, rounded=rounded, dtype=PRECISION)
+    claim = Claim().about([prompt, lowering.prompt], lowering.steps)
+    return verify_prompts(first, second, base, claim=claim, dtype=PRECISION)
 
 
 def converted(prompt: SoftPrompt, source: str, target: str, base: BaseModel, directory: Path) -> Certificate:

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from softbridge import parts, untrusted
 from softbridge.base import BaseModel
-from softbridge.choice import DROPPED, Choice, of_task
+from softbridge.choice import ALL, DROPPED, Choice, of_task
 from softbridge.errors import BaseModelError, CheckpointError, OutputError, SoftbridgeError, UnknownFormatError
 from softbridge.geometry import Geometry
 from softbridge.hookspecs import Format
@@ -53,7 +53,7 @@ class Loaded:
     path: Path
     steps: tuple[Step, ...] = ()
     dtype: str | None = None
-    choice: Choice = Choice()
+    choice: Choice = ALL
     made_of: Mapping[str, str] = field(default_factory=dict)
 
     @property
@@ -518,7 +518,7 @@ def _write(
     overwrite: bool,
     source: Loaded | None = None,
     dtype: str | None = None,
-    choice: Choice = Choice(),
+    choice: Choice = ALL,
 ) -> None:
     def check(written: Path) -> None:
         geometry = lowering.prompt.base.geometry
@@ -562,7 +562,7 @@ def _write(
         manifest["scale"] = scale
     if source is not None:
         manifest["source"] = {"format": source.format.name, "digests": dict(_digests(source))}
-    if choice != Choice():
+    if choice != ALL:
         manifest["choice"] = asdict(choice)
     untrusted.write(target, {**content, MANIFEST: untrusted.json_bytes(manifest)}, overwrite=overwrite, check=check)
 
@@ -631,8 +631,8 @@ def _with_manifest(loaded: Loaded, files: untrusted.Files) -> tuple[Loaded, Mapp
             f"{MANIFEST} has no valid 'choice': {error}", "one that softbridge wrote", remedy
         ) from error
     source = manifest.get("source", {})
-    made_of = source.get("digests") if isinstance(source, dict) else None
-    if not isinstance(made_of or {}, dict):
+    made_of = source.get("digests", {}) if isinstance(source, dict) else None
+    if not isinstance(made_of, dict):
         raise CheckpointError(f"{MANIFEST} has the source {source!r:.80}", "an object with 'digests'", remedy)
-    told = replace(loaded, prompt=prompt, dtype=dtype, choice=choice, made_of=made_of or {})
+    told = replace(loaded, prompt=prompt, dtype=dtype, choice=choice, made_of=made_of)
     return replace(told, steps=tuple(Step(**step) for step in steps)), scale

@@ -21,7 +21,7 @@ from softbridge.passes import DTYPES
 from softbridge.positions import PositionScheme
 from softbridge.prompt import KeyValue, Positions, SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
-from softbridge.verification import Certificate, Subject, compare, probe, verify_prompts
+from softbridge.verification import Certificate, Claim, Subject, compare, probe, verify_prompts
 from softbridge.verification.certificate import Layer
 from softbridge.verification.claim import Level
 from softbridge.verification.mutations import mutations
@@ -34,7 +34,7 @@ def certify(
     a: SoftPrompt, b: SoftPrompt, family: str = "gpt2", dtype: str = "float32", level: Level = "exact"
 ) -> Certificate:
     sides = Subject("a", a, "native"), Subject("b", b, "native")
-    return verify_prompts(*sides, BaseModel(tiny_config(family)), dtype=dtype, level=level)
+    return verify_prompts(*sides, BaseModel(tiny_config(family)), dtype=dtype, claim=Claim(level=level))
 
 
 def prefix_of(family: str) -> SoftPrompt:
@@ -59,7 +59,7 @@ def test_what_the_working_precision_rounds_anyway_is_a_level_of_its_own() -> Non
     assert certificate.worst > 1e-4
     assert certificate.verdict == "rounding"
     assert certificate.exit_status == 1, "float64 decides unless the caller says otherwise"
-    assert replace(certificate, level="rounding").exit_status == 0
+    assert replace(certificate, claim=Claim(level="rounding")).exit_status == 0
     assert certify(prompt, rounded, dtype="float32", level="rounding").verdict == "different"
     for fault, wrong in mutations(prompt, PositionScheme("absolute", tellable=True)):
         if wrong is not None:
@@ -74,7 +74,7 @@ def test_a_level_is_asked_for_and_only_what_reaches_it_is_the_same() -> None:
     for reached, (certificate, verdict) in enumerate(verdicts):
         assert certificate.verdict == verdict
         levels: tuple[Level, ...] = ("bitwise", "exact", "rounding")
-        found = [replace(certificate, level=level).exit_status for level in levels]
+        found = [replace(certificate, claim=Claim(level=level)).exit_status for level in levels]
         assert found == [int(number < reached) for number in range(3)]
 
 
@@ -249,7 +249,7 @@ def test_a_page_is_whole_needs_nothing_and_runs_nothing() -> None:
     certificate = certify(prompt, faulty(prompt, 1))
     side = replace(certificate.source, path=HOSTILE, instead_of=HOSTILE)
     figures = tuple(replace(one, judged=False, note=HOSTILE) for one in certificate.figures)
-    hostile = replace(certificate, source=side, base=HOSTILE, weights=HOSTILE, conditions=(HOSTILE,), figures=figures)
+    hostile = replace(certificate, source=side, base=HOSTILE, weights=HOSTILE, claim=Claim((HOSTILE,)), figures=figures)
     for shown in (certificate, hostile):
         text = page(shown)
         found = Page(text)
@@ -303,7 +303,9 @@ def test_the_commands_write_a_page_and_heed_the_level(tmp_path: Path) -> None:
     assert again.exit_code == 0, again.output
     # As an earlier release wrote it, which had no such level.
     older = {**found, "schema": "softbridge/certificate/1", "verdict": "different"}
-    older = {name: value for name, value in older.items() if name not in ("level", "unit", "layers", "untried")}
+    older = {
+        name: value for name, value in older.items() if name not in ("level", "claim", "unit", "layers", "untried")
+    }
     (tmp_path / "certificate.json").write_text(json.dumps(older), "utf-8")
     again = CliRunner().invoke(app, ["verify", str(tmp_path / "certificate.json"), "--json"])
     assert again.exit_code == 1

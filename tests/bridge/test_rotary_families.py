@@ -16,7 +16,7 @@ from softbridge.base import BaseModel
 from softbridge.capabilities import Capabilities
 from softbridge.lower import Target, lower, native_positions
 from softbridge.testing import random_prefix
-from softbridge.verification import Subject, verify_prompts
+from softbridge.verification import Claim, Subject, verify_prompts
 
 SIZES: dict[str, Any] = {
     "vocab_size": 96,
@@ -102,7 +102,7 @@ def test_turned_keys_are_the_same_function(family: str, changes: dict[str, Any])
         Subject("turned", lowering.prompt, "native"),
         base,
         naive=naive,
-        conditions=["window", "length"],
+        claim=Claim(conditions=("window", "length")),
     )
     print(certificate.summary())
     assert certificate.source.engine == "peft"

@@ -15,7 +15,7 @@ from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError, EngineError
 from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
-from softbridge.verification import Certificate, Fault, Figure, Subject, verify_prompts
+from softbridge.verification import Certificate, Claim, Fault, Figure, Subject, verify_prompts
 from softbridge.verification.probes import make_probes
 from softbridge.verification.run import choose_engine, find_islands
 
@@ -128,7 +128,13 @@ def test_files_are_compared_and_the_certificate_is_complete(prefix: SoftPrompt, 
     assert certificate.same
     form = certificate.to_json()
     assert form["schema"] == "softbridge/certificate/2"
-    assert form.keys() - {"schema", "verdict", "parted"} == {field.name for field in fields(Certificate)}
+    beside = {"schema", "verdict", "parted", "level", "conditions", "rounded"}
+    assert beside <= form.keys()
+    assert form.keys() - beside == {field.name for field in fields(Certificate)}
+    assert form["claim"].keys() == {field.name for field in fields(Claim)}
+    assert {name: form["claim"][name] for name in ("level", "conditions", "rounded")} == {
+        name: form[name] for name in ("level", "conditions", "rounded")
+    }
     assert form["source"]["engine"] == "native"
     assert form["target"]["engine"] == "peft"
     assert set(form["target"]["files"]) == {"adapter_config.json", "adapter_model.safetensors", "softbridge.json"}
@@ -175,7 +181,7 @@ def test_what_a_sliding_window_does_to_a_prefix_is_seen_unless_it_is_a_condition
     pinned = replace(slides, positions=replace(slides.positions, window="pinned"))
     subjects = Subject("a", slides, "native"), Subject("b", pinned, "native")
     assert verify_prompts(*subjects, base).verdict == "different"
-    assert verify_prompts(*subjects, base, conditions=["window"]).same
+    assert verify_prompts(*subjects, base, claim=Claim(conditions=("window",))).same
     assert verify_prompts(subjects[0], subjects[0], base).same
 
 

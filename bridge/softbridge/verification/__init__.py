@@ -28,7 +28,6 @@ from softbridge.verification.claim import Claim, Level
 from softbridge.verification.comparison import (
     Bench,
     Capture,
-    Findings,
     Subject,
     capture,
     common_template,

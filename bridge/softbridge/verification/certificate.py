@@ -2,9 +2,10 @@
 
 The JSON form, ``softbridge/certificate/2``, has the attributes of `Certificate` by their names, of whatever they hold
 too, and besides ``schema``, ``verdict``, ``parted``, and of the claim ``level``, ``conditions`` and ``rounded`` by
-themselves. A certificate may lack ``claim``, as earlier ones do: then it is what the files say. A number that is not finite is null there. Version 1 has no
-``level``, ``unit``, ``layers``, ``parted`` and ``untried``, repeats a loss's and a gradient's figure as that of the
-working precision, and calls what is ``rounding`` here ``different``; `softbridge.verification.again` runs both.
+themselves. Earlier ones have no ``claim``: it is then what the files say. A number that is not finite is null there.
+Version 1 has no ``level``, ``unit``, ``layers``, ``parted`` and ``untried``, repeats a loss's and a gradient's figure
+as that of the working precision, and calls what is ``rounding`` here ``different``; `softbridge.verification.again`
+runs both.
 """
 
 from __future__ import annotations

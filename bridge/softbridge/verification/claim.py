@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from softbridge.choice import Choice
+from softbridge.choice import ALL, Choice
 from softbridge.passes import DTYPES, Step
 from softbridge.prompt import SoftPrompt
 from softbridge.verification.probes import LENGTHS
@@ -64,7 +64,7 @@ class Claim:
     conditions: tuple[str, ...] = ()
     rounded: tuple[str, ...] = ()
     dtype: str | None = None
-    choice: Choice = Choice()
+    choice: Choice = ALL
     made: Which | None = None
     weights: bool = False
     window: int | None = None

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from softbridge.base import BaseModel
-from softbridge.choice import Choice
+from softbridge.choice import ALL, Choice
 from softbridge.conversion import Loaded, files_at, read
 from softbridge.errors import LoweringError, SoftbridgeError
 from softbridge.lower import Target, as_dtype, for_model, lower
@@ -65,9 +65,9 @@ def claim_of(sides: Pair, *, weights: bool = False, level: Level = "exact") -> C
     speaking = direct or list(sides)
     dtypes = {which: rounded_to(sides[which].steps, sides[which].dtype) for which in speaking}
     # A dtype and a choice are about the other side. Where both sides have one, neither is the other's origin.
-    acting = [which for which in speaking if dtypes[which] is not None or sides[which].choice != Choice()]
+    acting = [which for which in speaking if dtypes[which] is not None or sides[which].choice != ALL]
     made = acting[0] if len(acting) == 1 else None
-    chosen = Choice() if made is None else sides[made].choice
+    chosen = ALL if made is None else sides[made].choice
     narrow = [kind for kind in dtypes.values() if kind is not None]
     claim = Claim(
         dtype=min(narrow, key=lambda kind: DTYPES[kind].itemsize, default=None),
