@@ -26,7 +26,9 @@ is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The
 - ``head``: names, sorted; ``head.NAME`` is the tensor.
 - ``training``: null or ``{"kind": text, "settings": {...}, "tensors": names, sorted}``; the tensors are
   ``training.NAME``.
-- ``origin``: null or ``{"format": text, "details": {...}, "digests": {file: sha256}}``.
+- ``origin``: null or ``{"format": text, "details": {...}, "digests": {file: sha256}}``. Of the details two are known,
+  where they are there: ``"notes": [texts]`` for whoever converts the prompt, and ``"partial": text | null``, what of
+  its source was left behind.
 - ``digest``: sha256, hexadecimal, over the JSON of ``[description without digest, [[name, dtype, shape], ...]]`` (the
   tensors sorted by name, dtypes in safetensors' words), followed by the bytes of the tensors in that order. Numbers
   with one bit turned are another function, and nothing else would show it.
@@ -197,7 +199,7 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
         else {"kind": training.kind, "settings": dict(training.settings), "tensors": list(training.tensors)},
         "origin": None
         if origin is None
-        else {"format": origin.format, "details": dict(origin.details), "digests": dict(origin.digests)},
+        else {"format": origin.format, "details": origin.described(), "digests": dict(origin.digests)},
     }
 
 
@@ -365,7 +367,7 @@ class _Reader:
         digests = self.fields(fields["digests"], "origin.digests", None)
         for file, digest in digests.items():
             self.text(digest, f"origin.digests.{file:.40}")
-        return None if form is None else Origin(form, details, digests)
+        return self.build("origin.details", Origin, {"format": form, "details": details, "digests": digests})
 
     def take(self, name: str) -> Array | None:
         array = self.left.pop(name, None)

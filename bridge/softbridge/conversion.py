@@ -426,8 +426,8 @@ def _digests(loaded: Loaded) -> Mapping[str, str]:
 
 def _notes(prompt: SoftPrompt) -> list[Step]:
     """What the reader of the source had to say: parts of the files that no model ever sees, or that were not read."""
-    notes = [] if prompt.origin is None else prompt.origin.details.get("notes", [])
-    return [Step("read", "exact", str(note)) for note in notes]
+    notes = () if prompt.origin is None else prompt.origin.notes or ()
+    return [Step("read", "exact", note) for note in notes]
 
 
 def _advice(lowering: Lowering, form: Format, base: BaseModel | None) -> tuple[str, ...]:

@@ -1,8 +1,8 @@
 """Where training starts: the published ways to initialise a soft prompt, each a function that returns one.
 
-The choice decides whether a prompt learns at all (see "Defaults that learn" in the plan): random numbers are the worst
-start nearly everywhere, words of the vocabulary a good one for vectors in the input sequence, and the key/value cache
-of a real text the best one for a prefix.
+The choice decides whether a prompt learns at all (Lester et al. 2021, figure 3b, of vectors in the input; Li & Liang
+2021, on initialisation, of prefixes): random numbers are the worst start nearly everywhere, words of the vocabulary a
+good one for vectors in the input sequence, and the key/value cache of a real text the best one for a prefix.
 
 Token ids go in. A `tokenizer` is a convenience: where one is given, a text may stand for its ids, without special
 tokens. Everything is seeded, and no weight of the model is changed. Words and caches keep the model's own dtype, bit

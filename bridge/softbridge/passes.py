@@ -182,7 +182,7 @@ def _family(prompt: SoftPrompt, target: Target) -> list[Option]:
 
 def left_behind(prompt: SoftPrompt) -> str | None:
     """What of the prompt's source is no soft prompt, and was not read; None: nothing."""
-    return None if prompt.origin is None else prompt.origin.details.get("partial")
+    return None if prompt.origin is None else prompt.origin.partial or None
 
 
 def _whole(prompt: SoftPrompt, target: Target) -> list[Option]:
@@ -190,7 +190,7 @@ def _whole(prompt: SoftPrompt, target: Target) -> list[Option]:
     partial = left_behind(prompt)
     if not partial:
         return [Option(prompt)]
-    return _blocked(prompt, Obstacle("partial", str(partial), "accept that the prompt alone goes on", True))
+    return _blocked(prompt, Obstacle("partial", partial, "accept that the prompt alone goes on", True))
 
 
 def _scale(prompt: SoftPrompt, target: Target) -> list[Option]:

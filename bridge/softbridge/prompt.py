@@ -471,15 +471,44 @@ class Origin:
         details: what the file says of itself and softbridge has no other place for (toolkit version, unknown keys);
             a writer of the same format gives it back. JSON values, normalised.
         digests: file name -> sha256, hexadecimal.
+        notes: what whoever converts the files is told of what was read, a sentence each, such as of numbers that no
+            model ever sees; None: the format's reader has nothing to tell of any file.
+        partial: what of the source is no soft prompt and was not read, in words. The prompt alone is then another
+            function, and lowering refuses it unless that is accepted. Empty: nothing was left; None: the format's
+            reader reads all of every file.
+
+    Two details that are called ``notes`` and ``partial`` (null: empty) are these, if they are not given by themselves:
+    that is where softbridge's own files have them.
+
+    Raises:
+        ValueError: notes or partial of another kind.
     """
 
     format: str
     details: Mapping[str, Json] = field(default_factory=dict)
     digests: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] | None = None
+    partial: str | None = None
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "details", FrozenMap(_json_object(self.details, "details")))
+        details = _json_object(self.details, "details")
+        told = {name: details.pop(name) for name in ("notes", "partial") if name in details}
+        notes = told.get("notes") if self.notes is None else self.notes
+        partial = self.partial
+        if partial is None and "partial" in told:
+            partial = "" if told["partial"] is None else told["partial"]
+        texts = notes is None or (isinstance(notes, (list, tuple)) and all(isinstance(note, str) for note in notes))
+        _require(texts, f"notes: {notes!r:.80}, not a list of texts")
+        _require(partial is None or isinstance(partial, str), f"partial: {partial!r:.80}, not a text")
+        object.__setattr__(self, "details", FrozenMap(details))
         object.__setattr__(self, "digests", FrozenMap(self.digests))
+        object.__setattr__(self, "notes", None if notes is None else tuple(notes))
+        object.__setattr__(self, "partial", partial)
+
+    def described(self) -> dict[str, Json]:
+        """The details, and those two among them where the reader tells of them: what softbridge's own files have."""
+        told: dict[str, Json] = {} if self.notes is None else {"notes": list(self.notes)}
+        return {**self.details, **told, **({} if self.partial is None else {"partial": self.partial or None})}
 
 
 @dataclass(frozen=True, eq=False, repr=False)

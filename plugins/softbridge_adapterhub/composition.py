@@ -152,15 +152,10 @@ def _origin(prompts: Sequence[SoftPrompt], what: str) -> Origin | None:
     origins = [prompt.origin for prompt in prompts if prompt.origin is not None]
     if not origins:
         return None
-    details = [origin.details for origin in origins]
-    lost = [str(one["partial"]) for one in details if one.get("partial")]
-    notes = [note for one in details for note in one.get("notes", ())]
+    lost = [origin.partial for origin in origins if origin.partial]
+    notes = [note for origin in origins for note in origin.notes or ()]
     notes.append(f"{what} is one prefix, with keys and values but no perceptron")
     if any(prompt.inputs for prompt in prompts[1:]):
         notes.append("AdapterHub puts the vectors of no other adapter than the first into the input")
-    said = {
-        "notes": notes,
-        "partial": "; ".join(lost) or None,
-    }
     digests = {name: digest for origin in origins for name, digest in origin.digests.items()}
-    return Origin(origins[0].format, said, digests)
+    return Origin(origins[0].format, {}, digests, tuple(notes), "; ".join(lost))

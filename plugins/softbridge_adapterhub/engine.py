@@ -25,6 +25,7 @@ from softbridge.base import BaseModel
 from softbridge.errors import EngineError, Obstacle, SoftbridgeError
 from softbridge.geometry import read_geometry
 from softbridge.head import load_head
+from softbridge.passes import left_behind
 from softbridge.prompt import InputPrompt, SoftPrompt
 from softbridge.tensors import from_torch, to_torch
 from softbridge.untrusted import Files
@@ -124,8 +125,7 @@ class AdapterHubEngine:
         """
         self._check(model, prompt)
         flat = replace(prompt, training=None)
-        partial = prompt.origin is not None and prompt.origin.details.get("partial") is not None
-        folder = None if partial else folder_of(Files(directory))
+        folder = None if left_behind(prompt) else folder_of(Files(directory))
         _run(
             model.eval(),
             prompt,

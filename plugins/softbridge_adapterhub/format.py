@@ -116,8 +116,8 @@ class AdapterHubFormat:
         if head.lost is not None:
             notes.append(f"the prompt alone is read: {head.lost}")
             lost.append(head.lost)
-        partial = "; ".join(lost) or None
-        details = {**document, "head": head.document, "notes": notes, "partial": partial}
+        digests = {name: files.digest(name) for name in (folder + facts.CONFIG_FILE, weights)}
+        details = {**document, "head": head.document}
         adapter = Adapter(document["name"], configs, geometry)
         tensors = _checked(tensors, adapter, partial=bool(others))
         try:
@@ -132,7 +132,7 @@ class AdapterHubFormat:
             BaseId(document.get("model_name") or None, geometry),
             head.tensors,
             training,
-            Origin(self.name, details, {name: files.digest(name) for name in (folder + facts.CONFIG_FILE, weights)}),
+            Origin(self.name, details, digests, tuple(notes), "; ".join(lost)),
         )
 
     def obstacles(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[Obstacle]:
@@ -169,8 +169,7 @@ class AdapterHubFormat:
         if geometry is None:
             raise BaseModelError("no base model was given", "its type and its size", "give it with --base")
         given = dict(prompt.origin.details) if prompt.origin is not None and prompt.origin.format == self.name else {}
-        for name in ("head", "notes", "partial"):
-            given.pop(name, None)
+        given.pop("head", None)
         known = {str(config.get("architecture")): config for config in _members(given.get("config", {}))}
         adapter = Adapter.of(prompt, geometry, given.get("name", "softbridge"), known)
         document = {

@@ -239,14 +239,15 @@ def parse(
     fields = Config.check(config)
     _check_tensors(fields, tensors)
     stack = _stack(fields, geometry)
-    beside: dict[str, Any] = {"notes": []}
+    beside: Mapping[str, Any] = {}
+    told: Sequence[str] = ()
     part: Part
     others: tuple[InputPrompt, ...] = ()
     if fields.kind == "prefix":
         part, said = _read_prefix(
             fields, tensors[facts.PROMPT], "encoder" if stack == "encoder" else "self", geometry, written_by
         )
-        beside = unused_details(fields, tensors)
+        beside, told = unused_details(fields, tensors)
         notes = [*notes, *said]
     else:
         part = InputPrompt(tensors[facts.PROMPT][: fields.length], stack)
@@ -254,14 +255,14 @@ def parse(
             others = (InputPrompt(tensors[facts.PROMPT][fields.length :], "decoder"),)
             notes = [*notes, "written by a release of PEFT that prompts the decoder, too; today's does not"]
         else:
-            beside = unused_details(fields, tensors)
+            beside, told = unused_details(fields, tensors)
     state = _training(fields, tensors, part, kept)
     if isinstance(part, InputPrompt) and fields.peft_type == facts.MULTITASK and state is not None:
         try:
             part = replace(part, vectors=materialise_vectors(state))
         except ValueError as error:
             raise training.refused(str(error)) from error
-    notes = [*notes, *beside["notes"]]
+    notes = [*notes, *told]
     if fields.tasks > 1:
         notes.append(f"the prompt of one task of {fields.tasks}: --task (task=... in Python) takes another, alone")
     # Where layer 0 has no prefix (see `_cut`), PEFT's forward, by which it was trained, counts none.
@@ -272,7 +273,7 @@ def parse(
         base=BaseId(fields.name, geometry),
         head={name.removeprefix(facts.HEAD): array for name, array in tensors.items() if name.startswith(facts.HEAD)},
         training=state,
-        origin=Origin("peft", {"config": dict(config), **beside, "notes": notes}),
+        origin=Origin("peft", {"config": dict(config), **beside}, notes=tuple(notes)),
     )
     if geometry is not None:
         check_fits(prompt, geometry)

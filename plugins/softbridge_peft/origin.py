@@ -34,7 +34,7 @@ def config_of_origin(prompt: SoftPrompt) -> Mapping[str, Any]:
     return config if isinstance(config, dict) else {}
 
 
-def unused_details(fields: Config, tensors: Mapping[str, Array]) -> dict[str, Any]:
+def unused_details(fields: Config, tensors: Mapping[str, Array]) -> tuple[dict[str, Any], list[str]]:
     """What the origin of a prompt records of its file's unused numbers, and the notes that say so."""
     length, layers = fields.length, fields.layers or 0
     rest: dict[str, Array] = {}
@@ -49,14 +49,14 @@ def unused_details(fields: Config, tensors: Mapping[str, Array]) -> dict[str, An
         rest[facts.PROMPT] = tensors[facts.PROMPT].reshape(length, layers, -1)[:, 1::2].reshape(length, -1)
         what = "blocks of odd number, which PEFT never uses with two submodules"
     if not rest:
-        return {"notes": []}
+        return {}, []
     if sum(array.nbytes for array in rest.values()) > MOST:
-        return {"notes": [f"{what}, are left out"]}
+        return {}, [f"{what}, are left out"]
     record = {
         name: {"dtype": array.dtype.name, "data": base64.b64encode(array.tobytes()).decode()}
         for name, array in rest.items()
     }
-    return {_RECORD: record, "notes": [f"{what}, are kept for a file of PEFT's own alone"]}
+    return {_RECORD: record}, [f"{what}, are kept for a file of PEFT's own alone"]
 
 
 def unused(prompt: SoftPrompt, peft_type: str) -> dict[str, Array]:

@@ -20,8 +20,10 @@ from softbridge import cli
 from softbridge.base import BaseModel
 from softbridge.cli import app, main
 from softbridge.cli.tables import certificate_table, shown
+from softbridge.container import pack
 from softbridge.errors import PluginError
 from softbridge.methods import MultitaskPromptTuning, rematerialise
+from softbridge.prompt import Origin
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
 
 
@@ -413,3 +415,18 @@ def test_a_certificate_says_what_it_does_not_show() -> None:
         table_of(independent=False)
     )
     assert "under the conditions: positions, window\n" in table_of(conditions=("positions", "window"))
+
+
+@pytest.mark.parametrize("notes", [5, "abc"])
+def test_notes_that_are_none_are_refused_and_not_shown(notes: object, tmp_path: Path) -> None:
+    """Whoever wrote such a file is told so: it is no defect of softbridge, and three letters are no three steps."""
+    prompt = random_prefix(BaseModel(tiny_config("gpt2")).geometry)
+    origin = Origin("peft")
+    object.__setattr__(origin, "details", {"notes": notes})
+    (tmp_path / "p.safetensors").write_bytes(pack(replace(prompt, origin=origin)))
+    path = tmp_path / "p.safetensors"
+    for words in (["convert", path, tmp_path / "out", "--to", "peft"], ["inspect", path]):
+        result = call(*words)
+        assert result.exit_code == 2, result.output
+        assert f"notes: {notes!r}, not a list of texts" in " ".join(result.output.split())
+    assert not (tmp_path / "out").exists()

@@ -248,6 +248,11 @@ UNSOUND: list[tuple[list[Callable[[Any, dict[str, Array]], None]], list[str]]] =
     ([edit("training/settings", [])], ["training.settings: list, not an object"]),
     ([edit("training/tensors", None)], ["training.tensors: NoneType, not a list"]),
     ([edit("origin/format", 1)], ["origin.format: int, not a text"]),
+    ([edit("origin/details/notes", 5)], ["origin.details: notes: 5, not a list of texts"]),
+    ([edit("origin/details/notes", "abc")], ["origin.details: notes: 'abc', not a list of texts"]),
+    ([edit("origin/details/notes", ["abc", 5])], ["origin.details: notes: ['abc', 5], not a list of texts"]),
+    ([edit("origin/details/partial", ["a"])], ["origin.details: partial: ['a'], not a text"]),
+    ([edit("origin/details/partial", True)], ["origin.details: partial: True, not a text"]),
     ([edit("origin/digests", {"a": 1})], ["origin.digests.a: int, not a text"]),
     ([edit("more", 1)], ["description: unexpected 'more'"]),
     ([tensor("parts.0.vectors", None)], ["missing tensor 'parts.0.vectors'"]),
@@ -271,6 +276,28 @@ UNSOUND: list[tuple[list[Callable[[Any, dict[str, Array]], None]], list[str]]] =
         ],
     ),
 ]
+
+
+@pytest.mark.parametrize(
+    ("details", "notes", "partial"),
+    [
+        ({}, None, None),
+        ({"notes": []}, (), None),
+        ({"notes": ["one", "two"], "partial": None}, ("one", "two"), ""),
+        ({"partial": "an adapter"}, None, "an adapter"),
+    ],
+)
+def test_notes_and_what_was_left_are_fields_and_stay_where_files_have_them(
+    details: dict[str, Any], notes: tuple[str, ...] | None, partial: str | None, tmp_path: Path
+) -> None:
+    description, arrays = taken_apart(pack(FULL))
+    description["origin"]["details"] |= details
+    content = put_together(description, arrays)
+    prompt = read(tmp_path, content)
+    assert FULL.origin is not None
+    assert prompt.origin == replace(FULL.origin, notes=notes, partial=partial)
+    assert prompt.origin.details == FULL.origin.details
+    assert pack(prompt) == content
 
 
 @pytest.mark.parametrize(("changes", "words"), UNSOUND, ids=[words[-1][:50] for _, words in UNSOUND])

@@ -118,6 +118,20 @@ def test_what_is_no_json(value: Any) -> None:
         Origin("peft", {"x": value})
 
 
+def test_notes_and_what_was_left_are_typed() -> None:
+    assert Origin("x").notes is Origin("x").partial is None
+    given = Origin("x", {"notes": ["a"], "partial": None, "more": 1})
+    assert given == Origin("x", {"more": 1}, notes=("a",), partial="")
+    told = Origin("x", {"notes": 5, "partial": 5}, notes=("a",), partial="b")
+    assert told == Origin("x", notes=("a",), partial="b"), "what a stranger's file calls so is not that"
+    assert replace(told, digests={"f": "0"}).notes == ("a",)
+    for wrong in ({"notes": 5}, {"notes": "abc"}, {"notes": [5]}, {"partial": 5}, {"partial": ["a"]}):
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: "):
+            Origin("x", wrong)
+        with pytest.raises(ValueError, match=f"{next(iter(wrong))}: "):
+            Origin("x", **wrong)  # type: ignore[arg-type]
+
+
 class Word(str, Enum):
     A = "a"
 

@@ -119,7 +119,7 @@ def test_a_stack_in_files_is_one_prefix(tmp_path: Path) -> None:
     assert prompt.positions == a.positions
     assert prompt.origin is not None
     assert len(prompt.origin.digests) == 4
-    assert "Stack[a, b] is one prefix" in prompt.origin.details["notes"][0]
+    assert "Stack[a, b] is one prefix" in prompt.origin.notes[0]
     assert FORMAT.read(Files(put(tmp_path / "y", FORMAT.write(prompt, None))), geometry) == prompt
 
 

@@ -242,7 +242,7 @@ def test_reads_a_flat_prefix(family: str, container: str, tmp_path: Path) -> Non
     assert prompt.base == BaseId("org/model", geometry)
     assert prompt.origin is not None
     assert set(prompt.origin.digests) == set(files)
-    assert prompt.origin.details["notes"] == []
+    assert prompt.origin.notes == ()
 
 
 @pytest.mark.parametrize("gating", [{}, {"use_gating": True}, {"use_gating": True, "shared_gating": False}])
@@ -318,7 +318,7 @@ def test_a_union_of_two_soft_prompts_is_one(flat: bool, prompt_first: bool, tmp_
     assert [isinstance(part, InputPrompt) for part in prompt.parts] == [prompt_first, not prompt_first]
     assert prompt.positions.start == {"encoder": 0}
     assert prompt.origin is not None
-    assert prompt.origin.details["partial"] is None
+    assert prompt.origin.partial == ""
     files = FORMAT.write(prompt, None)
     assert json.loads(files[facts.CONFIG_FILE]) == document
     again = put(tmp_path / "y", files)
@@ -356,7 +356,7 @@ def test_an_ejected_file_is_recognised_by_its_tensors(tmp_path: Path) -> None:
     ejected = FORMAT.read(put(tmp_path / "ejected", written(document, tensors)), geometry)
     assert ejected == prompt
     assert ejected.origin is not None
-    assert "flat: false" in ejected.origin.details["notes"][0]
+    assert "flat: false" in ejected.origin.notes[0]
     assert json.loads(FORMAT.write(ejected, None)[facts.CONFIG_FILE])["config"]["flat"] is True
 
 

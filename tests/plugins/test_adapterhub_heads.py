@@ -163,10 +163,10 @@ def test_a_head_that_is_not_read_is_named(
     prompt = FORMAT.read(files, geometry_of(family))
     assert not prompt.head
     assert prompt.origin is not None
-    lost = prompt.origin.details["partial"]
+    lost = prompt.origin.partial
     assert lost.startswith("the prediction head in pytorch_model_head.bin, ")
     assert message in lost
-    assert prompt.origin.details["notes"] == [f"the prompt alone is read: {lost}"]
+    assert prompt.origin.notes == (f"the prompt alone is read: {lost}",)
     assert FORMAT.write(prompt, None).keys() == {facts.CONFIG_FILE, facts.WEIGHTS_FILE}
 
 
@@ -183,8 +183,8 @@ def test_output_embeddings_are_the_base_models(family: str, described: dict[str,
     prompt = FORMAT.read(files, geometry_of(family))
     assert not prompt.head
     assert prompt.origin is not None
-    assert prompt.origin.details["partial"] is None
-    assert "which AdapterHub freezes" in " ".join(prompt.origin.details["notes"])
+    assert prompt.origin.partial == ""
+    assert "which AdapterHub freezes" in " ".join(prompt.origin.notes)
 
 
 def test_a_head_that_is_not_whole_is_refused(tmp_path: Path) -> None:
@@ -328,7 +328,7 @@ def test_the_head_of_a_transformers_class(family: str, kind: str, adapters: Any,
 
     prompt = FORMAT.read(Files(tmp_path / "theirs"), read_geometry(fresh.config))
     assert prompt.origin is not None
-    assert prompt.origin.details["notes"] == []
+    assert prompt.origin.notes == ()
     assert prompt.head.keys() == set(heads.HEADS[family][kind].tensors().values())
     put(tmp_path / "ours", FORMAT.write(prompt, None))
     for folder in ("theirs", "ours"):

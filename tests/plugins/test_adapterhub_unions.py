@@ -93,17 +93,15 @@ def test_of_a_union_the_soft_prompt_is_read_and_the_rest_named(geometry: Geometr
     prompt = FORMAT.read(Files(folder), geometry)
     assert prompt == prefix_for(geometry)
     assert prompt.origin is not None
-    assert prompt.origin.details["notes"] == [
-        "of a union the soft prompt alone is read, and 'bottleneck' and 'lora' left out"
-    ]
-    assert "a union with 'bottleneck' and 'lora'" in prompt.origin.details["partial"]
+    assert prompt.origin.notes == ("of a union the soft prompt alone is read, and 'bottleneck' and 'lora' left out",)
+    assert "a union with 'bottleneck' and 'lora'" in prompt.origin.partial
     # Written again it is a prefix and no union.
     again = FORMAT.write(prompt, geometry)
     assert json.loads(again[facts.CONFIG_FILE])["config"]["architecture"] == "prefix_tuning"
     whole = FORMAT.read(Files(put(tmp_path / "y", again)), geometry)
     assert whole == prompt
     assert whole.origin is not None
-    assert whole.origin.details["partial"] is None
+    assert whole.origin.partial == ""
 
 
 def test_tensors_of_others_belong_into_a_union_only(geometry: Geometry, tmp_path: Path) -> None:
@@ -191,7 +189,7 @@ def test_the_prefix_in_a_published_union(method: str, adapters: Any, tmp_path: P
     prompt = FORMAT.read(Files(tmp_path / "x"), read_geometry(model.config))
     assert prompt.prefixes[0].gated == (method == "UniPELTConfig")
     assert prompt.origin is not None
-    assert ("'lora'" in prompt.origin.details["partial"]) == (method == "UniPELTConfig")
+    assert ("'lora'" in prompt.origin.partial) == (method == "UniPELTConfig")
 
     # The same numbers in an adapter that is nothing else.
     alone = copy.deepcopy(model)

@@ -181,7 +181,7 @@ def test_toolkit_file_is_read_and_written_as_the_same_function(
     assert config_in(written) == config_in(source)
     if family == "t5":  # of an encoder-decoder model PEFT saves numbers that it never uses
         assert prompt.origin is not None
-        assert "kept for a file of PEFT's own" in prompt.origin.details["notes"][0]
+        assert "kept for a file of PEFT's own" in prompt.origin.notes[0]
 
     toolkit = peft.PeftModel.from_pretrained(tiny_model(family), source).eval()
     expected = outputs(toolkit, family, method, **asked(method))
@@ -230,7 +230,7 @@ def test_numbers_that_peft_never_uses_are_kept_where_they_belong_to_the_prompt(
     other = read(source)
     assert other == prompt
     assert other.origin is not None
-    assert any("are left out" in note for note in other.origin.details["notes"])
+    assert any("are left out" in note for note in other.origin.notes)
     assert forgotten(other)
 
 

@@ -82,7 +82,7 @@ def test_it_is_read_as_peft_runs_it(case: str, tmp_path: Path) -> None:
     prompt = sb.load(tmp_path / "a", config)
     (part,) = prompt.prefixes
     assert prompt.origin is not None
-    notes = " ".join(prompt.origin.details["notes"])
+    notes = " ".join(prompt.origin.notes)
     assert ("uses the first" in notes, "no prefix: so PEFT" in notes, "of earlier ones" in notes) == (
         True,
         case == "fewer",

@@ -180,7 +180,7 @@ def test_the_order_of_an_old_bloom_prefix_depends_on_who_wrote_it(tmp_path: Path
 
     def note(prompt: SoftPrompt) -> str:
         assert prompt.origin is not None
-        return " ".join(prompt.origin.details["notes"])
+        return " ".join(prompt.origin.notes)
 
     assert "reordered" in note(sb.load(old, config))
     new = sb.load(golden.put(case, tmp_path / "new", peft_version="0.18.0"), config)

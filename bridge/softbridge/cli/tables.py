@@ -132,7 +132,7 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
         "head": sorted(prompt.head),
         "training": None if prompt.training is None else prompt.training.kind,
         "task": _task(prompt),
-        "notes": [] if prompt.origin is None else [str(note) for note in prompt.origin.details.get("notes", [])],
+        "notes": [] if prompt.origin is None else list(prompt.origin.notes or ()),
         "digest": digest_of(prompt),
     }
 
