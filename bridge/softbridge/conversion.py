@@ -57,6 +57,11 @@ class Loaded:
     made_of: Mapping[str, str] = field(default_factory=dict)
 
     @property
+    def digests(self) -> Mapping[str, str]:
+        """Of its own files: name -> sha256."""
+        return {} if self.prompt.origin is None else self.prompt.origin.digests
+
+    @property
     def conditions(self) -> tuple[str, ...]:
         """Names of the conditions under which it was written."""
         return _named(self.steps, "conditional")
@@ -342,7 +347,7 @@ def convert(
                 "the base model's configuration, directory or hub id",
                 "give it with --base (base=... in Python)",
             )
-        made = Loaded(lowering.prompt, form, Path(target), lowering.steps, dtype, choice, _digests(loaded))
+        made = Loaded(lowering.prompt, form, Path(target), lowering.steps, dtype, choice, loaded.digests)
         naive = copied(chosen, Target(form.name, form.capabilities, resolved))
         certificate = _certify(loaded, made, content, resolved, naive)
         if not single:
@@ -418,10 +423,6 @@ def _apart(source: Path, target: Path) -> None:
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise OutputError(f"{target} is, holds or lies in the source {source}", "a target beside it", "choose another")
-
-
-def _digests(loaded: Loaded) -> Mapping[str, str]:
-    return {} if loaded.prompt.origin is None else loaded.prompt.origin.digests
 
 
 def _notes(prompt: SoftPrompt) -> list[Step]:
@@ -561,7 +562,7 @@ def _write(
     if scale:
         manifest["scale"] = scale
     if source is not None:
-        manifest["source"] = {"format": source.format.name, "digests": dict(_digests(source))}
+        manifest["source"] = {"format": source.format.name, "digests": dict(source.digests)}
     if choice != ALL:
         manifest["choice"] = asdict(choice)
     untrusted.write(target, {**content, MANIFEST: untrusted.json_bytes(manifest)}, overwrite=overwrite, check=check)

@@ -43,9 +43,9 @@ def read_sides(a: str | Path, b: str | Path, base: BaseModel, claim: Claim | Non
         how: dict[Which | None, Mapping[str, Any]] = {claim.origin: claim.choice.reading}
         return {"source": read(a, base, **how.get("source", {})), "target": read(b, base, **how.get("target", {}))}
     target = read(b, base)
-    source = read(a, base, **(target.choice.reading if _is_made_of(target, _digests(a)) else {}))
-    if _is_made_of(source, _digests(b)):
-        target = read(b, base, **source.choice.reading)
+    source = read(a, base, **_reading(target, a))
+    if reading := _reading(source, b):
+        target = read(b, base, **reading)
     return {"source": source, "target": target}
 
 
@@ -60,8 +60,9 @@ def claim_of(sides: Pair, *, weights: bool = False, level: Level = "exact") -> C
         weights: whether the base model's own weights are wanted.
         level: what counts as the same.
     """
-    others: dict[Which, Which] = {"target": "source", "source": "target"}
-    direct = [which for which in others if _is_made_of(sides[which], _known(sides[others[which]].prompt))][:1]
+    source, target = sides["source"], sides["target"]
+    direct: list[Which] = ["target"] if _is_made_of(target, source.digests) else []
+    direct += ["source"] if _is_made_of(source, target.digests) else []
     speaking = direct or list(sides)
     dtypes = {which: rounded_to(sides[which].steps, sides[which].dtype) for which in speaking}
     # A dtype and a choice are about the other side. Where both sides have one, neither is the other's origin.
@@ -176,10 +177,9 @@ def _is_made_of(loaded: Loaded, digests: Mapping[str, str]) -> bool:
     return bool(loaded.made_of) and loaded.made_of.items() <= digests.items()
 
 
-def _known(prompt: SoftPrompt) -> Mapping[str, str]:
-    return {} if prompt.origin is None else prompt.origin.digests
-
-
-def _digests(path: str | Path) -> Mapping[str, str]:
+def _reading(loaded: Loaded, path: str | Path) -> Mapping[str, Any]:
+    """How the files at a path are to be read: as the conversion did that made a prompt of them, if one did."""
+    if loaded.choice == ALL:
+        return {}
     files = files_at(path)
-    return {name: files.digest(name) for name in files.names}
+    return loaded.choice.reading if _is_made_of(loaded, {name: files.digest(name) for name in files.names}) else {}
