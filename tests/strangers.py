@@ -70,8 +70,8 @@ FELT = 1e-3
 LARGEST = 4_000_000
 SECONDS, MEMORY = 90, 8 * 2**30
 COUNTS = Path(__file__).with_name("strangers.json")
-README = Path(__file__).resolve().parent.parent / "README.md"
-#: Between these the README shows the counts.
+DOCUMENT = Path(__file__).with_name("STRANGERS.md")
+#: Between these it shows the counts.
 BEGIN, END = "<!-- strangers -->", "<!-- /strangers -->"
 #: Of what is compared, that which is done by hand on the bare model; the rest is the prompt's own under other settings.
 BY_HAND = ("forward", "forward, mask", "natural", "cached tokens", "uncached tokens")
@@ -843,7 +843,7 @@ def counts(done: list[Cell]) -> dict[str, dict[str, int]]:
 
 
 def table(kept: Mapping[str, Mapping[str, Mapping[str, int]]]) -> str:
-    """The counts of each version that was tried, as the README shows them."""
+    """The counts of each version that was tried, as STRANGERS.md shows them."""
     if not kept:
         return "(no version was tried to the end yet)"
     lines = ["transformers | class, method | " + " | ".join(OUTCOMES), "---|---|" + "---|" * len(OUTCOMES)]
@@ -857,7 +857,7 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     arguments.add_argument("--only", default="", help="a pattern of 'kind model_type method'")
     arguments.add_argument("--resume", action="store_true", help="leave out what the last run has")
-    arguments.add_argument("--write", action="store_true", help="write the counts that the README shows")
+    arguments.add_argument("--write", action="store_true", help="write the counts that STRANGERS.md shows")
     arguments.add_argument("--verbose", action="store_true", help="show all figures")
     told = arguments.parse_args()
     transformers.logging.set_verbosity_error()
@@ -896,8 +896,8 @@ def main() -> int:
         kept[version] = found
         kept = dict(sorted(kept.items()))
         COUNTS.write_text(json.dumps(kept, indent=1) + "\n")
-        before, _, rest = README.read_text().partition(f"{BEGIN}\n")
-        README.write_text(f"{before}{BEGIN}\n{table(kept)}\n{END}{rest.partition(END)[2]}")
+        before, _, rest = DOCUMENT.read_text().partition(f"{BEGIN}\n")
+        DOCUMENT.write_text(f"{before}{BEGIN}\n{table(kept)}\n{END}{rest.partition(END)[2]}")
     return int(any(cell.outcome in ("WRONG", "CRASH") for cell in done))
 
 

@@ -1,4 +1,4 @@
-"""Every cell of the README's matrix is proven.
+"""Every cell of MATRIX.md is proven.
 
 What claims to be exact is converted by the public function, run on both sides and compared. What holds under a
 condition is refused without it, is the same with the condition met, and is different with it unmet. What is impossible

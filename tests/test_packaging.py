@@ -34,6 +34,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
         "softbridge_peft",
     }
     assert len(top) == len(packages) + 1
+    assert not any(name.endswith(".md") for name in names), "the READMEs stay where their links lead"
     assert any(name.endswith("py.typed") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in metadata

@@ -192,8 +192,8 @@ def test_the_last_position_is_taken_and_none_beyond(method: str) -> None:
         running.generate(fits, max_new_tokens=3, do_sample=False)
 
 
-def test_the_readme_shows_the_counts() -> None:
+def test_the_document_shows_the_counts() -> None:
     kept = json.loads(strangers.COUNTS.read_text()) if strangers.COUNTS.exists() else {}
-    assert f"{strangers.BEGIN}\n{strangers.table(kept)}\n{strangers.END}" in strangers.README.read_text()
+    assert f"{strangers.BEGIN}\n{strangers.table(kept)}\n{strangers.END}" in strangers.DOCUMENT.read_text()
     for numbers in kept.values():
         assert not any({"WRONG", "CRASH"} & set(outcomes) for outcomes in numbers.values())
