@@ -5,8 +5,8 @@ How a block is run depends on its fence:
 - ``python``: in order, all of a document in one namespace, which starts with what `given` makes. A block whose first
   line names a file (``# NAME.py``) is a file of the example plugin, which is built, installed and run.
 - ``console``: what follows ``$`` is run. It ends with status 2 where a refusal is shown, with 1 where the verdict is
-  that two sides differ, and with 0 otherwise. What is shown must be printed, in this order. ``...`` stands for anything,
-  and widths do not count. A figure agrees within a tenth; the noise of a precision within a factor of 30.
+  that two sides differ, and with 0 otherwise. What is shown must be printed, in this order. ``...`` stands for
+  anything, and widths do not count. A figure agrees within a tenth; the noise of a precision within a factor of 30.
 - ``toml``: the example plugin's project.
 
 Two are not run. ``sh`` installs software, takes minutes or writes into the checkout: its targets, extras, files and

@@ -20,8 +20,8 @@ import softbridge as sb
 from softbridge.cli import app
 from softbridge.errors import CheckpointError, SoftbridgeError
 from softbridge.geometry import read_geometry
-from softbridge.prompt import SoftPrompt
-from softbridge.testing import random_input_prompt, tiny_config
+from softbridge.prompt import Positions, SoftPrompt
+from softbridge.testing import random_input_prompt, random_prefix, tiny_config
 from softbridge.untrusted import hub_id
 
 OTHER_FILES = ("model.safetensors", "optimizer.pt", "tokenizer.model", "logs/run.bin", "pytorch_model-00001-of-2.bin")
@@ -107,6 +107,20 @@ def test_the_cache_is_enough(cache: Path, tmp_path: Path) -> None:
 
     store(cache, "org/canonical", new, written(tmp_path / "canonical", 3, "softbridge"), "main")
     assert same(sb.load("org/canonical"), 3)
+
+
+def test_another_toolkits_files_are_had_by_their_id(cache: Path, tmp_path: Path) -> None:
+    config = tiny_config("gpt2")
+    given = random_prefix(read_geometry(config), positions=Positions({"decoder": 0}, "skewed", "pinned"))
+    sb.save(given, tmp_path / "adapter", "adapterhub", config)
+    for name in ("softbridge.json", *(file.name for file in (tmp_path / "adapter").glob("*.md"))):
+        (tmp_path / "adapter" / name).unlink(missing_ok=True)  # as AdapterHub itself leaves them
+    store(cache, "org/adapter", "4" * 40, tmp_path / "adapter", "main")
+    shutil.copytree(tmp_path / "adapter", tmp_path / "two" / "english")
+    store(cache, "org/two", "5" * 40, tmp_path / "two", "main")
+    for named in ("org/adapter", "org/two/english", "org/two/english@main"):
+        found = sb.read(named, config)
+        assert (found.format.name, found.prompt.parts) == ("adapterhub", given.parts)
 
 
 def test_adapters_in_folders_are_named(cache: Path, tmp_path: Path) -> None:
