@@ -50,7 +50,7 @@ def remembered_runs() -> Iterator[None]:
     engine, the prompt as it was read, and the bytes of the files for the toolkit's own loader. Whatever a conversion
     gets wrong is another key, and is run.
     """
-    from softbridge.verification.comparison import Bench
+    from softbridge.verification.bench import Bench
 
     known: dict[Any, Any] = {}
 
@@ -82,10 +82,10 @@ def _told(value: Any) -> Any:
     """What an argument holds, to know it again by: where it came from is no matter."""
     import torch
 
-    from softbridge.container import pack
-    from softbridge.prompt import SoftPrompt
-    from softbridge.registry import engines
-    from softbridge.verification.comparison import Bench, Subject
+    from softbridge.plugin.registry import engines
+    from softbridge.prompt import SoftPrompt, pack
+    from softbridge.verification import Subject
+    from softbridge.verification.bench import Bench
     from softbridge.verification.recording import fingerprint
 
     match value:
@@ -116,7 +116,7 @@ def _told(value: Any) -> Any:
 
 def _files(directory: Path) -> dict[str, str]:
     """What a toolkit reads of its own files: the manifest and the certificate are not its own."""
-    from softbridge.conversion import CERTIFICATE, MANIFEST
+    from softbridge.checkpoint.manifest import CERTIFICATE, MANIFEST
 
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     return {

@@ -50,12 +50,12 @@ from transformers import CONFIG_MAPPING, DynamicCache, EncoderDecoderCache
 from transformers.models.auto import modeling_auto
 
 import softbridge as sb
-from softbridge import cache as caches
+from softbridge.base import cache as caches
 from softbridge.base import draw_weights
 from softbridge.errors import SoftbridgeError
 from softbridge.geometry import Geometry, Site, read_geometry
+from softbridge.plugin.registry import engine_named
 from softbridge.prompt import BaseId, KeyValue, KeyValuePrefix, Positions, SoftPrompt
-from softbridge.registry import engine_named
 from softbridge.testing import random_input_prompt, random_prefix
 from softbridge.verification.probes import Probe
 from softbridge.verification.run import find_islands

@@ -14,11 +14,11 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import softbridge as sb
-from softbridge import cache as caches
 from softbridge.base import BaseModel, build
-from softbridge.cli import app
+from softbridge.base import cache as caches
+from softbridge.cli.console import app
 from softbridge.errors import BaseModelError, CheckpointError, OutputError
-from softbridge.registry import engines
+from softbridge.plugin.registry import engines
 from softbridge.testing import random_prefix, tiny_config, tiny_model
 from softbridge_compat import peft_defects
 
@@ -264,7 +264,7 @@ def test_a_target_that_is_taken_is_refused_before_the_work(tmp_path: Path, monke
     config = tiny_config("llama")
     sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "a", "peft", config)
     sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "out", "peft", config)
-    monkeypatch.setattr("softbridge.verification.verify_prompts", lambda *a, **k: pytest.fail("verified in vain"))
+    monkeypatch.setattr("softbridge.verification.proof.verify_prompts", lambda *a, **k: pytest.fail("verified in vain"))
     with pytest.raises(OutputError, match="is there already"):
         sb.convert(tmp_path / "a", tmp_path / "out", "softbridge", config, verify=True)
 

@@ -19,8 +19,8 @@ import pytest
 import softbridge as sb
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError, LoweringError
+from softbridge.plugin.registry import engines
 from softbridge.prompt import Positions, SoftPrompt
-from softbridge.registry import engines
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.verification.run import obstacles_of
 from softbridge_compat import peft_defects

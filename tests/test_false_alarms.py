@@ -15,15 +15,17 @@ import numpy as np
 import pytest
 
 import softbridge as sb
-from softbridge import examples
+from softbridge.arrays import Array
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError
-from softbridge.examples import METHODS, example
-from softbridge.explain import explain
-from softbridge.lower import Target, lower, plan
+from softbridge.lowering import examples
+from softbridge.lowering.examples import METHODS, example
+from softbridge.lowering.explain import explain
+from softbridge.lowering.planner import lower, plan
+from softbridge.lowering.steps import Target
 from softbridge.methods import rematerialise
-from softbridge.prompt import Array, InputPrompt, KeyValue, Part, SoftPrompt
-from softbridge.registry import format_named
+from softbridge.plugin.registry import format_named
+from softbridge.prompt import InputPrompt, KeyValue, Part, SoftPrompt
 from softbridge.testing import TINY, tiny_model
 from softbridge.verification import Certificate, Claim, Subject, verify_prompts
 
@@ -104,7 +106,7 @@ def converted(prompt: SoftPrompt, source: str, target: str, base: BaseModel, dir
 @pytest.mark.parametrize("family", TINY)
 def test_equal_prompts_are_never_called_different(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of the deliberate faults the verdict asks for one, and the others have tests of their own.
-    monkeypatch.setattr("softbridge.verification.comparison.mutations", lambda prompt, scheme: [("dropped", None)])
+    monkeypatch.setattr("softbridge.verification.bench.mutations", lambda prompt, scheme: [("dropped", None)])
     base, generator = base_of(family), np.random.default_rng([2024, list(TINY).index(family)])
     cells = [
         (method, source, target)

@@ -17,16 +17,19 @@ import numpy as np
 import pytest
 
 import softbridge as sb
+from softbridge.arrays import Array
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError, LoweringError
-from softbridge.examples import METHODS, example
-from softbridge.explain import KINDS, Explanation, explain
-from softbridge.lower import CONDITIONS, Target, copied
-from softbridge.prompt import Array, SoftPrompt
-from softbridge.registry import engines, format_named, formats
+from softbridge.lowering.examples import METHODS, example
+from softbridge.lowering.explain import KINDS, Explanation, explain
+from softbridge.lowering.planner import CONDITIONS
+from softbridge.lowering.steps import Target
+from softbridge.plugin.registry import engines, format_named, formats
+from softbridge.prompt import SoftPrompt
 from softbridge.template import Template
 from softbridge.testing import tiny_config, tiny_model
-from softbridge.verification.comparison import template_of
+from softbridge.verification.bench import template_of
+from softbridge.verification.naive_copy import copied
 from softbridge.verification.probes import make_probes
 from softbridge.verification.run import attached, choose_engine, run
 

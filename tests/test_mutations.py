@@ -24,16 +24,16 @@ import numpy as np
 import pytest
 
 import softbridge as sb
-from softbridge import verification
 from softbridge.base import BaseModel
 from softbridge.errors import SoftbridgeError
-from softbridge.examples import METHODS, example
 from softbridge.geometry import Geometry
+from softbridge.lowering.examples import METHODS, example
 from softbridge.methods import MLP, PrefixTuning
+from softbridge.plugin.registry import engines, format_named
 from softbridge.prompt import Gate, SoftPrompt
-from softbridge.registry import engines, format_named
 from softbridge.testing import random_prefix, tiny_config, tiny_model
 from softbridge.verification import Certificate
+from softbridge.verification import proof as verification
 
 HAS_ADAPTERHUB = engines()["adapterhub"].unavailable() is None
 
@@ -112,10 +112,10 @@ ROUTES = {
 _KEPT = "both sides are then read by softbridge alone"
 
 #: Module:function -> the lines that several faults are put into.
-_ROWS = "softbridge.prompt:KeyValuePrefix.from_rows"
-_FLAT = "softbridge.prompt:KeyValuePrefix.flat"
-_TURN = "softbridge.passes:turn"
-_MOVE = "softbridge.passes:_move"
+_ROWS = "softbridge.prompt.soft_prompt:KeyValuePrefix.from_rows"
+_FLAT = "softbridge.prompt.soft_prompt:KeyValuePrefix.flat"
+_TURN = "softbridge.lowering.passes:turn"
+_MOVE = "softbridge.lowering.passes:_move"
 _ATTEND = "softbridge_native.attention:_attend"
 _ADAPTER = "softbridge_adapterhub.adapter:Adapter"
 _WRITE = "softbridge_adapterhub.format:AdapterHubFormat.write"
@@ -173,7 +173,7 @@ FAULTS = {
     "a toolkit is believed to count one token more": fault(
         "llama: adapterhub to peft",
         (
-            "softbridge.passes:native_positions",
+            "softbridge.lowering.passes:native_positions",
             'counted[stack] if own == "counted"',
             'counted[stack] + 1 if own == "counted"',
         ),
@@ -224,21 +224,33 @@ FAULTS = {
     # Precision.
     "keys go through bfloat16 to float64": fault(
         "llama: peft to softbridge in float64",
-        ("softbridge.passes:_pair_as_dtype", "pair.keys.astype(dtype)", "pair.keys.astype(BFLOAT16).astype(dtype)"),
+        (
+            "softbridge.lowering.passes:_pair_as_dtype",
+            "pair.keys.astype(dtype)",
+            "pair.keys.astype(BFLOAT16).astype(dtype)",
+        ),
     ),
     "keys go through bfloat16 to float16, as asked": fault(
         "llama: peft to softbridge in float16",
-        ("softbridge.passes:_pair_as_dtype", "pair.keys.astype(dtype)", "pair.keys.astype(BFLOAT16).astype(dtype)"),
+        (
+            "softbridge.lowering.passes:_pair_as_dtype",
+            "pair.keys.astype(dtype)",
+            "pair.keys.astype(BFLOAT16).astype(dtype)",
+        ),
     ),
     # The embedding block.
     "vectors leave the embedding block one position on": fault(
         "bert: peft to adapterhub, vectors",
-        ("softbridge.passes:_entry", "leave_block(base, vectors, first)", "leave_block(base, vectors, first + 1)"),
+        (
+            "softbridge.lowering.passes:_entry",
+            "leave_block(base, vectors, first)",
+            "leave_block(base, vectors, first + 1)",
+        ),
     ),
     "vectors leave the embedding block before its norm": fault(
         "bert: peft to adapterhub, vectors",
         (
-            "softbridge.embedding:leave_block",
+            "softbridge.base.embedding_scale:leave_block",
             "block.register_forward_hook(keep)",
             "block.LayerNorm.register_forward_pre_hook(lambda module, args: keep(module, args, args[0]))",
         ),
@@ -246,7 +258,7 @@ FAULTS = {
     "vectors leave the embedding block all at one position": fault(
         "bert: peft to adapterhub, vectors",
         (
-            "softbridge.embedding:leave_block",
+            "softbridge.base.embedding_scale:leave_block",
             "model(inputs_embeds=tokens,",
             "model(position_ids=torch.zeros(tokens.shape[:2], dtype=torch.long), inputs_embeds=tokens,",
         ),
@@ -399,7 +411,7 @@ FAULTS = {
     "each layer runs with the next one's prefix": fault(
         "gpt2: peft to softbridge",
         (
-            "softbridge_native.model:Single.sources",
+            "softbridge_native.injection:Single.sources",
             "int(layer), source",
             "(int(layer) + 1) % len(module.layers), source",
         ),
@@ -416,7 +428,7 @@ FAULTS = {
     "real tokens stand one position on": fault(
         "llama: peft to softbridge",
         (
-            "softbridge_native.placement:StackHooks._positions",
+            "softbridge_native.input_prompt:StackHooks._positions",
             "left_pads(mask)).clamp(min=0) + call.start",
             "left_pads(mask)).clamp(min=0) + 1 + call.start",
         ),
@@ -424,7 +436,7 @@ FAULTS = {
     "virtual tokens stand one position on": fault(
         "gpt2: softbridge to peft, vectors",
         (
-            "softbridge_native.placement:StackHooks._insert",
+            "softbridge_native.input_prompt:StackHooks._insert",
             "first = call.start - layout.lengths",
             "first = 1 + call.start - layout.lengths",
         ),
@@ -432,14 +444,14 @@ FAULTS = {
     "vectors are inserted in reverse": fault(
         "gpt2: softbridge to peft, vectors",
         (
-            "softbridge_native.placement:StackHooks._insert",
+            "softbridge_native.input_prompt:StackHooks._insert",
             "layout.insert(embedded, vectors(embedded))",
             "layout.insert(embedded, vectors(embedded).flip(1))",
         ),
     ),
     "pads on the left move the tokens": fault(
         "llama: softbridge to peft",
-        ("softbridge_native.placement:StackHooks._positions", "(column - left_pads(mask))", "column"),
+        ("softbridge_native.input_prompt:StackHooks._positions", "(column - left_pads(mask))", "column"),
     ),
     "gates are not applied": fault(
         "gpt2: adapterhub to softbridge, gates",
@@ -482,7 +494,7 @@ FAULTS = {
 
 
 def _square_mlp(geometry: Geometry) -> SoftPrompt:
-    from softbridge.examples import as_if_trained
+    from softbridge.lowering.examples import as_if_trained
 
     return as_if_trained(PrefixTuning(5, MLP(geometry.hidden), ("self",)), geometry)
 
@@ -547,7 +559,7 @@ def base_of(family: str) -> BaseModel:
 def write_source(route: Route, directory: Path) -> None:
     base, able = base_of(route.family), format_named(route.source).capabilities
     if route.method in OWN:
-        from softbridge.lower import native_positions
+        from softbridge.lowering.token_positions import native_positions
 
         prompt = OWN[route.method](base.geometry)
         prompt = replace(prompt, positions=native_positions(prompt, able))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from softbridge.registry import engines, formats, owners
+from softbridge.plugin.registry import engines, formats, owners
 
 ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "peft", "adapters")

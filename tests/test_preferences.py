@@ -15,7 +15,7 @@ import softbridge as sb
 from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
 from softbridge.methods import MLP, PrefixTuning
-from softbridge.registry import engines
+from softbridge.plugin.registry import engines
 from softbridge.testing import random_input_prompt, tiny_model
 
 pytest.importorskip("datasets")

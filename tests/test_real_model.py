@@ -22,7 +22,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import softbridge as sb
-from softbridge.registry import engines
+from softbridge.plugin.registry import engines
 from softbridge_compat import peft_defects
 
 HERE = Path(__file__).parent

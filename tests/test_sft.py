@@ -11,7 +11,7 @@ import torch
 import softbridge as sb
 from softbridge.errors import EngineError
 from softbridge.methods import MLP, Method, PrefixTuning, PromptTuning, PTuningV2
-from softbridge.registry import engines
+from softbridge.plugin.registry import engines
 from softbridge.testing import tiny_model
 
 pytest.importorskip("datasets")

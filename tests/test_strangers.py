@@ -19,7 +19,7 @@ from strangers import Cell, Rows, tokens
 import softbridge as sb
 from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
-from softbridge.registry import engine_named
+from softbridge.plugin.registry import engine_named
 from softbridge.selfcheck import SWITCH
 from softbridge.selfcheck.verdict import FOLDER
 from softbridge.testing import random_input_prompt, random_prefix

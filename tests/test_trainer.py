@@ -23,7 +23,6 @@ from accelerate.state import AcceleratorState
 from transformers import Seq2SeqTrainer, Seq2SeqTrainingArguments, Trainer, TrainingArguments, pipeline
 
 import softbridge as sb
-from softbridge.container import WEIGHTS_FILE
 from softbridge.errors import CheckpointError, EngineError, LoweringError
 from softbridge.methods import (
     MLP,
@@ -36,8 +35,9 @@ from softbridge.methods import (
     PTuningV2,
     TaskHead,
 )
+from softbridge.plugin.registry import engines
 from softbridge.prompt import SoftPrompt
-from softbridge.registry import engines
+from softbridge.prompt.container import WEIGHTS_FILE
 from softbridge.testing import agreement, apart, tiny_model
 
 ENGINES = [name for name, engine in engines().items() if engine.unavailable() is None]

@@ -16,7 +16,7 @@ from softbridge.base import draw_weights
 from softbridge.cloze import Cloze
 from softbridge.geometry import read_geometry
 from softbridge.methods import PTuningV2, TaskHead
-from softbridge.registry import engines
+from softbridge.plugin.registry import engines
 from softbridge.template import Field, Slot, Template, Verbaliser, Virtual, Words
 from softbridge.testing import random_input_prompt
 

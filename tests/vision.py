@@ -119,7 +119,7 @@ def _asks(config: type, name: str) -> bool:
 
 
 def vision_model(family: str, attention: str = "eager", seed: int = 0, **changes: Any) -> Any:
-    """A model of that configuration in float64, with large random weights; see `softbridge.base.draw_weights`."""
+    """A model of that configuration in float64, with large random weights; see `softbridge.base.build.draw_weights`."""
     from transformers import AutoModelForImageTextToText
 
     config = vision_config(family, **changes)

@@ -14,16 +14,16 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from softbridge.attachment import attach as attach
-    from softbridge.attachment import detach as detach
-    from softbridge.attachment import extract as extract
-    from softbridge.attachment import reference as reference
-    from softbridge.bank import PromptBank as PromptBank
-    from softbridge.base import BaseModel as BaseModel
+    from softbridge.attachment.attach import attach as attach
+    from softbridge.attachment.attach import detach as detach
+    from softbridge.attachment.attach import reference as reference
+    from softbridge.attachment.attached import extract as extract
+    from softbridge.attachment.trainer_callback import SoftPromptCallback as SoftPromptCallback
+    from softbridge.base.model import BaseModel as BaseModel
+    from softbridge.checkpoint.read import load as load
+    from softbridge.checkpoint.read import read as read
+    from softbridge.checkpoint.write import save as save
     from softbridge.conversion import convert as convert
-    from softbridge.conversion import load as load
-    from softbridge.conversion import read as read
-    from softbridge.conversion import save as save
     from softbridge.errors import SoftbridgeError as SoftbridgeError
     from softbridge.geometry import Geometry as Geometry
     from softbridge.methods import MLP as MLP
@@ -35,14 +35,14 @@ if TYPE_CHECKING:
     from softbridge.methods import PTuning as PTuning
     from softbridge.methods import PTuningV2 as PTuningV2
     from softbridge.methods import TaskHead as TaskHead
-    from softbridge.prompt import InputPrompt as InputPrompt
-    from softbridge.prompt import KeyValuePrefix as KeyValuePrefix
-    from softbridge.prompt import SoftPrompt as SoftPrompt
-    from softbridge.registry import engines as engines
-    from softbridge.registry import formats as formats
-    from softbridge.trainer import SoftPromptCallback as SoftPromptCallback
-    from softbridge.verification import Certificate as Certificate
-    from softbridge.verification import verify as verify
+    from softbridge.plugin.prompt_bank import PromptBank as PromptBank
+    from softbridge.plugin.registry import engines as engines
+    from softbridge.plugin.registry import formats as formats
+    from softbridge.prompt.part import InputPrompt as InputPrompt
+    from softbridge.prompt.part import KeyValuePrefix as KeyValuePrefix
+    from softbridge.prompt.soft_prompt import SoftPrompt as SoftPrompt
+    from softbridge.verification.certificate import Certificate as Certificate
+    from softbridge.verification.proof import verify as verify
 
 _HOME = {
     "attach": "attachment",

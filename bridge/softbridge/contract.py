@@ -28,11 +28,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from softbridge import cache as caches
+from softbridge.arrays import same_array
+from softbridge.base import cache as caches
 from softbridge.cloze import IGNORED
-from softbridge.hookspecs import Engine
-from softbridge.passes import as_dtype
-from softbridge.prompt import SoftPrompt, same_array
+from softbridge.lowering.precision import as_dtype
+from softbridge.plugin.hookspecs import Engine
+from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.verification.probes import Probe
 from softbridge.verification.run import FLOAT32_LOSS, find_islands
 

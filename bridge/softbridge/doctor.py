@@ -8,10 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from softbridge.conversion import read
+from softbridge.checkpoint.read import read
 from softbridge.geometry import Geometry
-from softbridge.prompt import SoftPrompt
-from softbridge.registry import engines
+from softbridge.plugin.registry import engines
+from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.selfcheck.verdict import Verdict, verdicts
 from softbridge_compat import versions
 from softbridge_compat.defects import Defect

@@ -6,8 +6,20 @@ three, so that none can be forgotten. Nothing below the command line prints or e
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+
+def refusal(found: str, expected: str, remedy: str) -> ValueError:
+    """A `ValueError` for arguments that do not fit, which answers the three questions of `softbridge.errors`."""
+    return ValueError(str(SoftbridgeError(found, expected, remedy)))
+
+
+def _few(items: Collection[Any]) -> str:
+    """The first few of a list, in words."""
+    shown = ", ".join(str(item) for item in list(items)[:4]) or "none"
+    return shown + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
 class SoftbridgeError(Exception):

@@ -17,14 +17,15 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from softbridge import cache as caches
-from softbridge import tools
-from softbridge.base import BaseModel
+from softbridge.arrays import Array, from_torch
+from softbridge.base import cache as caches
+from softbridge.base.model import BaseModel
 from softbridge.errors import BaseModelError
 from softbridge.geometry import Geometry, Site, Stack, stack_of
-from softbridge.lower import check_fits
-from softbridge.prompt import Array, BaseId, InputPrompt, KeyValue, KeyValuePrefix, Part, Positions, SoftPrompt
-from softbridge.tensors import from_torch
+from softbridge.lowering.expressible import check_fits
+from softbridge.prompt.part import InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.prompt.soft_prompt import BaseId, Positions, SoftPrompt
+from softbridge.tools import join as tools
 
 #: Token ids, or a text where a tokenizer is given.
 Tokens: TypeAlias = Sequence[int] | str
@@ -247,7 +248,7 @@ def another(source: SoftPrompt, base: Any, length: int | None = None) -> SoftPro
         raise tools.refusal(
             f"a source prompt of length {', '.join(map(str, lengths))}",
             f"{length} virtual tokens",
-            "train with the source's length, or cut it with softbridge.tools.slice",
+            "train with the source's length, or cut it with softbridge.tools.join.slice",
         )
     here = _identity(base)
     assert here.geometry is not None
@@ -262,7 +263,7 @@ def another(source: SoftPrompt, base: Any, length: int | None = None) -> SoftPro
 
 
 def average(sources: Sequence[SoftPrompt], base: Any, length: int | None = None) -> SoftPrompt:
-    """The mean of several trained prompts; arguments and errors as for `another` and `softbridge.tools.average`."""
+    """The mean of several trained prompts; arguments and errors as for `another` and `softbridge.tools.mix.average`."""
     return another(tools.average([replace(source, head={}) for source in sources]), base, length)
 
 

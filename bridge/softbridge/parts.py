@@ -6,9 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from softbridge.arrays import Array
 from softbridge.errors import SoftbridgeError
 from softbridge.geometry import Stack, stack_of
-from softbridge.prompt import Array, InputPrompt, Part, SoftPrompt, Training
+from softbridge.prompt.part import InputPrompt, Part
+from softbridge.prompt.soft_prompt import SoftPrompt, Training
 
 
 def name_of(part: Part) -> str:

@@ -10,9 +10,11 @@ from typing import Any
 
 import numpy as np
 
-from softbridge.base import BaseModel, build
+from softbridge.base.build import build
+from softbridge.base.model import BaseModel
 from softbridge.geometry import Geometry, Site, Stack, stack_of
-from softbridge.prompt import BaseId, InputPrompt, KeyValue, KeyValuePrefix, Part, Positions, SoftPrompt
+from softbridge.prompt.part import InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.prompt.soft_prompt import BaseId, Positions, SoftPrompt
 
 _DECODER = {
     "vocab_size": 96,
@@ -109,7 +111,7 @@ def agreement(model: Any, **inputs: Any) -> float:
         model: in float64, without a prompt.
         inputs: what to run it on, if it takes no text.
     """
-    from softbridge.verification.comparison import BOUND, ISLAND_BOUND
+    from softbridge.verification.judge import BOUND, ISLAND_BOUND
     from softbridge.verification.probes import make_probes
     from softbridge.verification.run import find_islands
 

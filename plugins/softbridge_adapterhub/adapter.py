@@ -12,9 +12,10 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from softbridge.arrays import Array, same_array
 from softbridge.geometry import Geometry, Site, Stack, stack_of
 from softbridge.methods import MLP_TENSORS, materialise
-from softbridge.prompt import Array, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt, Training, same_array
+from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt, Training
 from softbridge_adapterhub import facts
 
 #: Architecture -> its configuration, in the order of the parts.

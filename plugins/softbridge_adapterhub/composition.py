@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from softbridge.prompt import Origin, Positions, SoftPrompt, same_array
+from softbridge.arrays import same_array
+from softbridge.prompt import Origin, Positions, SoftPrompt
 from softbridge_adapterhub.adapter import starts
 
 #: Families whose mask hides what AdapterHub fills shorter prefixes up with, so that lengths, and which layers have a

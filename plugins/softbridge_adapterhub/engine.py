@@ -20,14 +20,14 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from softbridge import cache as caches
+from softbridge.arrays import from_torch, to_torch
 from softbridge.base import BaseModel
+from softbridge.base import cache as caches
+from softbridge.base.head import load_head
 from softbridge.errors import EngineError, Obstacle, SoftbridgeError
 from softbridge.geometry import read_geometry
-from softbridge.head import load_head
-from softbridge.passes import left_behind
+from softbridge.lowering.expressible import left_behind
 from softbridge.prompt import InputPrompt, SoftPrompt
-from softbridge.tensors import from_torch, to_torch
 from softbridge.untrusted import Files
 from softbridge_adapterhub import composition, facts
 from softbridge_adapterhub.adapter import FLAT, Adapter

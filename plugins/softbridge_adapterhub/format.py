@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 
 from softbridge import untrusted
-from softbridge.capabilities import UP_TO_FLOAT32, Capabilities
+from softbridge.arrays import BFLOAT16, Array, same_array
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
 from softbridge.geometry import Geometry
-from softbridge.prompt import Array, BaseId, Origin, Positions, SoftPrompt, same_array
-from softbridge.tensors import BFLOAT16
+from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
+from softbridge.prompt import BaseId, Origin, Positions, SoftPrompt
 from softbridge.untrusted import Files
 from softbridge_adapterhub import composition, facts, heads
 from softbridge_adapterhub.adapter import FLAT, Adapter, Configs, starts

@@ -12,8 +12,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from softbridge.arrays import Array
 from softbridge.errors import CheckpointError
-from softbridge.prompt import Array
 from softbridge.untrusted import Files
 from softbridge_adapterhub import facts
 

@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from softbridge import untrusted
-from softbridge.capabilities import Capabilities
-from softbridge.conversion import CERTIFICATE, MANIFEST
+from softbridge.checkpoint.manifest import CERTIFICATE, MANIFEST
 from softbridge.errors import CheckpointError, Obstacle
 from softbridge.geometry import Geometry
+from softbridge.plugin.capabilities import Capabilities
 from softbridge.prompt import BaseId, InputPrompt, Origin, Positions, SoftPrompt
 
 FILE = "prompt.npy"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from softbridge.hookspecs import Engine, Format, hookimpl
+from softbridge.plugin.hookspecs import Engine, Format, hookimpl
 
 
 @hookimpl

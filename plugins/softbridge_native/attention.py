@@ -14,9 +14,9 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,43 +24,19 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from softbridge.errors import EngineError
-from softbridge.prompt import Gate, KeyValue
-from softbridge.tensors import from_torch, to_torch
-from softbridge_native.apart import Group, attend, pays
 from softbridge_native.call import Own
-from softbridge_native.kernels import by_name, lengthened, packing
+from softbridge_native.flex_and_flash import by_name, lengthened, packing
+from softbridge_native.prefix import Joined, Source
+from softbridge_native.shared_prefix import attend, pays
 
 FLEX, FLASH = "flex_attention", "flash_attention_2"
+
 #: Underlying implementations. Others skip the mask, or take it in a form of their own.
 UNDERLYING = ("eager", "sdpa", FLEX, FLASH)
+
 #: Additive masks are far below this where they hide a key, in every dtype.
 HIDDEN = -1e4
 _BINDING = "_softbridge"
-
-
-class LayerGate(nn.Module):
-    """The gate of one layer: weight [G, H] and bias [G]; see `softbridge.prompt.Gate`."""
-
-    def __init__(self, gate: Gate, device: torch.device) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(to_torch(gate.weight).to(device))
-        self.bias = nn.Parameter(to_torch(gate.bias).to(device))
-
-    def forward(self, entered: Tensor) -> Tensor:
-        """g [B, G] from what enters the attention module [B, Q, H]."""
-        return (
-            nn.functional.linear(entered, self.weight.to(entered.dtype), self.bias.to(entered.dtype)).sigmoid().mean(1)
-        )
-
-    def extract(self) -> Gate:
-        return Gate(from_torch(self.weight), from_torch(self.bias))
-
-
-class Used:
-    """The keys and values that a network made for the running call, or None."""
-
-    def __init__(self) -> None:
-        self.pair: tuple[Tensor, Tensor] | None = None
 
 
 class Entered:
@@ -68,122 +44,6 @@ class Entered:
 
     def __init__(self) -> None:
         self.states: Tensor | None = None
-
-
-class Nothing:
-    """The source of a layer without a prefix; see `Source`."""
-
-    def join(self, entered: Tensor | None, like: Tensor) -> None:
-        return None
-
-
-class LayerPrefix(nn.Module):
-    """The prefix of one layer: keys [K, P, D], values [K, P, D] and what gates them, or None.
-
-    The keys and values are parameters, or what a network made: see `softbridge_native.parameterisation.Made`.
-    """
-
-    def __init__(self, pair: KeyValue, stand: Stand, device: torch.device, made: bool) -> None:
-        super().__init__()
-        self.stand = stand
-        for name, array in (("keys", pair.keys), ("values", pair.values)):
-            tensor = to_torch(array).to(device)
-            if made:
-                self.register_buffer(name, tensor, persistent=False)
-            else:
-                self.register_parameter(name, nn.Parameter(tensor))
-        self.gate = None if pair.gate is None else LayerGate(pair.gate, device)
-        self.used = Own(Used)
-        self.leaves: tuple[Tensor, Tensor] | None = None
-
-    keys: Tensor
-    values: Tensor
-
-    def join(self, entered: Tensor | None, like: Tensor) -> Joined:
-        keys, values = self(entered, like)
-        if keys.ndim == 4:
-            return Joined(self.stand, each=(keys, values))
-        return Joined(self.stand, (Group(keys, values),))
-
-    def forward(self, entered: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [K, P, D] or [B, K, P, D], as they are for what enters the attention module."""
-        now = self.used.now.pair or self.leaves or (self.keys, self.values)
-        keys, values = (part.to(like.device, like.dtype) for part in now)
-        if self.gate is None:
-            return keys, values
-        gates = self.gate(entered)[..., None, None, None]
-        return keys * gates[:, 0], values * gates[:, -1]
-
-    def extract(self, pair: KeyValue) -> KeyValue:
-        """The pair as it is now; what a network makes, as it was given."""
-        gate = None if self.gate is None else self.gate.extract()
-        if isinstance(self.keys, nn.Parameter):
-            pair = KeyValue(from_torch(self.keys), from_torch(self.values))
-        return replace(pair, gate=gate)
-
-
-@dataclass(frozen=True)
-class Stand:
-    """How a prefix stands to the sequence that it joins, the same for all rows or for each: int and bool, or [B, 1].
-
-    Attributes:
-        origin: where the first token of the sequence stands, counted from the first virtual token.
-        skewed: AdapterHub's T5 bias: between real tokens, too, keys count the prefix and queries do not.
-        slides: whether a sliding window drops virtual tokens.
-    """
-
-    origin: int | Tensor
-    skewed: bool
-    slides: bool | Tensor
-
-
-@dataclass(frozen=True, eq=False)
-class Joined:
-    """What joins the keys and values of one call of an attention module.
-
-    Attributes:
-        stand: how it stands to the sequence.
-        groups: the rows that share a prefix, each row in one of them or in none.
-        each: keys and values [B, K, P, D], where each row has its own and there are no groups.
-        lengths: how many of the P virtual tokens each row has, [B, 1]; None: all.
-    """
-
-    stand: Stand
-    groups: tuple[Group, ...] = ()
-    each: tuple[Tensor, Tensor] | None = None
-    lengths: Tensor | None = None
-
-    @property
-    def length(self) -> int:
-        """P."""
-        return int(self.each[0].shape[-2]) if self.each else max([group.keys.shape[1] for group in self.groups])
-
-    @property
-    def whole(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [K, P, D], or [B, K, P, D] where rows differ; zeros behind what is shorter."""
-        if self.each is not None:
-            return self.each
-        if self.groups[0].rows is None:
-            return self.groups[0].keys, self.groups[0].values
-        heads, _, width = self.groups[0].keys.shape
-        named = [(group, group.rows) for group in self.groups if group.rows is not None]
-        rows = sum(len(rows) for _, rows in named) if self.lengths is None else len(self.lengths)
-        keys, values = (self.groups[0].keys.new_zeros(rows, heads, self.length, width) for _ in range(2))
-        for group, mine in named:
-            keys[mine, :, : group.keys.shape[1]], values[mine, :, : group.keys.shape[1]] = group.keys, group.values
-        return keys, values
-
-
-class Source(Protocol):
-    """Where an attention module finds what joins its keys and values."""
-
-    def join(self, entered: Tensor | None, like: Tensor) -> Joined | None:
-        """What joins in this call; None: nothing.
-
-        Args:
-            entered: what entered the module [B, Q, H], where it is kept for a gate.
-            like: the call's own keys [B, K, N, D].
-        """
 
 
 @dataclass(frozen=True)

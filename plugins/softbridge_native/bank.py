@@ -1,4 +1,4 @@
-"""A bank of prompts in a transformers model: what joins each row of a call. See `softbridge.bank`."""
+"""A bank of prompts in a transformers model: what joins each row of a call. See `softbridge.plugin.prompt_bank`."""
 
 from __future__ import annotations
 
@@ -11,34 +11,28 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softbridge.bank import Entry, PromptBank, Recent
+from softbridge.arrays import to_torch
 from softbridge.errors import EngineError
 from softbridge.geometry import Site, Stack, read_geometry
+from softbridge.plugin.prompt_bank import Entry, PromptBank, Recent
 from softbridge.prompt import Entry as PartEntry
 from softbridge.prompt import InputPrompt, Placement, SoftPrompt
-from softbridge.tensors import to_torch
-from softbridge_native.apart import Group
-from softbridge_native.attention import Joined, LayerPrefix, Source, Stand
+from softbridge_native.anatomy import stacks_of, tellable
+from softbridge_native.attention_wiring import attention_modules
 from softbridge_native.call import Own
-from softbridge_native.model import (
-    Injection,
-    attention_modules,
-    check,
-    injection,
-    install,
-    origin_of,
-    stacks_of,
-    stand_of,
-    tellable,
-)
-from softbridge_native.placement import Circumstances, Inserted, StackHooks, counted, home
+from softbridge_native.injection import Injection, injection, install
+from softbridge_native.input_prompt import Circumstances, StackHooks
+from softbridge_native.layout import Inserted, counted, home, origin_of
+from softbridge_native.obstacles import check
+from softbridge_native.prefix import Joined, LayerPrefix, Source, Stand, stand_of
+from softbridge_native.shared_prefix import Group
 
 #: Gives the prompt that an entry of the bank stands for, as this engine can express it on this model.
 Fetch = Callable[[Entry], SoftPrompt]
 
 
 def attach(model: Any, bank: PromptBank, fetch: Fetch) -> Any:
-    """Attach in place. See `softbridge.hookspecs.Banker`."""
+    """Attach in place. See `softbridge.plugin.hookspecs.Banker`."""
     geometry = read_geometry(model.config)
     modules = {
         site: heard
@@ -70,7 +64,7 @@ class Ready:
 
 @dataclass(frozen=True, eq=False)
 class Held:
-    """An input prompt: vectors [P, H], and what `softbridge_native.placement.Inserted` asks of them."""
+    """An input prompt: vectors [P, H], and what `softbridge_native.layout.Inserted` asks of them."""
 
     vectors: Tensor
     entry: PartEntry

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 from torch import nn
 
-from softbridge.drop_in import Derived, derived
+from softbridge.attachment.trainer_model import Derived, derived
 
 T = TypeVar("T")
 

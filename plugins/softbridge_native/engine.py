@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from softbridge.bank import Entry, PromptBank
-from softbridge.capabilities import EVERYTHING, Capabilities
 from softbridge.errors import EngineError, Obstacle
+from softbridge.plugin.capabilities import EVERYTHING, Capabilities
+from softbridge.plugin.prompt_bank import Entry, PromptBank
 from softbridge.prompt import SoftPrompt
 
 _CAPABILITIES = replace(EVERYTHING, quantised=True)
@@ -29,7 +29,7 @@ class NativeEngine:
 
     def obstacles(self, prompt: SoftPrompt, model: Any) -> Sequence[Obstacle]:
         """What stands against running this prompt on this model here."""
-        from softbridge_native import model as native
+        from softbridge_native import injection as native
 
         return native.obstacles(prompt, model)
 
@@ -39,7 +39,7 @@ class NativeEngine:
         Raises:
             EngineError: a prompt is attached already, or `obstacles` are not empty.
         """
-        from softbridge_native import model as native
+        from softbridge_native import injection as native
 
         return native.attach(model, prompt)
 
@@ -51,7 +51,7 @@ class NativeEngine:
 
     def check_itself(self, model: Any) -> None:
         """Before the first call, on a small copy of the model. See `SelfChecking`."""
-        from softbridge_native import model as native
+        from softbridge_native import injection as native
         from softbridge_native.selfcheck import SelfCheck
 
         injected = native.injection(model)
@@ -59,29 +59,29 @@ class NativeEngine:
 
     def extract(self, model: Any) -> SoftPrompt:
         """The prompt as it is now; the very one that was attached, if training did not change it."""
-        from softbridge_native import model as native
+        from softbridge_native import injection as native
 
         return native.extract(model)
 
     def insert(self, model: Any, prompt: SoftPrompt) -> None:
         """Other numbers for the attached prompt. See `Insertable`."""
-        from softbridge_native import drop_in
-        from softbridge_native import model as native
+        from softbridge_native import injection as native
+        from softbridge_native import insertion as drop_in
 
         drop_in.insert(native.injection(model), prompt)
 
     def detach(self, model: Any) -> Any:
         """Restore the model bit for bit."""
-        from softbridge_native import model as native
+        from softbridge_native import injection as native
 
         return native.detach(model)
 
     def train_example(self, model: Any, method: str, directory: Path, *, length: int, steps: int, seed: int) -> None:
         """Train a random prompt on random tokens, and save it in softbridge's own format."""
-        from softbridge.container import pack
         from softbridge.geometry import read_geometry
+        from softbridge.prompt import pack
         from softbridge.testing import random_input_prompt, random_prefix
-        from softbridge_native import training
+        from softbridge_native import example as training
         from softbridge_native.format import FILE
 
         methods: dict[str, Any] = {"prompt-tuning": random_input_prompt, "prefix-tuning": random_prefix}

@@ -1,14 +1,14 @@
-"""softbridge's own format: the canonical form itself, in one safetensors file (see `softbridge.container`)."""
+"""softbridge's own format: the canonical form itself, in one safetensors file (see `softbridge.prompt.container`)."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from softbridge.capabilities import EVERYTHING
-from softbridge.container import KEY, WEIGHTS_FILE, pack, unpack
 from softbridge.errors import Obstacle
 from softbridge.geometry import Geometry
-from softbridge.prompt import SoftPrompt
+from softbridge.plugin.capabilities import EVERYTHING
+from softbridge.prompt import SoftPrompt, pack, unpack
+from softbridge.prompt.container import KEY, WEIGHTS_FILE
 from softbridge.untrusted import Files
 
 FILE = "prompt.safetensors"

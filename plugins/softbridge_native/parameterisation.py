@@ -20,11 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from softbridge.arrays import Array, from_torch, to_torch
 from softbridge.errors import EngineError
 from softbridge.geometry import Site, Stack
 from softbridge.methods import KINDS, evaluate, rematerialise, trained
-from softbridge.prompt import Array, SoftPrompt, Training
-from softbridge.tensors import from_torch, to_torch
+from softbridge.prompt import SoftPrompt, Training
 from softbridge_native.call import Own
 
 log = logging.getLogger(__name__)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softbridge import cache as caches
+from softbridge.base import cache as caches
 from softbridge.errors import EngineError
 from softbridge.prompt import SoftPrompt
 from softbridge.selfcheck import SWITCH, UnprovenWarning
@@ -18,7 +18,7 @@ from softbridge.selfcheck.miniature import Architecture
 from softbridge.selfcheck.proof import prove, unproven
 from softbridge.selfcheck.verdict import PROMISES, Finding, Promise, Verdict
 from softbridge_native.attention import underlying
-from softbridge_native.placement import left_pads
+from softbridge_native.layout import left_pads
 
 #: These concern a way to use the model, and are refused there; the others concern every call.
 _CACHED: Promise = "cache"

@@ -20,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
-from softbridge import cache as caches
+from softbridge.base import cache as caches
+from softbridge_native.anatomy import word
 from softbridge_native.call import past_hooks
-from softbridge_native.placement import word
 
 #: The name under which attention is watched.
 WATCHED = "softbridge_watched"

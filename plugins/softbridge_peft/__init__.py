@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from softbridge.hookspecs import Engine, Format, hookimpl
+from softbridge.plugin.hookspecs import Engine, Format, hookimpl
 from softbridge_peft.engine import ENGINE
 from softbridge_peft.format import FORMAT
 

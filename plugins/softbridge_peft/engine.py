@@ -15,21 +15,20 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from softbridge import cache as caches
+from softbridge.arrays import Array, from_torch, to_torch
 from softbridge.base import BaseModel
+from softbridge.base import cache as caches
 from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry, read_geometry, stack_of
-from softbridge.lower import check_fits
+from softbridge.lowering.expressible import check_fits, inexpressible
 from softbridge.methods import rematerialise
-from softbridge.passes import inexpressible
-from softbridge.prompt import Array, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
-from softbridge.tensors import from_torch, to_torch
+from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
 from softbridge.untrusted import Files
 from softbridge_compat import peft_defects
 from softbridge_peft import example, facts, guard
-from softbridge_peft.config import config_of
 from softbridge_peft.format import FORMAT, adapter_folder, parse, tensors_of
-from softbridge_peft.training import of_encoder
+from softbridge_peft.prompt_encoder import of_encoder
+from softbridge_peft.written_config import config_of
 
 #: Where an attached PeftModel keeps the means to undo it.
 _ATTACHMENT = "softbridge_attachment"

@@ -18,14 +18,14 @@ import numpy as np
 from packaging.version import Version
 
 from softbridge import untrusted
-from softbridge.capabilities import UP_TO_FLOAT32, Capabilities
-from softbridge.conversion import MANIFEST
+from softbridge.arrays import Array
+from softbridge.checkpoint.manifest import MANIFEST
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
 from softbridge.geometry import Geometry, Site, Stack, StackGeometry, may_be_causal
-from softbridge.lower import check_fits
+from softbridge.lowering.expressible import check_fits
 from softbridge.methods import KINDS, materialise_vectors, rematerialise
+from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.prompt import (
-    Array,
     BaseId,
     InputPrompt,
     KeyValue,
@@ -37,9 +37,11 @@ from softbridge.prompt import (
     Training,
 )
 from softbridge_compat import peft_releases
-from softbridge_peft import facts, training, whole_model
-from softbridge_peft.config import Config, config_of, first_site, provision
+from softbridge_peft import facts, whole_model
+from softbridge_peft import prompt_encoder as training
+from softbridge_peft.config import Config
 from softbridge_peft.origin import config_of_origin, unused, unused_details
+from softbridge_peft.written_config import config_of, first_site, provision
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from softbridge import cache as caches
+from softbridge.base import cache as caches
 from softbridge.errors import EngineError
 from softbridge.geometry import Geometry, read_geometry, stack_of
 from softbridge.prompt import InputPrompt, SoftPrompt

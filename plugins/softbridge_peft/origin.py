@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from softbridge.passes import DTYPES
-from softbridge.prompt import Array, InputPrompt, SoftPrompt
+from softbridge.arrays import Array
+from softbridge.lowering.precision import DTYPES
+from softbridge.prompt import InputPrompt, SoftPrompt
 from softbridge_peft import facts
 
 if TYPE_CHECKING:

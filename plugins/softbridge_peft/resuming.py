@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from softbridge import untrusted
+from softbridge.arrays import Array, from_torch, to_torch
 from softbridge.errors import CheckpointError, EngineError
 from softbridge.geometry import read_geometry
-from softbridge.prompt import Array, SoftPrompt
-from softbridge.tensors import from_torch, to_torch
-from softbridge_peft import facts, training
-from softbridge_peft.config import config_of
+from softbridge.prompt import SoftPrompt
+from softbridge_peft import facts
+from softbridge_peft import prompt_encoder as training
 from softbridge_peft.engine import ENGINE
 from softbridge_peft.format import FORMAT, adapter_folder, tensors_of
+from softbridge_peft.written_config import config_of
 
 _OWN = (facts.PROMPT, facts.COLUMNS, facts.ROWS)
 

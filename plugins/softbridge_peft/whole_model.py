@@ -10,8 +10,8 @@ import re
 from collections.abc import Mapping
 
 from softbridge import untrusted
+from softbridge.arrays import Array
 from softbridge.errors import CheckpointError
-from softbridge.prompt import Array
 from softbridge_peft import facts
 
 _ENCODER = re.compile(r"prompt_encoder\.([^.]+)\.(.+)")

@@ -11,10 +11,10 @@ from typer.testing import CliRunner
 
 import softbridge as sb
 from softbridge.base import BaseModel
-from softbridge.cli import app
+from softbridge.cli.console import app
 from softbridge.errors import CheckpointError
 from softbridge.testing import random_prefix, tiny_config
-from softbridge.verification.again import verify_again
+from softbridge.verification.recheck import verify_again
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 import softbridge as sb
 from softbridge.base import BaseModel
 from softbridge.errors import BaseModelError, EngineError, SoftbridgeError
+from softbridge.plugin.registry import engines
 from softbridge.prompt import Positions, SoftPrompt
-from softbridge.registry import engines
 from softbridge.testing import agreement, random_input_prompt, random_prefix, tiny_config, tiny_model
 
 USABLE = [name for name, engine in engines().items() if engine.unavailable() is None]

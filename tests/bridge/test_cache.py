@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 import softbridge as sb
-from softbridge import cache as caches
+from softbridge.arrays import to_torch
+from softbridge.base import cache as caches
 from softbridge.geometry import read_geometry
 from softbridge.prompt import SoftPrompt
-from softbridge.tensors import to_torch
 from softbridge.testing import random_input_prompt, random_prefix, tiny_model
 
 # What the engine itself hands over has no older name; the rest of the suite does not see that, for PEFT has.

@@ -17,19 +17,20 @@ from transformers import AutoConfig
 
 import softbridge as sb
 from softbridge.base import BaseModel
-from softbridge.choice import ALL, Choice
+from softbridge.checkpoint.choice import ALL, Choice
 from softbridge.errors import CheckpointError, EngineError, SoftbridgeError
-from softbridge.examples import METHODS, example
-from softbridge.explain import KINDS, explain
-from softbridge.lower import CONDITIONS
+from softbridge.lowering.examples import METHODS, example
+from softbridge.lowering.explain import KINDS, explain
+from softbridge.lowering.planner import CONDITIONS
+from softbridge.lowering.precision import DTYPES
 from softbridge.methods import rematerialise
-from softbridge.passes import DTYPES
+from softbridge.plugin.registry import format_named, formats
 from softbridge.prompt import InputPrompt, KeyValue, Origin, SoftPrompt
-from softbridge.registry import format_named, formats
 from softbridge.template import Field, Template, Virtual, Words
 from softbridge.testing import TINY, tiny_config, tiny_model
-from softbridge.verification import Certificate, Claim, compare, comparison, probe
-from softbridge.verification.again import verify_again
+from softbridge.verification import Certificate, Claim, compare, probe
+from softbridge.verification import bench as comparison
+from softbridge.verification.recheck import verify_again
 from softbridge.verification.recording import OLDER, pack, unpack
 
 pytestmark = pytest.mark.usefixtures("remembered_runs")
@@ -103,7 +104,7 @@ def agree(a: Path, b: Path, base: Any, certificate: Certificate) -> None:
 
 def converted(a: Path, b: Path, to: str, base: Any, **options: Any) -> Certificate:
     with pytest.MonkeyPatch.context() as patch:
-        from softbridge import verification
+        from softbridge.verification import proof as verification
 
         patch.setattr(verification, "verify_prompts", partial(verification.verify_prompts, dtype=PRECISION))
         certificate = sb.convert(a, b, to, base, verify=True, **options).certificate

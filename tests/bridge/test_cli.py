@@ -18,12 +18,12 @@ from typer.testing import CliRunner, Result
 import softbridge as sb
 from softbridge import cli
 from softbridge.base import BaseModel
-from softbridge.cli import app, main
+from softbridge.cli import main
+from softbridge.cli.console import app
 from softbridge.cli.tables import certificate_table, shown
-from softbridge.container import pack
 from softbridge.errors import PluginError
 from softbridge.methods import MultitaskPromptTuning, rematerialise
-from softbridge.prompt import Origin
+from softbridge.prompt import Origin, pack
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
 
 

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoConfig
 
 import softbridge as sb
-from softbridge.base import SMALL_FEED_FORWARD, SMALL_VOCABULARY, BaseModel
+from softbridge.base import BaseModel
+from softbridge.base.build import SMALL_FEED_FORWARD, SMALL_VOCABULARY
 from softbridge.errors import BaseModelError
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
 

@@ -22,11 +22,10 @@ import safetensors
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softbridge.container import digest_of, pack, unpack
+from softbridge.arrays import Array
 from softbridge.errors import CheckpointError, OutputError
 from softbridge.geometry import Geometry, StackGeometry
 from softbridge.prompt import (
-    Array,
     BaseId,
     InputPrompt,
     KeyValue,
@@ -35,6 +34,9 @@ from softbridge.prompt import (
     Positions,
     SoftPrompt,
     Training,
+    digest_of,
+    pack,
+    unpack,
 )
 from softbridge.untrusted import Files, safetensors_bytes
 

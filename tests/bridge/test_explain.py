@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from softbridge.cli import app
+from softbridge.cli.console import app
 from softbridge.errors import SoftbridgeError, UnknownFormatError
-from softbridge.examples import METHODS as ALL
-from softbridge.explain import explain, explanations
-from softbridge.matrix import markdown, matrix
+from softbridge.lowering.examples import METHODS as ALL
+from softbridge.lowering.explain import explain, explanations
+from softbridge.lowering.matrix import markdown, matrix
 from softbridge.testing import TINY, tiny_config
 
 FORMATS = ("softbridge", "peft", "adapterhub", "google")

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from softbridge import cache as caches
 from softbridge.base import BaseModel, build
+from softbridge.base import cache as caches
 from softbridge.errors import BaseModelError
 from softbridge.geometry import Geometry, StackGeometry, read_geometry
 from softbridge.testing import tiny_config

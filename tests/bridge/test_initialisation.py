@@ -14,7 +14,7 @@ import softbridge as sb
 from softbridge import initialisation
 from softbridge.base import BaseModel, build
 from softbridge.errors import BaseModelError, EngineError
-from softbridge.lower import check_fits
+from softbridge.lowering.expressible import check_fits
 from softbridge.prompt import Origin, Positions, SoftPrompt, Training
 from softbridge.testing import agreement, random_input_prompt, random_prefix, tiny_config, tiny_model
 

@@ -14,17 +14,14 @@ from typer.testing import CliRunner
 
 import softbridge as sb
 from softbridge.base import BaseModel
-from softbridge.cli import app
+from softbridge.base.positions import PositionScheme
+from softbridge.cli.console import app
 from softbridge.cli.page import page
-from softbridge.lower import as_dtype
-from softbridge.passes import DTYPES
-from softbridge.positions import PositionScheme
+from softbridge.lowering.precision import DTYPES, as_dtype
 from softbridge.prompt import KeyValue, Positions, SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
-from softbridge.verification import Certificate, Claim, Subject, compare, probe, verify_prompts
-from softbridge.verification.certificate import Layer
-from softbridge.verification.claim import Level
-from softbridge.verification.mutations import mutations
+from softbridge.verification import Certificate, Claim, Layer, Level, Subject, compare, probe, verify_prompts
+from softbridge.verification.faults import mutations
 from softbridge.verification.recording import pack, unpack
 
 LAYERS = 3
@@ -190,7 +187,7 @@ def test_vectors_part_where_the_model_begins_and_a_model_in_pieces_counts_all_it
     prefix = random_prefix(base.geometry)
     sides = Subject("a", prefix, "native"), Subject("b", faulty(prefix, 2), "native")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("softbridge.verification.structure.SMALL", 0)
+        patch.setattr("softbridge.verification.small_models.SMALL", 0)
         pieces = verify_prompts(*sides, base, memory=1)
     assert "1 layer at a time" in pieces.weights
     assert {place.layer for place in pieces.layers} == {0, 1, 2}

@@ -10,11 +10,13 @@ import pytest
 
 import softbridge as sb
 from softbridge.base import BaseModel
-from softbridge.capabilities import EVERYTHING, Capabilities
-from softbridge.container import digest_of
 from softbridge.errors import BaseModelError, LoweringError, SoftbridgeError
-from softbridge.lower import Target, as_dtype, lower, native_positions
-from softbridge.prompt import KeyValue, KeyValuePrefix, Positions, Training
+from softbridge.lowering.planner import lower
+from softbridge.lowering.precision import as_dtype
+from softbridge.lowering.steps import Target
+from softbridge.lowering.token_positions import native_positions
+from softbridge.plugin.capabilities import EVERYTHING, Capabilities
+from softbridge.prompt import KeyValue, KeyValuePrefix, Positions, Training, digest_of
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config
 
 COUNTED = Capabilities(

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 from softbridge import methods
-from softbridge.container import digest_of
+from softbridge.arrays import BFLOAT16, Array, to_torch
 from softbridge.geometry import Geometry, Site, StackGeometry
 from softbridge.methods import (
     KINDS,
@@ -40,8 +40,7 @@ from softbridge.methods import (
     rematerialise,
     trained,
 )
-from softbridge.prompt import Array, KeyValuePrefix, SoftPrompt, Training
-from softbridge.tensors import BFLOAT16, to_torch
+from softbridge.prompt import KeyValuePrefix, SoftPrompt, Training, digest_of
 
 H = 12
 DECODER = Geometry("decoder", H, 96, None, StackGeometry(3, 4, 2, 5))

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from softbridge.arrays import Array, from_torch, to_torch
 from softbridge.geometry import Geometry, StackGeometry
 from softbridge.methods import (
     MLP,
@@ -26,8 +27,7 @@ from softbridge.methods import (
     materialise_tasks,
     materialise_vectors,
 )
-from softbridge.prompt import Array, SoftPrompt, Training
-from softbridge.tensors import from_torch, to_torch
+from softbridge.prompt import SoftPrompt, Training
 from softbridge.testing import apart, tiny_config, tiny_model
 
 H, P = 32, 7

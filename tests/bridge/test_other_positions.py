@@ -10,11 +10,12 @@ import torch
 from transformers import AutoConfig
 
 import softbridge as sb
-from softbridge import cache as caches
 from softbridge.base import BaseModel, build
-from softbridge.capabilities import Capabilities
+from softbridge.base import cache as caches
 from softbridge.errors import LoweringError
-from softbridge.lower import Target, lower
+from softbridge.lowering.planner import lower
+from softbridge.lowering.steps import Target
+from softbridge.plugin.capabilities import Capabilities
 from softbridge.prompt import Positions, SoftPrompt
 from softbridge.testing import random_prefix
 

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 import softbridge as sb
+from softbridge.arrays import BFLOAT16
 from softbridge.base import BaseModel
-from softbridge.capabilities import EVERYTHING, Capabilities
 from softbridge.errors import BaseModelError, LoweringError, Obstacle, SoftbridgeError
-from softbridge.examples import METHODS
-from softbridge.lower import Option, Step, Target, copied, lower, plan
-from softbridge.passes import Pass
+from softbridge.lowering.examples import METHODS
+from softbridge.lowering.planner import lower, plan
+from softbridge.lowering.steps import Option, Pass, Step, Target
+from softbridge.plugin.capabilities import EVERYTHING, Capabilities
 from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
 from softbridge.template import Field, Slot, Template, Verbaliser, Virtual, Words
-from softbridge.tensors import BFLOAT16
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.verification.naive_copy import copied
 
 IN_FRONT = Capabilities(inputs=frozenset({("encoder", "before", "before-sequence")}), input_start="counted")
 BEHIND_ONE = Capabilities(inputs=frozenset({("encoder", "before", "after-first-token")}), input_start="counted")
@@ -58,7 +59,8 @@ def ways(*outcomes: tuple[str, str, bool | None]) -> Pass:
 def test_a_way_that_is_dearer_now_is_taken_where_it_is_cheaper_in_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = random_prefix(base("gpt2").geometry)
     monkeypatch.setattr(
-        "softbridge.lower.PASSES", (ways(("", "a", None), ("", "b", True)), ways(("a", "x", False), ("b", "y", None)))
+        "softbridge.lowering.planner.PASSES",
+        (ways(("", "a", None), ("", "b", True)), ways(("a", "x", False), ("b", "y", None))),
     )
     assert plan(prompt, Target("t", EVERYTHING)).prompt.base.name == "by"
     assert lower(prompt, Target("t", EVERYTHING), accept=["window"]).prompt.base.name == "by"
@@ -70,10 +72,10 @@ def test_a_way_that_is_dearer_now_is_taken_where_it_is_cheaper_in_the_end(monkey
 def test_the_shortest_of_equal_ways_and_every_obstacle_of_the_best(monkeypatch: pytest.MonkeyPatch) -> None:
     prompt = random_prefix(base("gpt2").geometry)
     short = ways(("", "a", None), ("", "b", None))
-    monkeypatch.setattr("softbridge.lower.PASSES", (short, ways(("a", "x", None)), ways(("x", "z", None))))
+    monkeypatch.setattr("softbridge.lowering.planner.PASSES", (short, ways(("a", "x", None)), ways(("x", "z", None))))
     assert plan(prompt, Target("t", EVERYTHING)).prompt.base.name == "axz"
     walls = (ways(("", "p", False)), ways(("", "q", False)), ways(("", "r", True)))
-    monkeypatch.setattr("softbridge.lower.PASSES", walls)
+    monkeypatch.setattr("softbridge.lowering.planner.PASSES", walls)
     with pytest.raises(LoweringError) as refused:
         lower(prompt, Target("t", EVERYTHING))
     assert [obstacle.reason for obstacle in refused.value.obstacles] == ["p", "q", "r"]

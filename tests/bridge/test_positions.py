@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from softbridge.base.positions import probe
 from softbridge.errors import BaseModelError
-from softbridge.positions import probe
 from softbridge.testing import TINY, tiny_config
 
 KINDS = {

@@ -14,7 +14,7 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from softbridge.container import digest_of
+from softbridge.arrays import frozen, same_array
 from softbridge.prompt import (
     BaseId,
     FrozenMap,
@@ -25,8 +25,7 @@ from softbridge.prompt import (
     Positions,
     SoftPrompt,
     Training,
-    frozen,
-    same_array,
+    digest_of,
 )
 
 RANDOM = np.random.default_rng(0)

@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 import softbridge as sb
 from softbridge.base import BaseModel
-from softbridge.cli import app
+from softbridge.cli.console import app
 from softbridge.errors import CheckpointError, EngineError, SoftbridgeError
-from softbridge.registry import engines
+from softbridge.plugin.registry import engines
 from softbridge.testing import random_prefix, tiny_config
 from softbridge.verification import Certificate, compare, probe, verify
 from softbridge.verification.recording import pack, unpack

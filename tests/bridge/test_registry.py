@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pluggy
 import pytest
 
-from softbridge import hookspecs
 from softbridge.errors import EngineError, PluginError, UnknownFormatError
-from softbridge.hookspecs import PROJECT, hookimpl
-from softbridge.registry import check, collect, engine_named, format_named
+from softbridge.plugin import hookspecs
+from softbridge.plugin.hookspecs import PROJECT, hookimpl
+from softbridge.plugin.registry import check, collect, engine_named, format_named
 
 
 def manager(*plugins: tuple[str, object]) -> pluggy.PluginManager:

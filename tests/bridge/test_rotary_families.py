@@ -13,8 +13,10 @@ from typing import Any
 import pytest
 
 from softbridge.base import BaseModel
-from softbridge.capabilities import Capabilities
-from softbridge.lower import Target, lower, native_positions
+from softbridge.lowering.planner import lower
+from softbridge.lowering.steps import Target
+from softbridge.lowering.token_positions import native_positions
+from softbridge.plugin.capabilities import Capabilities
 from softbridge.testing import random_prefix
 from softbridge.verification import Claim, Subject, verify_prompts
 

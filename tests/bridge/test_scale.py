@@ -18,17 +18,18 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import softbridge as sb
-from softbridge import initialisation, methods, tools
+from softbridge import initialisation, methods
 from softbridge.base import BaseModel, build
-from softbridge.cli import app
-from softbridge.container import digest_of, pack
-from softbridge.conversion import MANIFEST
+from softbridge.checkpoint.manifest import MANIFEST
+from softbridge.cli.console import app
 from softbridge.errors import BaseModelError, CheckpointError, LoweringError, SoftbridgeError
-from softbridge.lower import lower
-from softbridge.passes import Target, inexpressible
-from softbridge.prompt import InputPrompt, Positions, SoftPrompt
-from softbridge.registry import engine_named
+from softbridge.lowering.expressible import inexpressible
+from softbridge.lowering.planner import lower
+from softbridge.lowering.steps import Target
+from softbridge.plugin.registry import engine_named
+from softbridge.prompt import InputPrompt, Positions, SoftPrompt, digest_of, pack
 from softbridge.testing import random_input_prompt, tiny_config, tiny_model
+from softbridge.tools import join as tools
 from softbridge.verification import verify
 
 #: The interpreter of the other stack's environment, if this run was told.

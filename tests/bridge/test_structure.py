@@ -18,7 +18,7 @@ from softbridge.testing import random_input_prompt, random_prefix
 from softbridge.verification import Subject, verify_prompts
 from softbridge.verification.progress import watching
 from softbridge.verification.run import threads
-from softbridge.verification.structure import Structure, structures
+from softbridge.verification.small_models import Structure, structures
 
 #: Llama-3-70B, as its config.json has it.
 LLAMA_70B = {
@@ -94,7 +94,7 @@ def test_heads_whose_width_is_the_models_are_run_some_at_a_time() -> None:
 def test_a_head_that_is_off_is_noticed_among_those_run_some_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     from transformers import AutoConfig
 
-    monkeypatch.setattr("softbridge.verification.structure.SMALL", 1 << 20)
+    monkeypatch.setattr("softbridge.verification.small_models.SMALL", 1 << 20)
     sizes = {"n_layer": 2, "n_embd": 320, "n_head": 10, "rotary_dim": 16, "vocab_size": 600}
     base = BaseModel(AutoConfig.for_model("gptj", **sizes, bos_token_id=1, eos_token_id=2))
     prefix = random_prefix(base.geometry, length=10)

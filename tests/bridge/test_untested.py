@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 import softbridge as sb
 from softbridge import untested as told
-from softbridge.cli import app
+from softbridge.cli.console import app
 from softbridge.doctor import diagnose
 from softbridge.errors import UntestedVersionWarning
 from softbridge.geometry import read_geometry

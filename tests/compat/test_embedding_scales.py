@@ -14,7 +14,7 @@ import transformers
 from transformers import AutoConfig
 
 from softbridge.base import BaseModel
-from softbridge.embedding import measure_scale
+from softbridge.base.embedding_scale import measure_scale
 from softbridge_compat import embedding_scales
 
 OTHER = os.environ.get("SOFTBRIDGE_OTHER_PYTHON", sys.executable)

@@ -13,7 +13,7 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
-from softbridge.registry import engines
+from softbridge.plugin.registry import engines
 from softbridge_compat import versions
 from softbridge_compat.newest import NEWEST
 

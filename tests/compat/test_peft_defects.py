@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BambaConfig, BertConfig, RobertaConfig
 
-from softbridge import cache as caches
 from softbridge.base import build
+from softbridge.base import cache as caches
 from softbridge.testing import TINY, tiny_model
 from softbridge_compat import peft_defects
 from softbridge_compat.defects import Defect, installed

@@ -57,11 +57,10 @@ import torch
 from adapters.methods.prefix_tuning import PrefixTuningLayer
 from transformers import AutoConfig
 
+from softbridge.arrays import from_torch
 from softbridge.base import BaseModel, build
-from softbridge.container import pack
 from softbridge.geometry import Geometry, Site, read_geometry, stack_of
-from softbridge.prompt import Gate, KeyValuePrefix, Positions, SoftPrompt
-from softbridge.tensors import from_torch
+from softbridge.prompt import Gate, KeyValuePrefix, Positions, SoftPrompt, pack
 from softbridge.testing import random_input_prompt, random_prefix, tiny_model
 from softbridge.untrusted import Files, safetensors_bytes
 from softbridge_adapterhub import facts

@@ -17,14 +17,15 @@ import numpy as np
 import pytest
 
 import softbridge as sb
+from softbridge.arrays import Array, same_array
 from softbridge.errors import EngineError
 from softbridge.geometry import Geometry, Site
-from softbridge.lower import as_dtype
-from softbridge.prompt import Array, Gate, InputPrompt, KeyValue, KeyValuePrefix, Positions, SoftPrompt, same_array
-from softbridge.registry import engines
+from softbridge.lowering.precision import as_dtype
+from softbridge.plugin.registry import engines
+from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Positions, SoftPrompt
 from softbridge.testing import agreement, apart, random_prefix, tiny_model
 from softbridge.untrusted import Files, pickle_bytes
-from softbridge.verification.comparison import ISLAND_BOUND
+from softbridge.verification.judge import ISLAND_BOUND
 from softbridge_adapterhub import facts
 from softbridge_adapterhub.adapter import Adapter
 from softbridge_adapterhub.engine import ENGINE

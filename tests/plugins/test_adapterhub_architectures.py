@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 
 import softbridge as sb
+from softbridge.arrays import Array
 from softbridge.errors import BaseModelError, CheckpointError
 from softbridge.geometry import Geometry, StackGeometry, read_geometry
-from softbridge.prompt import Array
 from softbridge.untrusted import Files
 from softbridge_adapterhub import facts
 from softbridge_adapterhub.engine import ENGINE
@@ -27,7 +27,7 @@ adapters = pytest.importorskip("adapters")
 import torch  # noqa: E402
 from transformers import AutoConfig, AutoModel, EncoderDecoderConfig, EncoderDecoderModel  # noqa: E402
 
-from softbridge.base import build  # noqa: E402
+from softbridge.base import build
 
 #: As the issue lists them; XLM-R is `xlm-roberta`.
 ARCHITECTURES = [

@@ -13,11 +13,12 @@ import pytest
 
 import softbridge as sb
 from softbridge import untrusted
-from softbridge.bank import PromptBank
+from softbridge.arrays import Array, same_array
 from softbridge.errors import CheckpointError, EngineError
 from softbridge.geometry import Geometry, StackGeometry, read_geometry
-from softbridge.prompt import Array, Positions, SoftPrompt, same_array
-from softbridge.registry import engines
+from softbridge.plugin.prompt_bank import PromptBank
+from softbridge.plugin.registry import engines
+from softbridge.prompt import Positions, SoftPrompt
 from softbridge.testing import agreement, random_prefix, tiny_config
 from softbridge.untrusted import Files
 from softbridge_adapterhub import composition, facts

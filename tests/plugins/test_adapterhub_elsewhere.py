@@ -25,11 +25,11 @@ import softbridge as sb
 from softbridge.base import BaseModel, auto_class
 from softbridge.errors import EngineError, LoweringError
 from softbridge.geometry import Stack, stack_of
+from softbridge.plugin.registry import engines
 from softbridge.prompt import BaseId, KeyValue, KeyValuePrefix, Positions, SoftPrompt
-from softbridge.registry import engines
 from softbridge.testing import agreement
-from softbridge.verification.comparison import ISLAND_BOUND
-from softbridge.verification.mutations import mutations
+from softbridge.verification.faults import mutations
+from softbridge.verification.judge import ISLAND_BOUND
 from softbridge.verification.run import attached, choose_engine
 from softbridge_adapterhub import facts
 from softbridge_adapterhub.format import FORMAT
@@ -296,7 +296,7 @@ def test_the_bias_that_adapterhub_loses_where_layers_are_left_out(
                 module.zero_grad()
 
     # The neighbours are far away, the one without the fact as well.
-    monkeypatch.setattr("softbridge_native.model._attention_obstacles", lambda prompt, model, geometry: [])
+    monkeypatch.setattr("softbridge_native.obstacles._attention_obstacles", lambda prompt, model, geometry: [])
     for case, prompt in prompts.items():
         wrong = dict(mutations(prompt, BaseModel.resolve(model).positions))
         assert {"dropped", "keys and values swapped", "two layers swapped", "shifted by one position"} <= wrong.keys()

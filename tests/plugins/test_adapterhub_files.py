@@ -14,20 +14,11 @@ import numpy as np
 import pytest
 
 from softbridge import untrusted
+from softbridge.arrays import Array, same_array
 from softbridge.errors import BaseModelError, CheckpointError, EngineError, SoftbridgeError
 from softbridge.geometry import Geometry, Site, Stack, StackGeometry
 from softbridge.methods import MLP_TENSORS, rematerialise
-from softbridge.prompt import (
-    Array,
-    BaseId,
-    Gate,
-    InputPrompt,
-    KeyValue,
-    KeyValuePrefix,
-    Positions,
-    SoftPrompt,
-    same_array,
-)
+from softbridge.prompt import BaseId, Gate, InputPrompt, KeyValue, KeyValuePrefix, Positions, SoftPrompt
 from softbridge.testing import random_prefix
 from softbridge.untrusted import Files
 from softbridge_adapterhub import facts

@@ -14,9 +14,10 @@ import pytest
 
 import softbridge as sb
 from softbridge import untrusted
+from softbridge.arrays import Array, same_array
 from softbridge.errors import CheckpointError, EngineError
 from softbridge.geometry import Geometry, StackGeometry, read_geometry
-from softbridge.prompt import Array, KeyValuePrefix, Positions, SoftPrompt, same_array
+from softbridge.prompt import KeyValuePrefix, Positions, SoftPrompt
 from softbridge.testing import random_prefix
 from softbridge.untrusted import Files
 from softbridge_adapterhub import facts, heads

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softbridge.arrays import same_array
 from softbridge.base import BaseModel, build
 from softbridge.geometry import read_geometry
-from softbridge.prompt import same_array
 from softbridge.untrusted import Files
 from softbridge_adapterhub import facts
 from softbridge_adapterhub.engine import ENGINE

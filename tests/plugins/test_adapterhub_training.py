@@ -11,15 +11,15 @@ import numpy as np
 import pytest
 
 import softbridge as sb
+from softbridge.plugin.registry import engines
 from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
-from softbridge.registry import engines
 
 adapters = pytest.importorskip("adapters")
 
 import torch  # noqa: E402
 from transformers import AutoConfig, TrainingArguments  # noqa: E402
 
-from softbridge.base import build  # noqa: E402
+from softbridge.base import build
 
 ADAPTERHUB, NATIVE = engines()["adapterhub"], engines()["native"]
 P, STEPS, RATE = 4, 4, 0.5

@@ -15,9 +15,10 @@ import torch
 
 import softbridge as sb
 from softbridge import untrusted
+from softbridge.arrays import Array
 from softbridge.errors import CheckpointError, LoweringError
 from softbridge.geometry import Geometry, read_geometry
-from softbridge.prompt import Array, Positions, SoftPrompt
+from softbridge.prompt import Positions, SoftPrompt
 from softbridge.testing import apart, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files
 from softbridge_adapterhub import facts

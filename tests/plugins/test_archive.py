@@ -12,10 +12,10 @@ import pytest
 import torch
 
 import softbridge as sb
+from softbridge.arrays import to_torch
 from softbridge.base import BaseModel, build
-from softbridge.conversion import read
+from softbridge.checkpoint.read import read
 from softbridge.errors import BaseModelError, CheckpointError, SoftbridgeError, UnknownFormatError
-from softbridge.tensors import to_torch
 from softbridge.testing import random_input_prompt, tiny_config
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "google_prompt_tuning" / "t5_1_1_lm100k_base"
@@ -82,7 +82,7 @@ def test_a_released_prompt_runs_in_peft_as_if_prepended_by_hand(name: str, tmp_p
 def test_the_command_line_converts_and_proves_it(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
-    from softbridge.cli import app
+    from softbridge.cli.console import app
 
     # Two layers: the proof is the same, the whole geometry is shown above.
     t5_base(num_layers=2, num_decoder_layers=2).save_pretrained(tmp_path / "base")

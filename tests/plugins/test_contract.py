@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForMaskedLM
 
-from softbridge import cache as caches
 from softbridge import contract
 from softbridge.base import BaseModel, build, draw_weights
+from softbridge.base import cache as caches
 from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry, Site, read_geometry
 from softbridge.prompt import SoftPrompt

@@ -10,7 +10,7 @@ import torch
 import softbridge as sb
 from softbridge.base import BaseModel
 from softbridge.errors import OutputError
-from softbridge.registry import formats
+from softbridge.plugin.registry import formats
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files
 

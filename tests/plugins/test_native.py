@@ -28,11 +28,11 @@ from transformers import (
     EncoderDecoderCache,
 )
 
-from softbridge import cache as caches
 from softbridge.base import BaseModel, build
+from softbridge.base import cache as caches
 from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
-from softbridge.lower import as_dtype
+from softbridge.lowering.precision import as_dtype
 from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt
 from softbridge.testing import TINY, agreement, apart, random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 import softbridge as sb
-from softbridge.bank import PromptBank
 from softbridge.geometry import read_geometry
+from softbridge.plugin.prompt_bank import PromptBank
 from softbridge.prompt import SoftPrompt
 from softbridge.testing import agreement, random_prefix, tiny_model
-from softbridge_native import apart, attention
-from softbridge_native.apart import Group
+from softbridge_native import attention
+from softbridge_native import shared_prefix as apart
+from softbridge_native.shared_prefix import Group
 
 P, NEW = 40, 5
 

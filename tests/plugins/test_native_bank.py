@@ -16,11 +16,11 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForTokenClassification
 
 import softbridge as sb
-from softbridge.bank import PromptBank, Recent
 from softbridge.base import build
 from softbridge.errors import EngineError
-from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
+from softbridge.lowering.examples import METHODS
+from softbridge.plugin.prompt_bank import PromptBank, Recent
 from softbridge.prompt import Positions, SoftPrompt
 from softbridge.testing import TINY, agreement, random_input_prompt, random_prefix, tiny_config, tiny_model
 
@@ -249,7 +249,7 @@ def test_prompts_are_read_when_asked_for_and_make_room(tmp_path: Path) -> None:
     torch.save(copy.deepcopy(running), file)
     file.seek(0)
     twin = torch.load(file, weights_only=False)
-    with twin.softbridge.bank.rows("c"):
+    with twin.softbridge.plugin.prompt_bank.rows("c"):
         assert torch.equal(run(twin, ids), expected["c"])
     # A name may come to stand for another prompt, and what it stood for goes.
     bank["e"] = prompts["a"]

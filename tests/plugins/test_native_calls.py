@@ -16,12 +16,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, DynamicCache
 
 import softbridge as sb
-from softbridge import cache as caches
-from softbridge.bank import PromptBank
+from softbridge.base import cache as caches
 from softbridge.errors import EngineError
-from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
-from softbridge.passes import as_dtype
+from softbridge.lowering.examples import METHODS
+from softbridge.lowering.precision import as_dtype
+from softbridge.plugin.prompt_bank import PromptBank
 from softbridge.testing import agreement, random_input_prompt, random_prefix, tiny_config, tiny_model
 
 THREADS, CALLS = 3, 60
@@ -312,7 +312,7 @@ def test_a_bank_that_is_switched_off_needs_no_names() -> None:
     running = sb.attach(model, PromptBank({"a": prompts(model)["prefix"]}))
     with running.softbridge.off():
         assert apart(logits(running, ids), bare) == 0
-    with running.softbridge.bank.rows("a"):
+    with running.softbridge.plugin.prompt_bank.rows("a"):
         assert apart(logits(running, ids), bare) > 0.1
 
 

@@ -22,15 +22,15 @@ from torch import Tensor
 from transformers.models.auto import modeling_auto
 
 import softbridge as sb
-from softbridge import cache as caches
 from softbridge import initialisation
-from softbridge.bank import PromptBank
 from softbridge.base import BaseModel
+from softbridge.base import cache as caches
 from softbridge.errors import BaseModelError, LoweringError, SoftbridgeError
 from softbridge.geometry import Geometry, read_geometry
 from softbridge.methods import MLP, PrefixTuning
+from softbridge.plugin.prompt_bank import PromptBank
+from softbridge.plugin.registry import engine_named
 from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
-from softbridge.registry import engine_named
 from softbridge.selfcheck import SWITCH
 from softbridge.testing import agreement, apart, random_prefix
 

@@ -20,14 +20,14 @@ from torch import Tensor
 from transformers import AutoConfig
 
 import softbridge as sb
-from softbridge.bank import PromptBank
 from softbridge.base import build
 from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
+from softbridge.plugin.prompt_bank import PromptBank
 from softbridge.prompt import Positions, SoftPrompt
 from softbridge.testing import TINY, random_prefix, tiny_model
-from softbridge_native import kernels
-from softbridge_native import model as native
+from softbridge_native import flex_and_flash as kernels
+from softbridge_native import injection as native
 from softbridge_native.engine import ENGINE
 
 P, T, NEW, WINDOW = 3, 9, 4, 6

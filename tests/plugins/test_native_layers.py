@@ -11,8 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, DynamicCache
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 
-from softbridge import cache as caches
 from softbridge.base import build
+from softbridge.base import cache as caches
 from softbridge.geometry import read_geometry
 from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
 from softbridge.testing import agreement, apart, random_input_prompt, random_prefix

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor
 
 import softbridge as sb
+from softbridge.arrays import to_torch
 from softbridge.errors import EngineError
-from softbridge.examples import as_if_trained
 from softbridge.geometry import read_geometry
 from softbridge.initialisation import random_uniform
+from softbridge.lowering.examples import as_if_trained
+from softbridge.lowering.precision import as_dtype
 from softbridge.methods import (
     MLP,
     Cartridge,
@@ -33,9 +35,7 @@ from softbridge.methods import (
     rematerialise,
     trained,
 )
-from softbridge.passes import as_dtype
 from softbridge.prompt import SoftPrompt
-from softbridge.tensors import to_torch
 from softbridge.testing import agreement, tiny_model
 
 METHODS: dict[str, Method] = {

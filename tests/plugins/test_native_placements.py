@@ -23,11 +23,11 @@ from transformers import (
     AutoModelForTokenClassification,
 )
 
-from softbridge import cache as caches
 from softbridge.base import build
+from softbridge.base import cache as caches
 from softbridge.errors import EngineError
 from softbridge.geometry import Stack, read_geometry
-from softbridge.lower import as_dtype
+from softbridge.lowering.precision import as_dtype
 from softbridge.prompt import Positions, SoftPrompt
 from softbridge.template import PLACEHOLDER, Field, Slot, Template, Virtual, Words
 from softbridge.testing import TINY, agreement, apart, random_input_prompt, random_prefix, tiny_config, tiny_model

@@ -14,20 +14,20 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 import softbridge as sb
-from softbridge import cache as caches
 from softbridge import contract
-from softbridge.bank import PromptBank
 from softbridge.base import build, draw_weights
+from softbridge.base import cache as caches
 from softbridge.errors import EngineError
-from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
+from softbridge.lowering.examples import METHODS
 from softbridge.methods import MLP, PrefixTuning
+from softbridge.plugin.prompt_bank import PromptBank
 from softbridge.prompt import KeyValuePrefix, SoftPrompt
 from softbridge.testing import agreement, apart, random_input_prompt, random_prefix
 from softbridge.verification.probes import make_probes
 from softbridge.verification.run import gradient
 from softbridge_native.engine import ENGINE
-from softbridge_native.model import seeded
+from softbridge_native.obstacles import seeded
 from softbridge_peft.engine import ENGINE as PEFT
 
 P = 3

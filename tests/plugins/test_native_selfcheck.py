@@ -27,13 +27,13 @@ from transformers import AutoConfig, LlamaForCausalLM, Trainer, TrainingArgument
 from transformers.models.llama.modeling_llama import LlamaConfig
 
 import softbridge as sb
-from softbridge import cache as caches
-from softbridge.bank import PromptBank
 from softbridge.base import build
+from softbridge.base import cache as caches
 from softbridge.doctor import diagnose
 from softbridge.errors import EngineError
-from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
+from softbridge.lowering.examples import METHODS
+from softbridge.plugin.prompt_bank import PromptBank
 from softbridge.prompt import KeyValuePrefix, SoftPrompt
 from softbridge.selfcheck import SWITCH, UnprovenWarning, miniature, proof
 from softbridge.selfcheck import verdict as kept
@@ -41,8 +41,9 @@ from softbridge.selfcheck.miniature import Architecture
 from softbridge.selfcheck.proof import prove
 from softbridge.selfcheck.verdict import FOLDER, Verdict, decisive, folder, verdicts
 from softbridge.testing import random_input_prompt, random_prefix, tiny_model
-from softbridge_native import attention, placement, wiring
+from softbridge_native import attention, wiring
 from softbridge_native import bank as native_bank
+from softbridge_native import input_prompt as placement
 from softbridge_native.engine import ENGINE
 
 KINDS = ("input", "prefix")
@@ -328,7 +329,7 @@ def test_a_bank_checks_each_kind_when_it_is_loaded(builds: list[str], monkeypatc
     model = tiny_model("gpt2")
     prompts = {"a": prompt_for(model, "input"), "b": prompt_for(model, "input", 7), "c": prompt_for(model, "prefix")}
     running = sb.attach(copy.deepcopy(model), PromptBank(prompts))
-    bank = running.softbridge.bank
+    bank = running.softbridge.plugin.prompt_bank
     with bank.rows(["a"]):
         called(running)
     assert len(builds) == 1
@@ -347,9 +348,12 @@ def test_a_bank_checks_each_kind_when_it_is_loaded(builds: list[str], monkeypatc
     monkeypatch.setattr(native_bank.Chosen, "__call__", lambda self, like: own(self, like).flip(1))
     running = sb.attach(copy.deepcopy(model), PromptBank(prompts))
     for _ in range(2):
-        with running.softbridge.bank.rows(["a"]), pytest.raises(EngineError, match="breaks the promise 'bank'"):
+        with (
+            running.softbridge.plugin.prompt_bank.rows(["a"]),
+            pytest.raises(EngineError, match="breaks the promise 'bank'"),
+        ):
             called(running)
-    with running.softbridge.bank.rows(["c"]):
+    with running.softbridge.plugin.prompt_bank.rows(["c"]):
         called(running)
 
 
@@ -555,7 +559,7 @@ def test_a_prompt_that_is_switched_off_is_not_checked(builds: list[str]) -> None
 
 
 def test_an_engine_that_cannot_check_itself_is_asked_for_nothing() -> None:
-    from softbridge.attachment import _check_itself
+    from softbridge.attachment.attach import _check_itself
 
     third_party = SimpleNamespace(name="other", attach=None)
     _check_itself(third_party, tiny_model("gpt2"), None)  # type: ignore[arg-type]

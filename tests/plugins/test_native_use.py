@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
 
 import softbridge as sb
 from softbridge.errors import EngineError
-from softbridge.examples import METHODS
 from softbridge.geometry import read_geometry
+from softbridge.lowering.examples import METHODS
 from softbridge.prompt import SoftPrompt
 from softbridge.testing import agreement, apart, random_input_prompt, random_prefix, tiny_model
 

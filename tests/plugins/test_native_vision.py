@@ -23,16 +23,16 @@ from transformers import DynamicCache
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as IMAGE_TEXT_TO_TEXT
 
 from softbridge import PrefixTuning, PromptBank, attach, detach, extract
-from softbridge import cache as caches
+from softbridge.arrays import to_torch
 from softbridge.base import BaseModel
+from softbridge.base import cache as caches
 from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
-from softbridge.lower import as_dtype
+from softbridge.lowering.precision import as_dtype
+from softbridge.lowering.scale import recorded
 from softbridge.methods import MLP
-from softbridge.passes import recorded
 from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Positions, SoftPrompt
 from softbridge.template import Field, Template, Virtual
-from softbridge.tensors import to_torch
 from softbridge.testing import random_input_prompt, random_prefix
 from softbridge_native.engine import ENGINE
 

@@ -12,7 +12,7 @@ import softbridge as sb
 from softbridge.geometry import read_geometry
 from softbridge.testing import random_input_prompt, random_prefix, tiny_model
 from softbridge_native import wiring
-from softbridge_native.placement import word
+from softbridge_native.anatomy import word
 
 
 def remembering(model: Any) -> Any:

@@ -22,7 +22,8 @@ from softbridge import testing
 from softbridge.base import BaseModel, Task, build
 from softbridge.errors import BaseModelError, CheckpointError, EngineError, SoftbridgeError
 from softbridge.geometry import Stack, read_geometry
-from softbridge.lower import Target, plan
+from softbridge.lowering.planner import plan
+from softbridge.lowering.steps import Target
 from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt
 from softbridge.testing import TINY, random_input_prompt, random_prefix
 from softbridge.untrusted import Files, safetensors_bytes

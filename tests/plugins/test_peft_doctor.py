@@ -11,12 +11,12 @@ import pytest
 from typer.testing import CliRunner
 
 import softbridge as sb
-from softbridge.cli import app
+from softbridge.cli.console import app
 from softbridge.doctor import Diagnosis, defects, diagnose
 from softbridge.geometry import read_geometry
 from softbridge.methods import ContextAwarePromptTuning, MultitaskPromptTuning, PTuning
+from softbridge.plugin.registry import engines
 from softbridge.prompt import SoftPrompt
-from softbridge.registry import engines
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
 from softbridge_compat import defects as compat
 from softbridge_compat import peft_defects, versions

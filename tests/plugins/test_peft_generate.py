@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 
 import softbridge as sb
 from softbridge.base import BaseModel
-from softbridge.cli import app
+from softbridge.cli.console import app
 from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
-from softbridge.hookspecs import Misgenerating
+from softbridge.plugin.hookspecs import Misgenerating
 from softbridge.prompt import SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
-from softbridge.verification.comparison import Bench, Subject
+from softbridge.verification import Subject
+from softbridge.verification.bench import Bench
 from softbridge.verification.probes import GREEDY, Probe
 from softbridge.verification.run import attached, run
 from softbridge_compat import peft_defects

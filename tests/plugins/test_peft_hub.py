@@ -17,7 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 from typer.testing import CliRunner
 
 import softbridge as sb
-from softbridge.cli import app
+from softbridge.cli.console import app
 from softbridge.errors import CheckpointError, SoftbridgeError
 from softbridge.geometry import read_geometry
 from softbridge.prompt import Positions, SoftPrompt

@@ -14,8 +14,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 import softbridge as sb
 from softbridge.base import BaseModel, build
 from softbridge.errors import LoweringError
+from softbridge.plugin.registry import engines
 from softbridge.prompt import KeyValuePrefix, SoftPrompt
-from softbridge.registry import engines
 
 peft = pytest.importorskip("peft")
 pytestmark = pytest.mark.filterwarnings("ignore:Prefix tuning injected")

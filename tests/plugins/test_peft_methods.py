@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 import softbridge as sb
-from softbridge import cache as caches
-from softbridge.cli import app
+from softbridge.arrays import Array, to_torch
+from softbridge.base import cache as caches
+from softbridge.cli.console import app
 from softbridge.errors import BaseModelError, CheckpointError, EngineError, LoweringError, SoftbridgeError
 from softbridge.geometry import read_geometry
 from softbridge.methods import (
@@ -34,8 +35,7 @@ from softbridge.methods import (
     PTuning,
     rematerialise,
 )
-from softbridge.prompt import Array, SoftPrompt, Training
-from softbridge.tensors import to_torch
+from softbridge.prompt import SoftPrompt, Training
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files, safetensors_bytes
 from softbridge_compat import peft_defects

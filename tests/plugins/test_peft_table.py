@@ -19,9 +19,10 @@ import torch
 from transformers import AutoConfig, BertModel
 
 import softbridge as sb
+from softbridge.arrays import Array
 from softbridge.base import BaseModel, build
 from softbridge.errors import EngineError
-from softbridge.prompt import Array, InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.testing import agreement
 from softbridge.untrusted import Files
 from softbridge.verification.probes import make_probes

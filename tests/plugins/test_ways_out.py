@@ -14,8 +14,8 @@ import softbridge as sb
 from softbridge.base import BaseModel, build
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.methods import MultitaskPromptTuning, rematerialise
+from softbridge.plugin.registry import engines
 from softbridge.prompt import Positions, Training
-from softbridge.registry import engines
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
 
 IDS = torch.tensor([[5, 9, 17, 33, 21]])

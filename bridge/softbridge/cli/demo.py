@@ -10,10 +10,10 @@ from rich.console import Console
 
 from softbridge.cli.tables import certificate_table, shown, steps_table
 from softbridge.conversion import convert
-from softbridge.registry import engine_named
+from softbridge.plugin.registry import engine_named
 
 if TYPE_CHECKING:
-    from softbridge.verification import Certificate
+    from softbridge.verification.certificate import Certificate
 
 STEPS = 20
 LENGTH = 8

@@ -17,7 +17,7 @@ from rich.text import Text
 from softbridge.cli.tables import certificate_table, shown
 
 if TYPE_CHECKING:
-    from softbridge.verification import Certificate
+    from softbridge.verification.certificate import Certificate
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
@@ -11,16 +10,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from softbridge.container import digest_of
-from softbridge.errors import BaseModelError
-from softbridge.explain import LENGTH
-from softbridge.prompt import InputPrompt, SoftPrompt
-from softbridge.registry import engines, formats, owners
+from softbridge.lowering.examples import LENGTH
+from softbridge.plugin.registry import engines, formats, owners
+from softbridge.prompt.soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
-    from softbridge.explain import Explanation
-    from softbridge.lower import Step
-    from softbridge.verification import Certificate
+    from softbridge.lowering.explain import Explanation
+    from softbridge.lowering.steps import Step
+    from softbridge.verification.certificate import Certificate
 
 Rows = list[dict[str, Any]]
 
@@ -86,55 +83,6 @@ def plugins_table() -> tuple[Table, Rows]:
             _row(table, owner, hook, ", ".join(names))
             rows.append({"plugin": owner, "hook": hook, "brings": names})
     return table, rows
-
-
-def inspection(path: Path, base: str | None) -> dict[str, Any]:
-    """What can be said of a file; without its base model, if it can only be understood with it."""
-    from softbridge.conversion import files_at, read, recognise
-
-    files = files_at(path)
-    form = recognise(files)
-    found: dict[str, Any] = {"path": str(path), "format": form.name, "files": {}, "needs_base": None}
-    for name in files.names:
-        found["files"][name] = {"sha256": files.digest(name)}
-    try:
-        loaded = read(path, base)
-    except BaseModelError as error:
-        if base is not None:
-            raise
-        found["needs_base"] = error.found
-        return found
-    return {**found, "conditions": list(loaded.conditions), **_describe(loaded.prompt)}
-
-
-def _describe(prompt: SoftPrompt) -> dict[str, Any]:
-    parts = []
-    for part in prompt.parts:
-        arrays = [array for _, array in part.arrays()]
-        numbers = {
-            "length": part.length,
-            "shape": list(arrays[0].shape),
-            "dtype": str(arrays[0].dtype),
-            "std": float(sum(float(a.astype("float64").var()) for a in arrays) / len(arrays)) ** 0.5,
-            "largest": max(float(abs(a.astype("float64")).max()) for a in arrays),
-        }
-        where: dict[str, Any]
-        if isinstance(part, InputPrompt):
-            where = {"kind": "input", "stack": part.stack, "entry": part.entry, "placement": part.placement}
-            where |= {} if part.told_scale is None else {"scale": part.told_scale}
-        else:
-            where = {"kind": "prefix", "site": part.site, "layers": list(part.layers)}
-        parts.append({**where, **numbers})
-    return {
-        "base": prompt.base.name,
-        "parts": parts,
-        "positions": prompt.positions.to_json(),
-        "head": sorted(prompt.head),
-        "training": None if prompt.training is None else prompt.training.kind,
-        "task": _task(prompt),
-        "notes": [] if prompt.origin is None else list(prompt.origin.notes or ()),
-        "digest": digest_of(prompt),
-    }
 
 
 def _task(prompt: SoftPrompt) -> dict[str, int] | None:

@@ -10,6 +10,7 @@ sees. `published` names the methods, with their papers and defaults, as values t
 Importing this needs no deep-learning framework, evaluating does.
 """
 
+from softbridge.methods.method import Method, Paper, TaskHead
 from softbridge.methods.parameterisations import KINDS, MLP_TENSORS, activation, evaluate, trained
 from softbridge.methods.parameterisations import materialise as materialise
 from softbridge.methods.parameterisations import materialise_tasks as materialise_tasks
@@ -20,14 +21,11 @@ from softbridge.methods.published import (
     MLP,
     Cartridge,
     ContextAwarePromptTuning,
-    Method,
     MultitaskPromptTuning,
-    Paper,
     PrefixTuning,
     PromptTuning,
     PTuning,
     PTuningV2,
-    TaskHead,
 )
 
 __all__ = [

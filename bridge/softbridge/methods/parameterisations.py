@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, get_args
 
 import numpy as np
 
+from softbridge.arrays import Array, from_torch, to_torch
 from softbridge.geometry import Site
-from softbridge.prompt import Array, InputPrompt, Json, KeyValuePrefix, Part, SoftPrompt, Training
-from softbridge.tensors import from_torch, to_torch
+from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
+from softbridge.prompt.soft_prompt import SoftPrompt, Training
+from softbridge.prompt.values import Json
 
 if TYPE_CHECKING:
     import torch

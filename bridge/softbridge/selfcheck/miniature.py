@@ -16,13 +16,15 @@ from typing import Any, get_args
 
 import numpy as np
 
-from softbridge.base import draw_weights, shrink
-from softbridge.drop_in import Derived
+from softbridge.arrays import Array
+from softbridge.attachment.trainer_model import Derived
+from softbridge.base.build import draw_weights, shrink
 from softbridge.errors import BaseModelError
 from softbridge.geometry import Geometry, Stack, StackGeometry, read_geometry, stack_of
-from softbridge.prompt import Array, BaseId, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
+from softbridge.prompt.part import Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.prompt.soft_prompt import BaseId, SoftPrompt
 from softbridge.template import Field, Template, Virtual
-from softbridge.verification.structure import layers_of
+from softbridge.verification.small_models import layers_of
 
 #: Of the copy: rows of the vocabulary, widths, experts, layers of a stack at most where kinds can be chosen.
 VOCABULARY, FEED_FORWARD, HIDDEN, EXPERTS, LAYERS = 64, 32, 64, 4, 6

@@ -15,15 +15,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from softbridge import cache as caches
 from softbridge import contract
-from softbridge.base import fresh
+from softbridge.arrays import to_torch
+from softbridge.base import cache as caches
+from softbridge.base.build import fresh
 from softbridge.contract import Figure
 from softbridge.errors import SoftbridgeError
 from softbridge.geometry import Geometry, Site
-from softbridge.prompt import InputPrompt, KeyValuePrefix, Part, SoftPrompt
+from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
+from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.template import PLACEHOLDER
-from softbridge.tensors import to_torch
 
 Inputs = Mapping[str, Tensor]
 

@@ -27,12 +27,14 @@ import numpy as np
 import torch
 
 from softbridge import contract
-from softbridge.bank import PromptBank
-from softbridge.base import fresh
+from softbridge.arrays import Array
+from softbridge.base.build import fresh
 from softbridge.contract import CLOSE, CLOSE_TO_ISLAND, FELT, Figure, Outcome
 from softbridge.errors import EngineError, SoftbridgeError
-from softbridge.hookspecs import Engine, Insertable
-from softbridge.prompt import Array, InputPrompt, KeyValuePrefix, SoftPrompt
+from softbridge.plugin.hookspecs import Engine, Insertable
+from softbridge.plugin.prompt_bank import PromptBank
+from softbridge.prompt.part import InputPrompt, KeyValuePrefix
+from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.selfcheck import promises
 from softbridge.selfcheck.miniature import Architecture, Miniature, build, like, miniatures
 from softbridge.selfcheck.promises import NotTried

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from softbridge.arrays import BFLOAT16, Array, frozen
 from softbridge.errors import CheckpointError
-from softbridge.prompt import Array, frozen
-from softbridge.tensors import BFLOAT16
 
 #: Bytes of JSON, of a safetensors header or of a pickle's program (not of data): what is parsed costs up to a hundred
 #: times its size. The largest that was seen in a real prompt checkpoint is 200 KB.

@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from softbridge.arrays import BFLOAT16, Array, to_torch
 from softbridge.errors import OutputError
-from softbridge.prompt import Array
-from softbridge.tensors import BFLOAT16, to_torch
 from softbridge.untrusted.claims import DTYPE_CODES, STORAGES, is_safe_name, short
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
-from softbridge.prompt import Array
+from softbridge.arrays import Array
 from softbridge.untrusted.claims import LIMIT, checked_values, parse_json, refusal, short
 from softbridge.untrusted.headers import NPY, Range, npy_header, safetensors_header
 from softbridge.untrusted.pickles import ZIP, load_pickle, main_member, open_pickle

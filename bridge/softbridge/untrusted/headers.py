@@ -9,8 +9,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from softbridge.prompt import Array
-from softbridge.tensors import BFLOAT16
+from softbridge.arrays import BFLOAT16, Array
 from softbridge.untrusted.claims import (
     DTYPES,
     LIMIT,

@@ -11,9 +11,8 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
+from softbridge.arrays import BFLOAT16, Array
 from softbridge.errors import CheckpointError
-from softbridge.prompt import Array
-from softbridge.tensors import BFLOAT16
 from softbridge.untrusted.claims import (
     LIMIT,
     MEMBERS,

@@ -4,7 +4,7 @@ The JSON form, ``softbridge/certificate/2``, has the attributes of `Certificate`
 too, and besides ``schema``, ``verdict``, ``parted``, and of the claim ``level``, ``conditions`` and ``rounded`` by
 themselves. Earlier ones have no ``claim``: it is then what the files say. A number that is not finite is null there.
 Version 1 has no ``level``, ``unit``, ``layers``, ``parted`` and ``untried``, repeats a loss's and a gradient's figure
-as that of the working precision, and calls what is ``rounding`` here ``different``; `softbridge.verification.again`
+as that of the working precision, and calls what is ``rounding`` here ``different``; `softbridge.verification.recheck`
 runs both.
 """
 

@@ -12,9 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
-from softbridge.choice import ALL, Choice
-from softbridge.passes import DTYPES, Step
-from softbridge.prompt import SoftPrompt
+from softbridge.checkpoint.choice import ALL, Choice
+from softbridge.lowering.precision import DTYPES
+from softbridge.lowering.steps import Step
+from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.verification.probes import LENGTHS
 
 #: How alike two sides are, the strictest first. bitwise: not one bit differed here, in float64 and in the working

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from softbridge.base import BaseModel
-from softbridge.prompt import Array
+from softbridge.arrays import Array
+from softbridge.base.model import BaseModel
 from softbridge.verification.certificate import Layer
 
 #: Of wider states the first channels are kept: what attends and what feeds forward both end in a product that mixes

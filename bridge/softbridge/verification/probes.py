@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from softbridge.base import Task
+from softbridge.arrays import Array
+from softbridge.base.build import Task
 from softbridge.geometry import Geometry, text_part
-from softbridge.prompt import Array
 from softbridge.template import PLACEHOLDER, Template
 
 #: Lengths of the texts. They differ, so that a batch of them needs padding.

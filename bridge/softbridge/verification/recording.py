@@ -17,12 +17,12 @@ from typing import Any
 import numpy as np
 
 from softbridge import untrusted
+from softbridge.arrays import Array
 from softbridge.errors import CheckpointError, EngineError, SoftbridgeError
 from softbridge.geometry import Geometry, StackGeometry
-from softbridge.prompt import Array
+from softbridge.verification.bench import Bench, Capture
 from softbridge.verification.certificate import Side
 from softbridge.verification.claim import Claim
-from softbridge.verification.comparison import Bench, Capture
 
 KEY = "softbridge-recording"
 VERSION = 3

@@ -8,15 +8,17 @@ from typing import Any
 
 import numpy as np
 
-from softbridge.base import BaseModel
+from softbridge.arrays import Array
+from softbridge.base.head import load_head, restore_head
+from softbridge.base.model import BaseModel
 from softbridge.cloze import IGNORED
 from softbridge.errors import EngineError, Obstacle
 from softbridge.geometry import Geometry
-from softbridge.head import load_head, restore_head
-from softbridge.hookspecs import Engine, Misgenerating
-from softbridge.passes import as_dtype, inexpressible
-from softbridge.prompt import Array, SoftPrompt
-from softbridge.registry import engines
+from softbridge.lowering.expressible import inexpressible
+from softbridge.lowering.precision import as_dtype
+from softbridge.plugin.hookspecs import Engine, Misgenerating
+from softbridge.plugin.registry import engines
+from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.verification.probes import GREEDY_TOKENS, Probe
 
 #: How closely a loss that is computed in float32 agrees with the same in float64.

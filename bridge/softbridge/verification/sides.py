@@ -9,16 +9,18 @@ from typing import Any
 
 import numpy as np
 
-from softbridge.base import BaseModel
-from softbridge.choice import ALL, Choice
-from softbridge.conversion import Loaded, files_at, read
+from softbridge.base.model import BaseModel
+from softbridge.checkpoint.choice import ALL, Choice
+from softbridge.checkpoint.manifest import Loaded
+from softbridge.checkpoint.read import files_at, read
 from softbridge.errors import LoweringError, SoftbridgeError
-from softbridge.lower import Target, as_dtype, for_model, lower
+from softbridge.lowering.planner import for_model, lower
+from softbridge.lowering.precision import DTYPES, as_dtype
+from softbridge.lowering.steps import Target
 from softbridge.parts import named_arrays
-from softbridge.passes import DTYPES
-from softbridge.prompt import SoftPrompt
+from softbridge.prompt.soft_prompt import SoftPrompt
+from softbridge.verification.bench import Subject
 from softbridge.verification.claim import Claim, Level, Which, rounded_to
-from softbridge.verification.comparison import Subject
 
 #: How far another processor may compute the same numbers otherwise before they are rounded, relative to the largest of
 #: an array. Every rounding that can be asked for changes numbers by less in float32 alone.
@@ -37,7 +39,7 @@ def read_sides(a: str | Path, b: str | Path, base: BaseModel, claim: Claim | Non
         claim: what is claimed, where that is known; else the files' manifests say how they were made.
 
     Raises:
-        CheckpointError: see `softbridge.conversion.read`.
+        CheckpointError: see `softbridge.checkpoint.read.read`.
     """
     if claim is not None:
         how: dict[Which | None, Mapping[str, Any]] = {claim.origin: claim.choice.reading}
@@ -102,7 +104,7 @@ def alone(path: str | Path, base: BaseModel, *, weights: bool = False) -> tuple[
     """One side by itself, as it is, and what its own files say of it.
 
     Raises:
-        CheckpointError: see `softbridge.conversion.read`.
+        CheckpointError: see `softbridge.checkpoint.read.read`.
     """
     loaded = read(path, base)
     return _here(Claim().about([loaded.prompt], loaded.steps, weights=weights), loaded, loaded.prompt, base)

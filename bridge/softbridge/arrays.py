@@ -1,0 +1,63 @@
+"""Between NumPy and torch, bit for bit, bfloat16 included. The only place where the two meet."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+
+if TYPE_CHECKING:
+    import torch
+
+BFLOAT16 = np.dtype(ml_dtypes.bfloat16)
+
+
+def to_torch(array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A tensor on the CPU with the array's values, in its own memory; converted to `dtype` if one is given.
+
+    That memory is torch's, which is aligned, as numpy's is not: the order in which a product is summed, and so the last
+    bit of what a parameterisation makes, may hang on that.
+    """
+    import torch
+
+    if array.dtype == BFLOAT16:
+        tensor = torch.from_numpy(np.array(array.view(np.uint16))).view(torch.bfloat16).clone()
+    else:
+        tensor = torch.from_numpy(np.array(array)).clone()
+    return tensor if dtype is None else tensor.to(dtype)
+
+
+def from_torch(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """An array with the tensor's values, in its own memory."""
+    import torch
+
+    tensor = tensor.detach().cpu().contiguous()
+    if tensor.dtype == torch.bfloat16:
+        return np.array(tensor.view(torch.uint16).numpy()).view(BFLOAT16)
+    return np.array(tensor.numpy())
+
+
+Array: TypeAlias = npt.NDArray[Any]
+
+
+def frozen(array: npt.ArrayLike) -> Array:
+    """A read-only view of `array` (which itself is not touched)."""
+    view = np.asarray(array).view()
+    view.flags.writeable = False
+    return view
+
+
+def same_array(a: Array, b: Array) -> bool:
+    """Equality of dtype, shape and every bit (so NaN equals NaN, and 0.0 differs from -0.0)."""
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def _same_arrays(a: Mapping[Any, Array], b: Mapping[Any, Array]) -> bool:
+    return a.keys() == b.keys() and all(same_array(a[name], b[name]) for name in a)
+
+
+def _shapes(arrays: Mapping[str, Array]) -> str:
+    return ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())

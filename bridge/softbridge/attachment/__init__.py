@@ -1,0 +1,1 @@
+"""A prompt in a model, and the model in a trainer."""

@@ -1,0 +1,179 @@
+"""From a prompt to files of a format: lowered, written, read back, and only then put in place."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from softbridge import parts, untrusted
+from softbridge.arrays import same_array
+from softbridge.base.model import BaseModel
+from softbridge.checkpoint.choice import ALL, Choice
+from softbridge.checkpoint.manifest import MANIFEST, MANIFEST_VERSION, Loaded, _named, _sha256
+from softbridge.checkpoint.read import _read
+from softbridge.errors import OutputError
+from softbridge.lowering.planner import Lowering, lower
+from softbridge.lowering.steps import Target
+from softbridge.plugin.hookspecs import Format
+from softbridge.plugin.registry import format_named, formats
+from softbridge.prompt.soft_prompt import BaseId, SoftPrompt
+
+#: Suffixes that name a file rather than a directory, whatever the format.
+FILE_SUFFIXES = frozenset((".npy", ".safetensors", ".bin", ".pt", ".pth", ".ckpt"))
+
+
+def save(
+    prompt: SoftPrompt,
+    path: str | Path,
+    format: str,
+    base: Any = None,
+    *,
+    accept: Collection[str] = (),
+    encoding: str | None = None,
+    dtype: str | None = None,
+    overwrite: bool = False,
+) -> Lowering:
+    """Lower a prompt to a format and write it: a directory, or one file if the path has that file's suffix.
+
+    The output appears whole or not at all; it is read back and compared before it does.
+
+    Args:
+        accept: names of the conditions that the caller accepts (see `LoweringError`).
+        encoding: one of the format's `encodings`, or None for the toolkit's own default.
+        dtype: name of the dtype to store the numbers in, None: as they are. What that rounds is in the lowering.
+
+    Raises:
+        LoweringError: the format cannot express the prompt as the same function; nothing is written.
+        OutputError: the path is taken, or cannot be written.
+    """
+    resolved = None if base is None else BaseModel.resolve(base)
+    form = format_named(format)
+    lowering, content = _prepare(prompt, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
+    _write(Path(path), content, lowering, form, resolved, overwrite, dtype=dtype)
+    return lowering
+
+
+def _advice(lowering: Lowering, form: Format, base: BaseModel | None) -> tuple[str, ...]:
+    told = base is not None and "positions" in _named(lowering.steps, "conditional")
+    first = base.positions.first if base is not None and told else 0
+    return tuple(form.advice(lowering.prompt, lowering.prompt.base.geometry, first))
+
+
+def _prepare(
+    prompt: SoftPrompt, form: Format, target: Target, accept: Collection[str], encoding: str | None
+) -> tuple[Lowering, Mapping[str, bytes]]:
+    if encoding is not None and encoding not in form.encodings:
+        raise OutputError(
+            f"'{form.name}' does not store tensors as '{encoding}'",
+            f"one of {', '.join(form.encodings)}",
+            "leave --encoding out for the toolkit's own default",
+        )
+    lowering = lower(prompt, target, accept, form.obstacles)
+    if target.base is not None:
+        lowering = replace(lowering, prompt=replace(lowering.prompt, base=_known(lowering.prompt, target.base)))
+    return lowering, form.write(lowering.prompt, lowering.prompt.base.geometry, encoding)
+
+
+def _known(prompt: SoftPrompt, base: BaseModel) -> BaseId:
+    """What the file says of its base model, completed by what the caller gave.
+
+    The path of a mere configuration is no name: nobody could load a model from it.
+    """
+    name = base.name if base.name is not None and not base.name.endswith(".json") else None
+    task = base.with_head(prompt.head).task if prompt.head else None
+    return BaseId(prompt.base.name or name, base.geometry, task)
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    """Refuse a target that is there already; when told to overwrite, one that is no prompt: a model, a folder."""
+    if not overwrite:
+        untrusted.check_vacant(target)
+        return
+    if not target.exists() or (target.is_dir() and not any(target.iterdir())):
+        return
+    files = untrusted.Files(target)
+    written = MANIFEST in files and files.names == tuple(name for name in files.names if "/" not in name)
+    if not written and not (files.is_file and any(form.sniff(files) for form in formats().values())):
+        raise OutputError(
+            f"{target} was not written by softbridge, and replacing it would delete {', '.join(files.names[:6])}",
+            f"a folder with {MANIFEST} and no sub-folders, or one file that is a prompt",
+            "choose another target, or remove it yourself",
+        )
+
+
+def _is_file(target: Path, content: Mapping[str, bytes]) -> bool:
+    """Whether the target names the format's one file rather than a directory.
+
+    Raises:
+        OutputError: it names a file of another kind.
+    """
+    suffixes = sorted({Path(name).suffix for name in content})
+    if target.suffix not in FILE_SUFFIXES:
+        return False
+    if suffixes != [target.suffix]:
+        raise OutputError(
+            f"the target {target} names a file, and the format writes {', '.join(sorted(content))}",
+            "a directory" + (f", or a file with the suffix {suffixes[0]}" if len(content) == 1 else ""),
+            f"write to {target.with_suffix('')}",
+        )
+    return True
+
+
+def _write(
+    target: Path,
+    content: Mapping[str, bytes],
+    lowering: Lowering,
+    form: Format,
+    base: BaseModel | None,
+    overwrite: bool,
+    source: Loaded | None = None,
+    dtype: str | None = None,
+    choice: Choice = ALL,
+) -> None:
+    def check(written: Path) -> None:
+        geometry = lowering.prompt.base.geometry
+        again = _read(untrusted.Files(written), form, geometry).prompt
+        ours, theirs = parts.named_arrays(lowering.prompt), parts.named_arrays(again)
+        wrong = [name for name, array in ours.items() if name not in theirs or not same_array(array, theirs[name])]
+        # What the files alone say, without the manifest, is what the toolkit does with them.
+        said = again if "positions" in conditions else form.read(untrusted.Files(written), geometry)
+        wrong += ["positions"] * (not again.positions == said.positions == lowering.prompt.positions)
+        wrong += ["places"] * (parts.places(again) != parts.places(lowering.prompt))
+        if wrong:
+            raise OutputError(
+                f"what was written for '{form.name}' reads back differently: {', '.join(wrong)}",
+                "the tensors that were written",
+                "report this as a defect of softbridge; nothing was written",
+            )
+
+    conditions = _named(lowering.steps, "conditional")
+    _check_target(target, overwrite)
+    if _is_file(target, content):
+        if conditions:
+            raise OutputError(
+                f"{target} is one file, and the conditions ({', '.join(conditions)}) must travel beside it",
+                "a directory as the target",
+                f"write to {target.with_suffix('')}",
+            )
+        untrusted.write_file(target, next(iter(content.values())), overwrite=overwrite, check=check)
+        return
+    manifest: dict[str, Any] = {
+        "softbridge": MANIFEST_VERSION,
+        "format": form.name,
+        "positions": lowering.prompt.positions.to_json(),
+        "conditions": list(conditions),
+        "advice": list(_advice(lowering, form, base)),
+        "steps": [asdict(step) for step in lowering.steps],
+        "dtype": dtype,
+        "files": {name: _sha256(data) for name, data in content.items()},
+    }
+    scale = {part.stack: part.told_scale for part in lowering.prompt.inputs if part.told_scale is not None}
+    if scale:
+        manifest["scale"] = scale
+    if source is not None:
+        manifest["source"] = {"format": source.format.name, "digests": dict(source.digests)}
+    if choice != ALL:
+        manifest["choice"] = asdict(choice)
+    untrusted.write(target, {**content, MANIFEST: untrusted.json_bytes(manifest)}, overwrite=overwrite, check=check)

@@ -1,0 +1,102 @@
+"""What every command shares: the application, its options, where output goes, and how errors leave."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.text import Text
+from typer.core import TyperGroup
+
+from softbridge.cli.tables import shown_lines
+from softbridge.errors import SoftbridgeError
+
+
+class _Group(TyperGroup):
+    """Typer answers two unexpected exceptions, of which one is a closed pipe, with status 1, which is ours to give."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except (EOFError, OSError) as error:
+            raise RuntimeError("an unexpected error of input or output") from error
+
+
+app = typer.Typer(
+    cls=_Group,
+    help="Translate soft prompts between toolkits, and prove that the outputs are the same.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+REFUSED = 2
+DEFECT = 3
+UNREAD = 141  # what a shell reports of a program that SIGPIPE ends
+Base = Annotated[
+    str | None,
+    typer.Option("--base", help="The base model: a directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG"),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of a table.")]
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        try:
+            super().on_broken_pipe()
+        except SystemExit as end:
+            raise SystemExit(UNREAD) from end
+
+
+def _out() -> Console:
+    return _Console(width=None if Console().is_terminal else 120)
+
+
+def _refuse(error: SoftbridgeError, as_json: bool) -> NoReturn:
+    if as_json:
+        refused = {"kind": type(error).__name__, "found": error.found, "expected": error.expected}
+        obstacles = [vars(obstacle) for obstacle in getattr(error, "obstacles", ())]
+        _print_json({"refused": {**refused, "remedy": error.remedy, "obstacles": obstacles}})
+    message = Text.assemble(("refused:", "bold red"), " ", shown_lines(str(error)))
+    Console(stderr=True, soft_wrap=True).print(message)
+    raise typer.Exit(REFUSED)
+
+
+def _print_json(value: Any) -> None:
+    _out().out(json.dumps(value, indent=2, sort_keys=True), highlight=False)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what toolkits say while they run off the terminal: what matters of it is in the certificate.
+
+    What softbridge itself has to say of what is installed comes first, on standard error; and, in a line that goes away
+    again, how far a verification has come.
+    """
+    from softbridge.untested import warn_of_untested
+    from softbridge.verification.progress import watching
+
+    warn_of_untested()
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    shows = sys.stderr.isatty()
+    try:
+        with warnings.catch_warnings(), watching(_tell) if shows else nullcontext():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+        if shows:
+            _tell("")
+
+
+def _tell(line: str) -> None:
+    width = shutil.get_terminal_size().columns - 1
+    print(f"\r\x1b[2K{line[:width]}", end="", file=sys.stderr, flush=True)

@@ -1,0 +1,130 @@
+"""`softbridge convert`."""
+
+from __future__ import annotations
+
+from enum import Enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from softbridge.cli.console import AsJson, Base, _out, _print_json, _quiet, _refuse, app
+from softbridge.cli.tables import certificate_table, shown, steps_table
+from softbridge.errors import SoftbridgeError
+
+
+class StoredDtype(str, Enum):
+    """What numbers can be stored in."""
+
+    float64 = "float64"
+    float32 = "float32"
+    float16 = "float16"
+    bfloat16 = "bfloat16"
+
+
+class Dropped(str, Enum):
+    """What of a source can be left out; see `softbridge.checkpoint.choice.DROPPED`."""
+
+    training = "training"
+    manifest = "manifest"
+
+
+@app.command()
+def convert(
+    source: Annotated[Path, typer.Argument(help="The checkpoint to read.")],
+    target: Annotated[
+        Path, typer.Argument(help="The directory to write; or a file, if the format has only one and it ends alike.")
+    ],
+    to: Annotated[str, typer.Option("--to", help="The format to write.", metavar="FORMAT")],
+    base: Base = None,
+    source_format: Annotated[
+        str | None,
+        typer.Option("--from", help="The format to read; recognised by content if left out.", metavar="FORMAT"),
+    ] = None,
+    accept: Annotated[
+        list[str] | None,
+        typer.Option("--accept", help="Accept a condition that a refusal named; may be repeated.", metavar="NAME"),
+    ] = None,
+    encoding: Annotated[
+        str | None, typer.Option("--encoding", help="How to store tensors; see 'softbridge formats'.", metavar="NAME")
+    ] = None,
+    dtype: Annotated[
+        StoredDtype | None, typer.Option("--dtype", help="Store the numbers in this; the report says what it rounds.")
+    ] = None,
+    task: Annotated[
+        int | None, typer.Option("--task", help="Which task of a multitask prompt to convert.", min=0)
+    ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            "--part",
+            help="Convert one part only: encoder, self or cross (a prefix), encoder-input or decoder-input.",
+            metavar="NAME",
+        ),
+    ] = None,
+    drop: Annotated[
+        list[Dropped] | None,
+        typer.Option("--drop", help="Leave this out of the source, stale or not; may be repeated."),
+    ] = None,
+    trained_on: Annotated[
+        str | None,
+        typer.Option(
+            "--trained-on",
+            help="The transformers that an input prompt was trained on, where that matters and no file says it.",
+            metavar="VERSION",
+        ),
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Run both, and write nothing if they differ. Needs --base.")
+    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Convert a checkpoint to another toolkit's format. Refuses whatever would compute another function."""
+    from softbridge.conversion import convert as run
+
+    try:
+        with _quiet():
+            report = run(
+                source,
+                target,
+                to,
+                base,
+                format=source_format,
+                accept=accept or (),
+                encoding=encoding,
+                dtype=None if dtype is None else dtype.value,
+                task=task,
+                part=part,
+                drop=[name.value for name in drop or ()],
+                trained_on=trained_on,
+                verify=verify,
+                overwrite=overwrite,
+            )
+    except SoftbridgeError as error:
+        _refuse(error, as_json)
+    if as_json:
+        _print_json(
+            {
+                "source": {"path": str(report.source.path), "format": report.source.format.name},
+                "target": {"path": str(report.path), "format": report.target},
+                "steps": [vars(step) for step in report.steps],
+                "advice": list(report.advice),
+                "certificate": None if report.certificate is None else report.certificate.to_json(),
+            }
+        )
+        return
+    console = _out()
+    console.print(
+        Text.assemble(
+            shown(f"{report.source.format.name} {report.source.path} -> {report.target} "), shown(report.path, "bold")
+        )
+    )
+    console.print(steps_table(report.steps))
+    if report.certificate is not None:
+        console.print(certificate_table(report.certificate))
+    if report.advice:
+        console.print(Text.assemble("to run it in ", shown(report.target), " itself:"))
+        for line in report.advice:
+            console.print(Text.assemble("- ", shown(line)))

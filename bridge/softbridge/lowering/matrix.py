@@ -1,0 +1,68 @@
+"""The matrix of methods and conversions, generated from what formats and engines declare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import permutations
+
+from softbridge.base.model import BaseModel
+from softbridge.lowering.examples import METHODS
+from softbridge.lowering.explain import KINDS, Explanation, explain
+from softbridge.plugin.registry import formats
+
+#: (method, source, target) -> family -> what it comes to.
+Matrix = Mapping[tuple[str, str, str], Mapping[str, Explanation]]
+
+
+def matrix() -> Matrix:
+    """Every method, from every format to every other, on one small model of each kind of positions."""
+    from softbridge.testing import tiny_config
+
+    bases = {family: BaseModel(tiny_config(family)).imagine() for family in KINDS}
+    return {
+        (method, source, target): {family: explain(source, target, method, base) for family, base in bases.items()}
+        for method in METHODS
+        for source, target in permutations(formats(), 2)
+    }
+
+
+def markdown(found: Matrix) -> str:
+    """The matrix as tables, one for each source, with the reasons below."""
+    lines: list[str] = []
+    reasons: dict[str, str] = {}
+    sources = dict.fromkeys(source for _, source, _ in found)
+    for source in sources:
+        targets = [target for target in sources if target != source]
+        lines += ["", f"From `{source}` | " + " | ".join(f"to `{target}`" for target in targets), "---|" * len(sources)]
+        for method in METHODS:
+            cells = [found[method, source, target] for target in targets]
+            if any(one.held for cell in cells for one in cell.values()):
+                lines.append(" | ".join([method, *(_cell(cell, reasons) for cell in cells)]))
+    lines += ["", "| | |", "|---|---|"]
+    lines += [f"| `{name}` | {reason} |" for name, reason in sorted(reasons.items())]
+    return "\n".join(lines).strip() + "\n"
+
+
+def _cell(cell: Mapping[str, Explanation], reasons: dict[str, str]) -> str:
+    """What a conversion comes to, for the families together that agree; those without a source are left out."""
+    groups: dict[str, list[str]] = {}
+    for family, one in cell.items():
+        if one.held:
+            groups.setdefault(_word(one, reasons), []).append(family)
+    if len(groups) == 1:
+        return next(iter(groups))
+    return "; ".join(f"{', '.join(families)}: {word}" for word, families in groups.items())
+
+
+def _word(one: Explanation, reasons: dict[str, str]) -> str:
+    if one.outcome == "exact":
+        return "exact, training left out" if any(step.name == "eject" for step in one.steps) else "exact"
+    if one.outcome == "impossible":
+        names = {obstacle.name: obstacle.reason for obstacle in one.obstacles}
+        start = "no: "
+    else:
+        names = {step.name: step.note for step in one.steps if step.exactness == one.outcome}
+        start = "exact in float32: " if one.outcome == "rounding" else "if "
+    for name, reason in names.items():
+        reasons.setdefault(name, reason)
+    return start + ", ".join(f"`{name}`" for name in names)

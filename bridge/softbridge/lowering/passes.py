@@ -1,0 +1,101 @@
+"""The passes of lowering: each makes a prompt expressible by a target, or says why that is impossible.
+
+A pass is a pure function from a prompt and a target to the ways in which one can go on (`Option`), at least one. A way
+is exact, rounds, holds under a condition, or meets an obstacle, and says so. Which ways are taken is not decided here,
+see `softbridge.lowering.planner`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from softbridge.errors import BaseModelError, Obstacle
+from softbridge.lowering.embedding_block import leave_block
+from softbridge.lowering.expressible import _family, _gates, _head, _layers, _parts, _whole
+from softbridge.lowering.precision import _dtype
+from softbridge.lowering.scale import _scale
+from softbridge.lowering.steps import Option, Pass, Step, Target, _with_part
+from softbridge.lowering.token_positions import _relative_bias, _start, _window
+from softbridge.lowering.training import _eject, _ejected
+from softbridge.prompt.soft_prompt import SoftPrompt
+from softbridge.template import Field, Virtual, Words
+
+
+def _placement(prompt: SoftPrompt, target: Target) -> list[Option]:
+    """A template whose virtual tokens stand together in front, or behind one token, is a placement of its own."""
+    able = target.capabilities.inputs
+    steps: list[Step] = []
+    obstacles: list[Obstacle] = []
+    for part in prompt.inputs:
+        if part.template is None or (part.stack, part.entry, part.placement) in able:
+            continue
+        match part.template.pieces:
+            case (Virtual(), *rest) if not any(isinstance(piece, Virtual) for piece in rest):
+                moved, others = replace(part, placement="before-sequence", template=None), rest
+            case (Words((_,)), Virtual(), *rest) if not any(isinstance(piece, Virtual) for piece in rest):
+                moved, others = replace(part, placement="after-first-token", template=None), rest
+            case _:
+                continue  # `_parts` names it
+        if (moved.stack, moved.entry, moved.placement) not in able:
+            continue
+        start = prompt.positions.start[part.stack] + part.length
+        positions = replace(prompt.positions, start={**prompt.positions.start, part.stack: start})
+        prompt = replace(_with_part(prompt, part, moved), positions=positions)
+        if part.template.verbaliser is None and len(others) == 1 and isinstance(others[0], Field):
+            steps.append(Step("placement", "exact", f"a template with all virtual tokens in front: {moved.placement}"))
+        else:
+            reason = f"{target.name} has no templates: whoever runs the files writes the words and the slot of this one"
+            obstacles.append(Obstacle("template", reason, "accept that the caller writes the template's words", True))
+    return [Option(prompt, tuple(steps), tuple(obstacles))]
+
+
+def _entry(prompt: SoftPrompt, target: Target) -> list[Option]:
+    """Move vectors that enter before the embedding block behind it, by sending them through it."""
+    able = target.capabilities.inputs
+    steps: list[Step] = []
+    missing = None
+    for part in prompt.inputs:
+        first = prompt.positions.start[part.stack] - part.length
+        if (
+            (part.stack, part.entry, part.placement) in able
+            or (part.entry, part.placement) != ("before", "before-sequence")
+            or (part.stack, "after", part.placement) not in able
+            or first < 0
+        ):
+            continue
+        vectors = part.vectors
+        try:
+            base = target.need_base(f"{target.name} has vectors behind the embedding block, whose weights move them")
+            if not base.has_embedding_block:
+                continue  # `_parts` names it
+            vectors = leave_block(base, vectors, first).astype(np.promote_types(vectors.dtype, np.float32))
+        except BaseModelError as error:
+            missing = error
+        prompt = _with_part(prompt, part, replace(part, vectors=vectors, entry="after"))
+        note = "vectors sent through the base model's embedding block (positions, token types, norm); float32 rounding"
+        steps.append(Step("entry", "rounding", note))
+    if not steps:
+        return [Option(prompt)]
+    ejected = _ejected(prompt, target, "belongs to the vectors before the embedding block and is left out")
+    return [Option(ejected.prompt, (*steps, *ejected.steps), ejected.obstacles, missing)]
+
+
+#: In this order: each relies on what those before it did.
+PASSES: tuple[Pass, ...] = (
+    _family,
+    _whole,
+    _scale,
+    _placement,
+    _entry,
+    _parts,
+    _gates,
+    _layers,
+    _head,
+    _eject,
+    _relative_bias,
+    _window,
+    _start,
+    _dtype,
+)

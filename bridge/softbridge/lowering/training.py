@@ -1,0 +1,30 @@
+"""The pass that leaves a training state out, and what of the prompt goes with it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from softbridge.errors import Obstacle
+from softbridge.lowering.steps import Option, Step, Target
+from softbridge.prompt.soft_prompt import SoftPrompt
+
+
+def _eject(prompt: SoftPrompt, target: Target) -> list[Option]:
+    kept, training = target.capabilities.training, prompt.training
+    if training is None or kept is None or training.kind in kept:
+        return [Option(prompt)]
+    return [_ejected(prompt, target, "is left out: the prompt runs, its training cannot be resumed")]
+
+
+def _ejected(prompt: SoftPrompt, target: Target, note: str) -> Option:
+    """The prompt without its training state, with which the tasks go that it does not run."""
+    training = prompt.training
+    if training is None:
+        return Option(prompt)
+    ejected = replace(prompt, training=None)
+    tasks = len(training.tensors["columns"]) if training.kind == "multitask" else 1
+    if tasks > 1:
+        task = training.settings.get("task", 0)
+        reason = f"{target.name} holds one task, and this prompt {tasks}: task {task} alone is kept"
+        return Option(ejected, (), (Obstacle("task", reason, "choose one with --task, or accept that one", True),))
+    return Option(ejected, (Step("eject", "exact", f"the {training.kind} reparameterisation {note}"),))

@@ -1,0 +1,40 @@
+"""What a soft prompt is, independent of every toolkit; and the file of our own that holds one."""
+
+from __future__ import annotations
+
+from softbridge.arrays import Array, frozen, same_array
+from softbridge.prompt.container import digest_of, pack, unpack
+from softbridge.prompt.part import (
+    Entry,
+    Gate,
+    InputPrompt,
+    KeyValue,
+    KeyValuePrefix,
+    Part,
+    Placement,
+)
+from softbridge.prompt.soft_prompt import BaseId, Origin, Positions, SoftPrompt, Training
+from softbridge.prompt.values import FrozenMap, Json
+
+__all__ = [
+    "Array",
+    "BaseId",
+    "Entry",
+    "FrozenMap",
+    "Gate",
+    "InputPrompt",
+    "Json",
+    "KeyValue",
+    "KeyValuePrefix",
+    "Origin",
+    "Part",
+    "Placement",
+    "Positions",
+    "SoftPrompt",
+    "Training",
+    "digest_of",
+    "frozen",
+    "pack",
+    "same_array",
+    "unpack",
+]
