@@ -55,9 +55,11 @@ def same_array(a: Array, b: Array) -> bool:
     return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
 
 
-def _same_arrays(a: Mapping[Any, Array], b: Mapping[Any, Array]) -> bool:
+def same_arrays(a: Mapping[Any, Array], b: Mapping[Any, Array]) -> bool:
+    """Equality of names and of every bit; see `same_array`."""
     return a.keys() == b.keys() and all(same_array(a[name], b[name]) for name in a)
 
 
-def _shapes(arrays: Mapping[str, Array]) -> str:
+def shapes_of(arrays: Mapping[str, Array]) -> str:
+    """Names and shapes, as text."""
     return ", ".join(f"{name} {list(array.shape)}" for name, array in arrays.items())

@@ -17,9 +17,9 @@ from softbridge import parts, untrusted
 from softbridge.arrays import same_array
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.choice import DROPPED, Choice
-from softbridge.checkpoint.manifest import CERTIFICATE, Loaded, _sha256
+from softbridge.checkpoint.manifest import CERTIFICATE, Loaded, sha256_of
 from softbridge.checkpoint.read import read
-from softbridge.checkpoint.write import _advice, _check_target, _is_file, _prepare, _write
+from softbridge.checkpoint.write import advice_for, check_target, is_file_of, prepare, write_files
 from softbridge.errors import BaseModelError, OutputError
 from softbridge.lowering.planner import Lowering
 from softbridge.lowering.steps import Step, Target
@@ -100,14 +100,14 @@ def convert(
     resolved = None if base is None else BaseModel.resolve(base)
     if untrusted.hub_id(source) is None:
         _apart(Path(source), Path(target))
-    _check_target(Path(target), overwrite)  # before the work, and again when it is written
+    check_target(Path(target), overwrite)  # before the work, and again when it is written
     loaded = read(source, resolved, format, drop=drop, trained_on=trained_on)
     choice = Choice(format, tuple(drop), trained_on, task, part)
     chosen = choice.of(loaded.prompt)
     form = format_named(to)
-    lowering, content = _prepare(chosen, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
+    lowering, content = prepare(chosen, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
     lowering = replace(lowering, steps=(*_notes(loaded.prompt), *_said(choice), *lowering.steps))
-    single = _is_file(Path(target), content)
+    single = is_file_of(Path(target), content)
     certificate = None
     if verify:
         if resolved is None:
@@ -121,8 +121,8 @@ def convert(
         certificate = _certify(loaded, made, content, resolved, naive)
         if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
-    _write(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
-    return Report(loaded, to, Path(target), lowering, _advice(lowering, form, resolved), certificate)
+    write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
+    return Report(loaded, to, Path(target), lowering, advice_for(lowering, form, resolved), certificate)
 
 
 def _said(choice: Choice) -> list[Step]:
@@ -155,7 +155,7 @@ def _certify(
     from softbridge.verification.proof import verify_prompts
     from softbridge.verification.sides import Pair, claim_of, subjects
 
-    origin = Origin(made.format.name, digests={name: _sha256(data) for name, data in content.items()})
+    origin = Origin(made.format.name, digests={name: sha256_of(data) for name, data in content.items()})
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "staged"
         untrusted.write(staged, content)

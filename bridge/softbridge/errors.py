@@ -16,7 +16,7 @@ def refusal(found: str, expected: str, remedy: str) -> ValueError:
     return ValueError(str(SoftbridgeError(found, expected, remedy)))
 
 
-def _few(items: Collection[Any]) -> str:
+def few(items: Collection[Any]) -> str:
     """The first few of a list, in words."""
     shown = ", ".join(str(item) for item in list(items)[:4]) or "none"
     return shown + (f" and {len(items) - 4} more" if len(items) > 4 else "")

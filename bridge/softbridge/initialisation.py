@@ -18,14 +18,17 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from softbridge.arrays import Array, from_torch
+from softbridge.attachment.attach import check_bare
 from softbridge.base import cache as caches
+from softbridge.base import words
 from softbridge.base.model import BaseModel
-from softbridge.errors import BaseModelError
+from softbridge.base.words import evaluating, vocabulary
+from softbridge.errors import BaseModelError, refusal
 from softbridge.geometry import Geometry, Site, Stack, stack_of
 from softbridge.lowering.expressible import check_fits
 from softbridge.prompt.part import InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, Positions, SoftPrompt
-from softbridge.tools import join as tools
+from softbridge.tools import mix
 
 #: Token ids, or a text where a tokenizer is given.
 Tokens: TypeAlias = Sequence[int] | str
@@ -136,7 +139,7 @@ def class_labels(
     """
     words = [_ids(label, tokenizer) for label in labels]
     if not 0 < len(words) <= length:
-        raise tools.refusal(
+        raise refusal(
             f"{len(words)} labels for {length} virtual tokens",
             "at least one label, and a virtual token for each",
             "make the prompt longer",
@@ -200,17 +203,17 @@ def text_cache(model: Any, ids: Tokens, length: int | None = None, *, tokenizer:
 
     tokens = _to_length(_ids(ids, tokenizer), length)
     base = BaseModel.resolve(model)
-    tools.embed(model, tokens)  # refuses a configuration, and ids beyond the vocabulary
+    words.embed(model, tokens)  # refuses a configuration, and ids beyond the vocabulary
     if base.geometry.encoder is not None or base.geometry.decoder is None:
         raise BaseModelError(
             f"the cache of a text was asked of {base.geometry.model_type}, which has an encoder",
             "a decoder-only model, in which a text's keys and values do not depend on what follows",
             "start the prefix from another prompt or from random numbers",
         )
-    tools.check_bare(model)
+    check_bare(model)
     given = torch.tensor([tokens], device=next(model.get_input_embeddings().parameters()).device)
     decoder, stack = base.geometry.decoder, model.base_model
-    with tools.evaluating(model):
+    with evaluating(model):
         # A cache of its own: the model's may keep no more than a sliding window. The stack: it computes no logits.
         cache = caches.empty(model, 1) if decoder.stateful else DynamicCache()
         told = {**caches.handed(stack.forward, cache), "use_cache": True}
@@ -245,10 +248,10 @@ def another(source: SoftPrompt, base: Any, length: int | None = None) -> SoftPro
     """
     lengths = sorted({part.length for part in source.parts})
     if length is not None and lengths != [length]:
-        raise tools.refusal(
+        raise refusal(
             f"a source prompt of length {', '.join(map(str, lengths))}",
             f"{length} virtual tokens",
-            "train with the source's length, or cut it with softbridge.tools.join.slice",
+            "train with the source's length, or cut it with softbridge.tools.slice",
         )
     here = _identity(base)
     assert here.geometry is not None
@@ -263,8 +266,8 @@ def another(source: SoftPrompt, base: Any, length: int | None = None) -> SoftPro
 
 
 def average(sources: Sequence[SoftPrompt], base: Any, length: int | None = None) -> SoftPrompt:
-    """The mean of several trained prompts; arguments and errors as for `another` and `softbridge.tools.mix.average`."""
-    return another(tools.average([replace(source, head={}) for source in sources]), base, length)
+    """The mean of several trained prompts; arguments and errors as for `another` and `softbridge.tools.average`."""
+    return another(mix.average([replace(source, head={}) for source in sources]), base, length)
 
 
 def _identity(base: Any) -> BaseId:
@@ -278,7 +281,7 @@ def _filled(
     geometry = here.geometry
     assert geometry is not None
     if length < 1 or (stack is not None and sites):
-        raise tools.refusal(
+        raise refusal(
             f"length {length}, stack {stack!r}, sites {tuple(sites)!r}",
             "at least one virtual token, and a stack (input prompt) or sites (prefix)",
             "leave one of them out",
@@ -313,7 +316,7 @@ def _input(model: Any, vectors: Callable[[Callable[[Sequence[int]], Array]], Arr
     """An input prompt from what `vectors` makes of the model's word vectors."""
     base = BaseModel.resolve(model)
     there = _input_stack(base, stack)
-    rows = vectors(lambda ids: tools.embed(model, ids, there))
+    rows = vectors(lambda ids: words.embed(model, ids, there))
     part = InputPrompt(rows, there, scale=base.scale)
     prompt = SoftPrompt((part,), Positions({there: len(rows)}), base.id)
     check_fits(prompt, base.geometry)
@@ -330,10 +333,10 @@ def _sample(
     seed: int,
 ) -> list[int]:
     """Token ids [P], all different."""
-    ranked = range(tools.vocabulary(model, stack)) if ranking is None else dict.fromkeys(int(i) for i in ranking)
+    ranked = range(vocabulary(model, stack)) if ranking is None else dict.fromkeys(int(i) for i in ranking)
     pool = [token for token in ranked if token not in exclude][:candidates]
     if not 1 <= length <= len(pool):
-        raise tools.refusal(
+        raise refusal(
             f"{length} words to be drawn without replacement from {len(pool)}",
             "at least one, and as many candidates as virtual tokens",
             "shorten the prompt, or allow more candidates",
@@ -344,14 +347,14 @@ def _sample(
 def _ids(tokens: Tokens, tokenizer: Any) -> list[int]:
     if isinstance(tokens, str):
         if tokenizer is None:
-            raise tools.refusal(f"the text {tokens!r:.40}", "token ids, or a tokenizer", "give tokenizer=...")
+            raise refusal(f"the text {tokens!r:.40}", "token ids, or a tokenizer", "give tokenizer=...")
         tokens = tokenizer(tokens, add_special_tokens=False)["input_ids"]
     given: Any = tokens
     if getattr(given, "ndim", 1) == 2 and len(given) == 1:  # what a tokenizer returns for one text
         given = given[0]
     ids = [int(token) for token in given]
     if not ids:
-        raise tools.refusal("no tokens", "at least one", "give a text that is not empty")
+        raise refusal("no tokens", "at least one", "give a text that is not empty")
     return ids
 
 
@@ -360,5 +363,5 @@ def _to_length(ids: list[int], length: int | None) -> list[int]:
     if length is None:
         return ids
     if length < 1:
-        raise tools.refusal(f"length {length}", "at least one virtual token", "make the prompt longer")
+        raise refusal(f"length {length}", "at least one virtual token", "make the prompt longer")
     return [ids[place % len(ids)] for place in range(length)]

@@ -4,7 +4,7 @@ Gemma multiplies the embeddings of words by the square root of their width. Up t
 and to vectors that a caller gives in the place of words (`inputs_embeds`) as well; since 5.4 the embedding module does
 it, and given vectors are taken as they are. The same input prompt is therefore another function on the other side.
 
-What the installed release does is measured (`softbridge.base.embedding_scale.measure_scale`); what another one did is known here.
+What the installed release does is measured (`softbridge.base.embedding_scale`); what another one did is known here.
 Families that scale in the same place in all releases (Gemma 3, T5Gemma, Granite, BART) need no entry. The sources are
 models/*/modeling_*.py of the releases 4.57.1, 4.57.6, 5.0.0 to 5.4.0, 5.23.0 and 5.24.0.
 """

@@ -55,15 +55,15 @@ def position_table(stack: Any) -> nn.Module | None:
     return table if counts else None
 
 
-def _padding_row(stack: nn.Module) -> int | None:
+def padding_row(stack: nn.Module) -> int | None:
     """The row of the position embedding where padding tokens stand, whatever their place, or None (RoBERTa)."""
     tables = (module for name, module in stack.named_modules() if name.endswith("position_embeddings"))
     return max((row for table in tables if (row := getattr(table, "padding_idx", None)) is not None), default=None)
 
 
-def _position_offset(stack: nn.Module) -> int:
+def position_offset(stack: nn.Module) -> int:
     """The row of the position embedding for position 0: behind the padding tokens', or where the stack counts from."""
-    row = _padding_row(stack)
+    row = padding_row(stack)
     counted = (buffer for name, buffer in stack.named_buffers() if name.endswith("position_ids"))
     first = (int(buffer.flatten()[0]) for buffer in counted if buffer.numel() and not buffer.is_meta)
     return max(first, default=0) if row is None else row + 1
@@ -73,7 +73,7 @@ def _position_offset(stack: nn.Module) -> int:
 NAME = "softbridge"
 
 
-def _has_tokens(stack: Any) -> bool:
+def has_tokens(stack: Any) -> bool:
     """Whether a stack reads tokens, and says by which embedding."""
     try:
         weight = getattr(stack.get_input_embeddings(), "weight", None)
@@ -82,7 +82,7 @@ def _has_tokens(stack: Any) -> bool:
         return False
 
 
-def _looks_back(stack: Any) -> bool:
+def looks_back(stack: Any) -> bool:
     """Whether the stack has further embeddings, of each layer, and finds token ids for them in the embeddings given."""
     look = getattr(stack, "get_per_layer_inputs", None) if getattr(stack, "hidden_size_per_layer_input", 0) else None
     return look is not None and "inputs_embeds" in inspect.signature(look).parameters
@@ -92,7 +92,7 @@ def tellable(stack: Any) -> bool:
     """Whether a stack can be told where its tokens stand, or asks for nothing but how far they are apart."""
     if getattr(stack.config, "alibi", False):  # Falcon takes positions then, too, and looks at none
         return False
-    return "position_ids" in inspect.signature(stack.forward).parameters or _bias_table(stack) is not None
+    return "position_ids" in inspect.signature(stack.forward).parameters or bias_table(stack) is not None
 
 
 class _Reached(Exception):  # noqa: N818
@@ -112,7 +112,7 @@ def _reached(model: Any, stack: Any, attention: nn.Module, implementation: str) 
             raise _Reached(set(kwargs), (*args, *kwargs.values()))
 
     handle = attention.register_forward_pre_hook(look, with_kwargs=True)
-    before = [] if NAME in model._modules else _name_attention(model, implementation)
+    before = [] if NAME in model._modules else name_attention(model, implementation)
     tokens = torch.tensor([[0, 1]], device=stack.get_input_embeddings().weight.device)
     try:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
@@ -123,11 +123,11 @@ def _reached(model: Any, stack: Any, attention: nn.Module, implementation: str) 
         return None
     finally:
         handle.remove()
-        _restore_names(before)
+        restore_names(before)
     return None
 
 
-def _counts_pads(outer: Any, stack: Any) -> bool:
+def counts_pads(outer: Any, stack: Any) -> bool:
     """Whether a model that is told no positions makes some for its stack, from the first column on, be it a pad.
 
     It is watched with a pad and two tokens that go no further than the stack.
@@ -155,7 +155,7 @@ def _counts_pads(outer: Any, stack: Any) -> bool:
     return False
 
 
-def _hears_scores(model: Any, stack: Any, attention: nn.Module) -> bool:
+def hears_scores(model: Any, stack: Any, attention: nn.Module) -> bool:
     """Whether flash attention, called by our name, is told of padding by scores.
 
     So it is in models that know it by its own name only.
@@ -194,12 +194,13 @@ def outer_of(model: Any, geometry: Geometry) -> Any:
     return None if model.base_model is _text_decoder(model) else model.base_model
 
 
-def _numbers(geometry: Geometry, site: Site, count: int) -> Sequence[int]:
+def layer_numbers(geometry: Geometry, site: Site, count: int) -> Sequence[int]:
+    """The layer of each of this many attention modules, as the configuration numbers those that attend."""
     shape = geometry.site(site)
     return range(count) if shape is None or len(shape.attending) != count else shape.attending
 
 
-def _pools_first_token(model: Any, geometry: Geometry) -> bool:
+def pools_first_token(model: Any, geometry: Geometry) -> bool:
     """Whether the head of an encoder takes the first state for the whole sequence: with a prompt, a virtual token's.
 
     So do PEFT and the published classes, and BERT's own pooler, which is part of the stack.
@@ -209,7 +210,7 @@ def _pools_first_token(model: Any, geometry: Geometry) -> bool:
     return geometry.decoder is None and type(model).__name__ in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES.values()
 
 
-def _name_attention(model: Any, name: str) -> list[tuple[Any, str]]:
+def name_attention(model: Any, name: str) -> list[tuple[Any, str]]:
     """Let every configuration in the model name this attention; each of them, with the name that it had."""
     register()
     configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
@@ -220,21 +221,21 @@ def _name_attention(model: Any, name: str) -> list[tuple[Any, str]]:
 
 
 @contextmanager
-def _named(model: Any, name: str) -> Iterator[None]:
+def attention_named(model: Any, name: str) -> Iterator[None]:
     """Every configuration in the model names this attention."""
-    before = _name_attention(model, name)
+    before = name_attention(model, name)
     try:
         yield
     finally:
-        _restore_names(before)
+        restore_names(before)
 
 
-def _restore_names(before: Iterable[tuple[Any, str]]) -> None:
-    """Undo `_name_attention`."""
+def restore_names(before: Iterable[tuple[Any, str]]) -> None:
+    """Undo `name_attention`."""
     for config, name in before:
         config._attn_implementation_internal = name
 
 
-def _bias_table(module: nn.Module) -> Any:
+def bias_table(module: nn.Module) -> Any:
     """The first module that holds the table of a T5-like relative bias, or None."""
     return next((found for found in module.modules() if hasattr(found, "relative_attention_bias")), None)

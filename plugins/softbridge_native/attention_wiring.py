@@ -10,29 +10,31 @@ from torch import nn
 
 from softbridge.geometry import Geometry, Site
 from softbridge_native import wiring
-from softbridge_native.anatomy import _named, _numbers, stacks_of
+from softbridge_native.anatomy import attention_named, layer_numbers, stacks_of
 from softbridge_native.attention import dispatches
 
 
-def _wiring(model: Any, geometry: Geometry) -> wiring.Wiring | None:
+def wiring_of(model: Any, geometry: Geometry) -> wiring.Wiring | None:
     """What the decoder's attention is called with, if there is a decoder, and it is known."""
     if geometry.decoder is None:
         return None
     stack = stacks_of(model, geometry)["decoder"]
-    return wiring.wiring(stack, partial(_named, model), geometry.is_encoder_decoder, geometry.decoder.attending)
+    return wiring.wiring(
+        stack, partial(attention_named, model), geometry.is_encoder_decoder, geometry.decoder.attending
+    )
 
 
-def _in_turn(model: Any, geometry: Geometry, site: Site) -> str | None:
+def taken_in_turn(model: Any, geometry: Geometry, site: Site) -> str | None:
     """Why a prefix of each layer would not find it: that the layers call the same modules in turn (Zamba's on 4.57)."""
-    shape, wired = geometry.site(site), _wiring(model, geometry) if site == "self" else None
+    shape, wired = geometry.site(site), wiring_of(model, geometry) if site == "self" else None
     if shape is None or wired is None or not len(set(wired.called)) < len(wired.called) == len(shape.attending):
         return None
     return f"{len(wired.called)} layers attend, in turn through {len(set(wired.called))} modules that they share"
 
 
-def _wired_otherwise(model: Any, geometry: Geometry, numbered: Mapping[int, nn.Module]) -> Iterator[str]:
+def wired_otherwise(model: Any, geometry: Geometry, numbered: Mapping[int, nn.Module]) -> Iterator[str]:
     """Why a prefix in attention would not be the one that a cache starts with."""
-    wired, heard, layers = _wiring(model, geometry), list(numbered.values()), len(numbered)
+    wired, heard, layers = wiring_of(model, geometry), list(numbered.values()), len(numbered)
     if wired is None:
         return
     if not set(heard) <= set(wired.called):
@@ -72,11 +74,15 @@ def attention_modules(model: Any, geometry: Geometry) -> dict[Site, dict[int, nn
     decoder, crossed = found.get("decoder", []), geometry.is_encoder_decoder
     alone = None if crossed else geometry.decoder
     if alone is not None and len(decoder) > len(alone.attending):  # some attend to an encoder, should there be one
-        wired = wiring.wiring(stacks["decoder"], partial(_named, model), crossed=False, numbers=alone.attending)
+        wired = wiring.wiring(
+            stacks["decoder"], partial(attention_named, model), crossed=False, numbers=alone.attending
+        )
         decoder = decoder if wired is None else list(wired.called)
     sites: dict[Site, list[nn.Module]] = {
         "encoder": found.get("encoder", []),
         "self": decoder[::2] if crossed else decoder,
         "cross": decoder[1::2] if crossed else [],
     }
-    return {site: dict(zip(_numbers(geometry, site, len(heard)), heard, strict=True)) for site, heard in sites.items()}
+    return {
+        site: dict(zip(layer_numbers(geometry, site, len(heard)), heard, strict=True)) for site, heard in sites.items()
+    }

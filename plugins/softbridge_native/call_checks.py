@@ -96,7 +96,8 @@ def _pairs(positions: Tensor, mask: Tensor | None) -> Tensor:
     return real[:, 1:] & real[:, :-1]
 
 
-def _ready_made() -> EngineError:
+def ready_made() -> EngineError:
+    """The refusal of a mask that came ready-made."""
     return EngineError(
         "the attention mask came ready-made, with an input prompt attached",
         "a mask of shape [B, T], or none",
@@ -104,7 +105,8 @@ def _ready_made() -> EngineError:
     )
 
 
-def _check_no_pads_ahead(stack: Any, mask: Tensor) -> None:
+def check_no_pads_ahead(stack: Any, mask: Tensor) -> None:
+    """Refuse rows with pads on the left, in a stack that would count them."""
     if not torch.compiler.is_compiling() and bool(left_pads(mask).any()):
         raise EngineError(
             f"rows padded on the left, with an input prompt, and {type(stack).__name__} finds pads by their token ids, "
@@ -114,7 +116,8 @@ def _check_no_pads_ahead(stack: Any, mask: Tensor) -> None:
         )
 
 
-def _kept_within(stack: Any) -> EngineError:
+def kept_within(stack: Any) -> EngineError:
+    """The refusal of a cache that a stack keeps to itself."""
     return EngineError(
         f"use_cache=True, and {type(stack).__name__} takes no cache that a call could hand on (it keeps its own), and "
         "does not say which calls go on with a text that has the prompt",
@@ -123,7 +126,7 @@ def _kept_within(stack: Any) -> EngineError:
     )
 
 
-def _all_real(tokens: Tensor, past: int, vectors: Inserted) -> Tensor:
+def all_real(tokens: Tensor, past: int, vectors: Inserted) -> Tensor:
     """The mask [B, N] of these tokens, and of the real ones in a cache of this length, without pads."""
     real = tokens.shape[1] + max(past - vectors.length, 0)
     return torch.ones(tokens.shape[0], real, dtype=torch.long, device=tokens.device)

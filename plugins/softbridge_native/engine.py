@@ -29,9 +29,9 @@ class NativeEngine:
 
     def obstacles(self, prompt: SoftPrompt, model: Any) -> Sequence[Obstacle]:
         """What stands against running this prompt on this model here."""
-        from softbridge_native import injection as native
+        from softbridge_native.obstacles import obstacles
 
-        return native.obstacles(prompt, model)
+        return obstacles(prompt, model)
 
     def attach(self, model: Any, prompt: SoftPrompt) -> Any:
         """Attach in place; the model keeps its class, its configuration and its methods.

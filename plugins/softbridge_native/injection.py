@@ -25,20 +25,20 @@ from softbridge_native import cache_prefix as seed
 from softbridge_native import wiring
 from softbridge_native.anatomy import (
     NAME,
-    _bias_table,
-    _counts_pads,
-    _name_attention,
-    _pools_first_token,
-    _restore_names,
+    bias_table,
+    counts_pads,
     embedding_block,
+    name_attention,
     outer_of,
+    pools_first_token,
     position_table,
+    restore_names,
     stacks_of,
     tellable,
     word,
 )
 from softbridge_native.attention import Binding, bind, enter, registered, unbind
-from softbridge_native.attention_wiring import _wiring, attention_modules
+from softbridge_native.attention_wiring import attention_modules, wiring_of
 from softbridge_native.call import Own, Switch, hook, unhook
 from softbridge_native.input_prompt import Circumstances, Shift, StackHooks, Vectors
 from softbridge_native.layout import home, origin_of
@@ -280,7 +280,7 @@ def install(model: Any, injected: Injection, geometry: Geometry, prefixed: bool,
         if prefixed or (any(modules.values()) and model.config._attn_implementation == "eager"):
             _switch_attention(model, injected)
         if prefixed:
-            _bind(injected, modules, _wiring(model, geometry))
+            _bind(injected, modules, wiring_of(model, geometry))
         _hook(model, injected, geometry, pads, prefixed)
     except BaseException:
         detach(model)
@@ -309,7 +309,7 @@ def detach(model: Any) -> Any:
         unbind(module)
     for stack in injected.hooked:
         unhook(stack)
-    _restore_names(injected.implementations)
+    restore_names(injected.implementations)
     for parameter in injected.trainable:
         parameter.requires_grad_(True)
     del model._modules[NAME]
@@ -334,7 +334,7 @@ def injection(model: Any) -> Injection:
 
 def _switch_attention(model: Any, injected: Injection) -> None:
     """Let every configuration in the model name our function over the attention that it named."""
-    injected.implementations = _name_attention(model, registered(model.config._attn_implementation))
+    injected.implementations = name_attention(model, registered(model.config._attn_implementation))
 
 
 def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[Stack], prefixed: bool) -> None:
@@ -342,7 +342,7 @@ def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[St
     handles, off = injected.handles, injected.switch.is_off
     handles.append(model.register_forward_pre_hook(injected.enter, with_kwargs=True))
     handles.append(model.register_forward_hook(injected.leave))
-    pools = _pools_first_token(model, geometry)
+    pools = pools_first_token(model, geometry)
     implementation = model.config._attn_implementation if injected.implementations else None
     for name, stack in stacks_of(model, geometry).items():
         crossed = geometry.is_encoder_decoder and name == "encoder"
@@ -353,7 +353,7 @@ def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[St
         around = replace(around, knows_pads=name in pads, prefixed=prefixed)
         outer = outer_of(model, geometry)
         if outer is not None:
-            around = replace(around, word=word(model.config), counts_pads=_counts_pads(outer, stack))
+            around = replace(around, word=word(model.config), counts_pads=counts_pads(outer, stack))
         hooks = injected.hooks(name, stack, around)
         if outer is not None:
             hooks.surround(outer, hook(outer))
@@ -388,7 +388,7 @@ def _bind(injected: Injection, modules: Mapping[Site, Mapping[int, nn.Module]], 
         rest = (layer for layer in modules[here] if layer >= first and (here, layer) not in prefixed)
         sources += [(here, layer, Nothing(), False) for layer in rest]
     for site, layer, source, gated in sources:
-        table = None if site == "cross" else _bias_table(nn.ModuleList(modules[site].values()))
+        table = None if site == "cross" else bias_table(nn.ModuleList(modules[site].values()))
         biased = table is None or layer < injected.unbiased_from.get(stack_of(site), layer + 1)
         # A layer that attends to another's keys and values attends to that one's prefix.
         layers = wired.layers if wired is not None and site == "self" else tuple(modules[site])
@@ -396,7 +396,7 @@ def _bind(injected: Injection, modules: Mapping[Site, Mapping[int, nn.Module]], 
             if layer != number:
                 continue
             causal = site != "cross" and getattr(module, "is_causal", site == "self")
-            bias = None if table is None or not biased else _bias_table(module) or table
+            bias = None if table is None or not biased else bias_table(module) or table
             bind(module, Binding(source, causal, bias, off, biased))
             injected.bound.append(module)
             if gated:

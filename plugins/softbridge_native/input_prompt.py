@@ -28,20 +28,20 @@ from softbridge.errors import EngineError
 from softbridge.geometry import Site, Stack
 from softbridge.prompt import InputPrompt, Placement
 from softbridge_native import tables
-from softbridge_native.anatomy import _padding_row, _position_offset
+from softbridge_native.anatomy import padding_row, position_offset
 from softbridge_native.cache_view import _READ, begin, check_begun, check_foreign, full_length, hide, hides, running
 from softbridge_native.call import Entry as Opened
 from softbridge_native.call import Own
 from softbridge_native.call_checks import (
-    _all_real,
-    _check_no_pads_ahead,
-    _kept_within,
-    _ready_made,
+    all_real,
+    check_no_pads_ahead,
     check_onward,
     check_others,
     check_unpacked,
+    kept_within,
+    ready_made,
 )
-from softbridge_native.layout import Inserted, Layout, _fill, _take, counted, given_tokens, layout, left_pads
+from softbridge_native.layout import Inserted, Layout, counted, fill, given_tokens, layout, left_pads, take
 from softbridge_native.parameterisation import Making
 
 if TYPE_CHECKING:
@@ -199,8 +199,8 @@ class StackHooks:
         self.seed = seed
         self.names = tuple(inspect.signature(stack.forward).parameters)
         self.cache_name = caches.argument(stack.forward)
-        self.offset = _position_offset(stack)
-        self.padding = _padding_row(stack)
+        self.offset = position_offset(stack)
+        self.padding = padding_row(stack)
         self.reach = tables.reach(stack, self.offset)
         self.counts_pads = tables.counts_pads(stack)
         self._fixed = vectors, start
@@ -228,11 +228,11 @@ class StackHooks:
         if vectors is None:
             return (), kwargs
         if mask is not plain:
-            raise _ready_made()
+            raise ready_made()
         check_begun(cache, self.around.owner, past)
         check_unpacked(kwargs, plain)
         if plain is None and isinstance(vectors.lengths, Tensor):
-            plain = _all_real(tokens, past, vectors)
+            plain = all_real(tokens, past, vectors)
         rows = layout(vectors, plain)
         if plain is not None:
             kwargs["attention_mask"] = rows.mask(plain)
@@ -297,9 +297,9 @@ class StackHooks:
             check_begun(cache, self.around.owner, past)
             self.seed.plant(stack, kwargs, plain, past, self.around.owner)
         if call.vectors is not None and self.around.knows_pads and plain is not None:
-            _check_no_pads_ahead(stack, plain)
+            check_no_pads_ahead(stack, plain)
         if call.vectors is not None and call.vectors.placement == "template":
-            _fill(call.vectors, stack, kwargs, past)
+            fill(call.vectors, stack, kwargs, past)
         elif call.vectors is not None and outer is not None:
             if outer.layout is not None:
                 call.layout = outer.layout
@@ -307,14 +307,14 @@ class StackHooks:
                 self._insert(call, outer.layout, stack, kwargs, None if told else positions)
         elif call.vectors is not None:
             if mask is not plain:
-                raise _ready_made()
+                raise ready_made()
             if self.cache_name is None and kwargs.get("use_cache"):
-                raise _kept_within(stack)
+                raise kept_within(stack)
             check_begun(cache, self.around.owner, past)
             check_unpacked(kwargs, plain)
             counted_without = kwargs.pop("cache_position", None)
             if plain is None and isinstance(call.vectors.lengths, Tensor):
-                plain = _all_real(given_tokens(kwargs), past, call.vectors)
+                plain = all_real(given_tokens(kwargs), past, call.vectors)
             rows = layout(call.vectors, plain)
             if plain is not None:
                 kwargs["attention_mask"] = rows.mask(plain)
@@ -551,7 +551,7 @@ def _with_positions(rows: Layout, ahead: int, positions: Tensor) -> Tensor:
     lengths = rows.lengths.view(-1, 1, *more) if isinstance(rows.lengths, Tensor) else rows.lengths
     column = torch.arange(each.shape[1], device=each.device)
     behind = (column >= rows.front).view(-1, each.shape[1], *more)
-    first = _take(each, (rows.front - ahead).clamp(max=each.shape[1] - 1)) + ahead
+    first = take(each, (rows.front - ahead).clamp(max=each.shape[1] - 1)) + ahead
     virtual = first + torch.arange(rows.length, device=each.device).view(-1, *more)
     return rows.insert(torch.where(behind, each + lengths, each), virtual).movedim((0, 1), (-2, -1))
 

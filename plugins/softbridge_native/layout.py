@@ -97,7 +97,7 @@ class Layout:
         order = column + self.length * ahead - self.front * ~(ahead | behind) + (self.length - self.lengths) * behind
         if isinstance(self.lengths, Tensor):
             order = order.clamp(0, both.shape[1] - 1)
-        return _take(both, order)
+        return take(both, order)
 
     def mask(self, mask: Tensor) -> Tensor:
         """The mask [B, P + T] from that of the real tokens [B, T]."""
@@ -114,7 +114,7 @@ class Layout:
     def real(self, both: Tensor) -> Tensor:
         """[B, T, ...] of [B, P + T, ...]: without what belongs to virtual tokens."""
         column = torch.arange(both.shape[1] - self.length, device=both.device)
-        return _take(both, column + self.lengths * (column >= self.front) + self.shift)
+        return take(both, column + self.lengths * (column >= self.front) + self.shift)
 
 
 def home(device: torch.device) -> torch.device:
@@ -127,7 +127,7 @@ def left_pads(mask: Tensor) -> Tensor:
     return (mask.cumsum(-1) == 0).sum(-1, keepdim=True)
 
 
-def _take(both: Tensor, order: Tensor) -> Tensor:
+def take(both: Tensor, order: Tensor) -> Tensor:
     """The columns of [B or 1, N, ...] in the order [B or 1, n]."""
     rows, rest = max(both.shape[0], order.shape[0]), both.shape[2:]
     index = order.view(*order.shape, *[1] * len(rest)).expand(rows, -1, *rest)
@@ -140,7 +140,7 @@ def given_tokens(kwargs: Mapping[str, Any]) -> Tensor:
     return given
 
 
-def _fill(vectors: Inserted, stack: Any, kwargs: dict[str, Any], past: int) -> None:
+def fill(vectors: Inserted, stack: Any, kwargs: dict[str, Any], past: int) -> None:
     """Put the vectors in the places of a template's virtual tokens, all of them in the first call of a text."""
     ids = kwargs.get("input_ids")
     if ids is None:
@@ -163,7 +163,7 @@ def _fill(vectors: Inserted, stack: Any, kwargs: dict[str, Any], past: int) -> N
         )
     embedded = stack.get_input_embeddings()(ids.masked_fill(virtual, 0))
     every = vectors(embedded)
-    filled = _take(every.expand(len(ids), -1, -1), (virtual.cumsum(-1) - 1).clamp(0, vectors.length - 1))
+    filled = take(every.expand(len(ids), -1, -1), (virtual.cumsum(-1) - 1).clamp(0, vectors.length - 1))
     kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.where(virtual[..., None], filled, embedded)
 
 

@@ -15,18 +15,18 @@ from softbridge.prompt import KeyValuePrefix, SoftPrompt
 from softbridge_native import cache_prefix as seed
 from softbridge_native import wiring
 from softbridge_native.anatomy import (
-    _bias_table,
-    _has_tokens,
-    _hears_scores,
-    _looks_back,
+    bias_table,
     embedding_block,
+    has_tokens,
+    hears_scores,
+    looks_back,
     outer_of,
     position_table,
     stacks_of,
     tellable,
 )
 from softbridge_native.attention import FLASH, FLEX, UNDERLYING, underlying
-from softbridge_native.attention_wiring import _in_turn, _wired_otherwise, _wiring, attention_modules
+from softbridge_native.attention_wiring import attention_modules, taken_in_turn, wired_otherwise, wiring_of
 from softbridge_native.layout import origin_of
 
 
@@ -52,9 +52,9 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
     found = []
     stacks = stacks_of(model, geometry)
     for name, stack in stacks.items():
-        if not _has_tokens(stack):
+        if not has_tokens(stack):
             reason = f"{type(stack).__name__} has no token embeddings, or does not say which they are"
-            others = [other for other in stacks if other != name and _has_tokens(stacks[other])]
+            others = [other for other in stacks if other != name and has_tokens(stacks[other])]
             remedy = f"use a prompt of the {others[0]}" if others else "use another engine"
             if any(part.stack == name for part in prompt.inputs) or not hasattr(stack, "config"):
                 found.append(Obstacle("entry", reason, remedy))
@@ -77,7 +77,7 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         if why is not None and (part.stack == "decoder" or "something else" not in why):
             reason = f"{type(stack).__name__} {why}, and a vector is of no token"
             found.append(Obstacle("entry", reason, "use a prefix"))
-        elif _looks_back(stack):
+        elif looks_back(stack):
             reason = f"{type(stack).__name__} looks up which token each embedding is of, and a vector is of none"
             found.append(Obstacle("entry", reason, "use a prefix"))
     if prompt.prefixes:
@@ -107,7 +107,7 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
     for part in prompt.prefixes:
         shape, numbered = geometry.site(part.site), modules[part.site]
         heard, layers = list(numbered.values()), 0 if shape is None else len(shape.attending)
-        if (turns := _in_turn(model, geometry, part.site)) is not None:
+        if (turns := taken_in_turn(model, geometry, part.site)) is not None:
             found.append(Obstacle("attention", turns, "use an input prompt"))
         elif len(heard) != layers or any(getattr(m, "layer_idx", -1) not in (None, -1, i) for i, m in numbered.items()):
             reason = (
@@ -117,7 +117,7 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
             found.append(
                 Obstacle("attention", reason, "use an input prompt, a toolkit's engine, or other transformers")
             )
-        table = _bias_table(nn.ModuleList(heard))
+        table = bias_table(nn.ModuleList(heard))
         biased = range(prompt.positions.unbiased_from.get(stack_of(part.site), layers))
         some = 0 < len(part.layers.keys() & biased) < len(biased)
         if table is not None and prompt.positions.relative_bias == "skewed" and some:
@@ -136,7 +136,7 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
         if slides and getattr(text, "attention_chunk_size", None):
             reason = f"attention in chunks of {text.attention_chunk_size} tokens drops virtual tokens otherwise"
             found.append(Obstacle("window", reason, "use the engine of the prompt's own toolkit"))
-        elif slides and (wired := _wiring(model, geometry)) is not None and not wired.placed:
+        elif slides and (wired := wiring_of(model, geometry)) is not None and not wired.placed:
             reason = "its attention layers do not learn where their queries stand, so a prefix cannot slide"
             found.append(Obstacle("window", reason, "use a prompt whose window is 'pinned'"))
         latent = [name for name in ("kv_lora_rank", "qk_nope_head_dim") if getattr(text, name, None)]
@@ -144,7 +144,7 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
             reason = f"keys and values of this attention are no pair of one width ({', '.join(latent) or 'v_head_dim'})"
             found.append(Obstacle("attention", reason, "use an input prompt"))
         elif part.site == "self" and turns is None:
-            for reason in _wired_otherwise(model, geometry, numbered):
+            for reason in wired_otherwise(model, geometry, numbered):
                 found.append(Obstacle("attention", reason, "use an input prompt, or a toolkit's engine"))
     if any(getattr(module, "reorder_and_upcast_attn", False) for module in model.modules()):
         reason = "this model's attention upcasts only under the name 'eager'"
@@ -164,7 +164,7 @@ def _flash_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> list
     modules, stacks = attention_modules(model, geometry), stacks_of(model, geometry)
     for part in prompt.prefixes:
         shape, heard = geometry.site(part.site), list(modules[part.site].values())
-        if heard and _hears_scores(model, stacks[stack_of(part.site)], heard[0]):
+        if heard and hears_scores(model, stacks[stack_of(part.site)], heard[0]):
             reason = f"{type(model).__name__} makes the mask of flash attention under that very name only"
             found.append(Obstacle("attention", reason, remedy))
         if part.site == "cross":

@@ -15,7 +15,7 @@ import torch  # noqa: E402
 from adapters.composition import BatchSplit, Parallel  # noqa: E402
 from transformers import AutoConfig, AutoModel  # noqa: E402
 
-from softbridge.base import build
+from softbridge.base import build  # noqa: E402
 from softbridge.testing import tiny_model  # noqa: E402
 from softbridge.untrusted import Files  # noqa: E402
 from softbridge_compat.adapterhub_defects import DEFECTS  # noqa: E402

@@ -27,7 +27,7 @@ adapters = pytest.importorskip("adapters")
 import torch  # noqa: E402
 from transformers import AutoConfig, AutoModel, EncoderDecoderConfig, EncoderDecoderModel  # noqa: E402
 
-from softbridge.base import build
+from softbridge.base import build  # noqa: E402
 
 #: As the issue lists them; XLM-R is `xlm-roberta`.
 ARCHITECTURES = [

@@ -19,7 +19,7 @@ adapters = pytest.importorskip("adapters")
 import torch  # noqa: E402
 from transformers import AutoConfig, TrainingArguments  # noqa: E402
 
-from softbridge.base import build
+from softbridge.base import build  # noqa: E402
 
 ADAPTERHUB, NATIVE = engines()["adapterhub"], engines()["native"]
 P, STEPS, RATE = 4, 4, 0.5

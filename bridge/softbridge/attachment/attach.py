@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from softbridge.attachment import trainer_model as drop_in
-from softbridge.attachment.attached import ATTACHED, _Attached, _attached
+from softbridge.attachment.attached import ATTACHED, Attached, attached_to
 from softbridge.base.head import load_head, restore_head
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.choice import of_task
@@ -80,7 +80,7 @@ def attach(
                 "choose one of them, or attach one prompt",
             )
         running = chosen.attach_bank(model, prompt, partial(_fetch, engine, model, accept))
-        setattr(running, ATTACHED, _Attached(engine, {}, {}))
+        setattr(running, ATTACHED, Attached(engine, {}, {}))
         _check_itself(chosen, running, self_check)
         return running
     if isinstance(prompt, Method):
@@ -96,7 +96,7 @@ def attach(
         if isinstance(error, EngineError) and chosen.obstacles(prompt, model):
             raise _with_a_way_out(error, given, engine, model, accept) from error
         raise
-    setattr(running, ATTACHED, _Attached(engine, prompt.head, displaced))
+    setattr(running, ATTACHED, Attached(engine, prompt.head, displaced))
     _check_itself(chosen, running, self_check)
     if running is model and isinstance(chosen, Insertable):
         drop_in.become(running)
@@ -204,7 +204,7 @@ def detach(model: Any) -> Any:
     Raises:
         EngineError: nothing is attached.
     """
-    attached = _attached(model)
+    attached = attached_to(model)
     delattr(model, ATTACHED)
     drop_in.unbecome(model)
     detached = engine_named(attached.engine).detach(model)
@@ -223,7 +223,7 @@ def reference(model: Any) -> Any:
     """
     from transformers import PreTrainedModel
 
-    attached = _attached(model)
+    attached = attached_to(model)
     if not isinstance(model, PreTrainedModel):
         raise EngineError(
             f"a {type(model).__name__} of the engine '{attached.engine}', which wraps the model",

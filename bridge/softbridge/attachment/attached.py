@@ -18,7 +18,7 @@ ATTACHED = "_softbridge_attached"
 
 
 @dataclass(frozen=True)
-class _Attached:
+class Attached:
     """What `detach` must know: who attached, and what the head of the prompt displaced."""
 
     engine: str
@@ -32,7 +32,7 @@ def attached_by(model: Any) -> str:
     Raises:
         EngineError: nothing is attached.
     """
-    return _attached(model).engine
+    return attached_to(model).engine
 
 
 def extract(model: Any) -> SoftPrompt:
@@ -41,7 +41,7 @@ def extract(model: Any) -> SoftPrompt:
     Raises:
         EngineError: nothing is attached.
     """
-    if not isinstance(getattr(model, ATTACHED, None), _Attached):
+    if not isinstance(getattr(model, ATTACHED, None), Attached):
         for engine in engines().values():
             if engine.unavailable() is None:
                 try:
@@ -49,7 +49,7 @@ def extract(model: Any) -> SoftPrompt:
                     return recorded(found, BaseModel.resolve(model))
                 except SoftbridgeError:
                     continue  # it is not this engine's
-    attached = _attached(model)
+    attached = attached_to(model)
     prompt = engine_named(attached.engine).extract(model)
     # An engine that works in place leaves the head where it is; a wrapper that copied it returns its own.
     parameters = dict(model.named_parameters())
@@ -66,9 +66,14 @@ def _as_given(now: Array, given: Array) -> Array:
     return narrow if same_array(narrow.astype(now.dtype), now) else now
 
 
-def _attached(model: Any) -> _Attached:
+def attached_to(model: Any) -> Attached:
+    """What was attached to a model.
+
+    Raises:
+        EngineError: nothing is attached.
+    """
     found = getattr(model, ATTACHED, None)
-    if not isinstance(found, _Attached):
+    if not isinstance(found, Attached):
         raise EngineError(
             f"no prompt is attached to this {type(model).__name__}",
             f"a model that softbridge.attach returned (engines: {', '.join(engines())})",

@@ -32,7 +32,7 @@ SMALL_VOCABULARY = 512
 SMALL_FEED_FORWARD = 64
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     """Transformers lists the names of all its classes below."""
     return (str(error) or repr(error)).splitlines()[0]
 
@@ -47,10 +47,10 @@ def usual_task(config: Any) -> Task:
 
 def has_classifier(config: Any) -> bool:
     """Whether transformers has a sequence classifier of this family."""
-    return config.model_type in _classes("sequence-classification")
+    return config.model_type in classes_of("sequence-classification")
 
 
-def _classes(task: Task) -> Mapping[str, str]:
+def classes_of(task: Task) -> Mapping[str, str]:
     """Family -> the name of its class for a task that has a head."""
     from transformers.models.auto import modeling_auto
 
@@ -112,8 +112,7 @@ def build(config: Any, task: Task, dtype: Any, seed: int) -> Any:
             model = auto_class(task, config).from_config(config)
     except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise BaseModelError(
-            f"transformers builds no model for {task} from this {config.model_type} configuration: "
-            f"{_first_line(error)}",
+            f"transformers builds no model for {task} from this {config.model_type} configuration: {first_line(error)}",
             "a configuration of a text model that can be built",
             "check the base model's config.json",
         ) from error

@@ -17,10 +17,10 @@ from softbridge.base.build import (
     SMALL_FEED_FORWARD,
     SMALL_VOCABULARY,
     Task,
-    _classes,
-    _first_line,
     auto_class,
     build,
+    classes_of,
+    first_line,
     fresh,
     shrink,
     usual_task,
@@ -159,9 +159,9 @@ class BaseModel:
         """
         if not self._head or self.geometry.is_encoder_decoder:
             return usual_task(self.config)
-        able = [task for task in HEADED if self.config.model_type in _classes(task)]
+        able = [task for task in HEADED if self.config.model_type in classes_of(task)]
         named = {type(self._model).__name__} if self._model is not None else set(self.config.architectures or ())
-        able.sort(key=lambda task: _classes(task).get(self.config.model_type) not in named)
+        able.sort(key=lambda task: classes_of(task).get(self.config.model_type) not in named)
         return next((task for task in able if self._fits(task)), "causal-lm")
 
     def _fits(self, task: Task) -> bool:
@@ -298,7 +298,7 @@ def _load_config(base: str, trust_remote_code: bool) -> Any:
         return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as error:  # configuration classes raise what they like
         raise BaseModelError(
-            f"'{base}' cannot be read as a base model: {_first_line(error)}",
+            f"'{base}' cannot be read as a base model: {first_line(error)}",
             "a directory with config.json, a config.json, or a hub id that this machine can reach",
             "check the spelling; download the model's config.json and pass its path",
         ) from error

@@ -8,7 +8,7 @@ from typing import Any
 
 from softbridge.arrays import Array, from_torch
 from softbridge.base.model import BaseModel
-from softbridge.errors import BaseModelError, _few, refusal
+from softbridge.errors import BaseModelError, few, refusal
 from softbridge.geometry import Stack
 
 # Base models
@@ -45,7 +45,7 @@ def embed(model: Any, ids: Sequence[int], stack: Stack | None = None) -> Array:
     size = vocabulary(model, stack)
     wrong = sorted({int(token) for token in ids if not 0 <= token < size})
     if wrong:
-        raise refusal(f"token ids {_few(wrong)}", f"0 to {size - 1}", "use the tokenizer that belongs to the model")
+        raise refusal(f"token ids {few(wrong)}", f"0 to {size - 1}", "use the tokenizer that belongs to the model")
     with evaluating(module):
         tensor = torch.tensor([int(token) for token in ids], device=next(module.parameters()).device)
         return from_torch(module(tensor[None])[0])

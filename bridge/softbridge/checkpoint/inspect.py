@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from softbridge.cli.tables import _task
+from softbridge.cli.tables import task_line
 from softbridge.errors import BaseModelError
 from softbridge.prompt.container import digest_of
 from softbridge.prompt.part import InputPrompt
@@ -55,7 +55,7 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
         "positions": prompt.positions.to_json(),
         "head": sorted(prompt.head),
         "training": None if prompt.training is None else prompt.training.kind,
-        "task": _task(prompt),
+        "task": task_line(prompt),
         "notes": [] if prompt.origin is None else list(prompt.origin.notes or ()),
         "digest": digest_of(prompt),
     }

@@ -1,4 +1,4 @@
-"""softbridge.json beside written files: where they are from, what was done, what is asked of a caller; and what was read."""
+"""softbridge.json beside written files: where they are from, what was done, what is asked of a caller."""
 
 from __future__ import annotations
 
@@ -52,10 +52,10 @@ class Loaded:
     @property
     def conditions(self) -> tuple[str, ...]:
         """Names of the conditions under which it was written."""
-        return _named(self.steps, "conditional")
+        return names_of(self.steps, "conditional")
 
 
-def _trained_on(prompt: SoftPrompt, base: BaseModel | None, release: str) -> SoftPrompt:
+def trained_with(prompt: SoftPrompt, base: BaseModel | None, release: str) -> SoftPrompt:
     """The prompt with what a release of transformers multiplies its vectors by.
 
     Raises:
@@ -79,30 +79,32 @@ def _trained_on(prompt: SoftPrompt, base: BaseModel | None, release: str) -> Sof
                 "leave --trained-on out",
             )
     stated: dict[str, float] = dict.fromkeys(prompt.positions.start, told)
-    return replace(prompt, parts=tuple(_told(part, stated) for part in prompt.parts))
+    return replace(prompt, parts=tuple(with_scale(part, stated) for part in prompt.parts))
 
 
-def _told(part: Part, scale: Mapping[str, float]) -> Part:
+def with_scale(part: Part, scale: Mapping[str, float]) -> Part:
     """A part as it was read, with what multiplies its vectors, or that nothing says so."""
     if not isinstance(part, InputPrompt) or part.entry != "before" or part.told_scale is not None:
         return part
     return replace(part, scale=scale.get(part.stack, "untold"))
 
 
-def _named(steps: Sequence[Step], exactness: Exactness) -> tuple[str, ...]:
+def names_of(steps: Sequence[Step], exactness: Exactness) -> tuple[str, ...]:
+    """Names of the steps of this exactness, in order."""
     return tuple(step.name for step in steps if step.exactness == exactness)
 
 
-def _sha256(data: bytes) -> str:
+def sha256_of(data: bytes) -> str:
+    """The digest of bytes, hexadecimal."""
     return hashlib.sha256(data).hexdigest()
 
 
-def _same_attention(a: Geometry, b: Geometry) -> bool:
+def same_attention(a: Geometry, b: Geometry) -> bool:
     """Whether a prompt for one fits the other; a vocabulary may have been resized."""
     return replace(a, vocabulary=0) == replace(b, vocabulary=0)
 
 
-def _with_manifest(loaded: Loaded, files: untrusted.Files) -> tuple[Loaded, Mapping[str, float]]:
+def with_manifest(loaded: Loaded, files: untrusted.Files) -> tuple[Loaded, Mapping[str, float]]:
     """What was read, with what the manifest tells, and the scales in it, after checking that it belongs to these files.
 
     Raises:

@@ -10,7 +10,7 @@ from typing import Any
 from softbridge import untrusted
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.choice import DROPPED, of_task
-from softbridge.checkpoint.manifest import MANIFEST, Loaded, _same_attention, _told, _trained_on, _with_manifest
+from softbridge.checkpoint.manifest import MANIFEST, Loaded, same_attention, trained_with, with_manifest, with_scale
 from softbridge.errors import BaseModelError, CheckpointError, SoftbridgeError, UnknownFormatError
 from softbridge.geometry import Geometry
 from softbridge.lowering.expressible import check_fits
@@ -78,8 +78,8 @@ def read(
     if unknown:
         raise SoftbridgeError(f"nothing that can be dropped: {', '.join(unknown)}", ", ".join(DROPPED), "correct it")
     resolved = None if base is None else BaseModel.resolve(base)
-    loaded = _read(files, form, None if resolved is None else resolved.geometry, drop)
-    return loaded if trained_on is None else replace(loaded, prompt=_trained_on(loaded.prompt, resolved, trained_on))
+    loaded = read_files(files, form, None if resolved is None else resolved.geometry, drop)
+    return loaded if trained_on is None else replace(loaded, prompt=trained_with(loaded.prompt, resolved, trained_on))
 
 
 def files_at(path: str | Path, revision: str | None = None, form: Format | None = None) -> untrusted.Files:
@@ -91,7 +91,15 @@ def files_at(path: str | Path, revision: str | None = None, form: Format | None 
     return untrusted.Files(untrusted.located(path, revision, lambda folder: _files_of(folder, form)))
 
 
-def _read(files: untrusted.Files, form: Format, geometry: Geometry | None, drop: Collection[str] = ()) -> Loaded:
+def read_files(files: untrusted.Files, form: Format, geometry: Geometry | None, drop: Collection[str] = ()) -> Loaded:
+    """What these files hold in this format, with what their manifest adds.
+
+    Args:
+        drop: names in `softbridge.checkpoint.choice.DROPPED`: left out, also where it is broken.
+
+    Raises:
+        CheckpointError: the files, or the manifest beside them, are malformed.
+    """
     try:
         prompt = form.read(files, geometry)
     except CheckpointError:
@@ -101,7 +109,7 @@ def _read(files: untrusted.Files, form: Format, geometry: Geometry | None, drop:
         prompt = form.read(files.without(kept), geometry)
     if geometry is not None:
         recorded = prompt.base.geometry
-        if recorded is not None and not _same_attention(recorded, geometry):
+        if recorded is not None and not same_attention(recorded, geometry):
             raise BaseModelError(
                 f"the file records another base model: {recorded}",
                 f"the base model that was given: {geometry}",
@@ -112,11 +120,11 @@ def _read(files: untrusted.Files, form: Format, geometry: Geometry | None, drop:
     scale: Mapping[str, float] = {}
     loaded = Loaded(prompt, form, files.path)
     if MANIFEST in files and "manifest" not in drop:
-        loaded, scale = _with_manifest(loaded, files)
+        loaded, scale = with_manifest(loaded, files)
         prompt = loaded.prompt
     digests = {name: files.digest(name) for name in files.names}
     origin = replace(prompt.origin if prompt.origin is not None else Origin(form.name), digests=digests)
-    told = tuple(_told(part, scale) for part in prompt.parts)
+    told = tuple(with_scale(part, scale) for part in prompt.parts)
     return replace(loaded, prompt=replace(prompt, parts=told, origin=origin))
 
 

@@ -11,8 +11,8 @@ from softbridge import parts, untrusted
 from softbridge.arrays import same_array
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.choice import ALL, Choice
-from softbridge.checkpoint.manifest import MANIFEST, MANIFEST_VERSION, Loaded, _named, _sha256
-from softbridge.checkpoint.read import _read
+from softbridge.checkpoint.manifest import MANIFEST, MANIFEST_VERSION, Loaded, names_of, sha256_of
+from softbridge.checkpoint.read import read_files
 from softbridge.errors import OutputError
 from softbridge.lowering.planner import Lowering, lower
 from softbridge.lowering.steps import Target
@@ -50,20 +50,27 @@ def save(
     """
     resolved = None if base is None else BaseModel.resolve(base)
     form = format_named(format)
-    lowering, content = _prepare(prompt, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
-    _write(Path(path), content, lowering, form, resolved, overwrite, dtype=dtype)
+    lowering, content = prepare(prompt, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
+    write_files(Path(path), content, lowering, form, resolved, overwrite, dtype=dtype)
     return lowering
 
 
-def _advice(lowering: Lowering, form: Format, base: BaseModel | None) -> tuple[str, ...]:
-    told = base is not None and "positions" in _named(lowering.steps, "conditional")
+def advice_for(lowering: Lowering, form: Format, base: BaseModel | None) -> tuple[str, ...]:
+    """What a caller of the toolkit has to do with files that hold this prompt, a sentence each."""
+    told = base is not None and "positions" in names_of(lowering.steps, "conditional")
     first = base.positions.first if base is not None and told else 0
     return tuple(form.advice(lowering.prompt, lowering.prompt.base.geometry, first))
 
 
-def _prepare(
+def prepare(
     prompt: SoftPrompt, form: Format, target: Target, accept: Collection[str], encoding: str | None
 ) -> tuple[Lowering, Mapping[str, bytes]]:
+    """The prompt as the format can hold it, and the bytes of its files.
+
+    Raises:
+        OutputError: the format has no such encoding.
+        LoweringError: it cannot hold the prompt.
+    """
     if encoding is not None and encoding not in form.encodings:
         raise OutputError(
             f"'{form.name}' does not store tensors as '{encoding}'",
@@ -86,7 +93,7 @@ def _known(prompt: SoftPrompt, base: BaseModel) -> BaseId:
     return BaseId(prompt.base.name or name, base.geometry, task)
 
 
-def _check_target(target: Path, overwrite: bool) -> None:
+def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that is there already; when told to overwrite, one that is no prompt: a model, a folder."""
     if not overwrite:
         untrusted.check_vacant(target)
@@ -103,7 +110,7 @@ def _check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def _is_file(target: Path, content: Mapping[str, bytes]) -> bool:
+def is_file_of(target: Path, content: Mapping[str, bytes]) -> bool:
     """Whether the target names the format's one file rather than a directory.
 
     Raises:
@@ -121,7 +128,7 @@ def _is_file(target: Path, content: Mapping[str, bytes]) -> bool:
     return True
 
 
-def _write(
+def write_files(
     target: Path,
     content: Mapping[str, bytes],
     lowering: Lowering,
@@ -132,9 +139,11 @@ def _write(
     dtype: str | None = None,
     choice: Choice = ALL,
 ) -> None:
+    """Put the files in place with their manifest, once they were read back and hold what they should."""
+
     def check(written: Path) -> None:
         geometry = lowering.prompt.base.geometry
-        again = _read(untrusted.Files(written), form, geometry).prompt
+        again = read_files(untrusted.Files(written), form, geometry).prompt
         ours, theirs = parts.named_arrays(lowering.prompt), parts.named_arrays(again)
         wrong = [name for name, array in ours.items() if name not in theirs or not same_array(array, theirs[name])]
         # What the files alone say, without the manifest, is what the toolkit does with them.
@@ -148,9 +157,9 @@ def _write(
                 "report this as a defect of softbridge; nothing was written",
             )
 
-    conditions = _named(lowering.steps, "conditional")
-    _check_target(target, overwrite)
-    if _is_file(target, content):
+    conditions = names_of(lowering.steps, "conditional")
+    check_target(target, overwrite)
+    if is_file_of(target, content):
         if conditions:
             raise OutputError(
                 f"{target} is one file, and the conditions ({', '.join(conditions)}) must travel beside it",
@@ -164,10 +173,10 @@ def _write(
         "format": form.name,
         "positions": lowering.prompt.positions.to_json(),
         "conditions": list(conditions),
-        "advice": list(_advice(lowering, form, base)),
+        "advice": list(advice_for(lowering, form, base)),
         "steps": [asdict(step) for step in lowering.steps],
         "dtype": dtype,
-        "files": {name: _sha256(data) for name, data in content.items()},
+        "files": {name: sha256_of(data) for name, data in content.items()},
     }
     scale = {part.stack: part.told_scale for part in lowering.prompt.inputs if part.told_scale is not None}
     if scale:

@@ -14,7 +14,8 @@ from typing import Annotated
 
 import typer
 
-from softbridge.cli.console import DEFECT, _out, app
+from softbridge.cli import convert, show, verify  # noqa: F401  # each adds its commands
+from softbridge.cli.console import DEFECT, app, printer
 from softbridge.cli.tables import shown_lines
 
 
@@ -35,7 +36,7 @@ def _version(wanted: bool) -> None:
     if wanted:
         from softbridge_compat import versions
 
-        _out().out(" ".join(f"{name} {version}" for name, version in versions().items()), highlight=False)
+        printer().out(" ".join(f"{name} {version}" for name, version in versions().items()), highlight=False)
         raise typer.Exit
 
 

@@ -47,7 +47,9 @@ Base = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of a table.")]
 
 
-class _Console(Console):
+class Output(Console):
+    """Standard output. Where nobody reads it, the command ends with the exit status of that."""
+
     def on_broken_pipe(self) -> None:
         try:
             super().on_broken_pipe()
@@ -55,26 +57,29 @@ class _Console(Console):
             raise SystemExit(UNREAD) from end
 
 
-def _out() -> Console:
-    return _Console(width=None if Console().is_terminal else 120)
+def printer() -> Console:
+    """Standard output, 120 columns wide where it is no terminal."""
+    return Output(width=None if Console().is_terminal else 120)
 
 
-def _refuse(error: SoftbridgeError, as_json: bool) -> NoReturn:
+def refuse(error: SoftbridgeError, as_json: bool) -> NoReturn:
+    """Say why and leave, with the exit status of a refusal."""
     if as_json:
         refused = {"kind": type(error).__name__, "found": error.found, "expected": error.expected}
         obstacles = [vars(obstacle) for obstacle in getattr(error, "obstacles", ())]
-        _print_json({"refused": {**refused, "remedy": error.remedy, "obstacles": obstacles}})
+        print_json({"refused": {**refused, "remedy": error.remedy, "obstacles": obstacles}})
     message = Text.assemble(("refused:", "bold red"), " ", shown_lines(str(error)))
     Console(stderr=True, soft_wrap=True).print(message)
     raise typer.Exit(REFUSED)
 
 
-def _print_json(value: Any) -> None:
-    _out().out(json.dumps(value, indent=2, sort_keys=True), highlight=False)
+def print_json(value: Any) -> None:
+    """Data on standard output: sorted keys, two spaces."""
+    printer().out(json.dumps(value, indent=2, sort_keys=True), highlight=False)
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keep what toolkits say while they run off the terminal: what matters of it is in the certificate.
 
     What softbridge itself has to say of what is installed comes first, on standard error; and, in a line that goes away

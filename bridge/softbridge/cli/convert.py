@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from softbridge.cli.console import AsJson, Base, _out, _print_json, _quiet, _refuse, app
+from softbridge.cli.console import AsJson, Base, app, print_json, printer, quiet, refuse
 from softbridge.cli.tables import certificate_table, shown, steps_table
 from softbridge.errors import SoftbridgeError
 
@@ -85,7 +85,7 @@ def convert(
     from softbridge.conversion import convert as run
 
     try:
-        with _quiet():
+        with quiet():
             report = run(
                 source,
                 target,
@@ -103,9 +103,9 @@ def convert(
                 overwrite=overwrite,
             )
     except SoftbridgeError as error:
-        _refuse(error, as_json)
+        refuse(error, as_json)
     if as_json:
-        _print_json(
+        print_json(
             {
                 "source": {"path": str(report.source.path), "format": report.source.format.name},
                 "target": {"path": str(report.path), "format": report.target},
@@ -115,7 +115,7 @@ def convert(
             }
         )
         return
-    console = _out()
+    console = printer()
     console.print(
         Text.assemble(
             shown(f"{report.source.format.name} {report.source.path} -> {report.target} "), shown(report.path, "bold")

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from softbridge.checkpoint.inspect import inspection
-from softbridge.cli.console import AsJson, Base, _Console, _out, _print_json, _quiet, _refuse, app
+from softbridge.cli.console import AsJson, Base, Output, app, print_json, printer, quiet, refuse
 from softbridge.cli.tables import engines_table, explanation_table, formats_table, plugins_table, prompt_table
 from softbridge.errors import SoftbridgeError
 
@@ -23,11 +23,11 @@ def inspect(
     try:
         found = inspection(path, base)
     except SoftbridgeError as error:
-        _refuse(error, as_json)
+        refuse(error, as_json)
     if as_json:
-        _print_json(found)
+        print_json(found)
     else:
-        _out().print(prompt_table(found))
+        printer().print(prompt_table(found))
 
 
 @app.command()
@@ -47,11 +47,11 @@ def explain(
     try:
         found = explanations(source, target, method, base)
     except SoftbridgeError as error:
-        _refuse(error, as_json)
+        refuse(error, as_json)
     if as_json:
-        _print_json([{"base": name, **explanation.to_json()} for name, explanation in found])
+        print_json([{"base": name, **explanation.to_json()} for name, explanation in found])
     else:
-        _out().print(explanation_table(found))
+        printer().print(explanation_table(found))
 
 
 @app.command()
@@ -63,11 +63,11 @@ def matrix(as_json: AsJson = False) -> None:
     try:
         found = run()
     except SoftbridgeError as error:
-        _refuse(error, as_json)
+        refuse(error, as_json)
     if as_json:
-        _print_json([{"base": family, **one.to_json()} for cell in found.values() for family, one in cell.items()])
+        print_json([{"base": family, **one.to_json()} for cell in found.values() for family, one in cell.items()])
     else:
-        _out().out(markdown(found), end="", highlight=False)
+        printer().out(markdown(found), end="", highlight=False)
 
 
 @app.command()
@@ -83,11 +83,11 @@ def doctor(
     try:
         found = diagnose(path, base)
     except SoftbridgeError as error:
-        _refuse(error, as_json)
+        refuse(error, as_json)
     if as_json:
-        _print_json(found.to_json())
+        print_json(found.to_json())
     else:
-        _out().print(diagnosis_table(found))
+        printer().print(diagnosis_table(found))
 
 
 @app.command()
@@ -112,11 +112,11 @@ def _list(make: Any, as_json: bool) -> None:
     try:
         table, rows = make()
     except SoftbridgeError as error:
-        _refuse(error, as_json)
+        refuse(error, as_json)
     if as_json:
-        _print_json(rows)
+        print_json(rows)
     else:
-        _out().print(table)
+        printer().print(table)
 
 
 @app.command()
@@ -132,10 +132,10 @@ def demo(
     from softbridge.cli.demo import run
 
     try:
-        with _quiet():
-            certificate = run(source, target, directory, _Console(quiet=True) if as_json else _out())
+        with quiet():
+            certificate = run(source, target, directory, Output(quiet=True) if as_json else printer())
     except SoftbridgeError as error:
-        _refuse(error, as_json)
+        refuse(error, as_json)
     if as_json:
-        _print_json(certificate.to_json())
+        print_json(certificate.to_json())
     raise typer.Exit(certificate.exit_status)

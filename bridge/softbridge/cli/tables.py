@@ -85,7 +85,7 @@ def plugins_table() -> tuple[Table, Rows]:
     return table, rows
 
 
-def _task(prompt: SoftPrompt) -> dict[str, int] | None:
+def task_line(prompt: SoftPrompt) -> dict[str, int] | None:
     """Of a multitask prompt, whose task it is, and of how many."""
     training = prompt.training
     if training is None or training.kind != "multitask":

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from softbridge.cli.console import AsJson, Base, _out, _print_json, _quiet, _refuse, app
+from softbridge.cli.console import AsJson, Base, app, print_json, printer, quiet, refuse
 from softbridge.cli.tables import certificate_table, shown
 from softbridge.errors import SoftbridgeError
 
@@ -137,7 +137,7 @@ def probe(
     from softbridge.verification.recording import pack
 
     try:
-        with _quiet():
+        with quiet():
             recording = run(
                 path,
                 base,
@@ -151,8 +151,8 @@ def probe(
             )
             untrusted.write_file(output, pack(recording))
     except SoftbridgeError as error:
-        _refuse(error, as_json=False)
-    _out().print(shown(f"{path}, run by {recording.side.engine}: {output}"))
+        refuse(error, as_json=False)
+    printer().print(shown(f"{path}, run by {recording.side.engine}: {output}"))
 
 
 @app.command()
@@ -180,15 +180,15 @@ def _write_page(certificate: Certificate, path: Path | None) -> None:
 
 def _show_certificate(certify: Callable[[], Certificate], html: Path | None, as_json: bool) -> NoReturn:
     try:
-        with _quiet():
+        with quiet():
             certificate = certify()
         _write_page(certificate, html)
     except SoftbridgeError as error:
-        _refuse(error, as_json)
+        refuse(error, as_json)
     if as_json:
-        _print_json(certificate.to_json())
+        print_json(certificate.to_json())
     else:
-        _out().print(certificate_table(certificate))
+        printer().print(certificate_table(certificate))
     raise typer.Exit(certificate.exit_status)
 
 
@@ -196,16 +196,16 @@ def _verify_again(path: Path, base: str | None, html: Path | None, as_json: bool
     from softbridge.verification.recheck import verify_again
 
     try:
-        with _quiet():
+        with quiet():
             again = verify_again(path, base)
         _write_page(again.certificate, html)
     except SoftbridgeError as error:
-        _refuse(error, as_json)
+        refuse(error, as_json)
     if as_json:
         found = {"holds": again.holds, "recorded": again.recorded, "changes": list(again.changes)}
-        _print_json({**found, "certificate": again.certificate.to_json()})
+        print_json({**found, "certificate": again.certificate.to_json()})
     else:
-        console = _out()
+        console = printer()
         console.print(certificate_table(again.certificate))
         for change in again.changes:
             console.print(shown(change))

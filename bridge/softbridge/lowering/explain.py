@@ -1,7 +1,7 @@
 """Say beforehand what a conversion comes to: exact, rounding, conditional or impossible, and why.
 
-Nothing is decided here: a prompt of the source's kind is made up for the base model (`softbridge.lowering.examples`), and the
-planner of `softbridge.lowering.planner` is asked, so that what is explained is what will be done.
+Nothing is decided here: a prompt of the source's kind is made up for the base model (`softbridge.lowering.examples`),
+and the planner is asked, so that what is explained is what will be done.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from softbridge.base.model import BaseModel
 from softbridge.errors import BaseModelError, Obstacle
 from softbridge.geometry import Geometry
 from softbridge.lowering.scale import in_scale
-from softbridge.lowering.steps import _ELSEWHERE, Option, Target, _blocked
+from softbridge.lowering.steps import ELSEWHERE, Option, Target, blocked
 from softbridge.plugin.capabilities import Capabilities
 from softbridge.prompt.part import InputPrompt, KeyValuePrefix
 from softbridge.prompt.soft_prompt import SoftPrompt
@@ -56,7 +56,8 @@ def check_fits(prompt: SoftPrompt, geometry: Geometry) -> None:
         )
 
 
-def _family(prompt: SoftPrompt, target: Target) -> list[Option]:
+def check_family(prompt: SoftPrompt, target: Target) -> list[Option]:
+    """A target that runs some families only has to have the base model's."""
     families = target.capabilities.model_types
     if families is None:
         return [Option(prompt)]
@@ -64,7 +65,7 @@ def _family(prompt: SoftPrompt, target: Target) -> list[Option]:
     if geometry.model_type in families:
         return [Option(prompt)]
     reason = f"{target.name} has no {geometry.model_type}; it has {', '.join(sorted(families))}"
-    return _blocked(prompt, Obstacle("family", reason, "choose another target, such as --to softbridge"))
+    return blocked(prompt, Obstacle("family", reason, "choose another target, such as --to softbridge"))
 
 
 def left_behind(prompt: SoftPrompt) -> str | None:
@@ -72,15 +73,16 @@ def left_behind(prompt: SoftPrompt) -> str | None:
     return None if prompt.origin is None else prompt.origin.partial or None
 
 
-def _whole(prompt: SoftPrompt, target: Target) -> list[Option]:
+def check_whole(prompt: SoftPrompt, target: Target) -> list[Option]:
     """A source of which only a part is a soft prompt computes something else than the prompt alone."""
     partial = left_behind(prompt)
     if not partial:
         return [Option(prompt)]
-    return _blocked(prompt, Obstacle("partial", partial, "accept that the prompt alone goes on", True))
+    return blocked(prompt, Obstacle("partial", partial, "accept that the prompt alone goes on", True))
 
 
-def _parts(prompt: SoftPrompt, target: Target) -> list[Option]:
+def check_parts(prompt: SoftPrompt, target: Target) -> list[Option]:
+    """A target has to know each kind of part at its site, and as many of them."""
     able = target.capabilities
     obstacles = []
     for part in prompt.parts:
@@ -101,18 +103,19 @@ def _parts(prompt: SoftPrompt, target: Target) -> list[Option]:
         obstacles.append(Obstacle("part", reason, "choose another target"))
     if able.parts is not None and len(prompt.parts) > able.parts:
         reason = f"{target.name} holds {able.parts} part{'s' * (able.parts > 1)}, this prompt has {len(prompt.parts)}"
-        obstacles.append(Obstacle("parts", reason, f"{_ELSEWHERE}; or choose one of its parts with --part"))
+        obstacles.append(Obstacle("parts", reason, f"{ELSEWHERE}; or choose one of its parts with --part"))
     return [Option(prompt, (), tuple(obstacles))]
 
 
-def _gates(prompt: SoftPrompt, target: Target) -> list[Option]:
+def check_gates(prompt: SoftPrompt, target: Target) -> list[Option]:
+    """A gate weighs a prefix anew for every input: no fixed keys and values do that."""
     if target.capabilities.gates or not any(part.gated for part in prompt.prefixes):
         return [Option(prompt)]
     reason = f"{target.name} has no gates: they weigh the prefix anew for every input, and no fixed numbers do that"
-    return _blocked(prompt, Obstacle("gates", reason, _ELSEWHERE))
+    return blocked(prompt, Obstacle("gates", reason, ELSEWHERE))
 
 
-def _layers(prompt: SoftPrompt, target: Target) -> list[Option]:
+def check_layers(prompt: SoftPrompt, target: Target) -> list[Option]:
     """No layer can be filled: whatever finite keys are put in take part in the softmax."""
     geometry = target.geometry(prompt)
     able = target.capabilities
@@ -127,26 +130,32 @@ def _layers(prompt: SoftPrompt, target: Target) -> list[Option]:
                 "finite keys and values are neutral, since each virtual token takes its share of the softmax (zeros "
                 "take exp(0))"
             )
-            obstacles.append(Obstacle("layers", reason, _ELSEWHERE))
+            obstacles.append(Obstacle("layers", reason, ELSEWHERE))
         shapes = {pair.keys.shape for pair in part.layers.values()}
         if not able.ragged and len(shapes) > 1:
             reason = f"{target.name} has one number and size of heads for all layers, this prompt {sorted(shapes)}"
-            obstacles.append(Obstacle("ragged", reason, _ELSEWHERE))
+            obstacles.append(Obstacle("ragged", reason, ELSEWHERE))
     return [Option(prompt, (), tuple(obstacles))]
 
 
-def _head(prompt: SoftPrompt, target: Target) -> list[Option]:
+def check_head(prompt: SoftPrompt, target: Target) -> list[Option]:
+    """A head that the target has no place for is left to the caller."""
     if target.capabilities.head or not prompt.head:
         return [Option(prompt)]
     names = ", ".join(prompt.head)
     reason = f"{target.name} has no place for the head ({names}); you load it yourself"
-    return _blocked(replace(prompt, head={}), Obstacle("head", reason, "accept that the head is left out", True))
+    return blocked(replace(prompt, head={}), Obstacle("head", reason, "accept that the head is left out", True))
 
 
 def inexpressible(prompt: SoftPrompt, able: Capabilities, base: BaseModel) -> list[Obstacle]:
     """What of a prompt, as it is, a toolkit with these capabilities cannot hold at all."""
     target = Target("it", able, base)
-    found = [o for check in (_parts, _gates, _layers) for option in check(prompt, target) for o in option.obstacles]
+    found = [
+        o
+        for check in (check_parts, check_gates, check_layers)
+        for option in check(prompt, target)
+        for o in option.obstacles
+    ]
     for part in prompt.inputs:
         if part.told_scale is not None and base.scale is not None and not in_scale(part, base.scale):
             reason = f"its vectors are for a model that multiplies them by {part.told_scale:g}, and here {base.scale:g}"

@@ -13,12 +13,19 @@ import numpy as np
 
 from softbridge.errors import BaseModelError, Obstacle
 from softbridge.lowering.embedding_block import leave_block
-from softbridge.lowering.expressible import _family, _gates, _head, _layers, _parts, _whole
-from softbridge.lowering.precision import _dtype
-from softbridge.lowering.scale import _scale
-from softbridge.lowering.steps import Option, Pass, Step, Target, _with_part
-from softbridge.lowering.token_positions import _relative_bias, _start, _window
-from softbridge.lowering.training import _eject, _ejected
+from softbridge.lowering.expressible import (
+    check_family,
+    check_gates,
+    check_head,
+    check_layers,
+    check_parts,
+    check_whole,
+)
+from softbridge.lowering.precision import round_numbers
+from softbridge.lowering.scale import rescale
+from softbridge.lowering.steps import Option, Pass, Step, Target, with_part
+from softbridge.lowering.token_positions import check_relative_bias, check_window, move_start
+from softbridge.lowering.training import eject_training, without_training
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.template import Field, Virtual, Words
 
@@ -37,12 +44,12 @@ def _placement(prompt: SoftPrompt, target: Target) -> list[Option]:
             case (Words((_,)), Virtual(), *rest) if not any(isinstance(piece, Virtual) for piece in rest):
                 moved, others = replace(part, placement="after-first-token", template=None), rest
             case _:
-                continue  # `_parts` names it
+                continue  # `check_parts` names it
         if (moved.stack, moved.entry, moved.placement) not in able:
             continue
         start = prompt.positions.start[part.stack] + part.length
         positions = replace(prompt.positions, start={**prompt.positions.start, part.stack: start})
-        prompt = replace(_with_part(prompt, part, moved), positions=positions)
+        prompt = replace(with_part(prompt, part, moved), positions=positions)
         if part.template.verbaliser is None and len(others) == 1 and isinstance(others[0], Field):
             steps.append(Step("placement", "exact", f"a template with all virtual tokens in front: {moved.placement}"))
         else:
@@ -69,33 +76,33 @@ def _entry(prompt: SoftPrompt, target: Target) -> list[Option]:
         try:
             base = target.need_base(f"{target.name} has vectors behind the embedding block, whose weights move them")
             if not base.has_embedding_block:
-                continue  # `_parts` names it
+                continue  # `check_parts` names it
             vectors = leave_block(base, vectors, first).astype(np.promote_types(vectors.dtype, np.float32))
         except BaseModelError as error:
             missing = error
-        prompt = _with_part(prompt, part, replace(part, vectors=vectors, entry="after"))
+        prompt = with_part(prompt, part, replace(part, vectors=vectors, entry="after"))
         note = "vectors sent through the base model's embedding block (positions, token types, norm); float32 rounding"
         steps.append(Step("entry", "rounding", note))
     if not steps:
         return [Option(prompt)]
-    ejected = _ejected(prompt, target, "belongs to the vectors before the embedding block and is left out")
+    ejected = without_training(prompt, target, "belongs to the vectors before the embedding block and is left out")
     return [Option(ejected.prompt, (*steps, *ejected.steps), ejected.obstacles, missing)]
 
 
 #: In this order: each relies on what those before it did.
 PASSES: tuple[Pass, ...] = (
-    _family,
-    _whole,
-    _scale,
+    check_family,
+    check_whole,
+    rescale,
     _placement,
     _entry,
-    _parts,
-    _gates,
-    _layers,
-    _head,
-    _eject,
-    _relative_bias,
-    _window,
-    _start,
-    _dtype,
+    check_parts,
+    check_gates,
+    check_layers,
+    check_head,
+    eject_training,
+    check_relative_bias,
+    check_window,
+    move_start,
+    round_numbers,
 )

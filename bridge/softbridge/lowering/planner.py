@@ -1,9 +1,9 @@
 """Lowering: make a prompt expressible by a target without changing the function that it computes.
 
-A small compiler. The passes (`softbridge.lowering.passes`) say in which ways one can go on; the planner here searches for the
-best way through all of them: no obstacle, few conditions, few steps. Where every way meets obstacles it goes the way
-that meets the fewest, so that a refusal names all of them at once. Nothing is lost silently: what a target cannot hold
-is an obstacle, and an obstacle whose consequence a caller can bear is a condition, to be accepted by name.
+A small compiler. The passes (`softbridge.lowering.passes`) say in which ways one can go on; the planner here searches
+for the best way through all of them: no obstacle, few conditions, few steps. Where every way meets obstacles it goes
+the way that meets the fewest, so that a refusal names all of them at once. Nothing is lost silently: what a target
+cannot hold is an obstacle, and an obstacle whose consequence a caller can bear is a condition, to be accepted by name.
 """
 
 from __future__ import annotations

@@ -23,7 +23,7 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 
 
-def _dtype(prompt: SoftPrompt, target: Target) -> list[Option]:
+def round_numbers(prompt: SoftPrompt, target: Target) -> list[Option]:
     """Store numbers in the dtype that was asked for, and in one that the target keeps.
 
     Wider is exact. Narrower is what the caller asked for, or else a condition; either way its error is said.

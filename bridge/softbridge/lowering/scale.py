@@ -8,8 +8,8 @@ import numpy as np
 
 from softbridge.base.model import BaseModel
 from softbridge.errors import Obstacle
-from softbridge.lowering.steps import Option, Step, Target, _with_part
-from softbridge.lowering.training import _ejected
+from softbridge.lowering.steps import Option, Step, Target, with_part
+from softbridge.lowering.training import without_training
 from softbridge.prompt.part import InputPrompt
 from softbridge.prompt.soft_prompt import SoftPrompt
 
@@ -17,7 +17,7 @@ from softbridge.prompt.soft_prompt import SoftPrompt
 SAME_SCALE = 1e-9
 
 
-def _scale(prompt: SoftPrompt, target: Target) -> list[Option]:
+def rescale(prompt: SoftPrompt, target: Target) -> list[Option]:
     """Vectors that the installed transformers multiplies by another number than that of their training make up for it.
 
     A target has no say in this: whoever names the base model gets numbers for the model that is run here.
@@ -50,10 +50,10 @@ def _scale(prompt: SoftPrompt, target: Target) -> list[Option]:
                 f"{part.told_scale:g}, and this one by {here:g}; float32 rounding"
             )
             steps.append(Step("scale", "rounding", note))
-        prompt = _with_part(prompt, part, ours)
+        prompt = with_part(prompt, part, ours)
     if not steps:
         return [Option(prompt, (), tuple(obstacles))]
-    ejected = _ejected(prompt, target, "belongs to the vectors before that and is left out")
+    ejected = without_training(prompt, target, "belongs to the vectors before that and is left out")
     return [Option(ejected.prompt, (*steps, *ejected.steps), (*obstacles, *ejected.obstacles))]
 
 
@@ -68,5 +68,5 @@ def recorded(prompt: SoftPrompt, base: BaseModel) -> SoftPrompt:
     here = base.scale if prompt.inputs else None
     for part in prompt.inputs if here is not None else ():
         if part.entry == "before" and part.scale is None:
-            prompt = _with_part(prompt, part, replace(part, scale=here))
+            prompt = with_part(prompt, part, replace(part, scale=here))
     return prompt

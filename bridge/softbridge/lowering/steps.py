@@ -78,12 +78,14 @@ class Option:
 
 
 Pass = Callable[[SoftPrompt, Target], Sequence[Option]]
-_ELSEWHERE = "choose a target that can hold it, such as --to softbridge"
+ELSEWHERE = "choose a target that can hold it, such as --to softbridge"
 
 
-def _blocked(prompt: SoftPrompt, *obstacles: Obstacle) -> list[Option]:
+def blocked(prompt: SoftPrompt, *obstacles: Obstacle) -> list[Option]:
+    """The one way on that these obstacles leave: none of them is overcome."""
     return [Option(prompt, (), obstacles)]
 
 
-def _with_part(prompt: SoftPrompt, old: Part, new: Part) -> SoftPrompt:
+def with_part(prompt: SoftPrompt, old: Part, new: Part) -> SoftPrompt:
+    """The prompt with one part replaced."""
     return replace(prompt, parts=tuple(new if part is old else part for part in prompt.parts))

@@ -9,8 +9,8 @@ import numpy as np
 from softbridge.arrays import Array
 from softbridge.errors import Obstacle
 from softbridge.geometry import Stack, stack_of
-from softbridge.lowering.steps import Option, Step, Target, _blocked
-from softbridge.lowering.training import _ejected
+from softbridge.lowering.steps import Option, Step, Target, blocked
+from softbridge.lowering.training import without_training
 from softbridge.plugin.capabilities import Capabilities
 from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import Positions, SoftPrompt
@@ -37,7 +37,8 @@ def native_positions(prompt: SoftPrompt, capabilities: Capabilities) -> Position
     )
 
 
-def _relative_bias(prompt: SoftPrompt, target: Target) -> list[Option]:
+def check_relative_bias(prompt: SoftPrompt, target: Target) -> list[Option]:
+    """A relative position bias of virtual tokens is what the target's own model makes of it."""
     wanted = native_positions(prompt, target.capabilities)
     told = replace(prompt.positions, relative_bias=wanted.relative_bias, unbiased_from=wanted.unbiased_from)
     if told == prompt.positions:
@@ -56,11 +57,12 @@ def _relative_bias(prompt: SoftPrompt, target: Target) -> list[Option]:
                     f"the prompt was trained without a relative position bias in {lost}, which {target.name} computes"
                 )
             remedy = "run it with an engine that computes the same bias (native), through --to softbridge"
-            return _blocked(prompt, Obstacle("relative-bias", reason, remedy))
+            return blocked(prompt, Obstacle("relative-bias", reason, remedy))
     return [Option(replace(prompt, positions=told))]
 
 
-def _window(prompt: SoftPrompt, target: Target) -> list[Option]:
+def check_window(prompt: SoftPrompt, target: Target) -> list[Option]:
+    """A sliding window has to treat the prefix as the target's own model does, or be longer than every text."""
     wanted = native_positions(prompt, target.capabilities).window
     if wanted == prompt.positions.window:
         return [Option(prompt)]
@@ -75,15 +77,15 @@ def _window(prompt: SoftPrompt, target: Target) -> list[Option]:
         return [Option(moved)]
     if min(bounds) < 1:
         reason = f"{target.name} treats the sliding window otherwise, which is shorter than the prefix"
-        return _blocked(moved, Obstacle("window", reason, "choose another target, such as --to softbridge"))
+        return blocked(moved, Obstacle("window", reason, "choose another target, such as --to softbridge"))
     reason = (
         f"the sliding window {'drops virtual tokens that fell out of it' if wanted == 'slides' else 'never drops'} "
         f"in {target.name}, unlike in the source: the same only while a text has at most {min(bounds)} tokens"
     )
-    return _blocked(moved, Obstacle("window", reason, "accept the bound on the text's length", True))
+    return blocked(moved, Obstacle("window", reason, "accept the bound on the text's length", True))
 
 
-def _start(prompt: SoftPrompt, target: Target) -> list[Option]:
+def move_start(prompt: SoftPrompt, target: Target) -> list[Option]:
     """Move the real tokens of each stack to where the target has them: turn rotary keys, or leave it to be told."""
     wanted = native_positions(prompt, target.capabilities).start
     options = [Option(prompt)]
@@ -109,7 +111,7 @@ def _move(prompt: SoftPrompt, stack: Stack, want: int, target: Target) -> list[O
         options.append(Option(moved, (Step("positions", "exact", note),)))
     elif scheme.kind == "rotary":
         note = f"keys turned by {want - have:+d} positions with the model's own rotation; orthogonal, float32 rounding"
-        ejected = _ejected(moved, target, "belongs to the keys before the rotation and is left out")
+        ejected = without_training(moved, target, "belongs to the keys before the rotation and is left out")
         reason = "the model's rotary frequencies change with the length of the text: the same within one regime"
         bound = Obstacle("length", reason, "accept the bound on the text's length", True)
         turned = turn(ejected.prompt, stack, scheme.rotation(want - have))
@@ -135,7 +137,7 @@ def _move(prompt: SoftPrompt, stack: Stack, want: int, target: Target) -> list[O
         why = scheme.reason or f"its positions are {scheme.kind}: its caller cannot say where tokens stand"
         reason = f"real tokens stand at {have} in the source and at {want} in {target.name}, and of the model: {why}"
         remedy = "run it with the native engine, through --to softbridge"
-        return _blocked(prompt, Obstacle("positions", reason, remedy))
+        return blocked(prompt, Obstacle("positions", reason, remedy))
     return options
 
 

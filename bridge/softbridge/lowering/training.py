@@ -9,14 +9,15 @@ from softbridge.lowering.steps import Option, Step, Target
 from softbridge.prompt.soft_prompt import SoftPrompt
 
 
-def _eject(prompt: SoftPrompt, target: Target) -> list[Option]:
+def eject_training(prompt: SoftPrompt, target: Target) -> list[Option]:
+    """The training state stays where the target can hold it."""
     kept, training = target.capabilities.training, prompt.training
     if training is None or kept is None or training.kind in kept:
         return [Option(prompt)]
-    return [_ejected(prompt, target, "is left out: the prompt runs, its training cannot be resumed")]
+    return [without_training(prompt, target, "is left out: the prompt runs, its training cannot be resumed")]
 
 
-def _ejected(prompt: SoftPrompt, target: Target, note: str) -> Option:
+def without_training(prompt: SoftPrompt, target: Target, note: str) -> Option:
     """The prompt without its training state, with which the tasks go that it does not run."""
     training = prompt.training
     if training is None:

@@ -118,10 +118,10 @@ class Method(ABC):
         Raises:
             ValueError: the method does not fit the base model.
         """
-        return _initialise(self.plan(geometry), geometry, seed, {})
+        return draw(self.plan(geometry), geometry, seed, {})
 
 
-def _initialise(plan: Plan, geometry: Geometry, seed: int, given: Mapping[str, Array]) -> SoftPrompt:
+def draw(plan: Plan, geometry: Geometry, seed: int, given: Mapping[str, Array]) -> SoftPrompt:
     """A random start, but for the tensors that are given."""
     generator = np.random.default_rng(seed)
     drawn: dict[str, Array] = {}
@@ -130,7 +130,7 @@ def _initialise(plan: Plan, geometry: Geometry, seed: int, given: Mapping[str, A
         drawn[name] = given[name] if name in given else tensor.start(generator, shape, sizes).astype(np.float32)
         if drawn[name].shape != shape:
             raise ValueError(f"a start of the shape {list(drawn[name].shape)} for {name}, expected {list(shape)}")
-    head = {name: _head_start(generator, shape) for name, shape in plan.head.items()}
+    head = {name: head_start(generator, shape) for name, shape in plan.head.items()}
     if plan.kind is None:
         training = None
         parts = tuple(slot.fill(drawn[f"{slot.site}.prompt" if slot.site else "prompt"]) for slot in plan.slots)
@@ -141,12 +141,12 @@ def _initialise(plan: Plan, geometry: Geometry, seed: int, given: Mapping[str, A
     return SoftPrompt(parts, Positions(start), BaseId(None, geometry), head, training)
 
 
-def _head_start(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
+def head_start(generator: np.random.Generator, shape: tuple[int, ...]) -> Array:
     """As BERT's heads start: matrices with standard deviation 0.02, biases 0."""
     return generator.normal(0, 0.02 if len(shape) > 1 else 0.0, shape).astype(np.float32)
 
 
-def _input_slot(geometry: Geometry, stack: Stack | None) -> tuple[Slot, ...]:
+def input_slot(geometry: Geometry, stack: Stack | None) -> tuple[Slot, ...]:
     """Vectors in the input of one stack; None: of the encoder, where there is one."""
     place: Stack = stack or ("decoder" if geometry.encoder is None else "encoder")
     if place not in get_args(Stack) or geometry.stack(place) is None:
@@ -154,7 +154,7 @@ def _input_slot(geometry: Geometry, stack: Stack | None) -> tuple[Slot, ...]:
     return (Slot(place, None, geometry.input_width, lambda vectors: InputPrompt(vectors, place)),)
 
 
-def _prefix_slots(geometry: Geometry, sites: Sites) -> tuple[Slot, ...]:
+def prefix_slots(geometry: Geometry, sites: Sites) -> tuple[Slot, ...]:
     """Prefixes of some layers of some sites."""
     if sites is None:
         sites = [site for site in get_args(Site) if geometry.site(site) is not None]
@@ -169,19 +169,20 @@ def _prefix_slots(geometry: Geometry, sites: Sites) -> tuple[Slot, ...]:
         if not set(layers) <= set(shape.attending):
             others = ", ".join(shape.named(layer) for layer in layers if layer not in shape.attending)
             raise ValueError(f"sites: {others} at site {site!r}, which have no keys and values; {shape.attending} have")
-        slots.append(_prefix_slot(site, {layer: shape.shape(layer) for layer in layers}))
+        slots.append(prefix_slot(site, {layer: shape.shape(layer) for layer in layers}))
     if not slots or len({slot.site for slot in slots}) < len(slots):
         raise ValueError(f"sites: at least one, and each of them once, not {list(sites)}")
     return tuple(slots)
 
 
-def _prefix_slot(site: Site, shapes: Mapping[int, tuple[int, int]]) -> Slot:
+def prefix_slot(site: Site, shapes: Mapping[int, tuple[int, int]]) -> Slot:
+    """The slot of a prefix at one site, of K and D of each layer."""
     width = sum(2 * kv_heads * head_dim for kv_heads, head_dim in shapes.values())
     stack = None if site == "cross" else stack_of(site)
     return Slot(stack, site, width, lambda flat: KeyValuePrefix.from_rows(site, flat, shapes))
 
 
-def _freeze(method: object, name: str = "sites") -> None:
+def freeze(method: object, name: str = "sites") -> None:
     """Make the field immutable: a list a tuple, a mapping a `FrozenMap`."""
     value = getattr(method, name)
     if isinstance(value, Mapping):
@@ -190,7 +191,8 @@ def _freeze(method: object, name: str = "sites") -> None:
         object.__setattr__(method, name, tuple(value))
 
 
-def _need_counts(method: object, *names: str, least: int = 1) -> None:
+def need_counts(method: object, *names: str, least: int = 1) -> None:
+    """Refuse a size that is no positive count."""
     for name in names:
         value = getattr(method, name)
         if type(value) is not int or value < least:
@@ -198,7 +200,7 @@ def _need_counts(method: object, *names: str, least: int = 1) -> None:
 
 
 Task: TypeAlias = Literal["sequence-classification", "token-classification", "question-answering"]
-_HEAD_MODULES: Mapping[Task, str] = {
+HEAD_MODULES: Mapping[Task, str] = {
     "sequence-classification": "classifier",
     "token-classification": "classifier",
     "question-answering": "qa_outputs",
@@ -225,18 +227,19 @@ class TaskHead:
     bias: bool = True
 
     def __post_init__(self) -> None:
-        _need_counts(self, "labels")
-        if self.task not in _HEAD_MODULES:
-            raise ValueError(f"task: one of {', '.join(_HEAD_MODULES)}, not {self.task!r}")
+        need_counts(self, "labels")
+        if self.task not in HEAD_MODULES:
+            raise ValueError(f"task: one of {', '.join(HEAD_MODULES)}, not {self.task!r}")
         if self.task == "question-answering" and self.labels != 2:
             raise ValueError(f"labels: question answering has 2, the start and the end, not {self.labels}")
 
     def shapes(self, geometry: Geometry) -> dict[str, tuple[int, ...]]:
         """Its tensors: name -> shape."""
-        module = self.module or _HEAD_MODULES[self.task]
+        module = self.module or HEAD_MODULES[self.task]
         bias = {f"{module}.bias": (self.labels,)} if self.bias else {}
         return {f"{module}.weight": (self.labels, geometry.hidden), **bias}
 
 
-def _head_shapes(head: TaskHead | None, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+def head_shapes(head: TaskHead | None, geometry: Geometry) -> dict[str, tuple[int, ...]]:
+    """Name of a head's parameter -> its shape."""
     return {} if head is None else head.shapes(geometry)

@@ -23,12 +23,12 @@ from softbridge.methods.method import (
     Plan,
     Sites,
     TaskHead,
-    _freeze,
-    _head_shapes,
-    _initialise,
-    _input_slot,
-    _need_counts,
-    _prefix_slots,
+    draw,
+    freeze,
+    head_shapes,
+    input_slot,
+    need_counts,
+    prefix_slots,
 )
 from softbridge.methods.parameterisations import uniform
 from softbridge.prompt.soft_prompt import SoftPrompt
@@ -57,11 +57,11 @@ class PromptTuning(Method):
     head: TaskHead | None = None
 
     def __post_init__(self) -> None:
-        _need_counts(self, "length")
+        need_counts(self, "length")
 
     def plan(self, geometry: Geometry) -> Plan:
-        head = _head_shapes(self.head, geometry)
-        return Plan(_input_slot(geometry, self.stack), {"P": self.length}, start=uniform(0.5), head=head)
+        head = head_shapes(self.head, geometry)
+        return Plan(input_slot(geometry, self.stack), {"P": self.length}, start=uniform(0.5), head=head)
 
 
 Encoder: TypeAlias = Literal["mlp", "lstm", "lstm-paper", "mlp-fewshot", "lstm-fewshot"]
@@ -129,7 +129,7 @@ class PTuning(Method):
     head: TaskHead | None = None
 
     def __post_init__(self) -> None:
-        _need_counts(self, "length", "layers", *(["hidden_size"] if self.hidden_size is not None else []))
+        need_counts(self, "length", "layers", *(["hidden_size"] if self.hidden_size is not None else []))
         if self.encoder not in _NETWORKS:
             raise ValueError(f"encoder: one of {', '.join(_NETWORKS)}, not {self.encoder!r}")
         if not 0 <= self.dropout < 1:
@@ -146,8 +146,8 @@ class PTuning(Method):
         settings: dict[str, Json] = {"non_linearity": "relu", "layers": network.linear or self.layers}
         if not network.linear:
             settings["dropout"] = self.dropout
-        head = _head_shapes(self.head, geometry)
-        return Plan(_input_slot(geometry, self.stack), sizes, network.kind, settings, head=head)
+        head = head_shapes(self.head, geometry)
+        return Plan(input_slot(geometry, self.stack), sizes, network.kind, settings, head=head)
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ class MLP:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        _need_counts(self, "bottleneck_size", *(["embedding_size"] if self.embedding_size is not None else []))
+        need_counts(self, "bottleneck_size", *(["embedding_size"] if self.embedding_size is not None else []))
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: a rate below 1, not {self.dropout}")
 
@@ -196,12 +196,12 @@ class PrefixTuning(Method):
     head: TaskHead | None = None
 
     def __post_init__(self) -> None:
-        _need_counts(self, "length")
-        _freeze(self)
+        need_counts(self, "length")
+        freeze(self)
 
     def plan(self, geometry: Geometry) -> Plan:
-        slots, mlp = _prefix_slots(geometry, self.sites), self.reparameterisation
-        head = _head_shapes(self.head, geometry)
+        slots, mlp = prefix_slots(geometry, self.sites), self.reparameterisation
+        head = head_shapes(self.head, geometry)
         if mlp is None:
             return Plan(slots, {"P": self.length}, head=head)
         sizes = {"P": self.length, "E": mlp.embedding_size or geometry.hidden, "M": mlp.bottleneck_size}
@@ -234,11 +234,11 @@ class PTuningV2(Method):
     sites: Sites = None
 
     def __post_init__(self) -> None:
-        _need_counts(self, "length")
-        _freeze(self)
+        need_counts(self, "length")
+        freeze(self)
 
     def plan(self, geometry: Geometry) -> Plan:
-        return Plan(_prefix_slots(geometry, self.sites), {"P": self.length}, head=_head_shapes(self.head, geometry))
+        return Plan(prefix_slots(geometry, self.sites), {"P": self.length}, head=head_shapes(self.head, geometry))
 
 
 @dataclass(frozen=True)
@@ -268,11 +268,11 @@ class MultitaskPromptTuning(Method):
     stack: Stack | None = None
 
     def __post_init__(self) -> None:
-        _need_counts(self, "tasks", "ranks", "length")
+        need_counts(self, "tasks", "ranks", "length")
 
     def plan(self, geometry: Geometry) -> Plan:
         sizes = {"P": self.length, "H": geometry.input_width, "N": self.tasks, "R": self.ranks}
-        return Plan(_input_slot(geometry, self.stack), sizes, "multitask", {"task": 0})
+        return Plan(input_slot(geometry, self.stack), sizes, "multitask", {"task": 0})
 
 
 @dataclass(frozen=True)
@@ -303,7 +303,7 @@ class ContextAwarePromptTuning(Method):
     stack: Stack | None = None
 
     def __post_init__(self) -> None:
-        _freeze(self, "token_types")
+        freeze(self, "token_types")
         if not self.token_types or not all(type(kind) is int for kind in self.token_types):
             raise ValueError(f"token_types: at least one whole number, not {self.token_types!r:.80}")
         for name in ("epsilon", "format_epsilon"):
@@ -313,7 +313,7 @@ class ContextAwarePromptTuning(Method):
     def plan(self, geometry: Geometry) -> Plan:
         names = ("epsilon", "format_epsilon")
         settings = {name: getattr(self, name) for name in names} | {"token_types": list(self.token_types)}
-        return Plan(_input_slot(geometry, self.stack), {"H": geometry.input_width}, "context-aware", settings)
+        return Plan(input_slot(geometry, self.stack), {"H": geometry.input_width}, "context-aware", settings)
 
     def initialise(self, geometry: Geometry, seed: int = 0, text: SoftPrompt | None = None) -> SoftPrompt:
         """See `Method.initialise`. The delta starts at 0.
@@ -329,7 +329,7 @@ class ContextAwarePromptTuning(Method):
         if text is not None and len(text.inputs) != 1:
             raise ValueError("text: a prompt with vectors in one input")
         given = {} if text is None else {"embedding": text.inputs[0].vectors.astype(np.float32)}
-        return _initialise(self.plan(geometry), geometry, seed, given)
+        return draw(self.plan(geometry), geometry, seed, given)
 
 
 @dataclass(frozen=True)
@@ -356,15 +356,15 @@ class Cartridge(Method):
     sites: Sites = None
 
     def __post_init__(self) -> None:
-        _need_counts(self, "length")
-        _need_counts(self, "frozen", least=0)
-        _freeze(self)
+        need_counts(self, "length")
+        need_counts(self, "frozen", least=0)
+        freeze(self)
         if self.frozen >= self.length:
             raise ValueError(f"Cartridge: frozen is {self.frozen} of {self.length} positions, nothing would be trained")
 
     def plan(self, geometry: Geometry) -> Plan:
         sizes = {"Q": self.length - self.frozen}
-        return Plan(_prefix_slots(geometry, self.sites), sizes, "cartridge", {"frozen": self.frozen})
+        return Plan(prefix_slots(geometry, self.sites), sizes, "cartridge", {"frozen": self.frozen})
 
     def initialise(self, geometry: Geometry, seed: int = 0, text: SoftPrompt | None = None) -> SoftPrompt:
         """See `Method.initialise`.
@@ -381,7 +381,7 @@ class Cartridge(Method):
         for part in () if text is None else text.prefixes:
             flat = part.flat()
             given[f"{part.site}.frozen"], given[f"{part.site}.trained"] = flat[: self.frozen], flat[self.frozen :]
-        prompt = _initialise(self.plan(geometry), geometry, seed, given)
+        prompt = draw(self.plan(geometry), geometry, seed, given)
         if text is not None and {p.site: p for p in prompt.prefixes} != {p.site: p for p in text.prefixes}:
             raise ValueError("text: its prefix is for other sites or layers than the cartridge")
         return prompt

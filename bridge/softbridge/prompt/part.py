@@ -11,7 +11,7 @@ import numpy as np
 
 from softbridge.arrays import Array, frozen, same_array
 from softbridge.geometry import Site, Stack, stack_of
-from softbridge.prompt.values import FrozenMap, _require
+from softbridge.prompt.values import FrozenMap, require
 from softbridge.template import Template
 
 Entry = Literal["before", "after"]
@@ -32,7 +32,7 @@ class InputPrompt:
         template: the template, if that is the placement, else None. The n-th vector stands in the place of the n-th
             `softbridge.template.PLACEHOLDER` of a row.
         scale: by what the model that they are for multiplies them before its first layer, where releases of
-            transformers differ in that (`softbridge.base.model.BaseModel.scale`). None: the installed one's number, or of no
+            transformers differ in that (`softbridge.BaseModel.scale`). None: the installed one's number, or of no
             matter. ``untold``: they were read from files that do not say it, which counts as None in a comparison.
     """
 
@@ -45,19 +45,19 @@ class InputPrompt:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "vectors", frozen(self.vectors))
-        _require(self.vectors.ndim == 2 and min(self.vectors.shape) > 0, f"vectors: [P, H], not {self.vectors.shape}")
-        _require(self.stack in get_args(Stack), f"stack: {self.stack!r}")
-        _require(self.entry in get_args(Entry), f"entry: {self.entry!r}")
-        _require(self.placement in get_args(Placement), f"placement: {self.placement!r}")
-        _require((self.placement == "template") == (self.template is not None), "template: where it is the placement")
+        require(self.vectors.ndim == 2 and min(self.vectors.shape) > 0, f"vectors: [P, H], not {self.vectors.shape}")
+        require(self.stack in get_args(Stack), f"stack: {self.stack!r}")
+        require(self.entry in get_args(Entry), f"entry: {self.entry!r}")
+        require(self.placement in get_args(Placement), f"placement: {self.placement!r}")
+        require((self.placement == "template") == (self.template is not None), "template: where it is the placement")
         if self.template is not None:
-            _require(self.entry == "before", "entry: the virtual tokens of a template enter before the embedding block")
+            require(self.entry == "before", "entry: the virtual tokens of a template enter before the embedding block")
             same = self.template.length == self.length
-            _require(same, f"template: of {self.length} virtual tokens, like the vectors, not {self.template.length}")
+            require(same, f"template: of {self.length} virtual tokens, like the vectors, not {self.template.length}")
         if self.scale is not None and self.scale != "untold":
             number = isinstance(self.scale, (int, float)) and not isinstance(self.scale, bool)
-            _require(number and 0 < self.scale < math.inf, f"scale: {self.scale!r:.40}, not a positive number")
-            _require(self.entry == "before", "scale: of vectors that enter before the embedding block")
+            require(number and 0 < self.scale < math.inf, f"scale: {self.scale!r:.40}, not a positive number")
+            require(self.entry == "before", "scale: of vectors that enter before the embedding block")
             object.__setattr__(self, "scale", float(self.scale))
 
     @property
@@ -112,10 +112,8 @@ class Gate:
         object.__setattr__(self, "weight", frozen(self.weight))
         object.__setattr__(self, "bias", frozen(self.bias))
         shape = self.weight.shape
-        _require(
-            self.weight.ndim == 2 and shape[0] in (1, 2) and shape[1] > 0, f"gate: weight [1 or 2, H], not {shape}"
-        )
-        _require(self.bias.shape == shape[:1], f"gate: bias {list(shape[:1])}, not {list(self.bias.shape)}")
+        require(self.weight.ndim == 2 and shape[0] in (1, 2) and shape[1] > 0, f"gate: weight [1 or 2, H], not {shape}")
+        require(self.bias.shape == shape[:1], f"gate: bias {list(shape[:1])}, not {list(self.bias.shape)}")
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Gate):
@@ -144,8 +142,8 @@ class KeyValue:
         object.__setattr__(self, "keys", frozen(self.keys))
         object.__setattr__(self, "values", frozen(self.values))
         shape = self.keys.shape
-        _require(self.keys.ndim == 3 and min(shape) > 0, f"keys: [K, P, D], not {shape}")
-        _require(self.values.shape == shape, f"values: {shape} like the keys, not {self.values.shape}")
+        require(self.keys.ndim == 3 and min(shape) > 0, f"keys: [K, P, D], not {shape}")
+        require(self.values.shape == shape, f"values: {shape} like the keys, not {self.values.shape}")
 
     def __repr__(self) -> str:
         return f"KeyValue({list(self.keys.shape)} {self.keys.dtype}{', gated' if self.gate is not None else ''})"
@@ -177,11 +175,11 @@ class KeyValuePrefix:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", FrozenMap(dict(sorted(self.layers.items()))))
-        _require(self.site in get_args(Site), f"site: {self.site!r}")
-        _require(len(self.layers) > 0, "layers: at least one")
-        _require(all(layer >= 0 for layer in self.layers), f"layers: numbered from 0, not {sorted(self.layers)}")
+        require(self.site in get_args(Site), f"site: {self.site!r}")
+        require(len(self.layers) > 0, "layers: at least one")
+        require(all(layer >= 0 for layer in self.layers), f"layers: numbered from 0, not {sorted(self.layers)}")
         lengths = {pair.keys.shape[1] for pair in self.layers.values()}
-        _require(len(lengths) == 1, f"layers: one prefix length for all, not {sorted(lengths)}")
+        require(len(lengths) == 1, f"layers: one prefix length for all, not {sorted(lengths)}")
 
     @property
     def length(self) -> int:

@@ -17,10 +17,10 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Literal, get_args
 
-from softbridge.arrays import Array, _same_arrays, _shapes, frozen
+from softbridge.arrays import Array, frozen, same_arrays, shapes_of
 from softbridge.geometry import Geometry, Site, Stack, stack_of
 from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part, prefixed_stacks
-from softbridge.prompt.values import FrozenMap, Json, _json_object, _require
+from softbridge.prompt.values import FrozenMap, Json, json_object, require
 
 RelativeBias = Literal["plain", "skewed"]
 Window = Literal["slides", "pinned"]
@@ -57,11 +57,11 @@ class Positions:
         for name in ("start", "unbiased_from"):
             told: Mapping[Stack, int] = FrozenMap(dict(sorted(getattr(self, name).items())))
             object.__setattr__(self, name, told)
-            _require(all(stack in get_args(Stack) for stack in told), f"{name}: {dict(told)}")
+            require(all(stack in get_args(Stack) for stack in told), f"{name}: {dict(told)}")
             counts = all(type(place) is int and place >= 0 for place in told.values())
-            _require(counts, f"{name}: numbers from 0, not {dict(told)}")
-        _require(self.relative_bias in get_args(RelativeBias), f"relative_bias: {self.relative_bias!r}")
-        _require(self.window in get_args(Window), f"window: {self.window!r}")
+            require(counts, f"{name}: numbers from 0, not {dict(told)}")
+        require(self.relative_bias in get_args(RelativeBias), f"relative_bias: {self.relative_bias!r}")
+        require(self.window in get_args(Window), f"window: {self.window!r}")
 
     def __hash__(self) -> int:
         return hash((tuple(self.start.items()), self.relative_bias, self.window, tuple(self.unbiased_from.items())))
@@ -85,7 +85,7 @@ class BaseId:
     Attributes:
         name: as the file gives it.
         geometry: of its attention.
-        task: of the prompt's head, in the words of `softbridge.base.build.Task`, while a prompt with a head is written for a
+        task: of the prompt's head, in the words of `softbridge.base.Task`, while a prompt with a head is written for a
             base model at hand: heads of several tasks have the same names. Not stored, and not part of equality.
     """
 
@@ -109,20 +109,20 @@ class Training:
     tensors: Mapping[str, Array]
 
     def __post_init__(self) -> None:
-        settings = _json_object(self.settings, "settings")
+        settings = json_object(self.settings, "settings")
         object.__setattr__(self, "settings", FrozenMap(dict(sorted(settings.items()))))
         object.__setattr__(
             self, "tensors", FrozenMap({name: frozen(self.tensors[name]) for name in sorted(self.tensors)})
         )
 
     def __repr__(self) -> str:
-        return f"Training({self.kind}, {self.settings}, {_shapes(self.tensors)})"
+        return f"Training({self.kind}, {self.settings}, {shapes_of(self.tensors)})"
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Training):
             return NotImplemented
         same_settings = self.kind == other.kind and self.settings == other.settings
-        return same_settings and _same_arrays(self.tensors, other.tensors)
+        return same_settings and same_arrays(self.tensors, other.tensors)
 
     def __hash__(self) -> int:
         return hash((self.kind, tuple(self.tensors)))
@@ -157,15 +157,15 @@ class Origin:
     partial: str | None = None
 
     def __post_init__(self) -> None:
-        details = _json_object(self.details, "details")
+        details = json_object(self.details, "details")
         told = {name: details.pop(name) for name in ("notes", "partial") if name in details}
         notes = told.get("notes") if self.notes is None else self.notes
         partial = self.partial
         if partial is None and "partial" in told:
             partial = "" if told["partial"] is None else told["partial"]
         texts = notes is None or (isinstance(notes, (list, tuple)) and all(isinstance(note, str) for note in notes))
-        _require(texts, f"notes: {notes!r:.80}, not a list of texts")
-        _require(partial is None or isinstance(partial, str), f"partial: {partial!r:.80}, not a text")
+        require(texts, f"notes: {notes!r:.80}, not a list of texts")
+        require(partial is None or isinstance(partial, str), f"partial: {partial!r:.80}, not a text")
         object.__setattr__(self, "details", FrozenMap(details))
         object.__setattr__(self, "digests", FrozenMap(self.digests))
         object.__setattr__(self, "notes", None if notes is None else tuple(notes))
@@ -200,13 +200,13 @@ class SoftPrompt:
     def __post_init__(self) -> None:
         object.__setattr__(self, "parts", tuple(self.parts))
         object.__setattr__(self, "head", FrozenMap({name: frozen(a) for name, a in sorted(self.head.items())}))
-        _require(len(self.parts) > 0, "parts: at least one")
-        _require(len(self.prefixes) == len({p.site for p in self.prefixes}), "parts: one prefix per site")
-        _require(len(self.inputs) == len({p.stack for p in self.inputs}), "parts: one input prompt per stack")
+        require(len(self.parts) > 0, "parts: at least one")
+        require(len(self.prefixes) == len({p.site for p in self.prefixes}), "parts: one prefix per site")
+        require(len(self.inputs) == len({p.stack for p in self.inputs}), "parts: one input prompt per stack")
         stacks, told = sorted(self.counted()), sorted(self.positions.start)
-        _require(stacks == told, f"positions: a start for {stacks}, the stacks with virtual tokens, not for {told}")
+        require(stacks == told, f"positions: a start for {stacks}, the stacks with virtual tokens, not for {told}")
         others = sorted(self.positions.unbiased_from.keys() - prefixed_stacks(self.parts))
-        _require(not others, f"positions: unbiased_from for {others}, whose self-attention has no prefix")
+        require(not others, f"positions: unbiased_from for {others}, whose self-attention has no prefix")
 
     @property
     def prefixes(self) -> tuple[KeyValuePrefix, ...]:
@@ -243,7 +243,7 @@ class SoftPrompt:
                 yield f"training.{name}", array
 
     def __repr__(self) -> str:
-        more = f", head {_shapes(self.head)}" if self.head else ""
+        more = f", head {shapes_of(self.head)}" if self.head else ""
         more += f", {self.training}" if self.training is not None else ""
         more += f", from {self.origin.format}" if self.origin is not None else ""
         return f"SoftPrompt({list(self.parts)}, {self.positions}, {self.base}{more})"
@@ -255,7 +255,7 @@ class SoftPrompt:
             self.parts == other.parts
             and self.positions == other.positions
             and self.base == other.base
-            and _same_arrays(self.head, other.head)
+            and same_arrays(self.head, other.head)
             and self.training == other.training
         )
 

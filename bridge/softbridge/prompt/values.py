@@ -32,12 +32,13 @@ class FrozenMap(Mapping[Name, Value]):
         return repr(self._items)
 
 
-def _require(condition: bool, message: str) -> None:
+def require(condition: bool, message: str) -> None:
+    """Raise a ValueError with this text unless it holds."""
     if not condition:
         raise ValueError(message)
 
 
-def _json_object(value: Mapping[Any, Any], what: str) -> dict[str, Json]:
+def json_object(value: Mapping[Any, Any], what: str) -> dict[str, Json]:
     """A copy of the value in plain JSON types, as it would come back from a file.
 
     Normalised here and not where it is written, so that a prompt equals the one that is read from its own file.
@@ -53,9 +54,9 @@ def _json_object(value: Mapping[Any, Any], what: str) -> dict[str, Json]:
 def _json_mapping(value: Mapping[Any, Any], here: str) -> dict[str, Json]:
     result: dict[str, Json] = {}
     for key, item in value.items():
-        _require(isinstance(key, str | int) and not isinstance(key, bool), f"{here}: a key of {type(key).__name__}")
+        require(isinstance(key, str | int) and not isinstance(key, bool), f"{here}: a key of {type(key).__name__}")
         name = _json(key if isinstance(key, str) else str(int(key)), here)
-        _require(name not in result, f"{here}: two keys {name!r:.40}")
+        require(name not in result, f"{here}: two keys {name!r:.40}")
         result[name] = _json(item, f"{here}.{name:.40}")
     return result
 
@@ -71,7 +72,7 @@ def _json(value: object, here: str) -> Json:
         case int():
             return int(value)
         case float():
-            _require(math.isfinite(value), f"{here}: {value}, which JSON does not have")
+            require(math.isfinite(value), f"{here}: {value}, which JSON does not have")
             return float(value)
         case list() | tuple():
             return [_json(item, f"{here}.{number}") for number, item in enumerate(value)]

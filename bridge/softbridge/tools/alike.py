@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from softbridge.arrays import Array, same_array
-from softbridge.errors import BaseModelError, _few, refusal
+from softbridge.errors import BaseModelError, few, refusal
 from softbridge.prompt.part import Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, SoftPrompt
 
 
-def _unit(rows: Array) -> Array:
+def unit(rows: Array) -> Array:
     """Rows of length 1, float64; a row of zeros stays."""
     wide = rows.astype(np.float64)
     norms = np.linalg.norm(wide, axis=1, keepdims=True)
@@ -28,7 +28,8 @@ def _key(part: Part) -> tuple[str, str]:
     return ("input", part.stack) if isinstance(part, InputPrompt) else ("prefix", part.site)
 
 
-def _name(part: Part) -> str:
+def name_in(part: Part) -> str:
+    """A part's name among the parts of its prompt."""
     if isinstance(part, InputPrompt):
         place = part.template or part.placement
         scale = "" if part.told_scale is None else f", multiplied by {part.told_scale:g}"
@@ -45,11 +46,11 @@ def _layout(prompt: SoftPrompt, lengths: bool, dtypes: bool) -> dict[str, str]:
             if not lengths and ".gate." not in name:
                 shape[-2] = 0
             words = "x".join("P" if size == 0 else str(size) for size in shape)
-            layout[f"{_name(part)} {name}"] = f"{words} {array.dtype}" if dtypes else words
+            layout[f"{name_in(part)} {name}"] = f"{words} {array.dtype}" if dtypes else words
     return layout
 
 
-def _check_alike(prompts: Sequence[SoftPrompt], *, lengths: bool = True, dtypes: bool = True) -> None:
+def check_alike(prompts: Sequence[SoftPrompt], *, lengths: bool = True, dtypes: bool = True) -> None:
     """Refuse prompts that differ in parts, shapes or dtypes, or that are for different base models."""
     if not prompts:
         raise refusal("no prompts", "at least one", "pass some")
@@ -57,22 +58,23 @@ def _check_alike(prompts: Sequence[SoftPrompt], *, lengths: bool = True, dtypes:
     for number, prompt in enumerate(prompts):
         other = _layout(prompt, lengths, dtypes)
         names = sorted(name for name in first.keys() | other.keys() if first.get(name) != other.get(name))
-        parts, others = ([_name(part) for part in each.parts] for each in (prompts[0], prompt))
+        parts, others = ([name_in(part) for part in each.parts] for each in (prompts[0], prompt))
         if names:
             differences = (
-                [f"their parts: {_few(parts)}; {_few(others)}"]
+                [f"their parts: {few(parts)}; {few(others)}"]
                 if sorted(parts) != sorted(others)
                 else [f"{name}: {first.get(name, 'none')} and {other.get(name, 'none')}" for name in names]
             )
             raise refusal(
-                f"prompts 0 and {number} differ in {_few(differences)}",
+                f"prompts 0 and {number} differ in {few(differences)}",
                 "the same parts, layers, shapes and dtypes" if lengths else "the same parts, layers and widths",
                 "use prompts that were trained alike, or cut them with slice",
             )
     _common_base(prompts)
 
 
-def _check_positions(prompts: Sequence[SoftPrompt]) -> None:
+def check_positions(prompts: Sequence[SoftPrompt]) -> None:
+    """Refuse prompts behind which real tokens stand in different places."""
     first = prompts[0].positions
     for number, prompt in enumerate(prompts):
         if prompt.positions != first:
@@ -95,13 +97,13 @@ def _common_base(prompts: Sequence[SoftPrompt]) -> BaseId:
     return BaseId(names.pop() if len(names) == 1 else None, next(iter(geometries), None))
 
 
-def _matched(prompts: Sequence[SoftPrompt]) -> list[tuple[Part, ...]]:
+def match(prompts: Sequence[SoftPrompt]) -> list[tuple[Part, ...]]:
     """The parts that belong together, in the first prompt's order."""
     tables = [{_key(part): part for part in prompt.parts} for prompt in prompts]
     return [tuple(table[key] for table in tables) for key in tables[0]]
 
 
-def _combined(parts: Sequence[Part], combine: Any) -> Part:
+def combined_parts(parts: Sequence[Part], combine: Any) -> Part:
     """One part, whose arrays are `combine` of the parts' arrays."""
     first = parts[0]
     if isinstance(first, InputPrompt):
@@ -117,13 +119,13 @@ def _combined(parts: Sequence[Part], combine: Any) -> Part:
     return KeyValuePrefix(first.site, layers)
 
 
-def _made_of(prompts: Sequence[SoftPrompt], parts: Sequence[Part]) -> SoftPrompt:
+def made_of(prompts: Sequence[SoftPrompt], parts: Sequence[Part]) -> SoftPrompt:
     """A prompt that is made of others: their base, and their head if they share one."""
     head = prompts[0].head
     for number, prompt in enumerate(prompts):
         if prompt.head.keys() != head.keys() or not all(same_array(head[name], prompt.head[name]) for name in head):
             raise refusal(
-                f"prompts 0 and {number} have different heads ({_few(sorted(head))}; {_few(sorted(prompt.head))})",
+                f"prompts 0 and {number} have different heads ({few(sorted(head))}; {few(sorted(prompt.head))})",
                 "the same head, bit for bit, or none",
                 "leave the heads out: dataclasses.replace(prompt, head={})",
             )
@@ -132,8 +134,9 @@ def _made_of(prompts: Sequence[SoftPrompt], parts: Sequence[Part]) -> SoftPrompt
     return SoftPrompt(tuple(asked), prompts[0].positions, _common_base(prompts), head)
 
 
-def _one_length(prompt: SoftPrompt) -> int:
+def one_length(prompt: SoftPrompt) -> int:
+    """P, where all parts have the same."""
     lengths = sorted({part.length for part in prompt.parts})
     if len(lengths) > 1:
-        raise refusal(f"parts of lengths {_few(lengths)} in one prompt", "one length", "take the parts one by one")
+        raise refusal(f"parts of lengths {few(lengths)} in one prompt", "one length", "take the parts one by one")
     return lengths[0]

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from softbridge.arrays import Array, from_torch
 from softbridge.attachment.attach import attach, check_bare, detach
 from softbridge.base.words import evaluating
-from softbridge.errors import _few, refusal
+from softbridge.errors import few, refusal
 from softbridge.prompt.soft_prompt import SoftPrompt
 
 How = Literal["majority", "mean"]
@@ -51,7 +51,7 @@ def ensemble(model: Any, prompts: Sequence[SoftPrompt], batch: Mapping[str, Any]
     shapes = sorted({array.shape for array in logits})
     if len(shapes) > 1:
         raise refusal(
-            f"logits of shapes {_few(shapes)}",
+            f"logits of shapes {few(shapes)}",
             "one shape under all prompts",
             "use an engine that strips virtual tokens",
         )

@@ -20,7 +20,7 @@ from softbridge.lowering.expressible import check_fits
 from softbridge.lowering.token_positions import turn
 from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt
-from softbridge.tools.alike import _check_alike, _check_positions, _combined, _made_of, _matched, _one_length
+from softbridge.tools.alike import check_alike, check_positions, combined_parts, made_of, match, one_length
 
 # Joining and cutting
 
@@ -52,7 +52,7 @@ def concatenate(prompts: Sequence[SoftPrompt], base: Any = None, accept: Collect
         BaseModelError: the base model is needed and was not given, its positions are unknown, or it does not fit.
         LoweringError: the frequencies change with the length of the text, and that was not accepted.
     """
-    _check_alike(prompts, lengths=False, dtypes=False)
+    check_alike(prompts, lengths=False, dtypes=False)
     resolved = None if base is None else BaseModel.resolve(base)
     if resolved is not None:
         for prompt in prompts:
@@ -60,7 +60,7 @@ def concatenate(prompts: Sequence[SoftPrompt], base: Any = None, accept: Collect
     joined = prompts[0]
     for prompt in prompts[1:]:
         joined = _join(joined, prompt, resolved, accept)
-    return replace(_made_of(prompts, joined.parts), positions=joined.positions)
+    return replace(made_of(prompts, joined.parts), positions=joined.positions)
 
 
 def _join(a: SoftPrompt, b: SoftPrompt, base: BaseModel | None, accept: Collection[str]) -> SoftPrompt:
@@ -80,14 +80,14 @@ def _join(a: SoftPrompt, b: SoftPrompt, base: BaseModel | None, accept: Collecti
     counted = b.counted()
     alike = (a.positions.window, a.positions.unbiased_from) == (b.positions.window, b.positions.unbiased_from)
     if not alike or any(starts.get(stack) != told.get(stack) for stack in {*starts, *told} - {*counted}):
-        _check_positions([a, b])
+        check_positions([a, b])
     for stack in counted:
         starts[stack] = _joined_start(a, b, stack)
         shift = starts[stack] - told[stack]
         if shift and any(part.site != "cross" and stack_of(part.site) == stack for part in b.prefixes):
             b = _moved(b, stack, shift, starts[stack] - a.counted()[stack], base, accept)
     parts = [
-        _combined(pair, lambda arrays: np.concatenate(arrays, axis=arrays[0].ndim - 2)) for pair in _matched([a, b])
+        combined_parts(pair, lambda arrays: np.concatenate(arrays, axis=arrays[0].ndim - 2)) for pair in match([a, b])
     ]
     return SoftPrompt(tuple(parts), replace(a.positions, start=starts), a.base)
 
@@ -166,7 +166,7 @@ def slice(
             in one stack.
         BaseModelError: the base model is needed and was not given, or its positions are unknown.
     """
-    length = _one_length(prompt) if (start, stop) != (0, None) else max(part.length for part in prompt.parts)
+    length = one_length(prompt) if (start, stop) != (0, None) else max(part.length for part in prompt.parts)
     stop = length if stop is None else stop
     if not 0 <= start < stop <= length:
         raise refusal(

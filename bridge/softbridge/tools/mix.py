@@ -10,7 +10,7 @@ import numpy as np
 from softbridge.arrays import Array
 from softbridge.errors import refusal
 from softbridge.prompt.soft_prompt import SoftPrompt
-from softbridge.tools.alike import _check_alike, _check_positions, _combined, _made_of, _matched
+from softbridge.tools.alike import check_alike, check_positions, combined_parts, made_of, match
 
 # Mixing
 
@@ -34,8 +34,8 @@ def interpolate(prompts: Sequence[SoftPrompt], weights: Sequence[float]) -> Soft
         ValueError: prompts of different parts, shapes, dtypes, positions or heads; weights that are not theirs.
         BaseModelError: prompts for different base models.
     """
-    _check_alike(prompts)
-    _check_positions(prompts)
+    check_alike(prompts)
+    check_positions(prompts)
     total = math.fsum(weights)
     if len(weights) != len(prompts) or not abs(total - 1) <= 1e-6:  # not <=, so that NaN is refused
         raise refusal(
@@ -53,4 +53,4 @@ def interpolate(prompts: Sequence[SoftPrompt], weights: Sequence[float]) -> Soft
         agreed = np.all([arrays[number] == first for number in used], axis=0)
         return np.where(agreed, first, wide.astype(first.dtype))
 
-    return _made_of(prompts, [_combined(parts, blend) for parts in _matched(prompts)])
+    return made_of(prompts, [combined_parts(parts, blend) for parts in match(prompts)])

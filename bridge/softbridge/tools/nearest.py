@@ -12,7 +12,7 @@ from softbridge.base.words import embed, vocabulary
 from softbridge.errors import refusal
 from softbridge.geometry import Stack
 from softbridge.prompt.soft_prompt import SoftPrompt
-from softbridge.tools.alike import _name, _unit
+from softbridge.tools.alike import name_in, unit
 
 #: Rows of the vocabulary that are looked at in one piece.
 _CHUNK = 8192
@@ -53,7 +53,7 @@ def nearest_words(
     """
     inputs = [part for part in prompt.inputs if stack in (None, part.stack)]
     if len(inputs) != 1 or inputs[0].entry != "before":
-        there = ", ".join(_name(part) for part in prompt.parts)
+        there = ", ".join(name_in(part) for part in prompt.parts)
         raise refusal(
             f"a prompt of {there}" + (f", and stack '{stack}'" if stack else ""),
             "one input prompt whose vectors enter before the embedding block, where words do",
@@ -64,7 +64,7 @@ def nearest_words(
     size = len(table) if table is not None else vocabulary(words, part.stack)
     if not 1 <= k <= size:
         raise refusal(f"k = {k}", f"1 to {size}, the size of the vocabulary", "ask for fewer neighbours")
-    rows = _unit(part.vectors)
+    rows = unit(part.vectors)
     best = np.full((part.length, k), -np.inf)
     ids = np.zeros((part.length, k), np.int64)
     for first in range(0, size, _CHUNK):
@@ -74,7 +74,7 @@ def nearest_words(
             raise refusal(
                 f"word vectors of shape {vectors.shape}", f"[V, {rows.shape[1]}]", "pass the prompt's own base model"
             )
-        cosines = np.concatenate([best, rows @ _unit(vectors).T], axis=1)
+        cosines = np.concatenate([best, rows @ unit(vectors).T], axis=1)
         candidates = np.concatenate([ids, np.broadcast_to(np.array(chunk), (part.length, len(chunk)))], axis=1)
         order = np.argsort(-cosines, axis=1, kind="stable")[:, :k]
         best, ids = (np.take_along_axis(array, order, axis=1) for array in (cosines, candidates))

@@ -11,7 +11,7 @@ from softbridge.arrays import Array
 from softbridge.errors import refusal
 from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt
-from softbridge.tools.alike import _check_alike, _check_positions, _matched, _one_length, _unit
+from softbridge.tools.alike import check_alike, check_positions, match, one_length, unit
 
 Measure = Literal["average", "pairwise"]
 
@@ -44,14 +44,14 @@ def similarity_matrix(prompts: Sequence[SoftPrompt], measure: Measure = "average
     """
     if measure not in get_args(Measure):
         raise refusal(f"measure {measure!r}", " or ".join(get_args(Measure)), "choose one")
-    _check_alike(prompts, lengths=False, dtypes=False)
+    check_alike(prompts, lengths=False, dtypes=False)
     if prompts[0].prefixes:
-        _check_positions(prompts)
+        check_positions(prompts)
     summaries = []
-    for prompt, parts in zip(prompts, zip(*_matched(prompts), strict=True), strict=True):
-        _one_length(prompt)
+    for prompt, parts in zip(prompts, zip(*match(prompts), strict=True), strict=True):
+        one_length(prompt)
         rows = np.concatenate([_rows(part) for part in parts], axis=1)
-        summary = _unit(rows).mean(axis=0) if measure == "pairwise" else _unit(rows.mean(axis=0, keepdims=True))[0]
+        summary = unit(rows).mean(axis=0) if measure == "pairwise" else unit(rows.mean(axis=0, keepdims=True))[0]
         summaries.append(summary)
     stacked = np.stack(summaries)
     cosines: Array = stacked @ stacked.T

@@ -262,7 +262,7 @@ def capture(
             untried[fault] = f"{engine.name}: {'; '.join(obstacle.reason for obstacle in obstacles)}"
             continue
         found = bench.without(spare, prompt.head, 1) if wrong is None else bench.other(spare, engine, wrong, 1)
-        moved[fault] = _apart(found, first, exact, first)
+        moved[fault] = how_far(found, first, exact, first)
     copied = None
     if naive is not None and not obstacles_of(engine, naive, spare):
         copied = bench.other(spare, engine, naive)
@@ -327,7 +327,7 @@ def common_template(a: SoftPrompt, b: SoftPrompt) -> Template | None:
     return first or second
 
 
-def _apart(a: Mapping[str, Array], names_a: Sequence[str], b: Mapping[str, Array], names_b: Sequence[str]) -> float:
+def how_far(a: Mapping[str, Array], names_a: Sequence[str], b: Mapping[str, Array], names_b: Sequence[str]) -> float:
     """The largest difference of logits. Rows of several probes follow one another."""
     left, right = np.concatenate([a[name] for name in names_a]), np.concatenate([b[name] for name in names_b])
     return float(np.abs(left - right).max())

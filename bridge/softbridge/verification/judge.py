@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from softbridge.verification.bench import Capture, _apart
+from softbridge.verification.bench import Capture, how_far
 from softbridge.verification.certificate import Fault, Figure, Layer
 from softbridge.verification.claim import Claim
 from softbridge.verification.layers import differences
@@ -53,14 +53,14 @@ def judge(a: Capture, b: Capture, claim: Claim) -> Findings:
             by_hand = [f"{x.engine}, token by token through its forward: {x.stepwise}" for x in (a, b) if x.stepwise]
             figures.append(Figure(group, float(not same), float(not alike), note="; ".join(dict.fromkeys(by_hand))))
             continue
-        apart, rough = (_apart(x, names, y, names) / scale for x, y in ((a.exact, b.exact), (a.rough, b.rough)))
+        apart, rough = (how_far(x, names, y, names) / scale for x, y in ((a.exact, b.exact), (a.rough, b.rough)))
         note, broken = _left_padding(a, b, names, alone, scale, bound) if group == "left-padded" else ("", [])
         apart = float(np.max([apart, *broken]))
         figures.append(Figure(group, apart, rough, judged=not note or bool(broken), note=note))
     padded, backwards = ["right-padded"], [REVERSED]
-    yardstick = _apart(a.rough, padded, a.rough, backwards) / scale
-    if _apart(a.exact, alone, a.exact, padded) / scale <= bound:
-        yardstick = max(yardstick, _apart(a.rough, alone, a.rough, padded) / scale)
+    yardstick = how_far(a.rough, padded, a.rough, backwards) / scale
+    if how_far(a.exact, alone, a.exact, padded) / scale <= bound:
+        yardstick = max(yardstick, how_far(a.rough, alone, a.rough, padded) / scale)
     return Findings(
         scale=scale,
         islands=tuple(sorted({*a.islands, *b.islands})),
@@ -73,7 +73,7 @@ def judge(a: Capture, b: Capture, claim: Claim) -> Findings:
         # What is not a number is noticed.
         faults=tuple(Fault(name, far / scale, not far / scale <= NOTICED * bound) for name, far in b.faults.items()),
         untried=b.untried,
-        naive=None if b.naive is None else _apart(b.naive, alone, a.exact, alone) / scale,
+        naive=None if b.naive is None else how_far(b.naive, alone, a.exact, alone) / scale,
     )
 
 
@@ -88,7 +88,7 @@ def _left_padding(
     """
     variant, broken = [], []
     for side in (a, b):
-        own, right = (_apart(side.exact, group, side.exact, alone) / scale for group in (names, ["right-padded"]))
+        own, right = (how_far(side.exact, group, side.exact, alone) / scale for group in (names, ["right-padded"]))
         if own <= bound:
             continue
         if not side.left_pads:

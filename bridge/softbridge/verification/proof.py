@@ -29,7 +29,7 @@ from softbridge.verification.judge import judge
 from softbridge.verification.progress import told
 from softbridge.verification.recording import Recording, check_same_setting, fingerprint, record_elsewhere
 from softbridge.verification.run import threads
-from softbridge.verification.setting import _fitted, _gated, _plan, _versions, _weights_note
+from softbridge.verification.setting import fitted_to, is_gated, plan_of, versions_here, weights_note
 from softbridge.verification.sides import Pair, alone, claim_of, read_sides, subjects
 from softbridge.verification.small_models import BUDGET
 
@@ -154,13 +154,13 @@ def verify_prompts(
     template = common_template(a.prompt, b.prompt)
     captures: list[tuple[Capture, Capture]] = []
     with threads(None if weights else 1):
-        chosen, pieces = _plan([a, b], base, weights, memory)
+        chosen, pieces = plan_of([a, b], base, weights, memory)
         for piece in told(pieces, pieces[0].note):
-            subjects = [_fitted(piece, one) for one in (a, b)]
+            subjects = [fitted_to(piece, one) for one in (a, b)]
             if any(one is None for one in subjects):
                 continue
             first, second = cast("tuple[Subject, Subject]", subjects)
-            cached = not (_gated(a.prompt) or _gated(b.prompt))
+            cached = not (is_gated(a.prompt) or is_gated(b.prompt))
             frames = a.prompt.positions.start != b.prompt.positions.start
             bench = Bench(piece.base, weights, seed, claim.window, texts, template, cached, piece.first, frames)
             copy = None if naive is None else piece.fit(naive)
@@ -176,10 +176,10 @@ def verify_prompts(
         captures,
         base=base.name,
         geometry=base.geometry,
-        weights=_weights_note(weights, seed, pieces),
+        weights=weights_note(weights, seed, pieces),
         seed=seed,
         dtype=dtype,
-        versions=_versions(),
+        versions=versions_here(),
     )
 
 
@@ -213,13 +213,13 @@ def probe(
     claim = claim if window is None else replace(claim, window=window)
     subject, weights = sides[0], claim.weights
     resolved = resolved.with_head(subject.prompt.head)
-    cached = not any(_gated(side.prompt) for side in sides)
+    cached = not any(is_gated(side.prompt) for side in sides)
     captures, models = [], []
     with threads(None if weights else 1):
-        chosen, pieces = _plan([subject], resolved, weights, memory)
+        chosen, pieces = plan_of([subject], resolved, weights, memory)
         template = common_template(subject.prompt, sides[-1].prompt)
         for piece in told(pieces, pieces[0].note):
-            part = _fitted(piece, subject)
+            part = fitted_to(piece, subject)
             if part is not None:
                 bench = Bench(piece.base, weights, seed, claim.window, texts, template, cached, piece.first)
                 captures.append(capture(bench, part, chosen[0][0], dtype))
@@ -230,9 +230,9 @@ def probe(
         captures=tuple(captures),
         base=resolved.name,
         geometry=resolved.geometry,
-        weights=_weights_note(weights, seed, pieces),
+        weights=weights_note(weights, seed, pieces),
         claim=claim,
-        versions=_versions(),
+        versions=versions_here(),
     )
 
 

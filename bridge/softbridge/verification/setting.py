@@ -16,7 +16,7 @@ from softbridge.verification.run import choose_engine
 from softbridge.verification.small_models import Structure, structures
 
 
-def _plan(
+def plan_of(
     subjects: Sequence[Subject], base: BaseModel, weights: bool, memory: int
 ) -> tuple[list[tuple[Engine, str]], list[Structure]]:
     """For each subject its engine, and why not its own toolkit's; and what to run of the model.
@@ -28,7 +28,7 @@ def _plan(
     chosen = [choose_engine(one.prompt, one.engine, model) for one in subjects]
 
     def runs(piece: Structure) -> bool:
-        smaller, fitted = piece.base.bare(), [_fitted(piece, one) for one in subjects]
+        smaller, fitted = piece.base.bare(), [fitted_to(piece, one) for one in subjects]
         try:
             found = [choose_engine(one.prompt, one.engine, smaller)[0] for one in fitted if one is not None]
         except EngineError:
@@ -40,16 +40,19 @@ def _plan(
     return chosen, list(structures(base, bare, [subject.prompt for subject in subjects], runs, memory))
 
 
-def _gated(prompt: SoftPrompt) -> bool:
+def is_gated(prompt: SoftPrompt) -> bool:
+    """Whether the prompt weighs its keys and values anew for every input."""
     return any(part.gated for part in prompt.prefixes)
 
 
-def _weights_note(weights: bool, seed: int, pieces: Sequence[Structure]) -> str:
+def weights_note(weights: bool, seed: int, pieces: Sequence[Structure]) -> str:
+    """How the certificate calls the weights that were run."""
     return "the model's own" if weights else f"random, seed {seed}; {pieces[0].note}"
 
 
 @cache
-def _versions() -> dict[str, str]:
+def versions_here() -> dict[str, str]:
+    """Distribution -> installed version, of whatever can change a result."""
     from softbridge_compat import versions
 
     return dict(versions())
@@ -61,7 +64,7 @@ def _float64() -> Any:
     return torch.float64
 
 
-def _fitted(piece: Structure, subject: Subject) -> Subject | None:
+def fitted_to(piece: Structure, subject: Subject) -> Subject | None:
     """What of a subject these layers see. Its files stand for it only as a whole."""
     prompt = piece.fit(subject.prompt)
     if prompt is None:
