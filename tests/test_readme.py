@@ -33,13 +33,13 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import softbridge as sb
-from softbridge import container, hookspecs
 from softbridge.base import build
 from softbridge.cli import app
 from softbridge.geometry import read_geometry
 from softbridge.methods import MultitaskPromptTuning
-from softbridge.prompt import Positions
-from softbridge.registry import engines, formats
+from softbridge.plugin import hookspecs
+from softbridge.plugin.registry import engines, formats
+from softbridge.prompt import Positions, container
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.verification import Certificate
 
@@ -265,7 +265,7 @@ USE_IT = """
 import json, sys
 import softbridge as sb
 from softbridge.errors import OutputError
-from softbridge.registry import owners
+from softbridge.plugin.registry import owners
 
 certificate = sb.convert("bert_prompt", "plain", to="plain", base="bert", verify=True).certificate
 print(owners()["softbridge_formats"]["plain"], owners()["softbridge_engines"]["embeds"])

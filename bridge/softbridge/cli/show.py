@@ -56,7 +56,7 @@ def explain(
 
 @app.command()
 def matrix(as_json: AsJson = False) -> None:
-    """What every conversion of every method comes to: the README's tables, from what is installed here."""
+    """What every conversion of every method comes to: tests/MATRIX.md, from what is installed here."""
     from softbridge.lowering.matrix import markdown
     from softbridge.lowering.matrix import matrix as run
 
