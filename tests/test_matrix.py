@@ -106,8 +106,8 @@ def unmet(claim: Explanation, conditions: list[str], source: Path, target: Path,
     if conditions == ["task"]:  # the other task
         shutil.rmtree(target)
         sb.convert(source, target, claim.target, base, task=1)
-    else:  # nobody tells the positions, and the head is left as the base model has it
-        (target / "softbridge.json").unlink()
+    # Nobody says which task it is, or tells the positions, and the head is left as the base model has it.
+    (target / "softbridge.json").unlink()
     assert not sb.verify(source, target, base).same, (claim, conditions)
 
 

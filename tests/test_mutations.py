@@ -32,7 +32,7 @@ from softbridge.methods import MLP, PrefixTuning
 from softbridge.plugin.registry import engines, format_named
 from softbridge.prompt import Gate, SoftPrompt
 from softbridge.testing import random_prefix, tiny_config, tiny_model
-from softbridge.verification import Certificate
+from softbridge.verification import Certificate, bench
 from softbridge.verification import proof as verification
 
 HAS_ADAPTERHUB = engines()["adapterhub"].unavailable() is None
@@ -581,7 +581,7 @@ def nothing_beside_the_verdict() -> Iterator[None]:
     """Leave out what a verdict does not ask for: a working precision, and all deliberate faults but one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "verify_prompts", partial(verification.verify_prompts, dtype="float64"))
-        patch.setattr(verification.comparison, "mutations", lambda prompt, scheme: [("dropped", None)])
+        patch.setattr(bench, "mutations", lambda prompt, scheme: [("dropped", None)])
         yield
 
 

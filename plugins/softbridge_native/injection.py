@@ -295,7 +295,7 @@ def extract(model: Any) -> SoftPrompt:
         raise EngineError(
             "this model has a bank of prompts, none of which is trained",
             "a model with one prompt",
-            "take it from the bank: model.softbridge.plugin.prompt_bank[name]",
+            "take it from the bank: model.softbridge.bank[name]",
         )
     return found.extract()
 

@@ -16,9 +16,8 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import softbridge as sb
-from softbridge import cli
 from softbridge.base import BaseModel
-from softbridge.cli import main
+from softbridge.cli import main, show
 from softbridge.cli.console import app
 from softbridge.cli.tables import certificate_table, shown
 from softbridge.errors import PluginError
@@ -247,7 +246,7 @@ def test_a_defect_has_a_status_of_its_own(
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(cli, "inspection", fail)
+    monkeypatch.setattr(show, "inspection", fail)
     monkeypatch.setattr(sys, "argv", ["softbridge", "inspect", "x"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer sets its own
     with pytest.raises(SystemExit) as end:
@@ -294,7 +293,7 @@ def test_a_broken_plugin_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail() -> None:
         raise PluginError("softbridge_formats of the plugin '[/x]' failed", "a list", "uninstall it")
 
-    monkeypatch.setattr(cli, "formats_table", fail)
+    monkeypatch.setattr(show, "formats_table", fail)
     result = call("formats")
     assert result.exit_code == 2
     assert "the plugin '[/x]' failed" in result.stderr

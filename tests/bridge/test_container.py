@@ -120,7 +120,7 @@ def test_the_bytes_are_the_same_in_every_process() -> None:
     program = f"""
 import hashlib, sys
 from pathlib import Path
-from softbridge.container import pack, unpack
+from softbridge.prompt.container import pack, unpack
 from softbridge.untrusted import Files
 print(hashlib.sha256(pack(unpack(Files(Path({str(GOLDEN)!r})), {GOLDEN.name!r}))).hexdigest())
 assert "torch" not in sys.modules

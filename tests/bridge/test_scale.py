@@ -18,7 +18,7 @@ from transformers import AutoConfig
 from typer.testing import CliRunner
 
 import softbridge as sb
-from softbridge import initialisation, methods
+from softbridge import initialisation, methods, tools
 from softbridge.base import BaseModel, build
 from softbridge.checkpoint.manifest import MANIFEST
 from softbridge.cli.console import app
@@ -29,7 +29,6 @@ from softbridge.lowering.steps import Target
 from softbridge.plugin.registry import engine_named
 from softbridge.prompt import InputPrompt, Positions, SoftPrompt, digest_of, pack
 from softbridge.testing import random_input_prompt, tiny_config, tiny_model
-from softbridge.tools import join as tools
 from softbridge.verification import verify
 
 #: The interpreter of the other stack's environment, if this run was told.

@@ -249,7 +249,7 @@ def test_prompts_are_read_when_asked_for_and_make_room(tmp_path: Path) -> None:
     torch.save(copy.deepcopy(running), file)
     file.seek(0)
     twin = torch.load(file, weights_only=False)
-    with twin.softbridge.plugin.prompt_bank.rows("c"):
+    with twin.softbridge.bank.rows("c"):
         assert torch.equal(run(twin, ids), expected["c"])
     # A name may come to stand for another prompt, and what it stood for goes.
     bank["e"] = prompts["a"]

@@ -312,7 +312,7 @@ def test_a_bank_that_is_switched_off_needs_no_names() -> None:
     running = sb.attach(model, PromptBank({"a": prompts(model)["prefix"]}))
     with running.softbridge.off():
         assert apart(logits(running, ids), bare) == 0
-    with running.softbridge.plugin.prompt_bank.rows("a"):
+    with running.softbridge.bank.rows("a"):
         assert apart(logits(running, ids), bare) > 0.1
 
 

@@ -27,7 +27,7 @@ from softbridge.plugin.prompt_bank import PromptBank
 from softbridge.prompt import Positions, SoftPrompt
 from softbridge.testing import TINY, random_prefix, tiny_model
 from softbridge_native import flex_and_flash as kernels
-from softbridge_native import injection as native
+from softbridge_native import obstacles
 from softbridge_native.engine import ENGINE
 
 P, T, NEW, WINDOW = 3, 9, 4, 6
@@ -326,7 +326,7 @@ def test_flash_attention_refuses_what_it_cannot_know(monkeypatch: pytest.MonkeyP
     bart = under(make_bart(), "flash_attention_2")
     crossed = random_prefix(read_geometry(bart.config), P, sites=("cross",))
     assert names(crossed, bart) == ["attention"]
-    monkeypatch.setattr(native, "flash_attn_supports_top_left_mask", lambda: True)
+    monkeypatch.setattr(obstacles, "flash_attn_supports_top_left_mask", lambda: True)
     assert names(prefix(free), free) == ["attention"]
 
 

@@ -41,10 +41,11 @@ from softbridge.selfcheck.miniature import Architecture
 from softbridge.selfcheck.proof import prove
 from softbridge.selfcheck.verdict import FOLDER, Verdict, decisive, folder, verdicts
 from softbridge.testing import random_input_prompt, random_prefix, tiny_model
-from softbridge_native import attention, wiring
+from softbridge_native import attention, input_prompt, wiring
 from softbridge_native import bank as native_bank
-from softbridge_native import input_prompt as placement
+from softbridge_native import layout as layouts
 from softbridge_native.engine import ENGINE
+from softbridge_native.prefix import LayerPrefix
 
 KINDS = ("input", "prefix")
 
@@ -110,22 +111,22 @@ def verdict_of(model: Any) -> Verdict:
 
 
 def drops_the_prompt(patch: pytest.MonkeyPatch) -> None:
-    own = placement.StackHooks.__init__
+    own = input_prompt.StackHooks.__init__
 
     def without(self: Any, stack: Any, around: Any, vectors: Any = None, *more: Any) -> None:
         own(self, stack, around)
 
-    patch.setattr(placement.StackHooks, "__init__", without)
-    patch.setattr(attention.LayerPrefix, "join", lambda self, entered, like: None)
+    patch.setattr(input_prompt.StackHooks, "__init__", without)
+    patch.setattr(LayerPrefix, "join", lambda self, entered, like: None)
 
 
 def shifts_by_one(patch: pytest.MonkeyPatch) -> None:
-    own = placement.StackHooks.__init__
+    own = input_prompt.StackHooks.__init__
 
     def moved(self: Any, stack: Any, around: Any, vectors: Any = None, start: Any = 0, *more: Any) -> None:
         own(self, stack, around, vectors, start + 1, *more)
 
-    patch.setattr(placement.StackHooks, "__init__", moved)
+    patch.setattr(input_prompt.StackHooks, "__init__", moved)
 
 
 def forgets_the_cache(patch: pytest.MonkeyPatch) -> None:
@@ -134,8 +135,8 @@ def forgets_the_cache(patch: pytest.MonkeyPatch) -> None:
 
 
 def swaps_keys_and_values(patch: pytest.MonkeyPatch) -> None:
-    own = attention.LayerPrefix.forward
-    patch.setattr(attention.LayerPrefix, "forward", lambda self, entered, like: own(self, entered, like)[::-1])
+    own = LayerPrefix.forward
+    patch.setattr(LayerPrefix, "forward", lambda self, entered, like: own(self, entered, like)[::-1])
 
 
 def ignores_left_pads(patch: pytest.MonkeyPatch) -> None:
@@ -214,8 +215,8 @@ def test_a_fault_is_named(family: str, fault: Any, kind: str, promise: str, monk
 
 
 def test_a_fault_on_the_right_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = placement.Layout.mask
-    monkeypatch.setattr(placement.Layout, "mask", lambda self, mask: torch.ones_like(own(self, mask)))
+    own = layouts.Layout.mask
+    monkeypatch.setattr(layouts.Layout, "mask", lambda self, mask: torch.ones_like(own(self, mask)))
     model = attached("bert", "input")
     called(model)
     with pytest.raises(EngineError, match="breaks the promise 'right'"):
@@ -239,14 +240,14 @@ def test_where_nothing_can_be_computed_by_hand_each_array_must_be_felt(monkeypat
     kept.forget()
     folder().rename(folder().with_name("before"))
 
-    own = attention.LayerPrefix.join
+    own = LayerPrefix.join
 
     def drops_the_second(self: Any, entered: Any, like: Tensor) -> Any:
         joined = own(self, entered, like)
         second = self is list(self.stand_in)[1] if hasattr(self, "stand_in") else False
         return None if second else joined
 
-    monkeypatch.setattr(attention.LayerPrefix, "join", drops_the_second)
+    monkeypatch.setattr(LayerPrefix, "join", drops_the_second)
     attach_own = ENGINE.attach
 
     def attach(model: Any, prompt: SoftPrompt) -> Any:
@@ -329,7 +330,7 @@ def test_a_bank_checks_each_kind_when_it_is_loaded(builds: list[str], monkeypatc
     model = tiny_model("gpt2")
     prompts = {"a": prompt_for(model, "input"), "b": prompt_for(model, "input", 7), "c": prompt_for(model, "prefix")}
     running = sb.attach(copy.deepcopy(model), PromptBank(prompts))
-    bank = running.softbridge.plugin.prompt_bank
+    bank = running.softbridge.bank
     with bank.rows(["a"]):
         called(running)
     assert len(builds) == 1
@@ -349,11 +350,11 @@ def test_a_bank_checks_each_kind_when_it_is_loaded(builds: list[str], monkeypatc
     running = sb.attach(copy.deepcopy(model), PromptBank(prompts))
     for _ in range(2):
         with (
-            running.softbridge.plugin.prompt_bank.rows(["a"]),
+            running.softbridge.bank.rows(["a"]),
             pytest.raises(EngineError, match="breaks the promise 'bank'"),
         ):
             called(running)
-    with running.softbridge.plugin.prompt_bank.rows(["c"]):
+    with running.softbridge.bank.rows(["c"]):
         called(running)
 
 
