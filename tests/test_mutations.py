@@ -112,10 +112,10 @@ ROUTES = {
 _KEPT = "both sides are then read by softbridge alone"
 
 #: Module:function -> the lines that several faults are put into.
-_ROWS = "softbridge.prompt.soft_prompt:KeyValuePrefix.from_rows"
-_FLAT = "softbridge.prompt.soft_prompt:KeyValuePrefix.flat"
-_TURN = "softbridge.lowering.passes:turn"
-_MOVE = "softbridge.lowering.passes:_move"
+_ROWS = "softbridge.prompt.part:KeyValuePrefix.from_rows"
+_FLAT = "softbridge.prompt.part:KeyValuePrefix.flat"
+_TURN = "softbridge.lowering.token_positions:turn"
+_MOVE = "softbridge.lowering.token_positions:_move"
 _ATTEND = "softbridge_native.attention:_attend"
 _ADAPTER = "softbridge_adapterhub.adapter:Adapter"
 _WRITE = "softbridge_adapterhub.format:AdapterHubFormat.write"
@@ -157,7 +157,7 @@ FAULTS = {
     "the manifest says the toolkit's own positions": fault(
         "gpt2: peft to adapterhub",
         (
-            "softbridge.conversion:_write",
+            "softbridge.checkpoint.write:write_files",
             "lowering.prompt.positions.to_json()",
             "replace(lowering.prompt.positions, start={'decoder': 0}).to_json()",
         ),
@@ -165,7 +165,7 @@ FAULTS = {
     "the manifest is not written": fault(
         "gpt2: adapterhub to peft",
         (
-            "softbridge.conversion:_write",
+            "softbridge.checkpoint.write:write_files",
             "{**content, MANIFEST: untrusted.json_bytes(manifest)}",
             "content",
         ),
@@ -173,7 +173,7 @@ FAULTS = {
     "a toolkit is believed to count one token more": fault(
         "llama: adapterhub to peft",
         (
-            "softbridge.lowering.passes:native_positions",
+            "softbridge.lowering.token_positions:native_positions",
             'counted[stack] if own == "counted"',
             'counted[stack] + 1 if own == "counted"',
         ),
@@ -225,7 +225,7 @@ FAULTS = {
     "keys go through bfloat16 to float64": fault(
         "llama: peft to softbridge in float64",
         (
-            "softbridge.lowering.passes:_pair_as_dtype",
+            "softbridge.lowering.precision:_pair_as_dtype",
             "pair.keys.astype(dtype)",
             "pair.keys.astype(BFLOAT16).astype(dtype)",
         ),
@@ -233,7 +233,7 @@ FAULTS = {
     "keys go through bfloat16 to float16, as asked": fault(
         "llama: peft to softbridge in float16",
         (
-            "softbridge.lowering.passes:_pair_as_dtype",
+            "softbridge.lowering.precision:_pair_as_dtype",
             "pair.keys.astype(dtype)",
             "pair.keys.astype(BFLOAT16).astype(dtype)",
         ),
@@ -250,7 +250,7 @@ FAULTS = {
     "vectors leave the embedding block before its norm": fault(
         "bert: peft to adapterhub, vectors",
         (
-            "softbridge.base.embedding_scale:leave_block",
+            "softbridge.lowering.embedding_block:leave_block",
             "block.register_forward_hook(keep)",
             "block.LayerNorm.register_forward_pre_hook(lambda module, args: keep(module, args, args[0]))",
         ),
@@ -258,7 +258,7 @@ FAULTS = {
     "vectors leave the embedding block all at one position": fault(
         "bert: peft to adapterhub, vectors",
         (
-            "softbridge.base.embedding_scale:leave_block",
+            "softbridge.lowering.embedding_block:leave_block",
             "model(inputs_embeds=tokens,",
             "model(position_ids=torch.zeros(tokens.shape[:2], dtype=torch.long), inputs_embeds=tokens,",
         ),
@@ -398,11 +398,11 @@ FAULTS = {
     ),
     "keys are a hundredth too large": fault(
         "llama: peft to softbridge",
-        ("softbridge_native.attention:LayerPrefix.forward", "return keys, values", "return keys * 1.01, values"),
+        ("softbridge_native.prefix:LayerPrefix.forward", "return keys, values", "return keys * 1.01, values"),
     ),
     "keys are a millionth of a millionth too large": fault(
         "gpt2: peft to softbridge",
-        ("softbridge_native.attention:LayerPrefix.forward", "return keys, values", "return keys * (1 + 1e-10), values"),
+        ("softbridge_native.prefix:LayerPrefix.forward", "return keys, values", "return keys * (1 + 1e-10), values"),
     ),
     "the prefix is dropped where there is a cache": fault(
         "llama: peft to softbridge",
@@ -455,17 +455,17 @@ FAULTS = {
     ),
     "gates are not applied": fault(
         "gpt2: adapterhub to softbridge, gates",
-        ("softbridge_native.attention:LayerPrefix.forward", "if self.gate is None:", "if True:"),
+        ("softbridge_native.prefix:LayerPrefix.forward", "if self.gate is None:", "if True:"),
         adapterhub="the native engine otherwise runs both sides",
     ),
     "a gate looks at the last position alone": fault(
         "gpt2: adapterhub to softbridge, gates",
-        ("softbridge_native.attention:LayerGate.forward", ".sigmoid().mean(1)", ".sigmoid()[:, -1]"),
+        ("softbridge_native.prefix:LayerGate.forward", ".sigmoid().mean(1)", ".sigmoid()[:, -1]"),
         adapterhub="the native engine otherwise runs both sides",
     ),
     "the mean of a gate is taken before its sigmoid": fault(
         "gpt2: adapterhub to softbridge, gates",
-        ("softbridge_native.attention:LayerGate.forward", ".sigmoid().mean(1)", ".mean(1).sigmoid()"),
+        ("softbridge_native.prefix:LayerGate.forward", ".sigmoid().mean(1)", ".mean(1).sigmoid()"),
         adapterhub="the native engine otherwise runs both sides",
     ),
     # The toolkits' engines.

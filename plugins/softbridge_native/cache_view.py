@@ -13,7 +13,7 @@ from softbridge.errors import EngineError
 _RUNNING, _BEGUN = "_softbridge_running", "_softbridge_begun"
 
 #: And how many tokens it has read.
-_READ = "_softbridge_read"
+READ = "_softbridge_read"
 
 
 def hide(cache: Any, length: int, owner: str) -> None:
@@ -82,7 +82,7 @@ def full_length(cache: Any) -> int:
     try:
         return int(type(cache).get_seq_length(cache))
     except (AttributeError, ValueError):  # states alone do not say
-        return int(vars(cache).get(_READ, 0))
+        return int(vars(cache).get(READ, 0))
 
 
 def _blank(cache: Any) -> bool:

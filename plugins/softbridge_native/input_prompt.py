@@ -29,7 +29,7 @@ from softbridge.geometry import Site, Stack
 from softbridge.prompt import InputPrompt, Placement
 from softbridge_native import tables
 from softbridge_native.anatomy import padding_row, position_offset
-from softbridge_native.cache_view import _READ, begin, check_begun, check_foreign, full_length, hide, hides, running
+from softbridge_native.cache_view import READ, begin, check_begun, check_foreign, full_length, hide, hides, running
 from softbridge_native.call import Entry as Opened
 from softbridge_native.call import Own
 from softbridge_native.call_checks import (
@@ -331,7 +331,7 @@ class StackHooks:
             begin(call.cache, self.around.owner, past)
         if hides(call.cache):
             running(call.cache, True)
-            vars(call.cache)[_READ] = past + given_tokens(kwargs).shape[1]
+            vars(call.cache)[READ] = past + given_tokens(kwargs).shape[1]
         self.entry.now.open = True
         return (), kwargs
 
@@ -354,7 +354,7 @@ class StackHooks:
             return output
         if cache is None and (made := _cache_of(output)) is not None:  # by the stack
             hide(made, vectors.length, self.around.owner)
-            vars(made)[_READ] = call.width
+            vars(made)[READ] = call.width
         if self.around.keeps or self.around.shows():
             return output
         pooled = self.around.pools and vectors.placement == "before-sequence"

@@ -70,7 +70,7 @@ def test_the_nearest_words_of_a_text_are_that_text(family: str, monkeypatch: pyt
     np.testing.assert_allclose(found.similarities[:, 0], 1, atol=1e-14)
     assert (np.diff(found.similarities, axis=1) < 0).all()
     assert found.words is None
-    monkeypatch.setattr(tools, "_CHUNK", 7)
+    monkeypatch.setattr(nearest, "_CHUNK", 7)
     pieces = tools.nearest_words(initialisation.text(model, C), model, 3)
     assert np.array_equal(pieces.ids, found.ids)
     np.testing.assert_allclose(pieces.similarities, found.similarities, atol=1e-14)

@@ -131,7 +131,7 @@ def shifts_by_one(patch: pytest.MonkeyPatch) -> None:
 
 def forgets_the_cache(patch: pytest.MonkeyPatch) -> None:
     """As on transformers 5.24 when the engine looked for the cache under the name that it had before."""
-    patch.setattr(placement, "full_length", lambda cache: 0)
+    patch.setattr(input_prompt, "full_length", lambda cache: 0)
 
 
 def swaps_keys_and_values(patch: pytest.MonkeyPatch) -> None:
@@ -140,7 +140,8 @@ def swaps_keys_and_values(patch: pytest.MonkeyPatch) -> None:
 
 
 def ignores_left_pads(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(placement, "left_pads", lambda mask: torch.zeros(len(mask), 1, dtype=torch.long))
+    for module in (input_prompt, layouts):
+        patch.setattr(module, "left_pads", lambda mask: torch.zeros(len(mask), 1, dtype=torch.long))
 
 
 def drops_the_prefix_behind_a_cache(patch: pytest.MonkeyPatch) -> None:
