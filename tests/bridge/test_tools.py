@@ -20,6 +20,7 @@ from softbridge.base import cache as caches
 from softbridge.errors import BaseModelError, EngineError, LoweringError
 from softbridge.prompt import BaseId, InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt, Training
 from softbridge.testing import agreement, apart, random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.tools import nearest
 from softbridge.untrusted import Files
 
 A, B, C = (5, 11, 3, 40), (7, 22, 6), (9, 33, 12, 8, 50)
