@@ -145,7 +145,7 @@ FAULTS = {
     ),
     "turned keys are stored in bfloat16": fault(
         "llama: adapterhub to peft",
-        (_TURN, "dtype = np.promote_types(pair.keys.dtype, np.float32)", "dtype = "bfloat16""),
+        (_TURN, "dtype = np.promote_types(pair.keys.dtype, np.float32)", "dtype = np.dtype('bfloat16')"),
     ),
     "keys are turned, and the prompt says one position more": fault(
         "llama: peft to adapterhub", (_MOVE, "stack: want}", "stack: want + 1}")
