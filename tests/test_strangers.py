@@ -56,6 +56,7 @@ SAMPLE: dict[tuple[str, str], tuple[str, str]] = {
     ("causal", "mimo_v2_flash"): (RIGHT, "refused attention: layer 1 attends to keys"),
     ("causal", "deepseek_v4"): ("refused .*entry", "refused .*one tensor for keys and for values"),
     ("causal", "prophetnet"): ("refused .*more states of each token", "refused .*no key/value cache"),
+    ("causal", "inkling2_text"): (RIGHT, "refused .*(add a bias of their own|dispatch)"),  # which has none for a prefix
     ("causal", "llama4_text"): (RIGHT, "refused .*chunks"),
     ("masked", "nystromformer"): (BEYOND, NO_DISPATCH),  # its first position is 2
     ("masked", "rembert"): (BEYOND, NO_DISPATCH),  # its embeddings are narrower than its states

@@ -10,7 +10,7 @@ from torch import nn
 
 from softbridge.geometry import Geometry, Site
 from softbridge_native import wiring
-from softbridge_native.anatomy import attention_named, layer_numbers, stacks_of
+from softbridge_native.anatomy import attention_named, bias_table, layer_numbers, stacks_of
 from softbridge_native.attention import dispatches
 
 
@@ -50,6 +50,8 @@ def wired_otherwise(model: Any, geometry: Geometry, numbered: Mapping[int, nn.Mo
         yield size
     elif wired.single:
         yield "its attention layers take one tensor for keys and for values, and a prefix has two"
+    elif wired.biased and bias_table(nn.ModuleList(heard)) is None:
+        yield "its attention layers add a bias of their own to the scores of the text's keys, and a prefix has none"
     elif wired.remade:
         yield "its attention layers make their own mask, of keys and values that would lack the prefix"
 

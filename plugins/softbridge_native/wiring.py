@@ -38,6 +38,7 @@ class Call:
         value: as the function has it.
         remade: whether the module made the mask itself.
         placed: whether it says where its queries stand.
+        biased: whether it adds a bias to its scores.
     """
 
     module: nn.Module
@@ -45,6 +46,7 @@ class Call:
     value: Tensor
     remade: bool
     placed: bool
+    biased: bool
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,6 +60,7 @@ class Wiring:
         single: whether any of them takes one tensor for keys and for values.
         remade: whether any of them makes its mask itself.
         placed: whether all of them tell their attention function where their queries stand.
+        biased: whether any of them adds a bias to its scores.
     """
 
     called: tuple[nn.Module, ...]
@@ -66,6 +69,7 @@ class Wiring:
     single: bool
     remade: bool
     placed: bool
+    biased: bool
 
 
 _calls: ContextVar[list[Call] | None] = ContextVar("softbridge_calls", default=None)
@@ -131,6 +135,7 @@ def _watch(
         any(call.key is call.value for call in own),
         any(call.remade for call in own),
         all(call.placed for call in own),
+        any(call.biased for call in own),
     )
 
 
@@ -168,7 +173,8 @@ def _look(
             one is attention_mask or one.untyped_storage()._cdata == attention_mask.untyped_storage()._cdata
             for one in given
         )
-        calls.append(Call(module, key, value, remade, settings.get("position_ids") is not None))
+        placed, biased = (settings.get(name) is not None for name in ("position_ids", "position_bias"))
+        calls.append(Call(module, key, value, remade, placed, biased))
     own: Any = sys.modules[type(module).__module__]
     return own.eager_attention_forward(module, query, key, value, attention_mask, **settings)  # type: ignore[no-any-return]
 

@@ -10,13 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import T5ForSequenceClassification, T5Model
 
 import softbridge as sb
 from softbridge.arrays import to_torch
 from softbridge.base import cache as caches
 from softbridge.geometry import read_geometry
 from softbridge.prompt import SoftPrompt
-from softbridge.testing import random_input_prompt, random_prefix, tiny_model
+from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 
 # What the engine itself hands over has no older name; the rest of the suite does not see that, for PEFT has.
 pytestmark = pytest.mark.filterwarnings("error:.past_key_values. is deprecated:FutureWarning")
@@ -32,6 +33,16 @@ def test_the_name_is_the_signature_s_own() -> None:
     assert caches.length_argument(lambda ids, past_key_values_length=0: None) == "past_key_values_length"
     assert caches.length_argument(lambda ids, cache_length=0: None) == "cache_length"
     assert caches.length_argument(lambda ids: None) is None
+
+
+def test_a_model_that_hands_a_cache_on_is_asked_within() -> None:
+    """A classifier of an encoder-decoder names no cache, and gives whatever it is called with to its stacks."""
+    config = tiny_config("t5")
+    (name, cache), *more = caches.handed(T5ForSequenceClassification(config).forward, "held").items()
+    assert (name, cache, more) == (caches.argument(T5Model.forward), "held", [])
+    assert caches.argument(T5ForSequenceClassification.forward) in (None, name)
+    assert caches.handed(lambda ids, **kwargs: None, "held") == {caches.NAMES[0]: "held"}
+    assert caches.handed(lambda ids: None, None) == {}
 
 
 def test_a_call_s_cache_is_renamed_and_nothing_else() -> None:

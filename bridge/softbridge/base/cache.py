@@ -29,8 +29,16 @@ def length_argument(forward: Callable[..., Any]) -> str | None:
 
 
 def handed(forward: Callable[..., Any], cache: Any) -> dict[str, Any]:
-    """The keyword argument that hands a cache to a callable: nothing if the cache is None."""
-    return {} if cache is None else {argument(forward) or NAMES[0]: cache}
+    """The keyword argument that hands a cache to a callable: nothing if the cache is None.
+
+    A model's `forward` that names none may hand its keyword arguments on (those of classifiers do): then the first of
+    its modules that takes a cache says the name.
+    """
+    if cache is None:
+        return {}
+    modules = getattr(getattr(forward, "__self__", None), "modules", tuple)
+    names = (argument(callee) for callee in (forward, *(module.forward for module in modules())))
+    return {next(filter(None, names), NAMES[0]): cache}
 
 
 def name_given(arguments: Mapping[str, Any]) -> str | None:
