@@ -3,7 +3,9 @@
 # make test-stacks  the contracts of engines and trainers and the table of conversions, on every stack of compat/matrix.toml
 # make test-processors  claims of equality on both stacks, as other processors sum, with one thread and with two
 # make test-long  the tests of foreign bytes with a hundred times as many examples, and the engine's check of itself on
-#              every architecture of its tests, on the newer stack; a hundred pairs of equal prompts on each
+#              every architecture of its tests, on the newer stack; a hundred pairs of equal prompts and
+#              every option of every conversion on each; a compiled kernel
+# make test-slow   the twenty slowest tests of the newer stack
 # make test-strangers  prompt and prefix on every text architecture of the installed transformers, for each stack
 # make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
 # make format  let ruff rewrite what it can
@@ -26,7 +28,7 @@ export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: test test-stacks test-processors test-long test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
+.PHONY: test test-stacks test-processors test-long test-slow test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
 
 test: lint $(addprefix test-,$(STACKS))
 
@@ -72,14 +74,19 @@ test-long: export OMP_NUM_THREADS := 1
 test-long: export SOFTBRIDGE_PROFILE := long
 test-long: $(ENV4)/ready $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST) tests/bridge/test_untrusted_reading.py tests/bridge/test_container.py \
-		tests/plugins/test_native_selfcheck.py tests/test_false_alarms.py
-	$(ENV4)/bin/python $(PYTEST) tests/test_false_alarms.py
+		tests/plugins/test_native_selfcheck.py tests/plugins/test_native_kernels.py tests/bridge/test_claim.py \
+		tests/test_false_alarms.py
+	$(ENV4)/bin/python $(PYTEST) tests/test_false_alarms.py tests/bridge/test_claim.py
 
 # Resumable: make test-strangers ONLY='causal llama' or RESUME=--resume
 test-strangers: export OMP_NUM_THREADS := 1
 test-strangers: $(ENV4)/ready $(ENV5)/ready
 	$(ENV4)/bin/python tests/strangers.py --write $(RESUME) --only '$(ONLY)'
 	$(ENV5)/bin/python tests/strangers.py --write $(RESUME) --only '$(ONLY)'
+
+test-slow: export OMP_NUM_THREADS := 1
+test-slow: $(ENV5)/ready
+	$(ENV5)/bin/python $(PYTEST) -q --durations=20
 
 bench: $(ENV5)/ready
 	$(ENV5)/bin/python tests/benchmarks/engines.py

@@ -9,7 +9,8 @@ one can be run.
 from __future__ import annotations
 
 import shutil
-from functools import cache
+from collections.abc import Iterator
+from functools import cache, partial
 from itertools import permutations
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from softbridge.plugin.registry import engines, format_named, formats
 from softbridge.prompt import SoftPrompt
 from softbridge.template import Template
 from softbridge.testing import tiny_config, tiny_model
+from softbridge.verification import bench, proof
 from softbridge.verification.bench import template_of
 from softbridge.verification.naive_copy import copied
 from softbridge.verification.probes import make_probes
@@ -49,6 +51,18 @@ def base_of(family: str) -> BaseModel:
     return BaseModel.resolve(
         tiny_model(family, torch.float32, num_labels=2) if family == "bert" else tiny_config(family)
     )
+
+
+@pytest.fixture(autouse=True, scope="module")
+def nothing_beside_the_verdict() -> Iterator[None]:
+    """Leave out what a verdict does not ask for: a working precision, and all deliberate faults but one.
+
+    That all of them are noticed is shown for each kind of prompt by test_conversions.py.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(proof, "verify_prompts", partial(proof.verify_prompts, dtype="float64"))
+        patch.setattr(bench, "mutations", lambda prompt, scheme: [("dropped", None)])
+        yield
 
 
 # One test for all pairs: they are made of few sides, each of which is written and run once.
@@ -108,7 +122,7 @@ def unmet(claim: Explanation, conditions: list[str], source: Path, target: Path,
         sb.convert(source, target, claim.target, base, task=1)
     # Nobody says which task it is, or tells the positions, and the head is left as the base model has it.
     (target / "softbridge.json").unlink()
-    assert not sb.verify(source, target, base).same, (claim, conditions)
+    assert not sb.verify(source, target, base, dtype="float64").same, (claim, conditions)
 
 
 def counter_example(prompt: SoftPrompt, claim: Explanation, base: BaseModel) -> None:

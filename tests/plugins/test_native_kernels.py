@@ -8,6 +8,7 @@ for its package computes what the package's documentation says, and everything a
 from __future__ import annotations
 
 import copy
+import os
 import sys
 from collections.abc import Iterator, Sequence
 from types import ModuleType
@@ -286,6 +287,9 @@ def test_all_layers_share_one_longer_mask(monkeypatch: pytest.MonkeyPatch) -> No
     assert {mask.seq_lengths for mask in made} == {(T, P + T)}
 
 
+@pytest.mark.skipif(
+    os.environ.get("SOFTBRIDGE_PROFILE") != "long", reason="the long profile has a minute to compile it"
+)
 @pytest.mark.skipif(
     torch.backends.cpu.get_cpu_capability() == "DEFAULT", reason="torch compiles flex attention for vector units alone"
 )
