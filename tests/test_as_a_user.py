@@ -36,8 +36,8 @@ def test_the_advice_is_what_it_takes_in_adapterhub(family: str, tmp_path: Path) 
     adapters = pytest.importorskip("adapters")
     config = tiny_config(family)
     prompt = random_prefix(BaseModel(config).geometry)
-    sb.save(prompt, tmp_path / "peft", "peft", config)
-    report = sb.convert(tmp_path / "peft", tmp_path / "out", "adapterhub", config, accept=["positions"])
+    sb.save(prompt, tmp_path / "peft", format="peft", base=config)
+    report = sb.convert(tmp_path / "peft", tmp_path / "out", "adapterhub", base=config, accept=["positions"])
     advice = " ".join(report.advice)
     assert "attn_implementation='eager'" in advice
     assert ("use_cache=False" in advice) == (family == "llama")
@@ -66,8 +66,8 @@ def test_the_advice_is_what_it_takes_in_peft(tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     prompt = random_prefix(BaseModel(config).geometry)
     prompt = replace(prompt, positions=replace(prompt.positions, start={"decoder": 0}))
-    sb.save(prompt, tmp_path / "ours", "softbridge", config)
-    report = sb.convert(tmp_path / "ours", tmp_path / "out", "peft", config, accept=["positions"])
+    sb.save(prompt, tmp_path / "ours", format="softbridge", base=config)
+    report = sb.convert(tmp_path / "ours", tmp_path / "out", "peft", base=config, accept=["positions"])
     assert "torch.arange(T) - 5" in report.advice[0]
     expected = logits(sb.attach(tiny_model("gpt2"), tmp_path / "ours"))
     model = peft.PeftModel.from_pretrained(tiny_model("gpt2"), tmp_path / "out").eval()
@@ -109,8 +109,8 @@ def test_positions_are_told_as_the_advice_says(family: str, toolkit: str, tmp_pa
     prompt = random_prefix(base.geometry)
     ((stack, _),) = prompt.positions.start.items()
     prompt = replace(prompt, positions=replace(prompt.positions, start={stack: 0 if toolkit == "peft" else 5}))
-    sb.save(prompt, tmp_path / "ours", "softbridge", base)
-    report = sb.convert(tmp_path / "ours", tmp_path / "out", toolkit, base, accept=["positions"])
+    sb.save(prompt, tmp_path / "ours", format="softbridge", base=base)
+    report = sb.convert(tmp_path / "ours", tmp_path / "out", toolkit, base=base, accept=["positions"])
     advice = " ".join(report.advice)
 
     def model() -> Any:
@@ -169,10 +169,10 @@ def test_verify_repeats_what_convert_certified_with_its_conditions(tmp_path: Pat
     steps = 0 if peft_defects.RENAMED_CACHE_CLASSIFIER.applies() else 2
     engine.train_example(model, "prefix-tuning", tmp_path / "a", length=5, steps=steps, seed=0)
     accept = ["positions"]
-    report = sb.convert(tmp_path / "a", tmp_path / "b", "adapterhub", config, accept=accept, verify=True)
+    report = sb.convert(tmp_path / "a", tmp_path / "b", "adapterhub", base=config, accept=accept, verify=True)
     assert report.certificate is not None
     assert set(report.certificate.conditions) == set(accept)
-    again = sb.verify(tmp_path / "a", tmp_path / "b", config)
+    again = sb.verify(tmp_path / "a", tmp_path / "b", base=config)
     assert again.same
     assert set(again.conditions) == set(accept)
     found = json.loads(CliRunner().invoke(app, ["inspect", str(tmp_path / "b"), "--json"]).output)
@@ -187,22 +187,22 @@ def test_overwriting_replaces_prompts_only(tmp_path: Path) -> None:
     before = {path.name: path.read_bytes() for path in base.iterdir()}
     for target in (base, base / "model.safetensors"):
         with pytest.raises(OutputError, match=r"was not written by softbridge(.|\n)*remove it yourself"):
-            sb.save(prompt, target, "softbridge", config, overwrite=True)
+            sb.save(prompt, target, format="softbridge", base=config, overwrite=True)
     assert {path.name: path.read_bytes() for path in base.iterdir()} == before
-    sb.save(prompt, tmp_path / "out", "peft", config)
-    sb.save(prompt, tmp_path / "out", "softbridge", config, overwrite=True)
-    assert sb.load(tmp_path / "out") == sb.load(tmp_path / "out", config)
+    sb.save(prompt, tmp_path / "out", format="peft", base=config)
+    sb.save(prompt, tmp_path / "out", format="softbridge", base=config, overwrite=True)
+    assert sb.load(tmp_path / "out") == sb.load(tmp_path / "out", base=config)
     (tmp_path / "out" / "notes").mkdir()
     (tmp_path / "out" / "notes" / "thesis.txt").write_text("years of work")
     with pytest.raises(OutputError, match=r"notes/thesis\.txt"):
-        sb.save(prompt, tmp_path / "out", "softbridge", config, overwrite=True)
-    sb.save(prompt, tmp_path / "one.safetensors", "softbridge", config)
-    sb.save(prompt, tmp_path / "one.safetensors", "softbridge", config, overwrite=True)
+        sb.save(prompt, tmp_path / "out", format="softbridge", base=config, overwrite=True)
+    sb.save(prompt, tmp_path / "one.safetensors", format="softbridge", base=config)
+    sb.save(prompt, tmp_path / "one.safetensors", format="softbridge", base=config, overwrite=True)
 
 
 def test_paths_are_taken_where_prompts_are(tmp_path: Path) -> None:
     prompt = random_prefix(BaseModel(tiny_config("gpt2")).geometry)
-    sb.save(prompt, tmp_path / "p", "peft", tiny_config("gpt2"))
+    sb.save(prompt, tmp_path / "p", format="peft", base=tiny_config("gpt2"))
     assert torch.equal(
         logits(sb.attach(tiny_model("gpt2"), tmp_path / "p")), logits(sb.attach(tiny_model("gpt2"), prompt))
     )
@@ -218,14 +218,14 @@ def test_weights_are_not_looked_for_in_a_configuration(tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     config.save_pretrained(tmp_path / "base")
     prompt = random_prefix(BaseModel(config).geometry)
-    sb.save(prompt, tmp_path / "p", "softbridge", config)
+    sb.save(prompt, tmp_path / "p", format="softbridge", base=config)
     with pytest.raises(BaseModelError, match="configuration only"):
-        sb.verify(tmp_path / "p", tmp_path / "p", tmp_path / "base" / "config.json", weights=True)
+        sb.verify(tmp_path / "p", tmp_path / "p", base=tmp_path / "base" / "config.json", weights=True)
 
 
 def test_programs_are_refused_in_json(tmp_path: Path) -> None:
     prompt = random_prefix(BaseModel(tiny_config("gpt2")).geometry)
-    sb.save(prompt, tmp_path / "p", "peft", tiny_config("gpt2"))
+    sb.save(prompt, tmp_path / "p", format="peft", base=tiny_config("gpt2"))
     tiny_config("gpt2").save_pretrained(tmp_path / "base")
     arguments = ["convert", str(tmp_path / "p"), str(tmp_path / "out"), "--to", "adapterhub", "--json"]
     result = CliRunner().invoke(app, [*arguments, "--base", str(tmp_path / "base")])
@@ -252,21 +252,21 @@ def test_the_version_is_told() -> None:
 def test_a_folder_inside_an_earlier_output_is_left_alone(tmp_path: Path) -> None:
     config = tiny_config("llama")
     prompt = random_prefix(BaseModel(config).geometry)
-    sb.save(prompt, tmp_path / "out", "peft", config)
-    sb.save(prompt, tmp_path / "out" / "more", "peft", config)
-    assert sb.load(tmp_path / "out", config).parts == prompt.parts
+    sb.save(prompt, tmp_path / "out", format="peft", base=config)
+    sb.save(prompt, tmp_path / "out" / "more", format="peft", base=config)
+    assert sb.load(tmp_path / "out", base=config).parts == prompt.parts
     (tmp_path / "out" / "adapter_model.bin").write_bytes((tmp_path / "out" / "adapter_model.safetensors").read_bytes())
     with pytest.raises(CheckpointError, match=r"describes other files than those beside it: adapter_model\.bin"):
-        sb.load(tmp_path / "out", config)
+        sb.load(tmp_path / "out", base=config)
 
 
 def test_a_target_that_is_taken_is_refused_before_the_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config("llama")
-    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "a", "peft", config)
-    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "out", "peft", config)
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "a", format="peft", base=config)
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "out", format="peft", base=config)
     monkeypatch.setattr("softbridge.verification.proof.verify_prompts", lambda *a, **k: pytest.fail("verified in vain"))
     with pytest.raises(OutputError, match="is there already"):
-        sb.convert(tmp_path / "a", tmp_path / "out", "softbridge", config, verify=True)
+        sb.convert(tmp_path / "a", tmp_path / "out", "softbridge", base=config, verify=True)
 
 
 def test_the_engine_proves_itself_on_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -274,8 +274,8 @@ def test_the_engine_proves_itself_on_the_way(tmp_path: Path, monkeypatch: pytest
     monkeypatch.setenv("SOFTBRIDGE_SELF_CHECK", "1")
     monkeypatch.setenv("SOFTBRIDGE_SELF_CHECK_FOLDER", str(tmp_path / "verdicts"))
     config = tiny_config("llama")
-    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "ours", "softbridge", config)
-    sb.convert(tmp_path / "ours", tmp_path / "peft", "peft", config)
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "ours", format="softbridge", base=config)
+    sb.convert(tmp_path / "ours", tmp_path / "peft", "peft", base=config)
     running = sb.attach(tiny_model("llama"), tmp_path / "peft")
     settings: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
     made = running.generate(IDS, attention_mask=torch.ones_like(IDS), **settings)

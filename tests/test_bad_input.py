@@ -81,12 +81,12 @@ def test_a_spoilt_checkpoint_is_refused(
     if source == "softbridge" and spoil in (broken_json, unknown_type):
         spoil = not_a_number  # it has no such file
     config = tiny_config("llama")
-    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "source", source, config)
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "source", format=source, base=config)
     (tmp_path / "source" / "softbridge.json").unlink()  # it would notice any change by its digests
-    sb.load(tmp_path / "source", config)
+    sb.load(tmp_path / "source", base=config)
     spoil(tmp_path / "source", WEIGHTS[source])
     with pytest.raises(error) as refused:
-        sb.convert(tmp_path / "source", tmp_path / "out", "softbridge", config)
+        sb.convert(tmp_path / "source", tmp_path / "out", "softbridge", base=config)
     assert refused.value.found
     assert refused.value.expected
     assert refused.value.remedy
@@ -96,9 +96,9 @@ def test_a_spoilt_checkpoint_is_refused(
 @pytest.mark.parametrize("source", WEIGHTS)
 def test_another_base_model_is_refused(source: str, tmp_path: Path) -> None:
     config = tiny_config("llama")
-    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "source", source, config)
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "source", format=source, base=config)
     for other in (tiny_config("llama", num_hidden_layers=4), tiny_config("llama", num_key_value_heads=4)):
         with pytest.raises((BaseModelError, CheckpointError)) as refused:
-            sb.convert(tmp_path / "source", tmp_path / "out", "softbridge", other)
+            sb.convert(tmp_path / "source", tmp_path / "out", "softbridge", base=other)
         assert refused.value.remedy
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

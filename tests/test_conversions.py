@@ -126,7 +126,7 @@ def write_source(family: str, method: str, source: str, directory: Path) -> None
         steps = 0 if fails else 2
         engine.train_example(tiny_model(family, torch.float32), name, directory, length=5, steps=steps, seed=0)
     else:
-        sb.save(canonical(family, method, source), directory, source, tiny_config(family))
+        sb.save(canonical(family, method, source), directory, format=source, base=tiny_config(family))
 
 
 def refusal(family: str, method: str, unreachable: str) -> str:
@@ -151,7 +151,7 @@ def test_cell(
     if source not in holds:
         assert outcome == "."
         with pytest.raises(LoweringError) as refused:
-            sb.save(canonical(family, method, "softbridge"), tmp_path / "source", source, base)
+            sb.save(canonical(family, method, "softbridge"), tmp_path / "source", format=source, base=base)
         assert refusal(family, method, source) in {obstacle.name for obstacle in refused.value.obstacles}
         assert not (tmp_path / "source").exists()
         return
@@ -160,7 +160,7 @@ def test_cell(
     before = {path.name: path.read_bytes() for path in directory.iterdir()}
     if outcome in ".c":
         with pytest.raises(LoweringError) as refused:
-            sb.convert(directory, tmp_path / "target", target, base, verify=True)
+            sb.convert(directory, tmp_path / "target", target, base=base, verify=True)
         obstacles = {obstacle.name: obstacle for obstacle in refused.value.obstacles}
         assert not (tmp_path / "target").exists(), "a refused conversion writes nothing"
         if outcome == ".":
@@ -177,10 +177,10 @@ def test_cell(
         # AdapterHub is not installed, and T5 does not dispatch in this transformers: nothing proven, nothing written.
         assert (family, method, source) == ("t5", "prefix", "adapterhub")
         with pytest.raises(EngineError, match=r"no installed engine can run .* dispatch"):
-            sb.convert(directory, tmp_path / "target", target, base, accept=accept, verify=True)
+            sb.convert(directory, tmp_path / "target", target, base=base, accept=accept, verify=True)
         assert not (tmp_path / "target").exists()
         return
-    report = sb.convert(directory, tmp_path / "target", target, base, accept=accept, verify=True)
+    report = sb.convert(directory, tmp_path / "target", target, base=base, accept=accept, verify=True)
     certificate = report.certificate
     assert certificate is not None
     print(certificate.summary())
@@ -203,19 +203,19 @@ def test_cell(
     after = {path.name: path.read_bytes() for path in directory.iterdir()}
     assert after == before, "the input is not modified"
     if "head" not in {step.name for step in report.steps}:
-        again = sb.verify(directory, tmp_path / "target", base)
+        again = sb.verify(directory, tmp_path / "target", base=base)
         assert again.same, "the files, read back by someone else, are still the same function"
 
 
 def anybody_runs(directory: Path, family: str, base: BaseModel) -> bool:
-    prompt, model = sb.load(directory, base), tiny_model(family)
+    prompt, model = sb.load(directory, base=base), tiny_model(family)
     able = [engine for engine in engines().values() if engine.unavailable() is None]
     return any(not obstacles_of(engine, prompt, model) for engine in able)
 
 
 def numbers(path: Path, base: BaseModel) -> tuple[Any, ...]:
     """Of the prompt in these files: places, bytes, and where real tokens are."""
-    prompt = sb.load(path, base)
+    prompt = sb.load(path, base=base)
     arrays = [
         (name, array.dtype, array.shape, array.tobytes()) for part in prompt.parts for name, array in part.arrays()
     ]

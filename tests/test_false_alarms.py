@@ -55,7 +55,7 @@ def lossless(base: BaseModel, method: str, source: str, target: str) -> bool:
     held = plan(
         example(method, base.geometry, here.capabilities), Target(source, here.capabilities, base), here.obstacles
     )
-    return not held.obstacles and explain(source, target, method, base).outcome in ("exact", "rounding")
+    return not held.obstacles and explain(source, target, method, base=base).outcome in ("exact", "rounding")
 
 
 def made(
@@ -98,9 +98,9 @@ def compared(prompt: SoftPrompt, source: str, target: str, base: BaseModel) -> C
 
 def converted(prompt: SoftPrompt, source: str, target: str, base: BaseModel, directory: Path) -> Certificate:
     """Through files."""
-    sb.save(prompt, directory / "source", source, base)
-    sb.convert(directory / "source", directory / "target", target, base)
-    return sb.verify(directory / "source", directory / "target", base, dtype=PRECISION)
+    sb.save(prompt, directory / "source", format=source, base=base)
+    sb.convert(directory / "source", directory / "target", target, base=base)
+    return sb.verify(directory / "source", directory / "target", base=base, dtype=PRECISION)
 
 
 @pytest.mark.parametrize("family", TINY)

@@ -72,7 +72,7 @@ def test_every_pair(family: str, method: str, tmp_path: Path) -> None:
     for source, target in PAIRS:
         if {source, target} & ELSEWHERE:
             continue
-        prove(explain(source, target, method, base_of(family)), family, tmp_path)
+        prove(explain(source, target, method, base=base_of(family)), family, tmp_path)
 
 
 def test_the_matrix_is_whole() -> None:
@@ -86,25 +86,25 @@ def prove(claim: Explanation, family: str, directory: Path) -> None:
     prompt = example(claim.method, base.geometry, format_named(claim.source).capabilities)
     if not claim.held:
         with pytest.raises(LoweringError) as refused:
-            sb.save(prompt, source, claim.source, base, accept=CONDITIONS)
+            sb.save(prompt, source, format=claim.source, base=base, accept=CONDITIONS)
         assert {o.name for o in claim.obstacles} <= {o.name for o in refused.value.obstacles}
         return
     if not source.exists():
-        sb.save(prompt, source, claim.source, base, accept=CONDITIONS)
+        sb.save(prompt, source, format=claim.source, base=base, accept=CONDITIONS)
     if claim.outcome == "impossible":
         with pytest.raises(LoweringError) as refused:
-            sb.convert(source, target, claim.target, base, accept=CONDITIONS)
+            sb.convert(source, target, claim.target, base=base, accept=CONDITIONS)
         assert {o.name for o in refused.value.obstacles} == {o.name for o in claim.obstacles}
         assert not target.exists()
-        counter_example(sb.load(source, base), claim, base)
+        counter_example(sb.load(source, base=base), claim, base)
         return
     conditions = [step.name for step in claim.steps if step.exactness == "conditional"]
     if conditions:
         with pytest.raises(LoweringError) as refused:
-            sb.convert(source, target, claim.target, base)
+            sb.convert(source, target, claim.target, base=base)
         assert {o.name for o in refused.value.obstacles} == set(conditions)
         assert not target.exists()
-    report = sb.convert(source, target, claim.target, base, accept=conditions, verify=True)
+    report = sb.convert(source, target, claim.target, base=base, accept=conditions, verify=True)
     certificate = report.certificate
     assert certificate is not None
     where = f"{claim.method} {claim.source} -> {claim.target} on {family}: {certificate.summary()}"
@@ -119,10 +119,10 @@ def unmet(claim: Explanation, conditions: list[str], source: Path, target: Path,
     """With the condition not met, the same files are another function."""
     if conditions == ["task"]:  # the other task
         shutil.rmtree(target)
-        sb.convert(source, target, claim.target, base, task=1)
+        sb.convert(source, target, claim.target, base=base, task=1)
     # Nobody says which task it is, or tells the positions, and the head is left as the base model has it.
     (target / "softbridge.json").unlink()
-    assert not sb.verify(source, target, base, dtype="float64").same, (claim, conditions)
+    assert not sb.verify(source, target, base=base, dtype="float64").same, (claim, conditions)
 
 
 def counter_example(prompt: SoftPrompt, claim: Explanation, base: BaseModel) -> None:

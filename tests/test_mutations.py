@@ -566,12 +566,12 @@ def write_source(route: Route, directory: Path) -> None:
     else:
         assert route.method in METHODS
         prompt = example(route.method, base.geometry, able)
-    sb.save(prompt, directory, route.source, base)
+    sb.save(prompt, directory, format=route.source, base=base)
 
 
 def converted(route: Route, source: Path, target: Path) -> Certificate:
     base = base_of(route.family)
-    report = sb.convert(source, target, route.target, base, accept=route.accept, dtype=route.dtype, verify=True)
+    report = sb.convert(source, target, route.target, base=base, accept=route.accept, dtype=route.dtype, verify=True)
     assert report.certificate is not None
     return report.certificate
 

@@ -101,15 +101,17 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tiny_config("t5").save_pretrained("t5-v1_1-base")
     geometry, t5 = read_geometry(llama.config), read_geometry(tiny_config("t5"))
     prefix = random_prefix(geometry)
-    sb.save(random_prefix(geometry, seed=1), "other_prefix", "peft", llama)
-    sb.save(prefix, "peft_prefix", "peft", llama)
-    sb.save(prefix, "adapterhub_prefix", "adapterhub", llama)
-    sb.save(MultitaskPromptTuning(2, length=4).initialise(geometry, seed=0), "peft_multitask", "peft", llama)
-    sb.save(random_input_prompt(geometry), "prompts/sst2", "peft", llama)
-    sb.save(prefix, "prompts/xsum", "softbridge", llama)
-    sb.save(random_input_prompt(t5), "sst2.npy", "google", tiny_config("t5"))
+    sb.save(random_prefix(geometry, seed=1), "other_prefix", format="peft", base=llama)
+    sb.save(prefix, "peft_prefix", format="peft", base=llama)
+    sb.save(prefix, "adapterhub_prefix", format="adapterhub", base=llama)
+    sb.save(
+        MultitaskPromptTuning(2, length=4).initialise(geometry, seed=0), "peft_multitask", format="peft", base=llama
+    )
+    sb.save(random_input_prompt(geometry), "prompts/sst2", format="peft", base=llama)
+    sb.save(prefix, "prompts/xsum", format="softbridge", base=llama)
+    sb.save(random_input_prompt(t5), "sst2.npy", format="google", base=tiny_config("t5"))
     skewed = Positions({"decoder": 0}, "skewed", "pinned")
-    sb.save(random_prefix(t5, positions=skewed), "adapterhub_t5", "adapterhub", tiny_config("t5"))
+    sb.save(random_prefix(t5, positions=skewed), "adapterhub_t5", format="adapterhub", base=tiny_config("t5"))
     return tmp_path
 
 
@@ -281,7 +283,7 @@ except OutputError as error:
 def test_the_example_plugin_comes_in_by_its_entry_points(installed: Path) -> None:
     bert = build(tiny_config("bert"), "masked-lm", torch.float32, 0)
     bert.save_pretrained("bert")
-    sb.save(random_input_prompt(read_geometry(bert.config)), "bert_prompt", "peft", bert)
+    sb.save(random_input_prompt(read_geometry(bert.config)), "bert_prompt", format="peft", base=bert)
     code = f"import sys; sys.path.insert(0, {str(installed)!r})\n{USE_IT}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -93,15 +93,17 @@ def test_what_was_learnt_is_the_same_in_every_toolkit(
     name: str, held_out: tuple[dict[str, torch.Tensor], torch.Tensor], tmp_path: Path
 ) -> None:
     batch, labels = held_out
-    prompt = sb.load(GOLDEN / f"messages_{name}.safetensors", model())
+    prompt = sb.load(GOLDEN / f"messages_{name}.safetensors", base=model())
     found = {}
     for engine in engines():
         if engines()[engine].unavailable() is not None:
             continue
         base = model()
         form = "softbridge" if engine == "native" else engine
-        sb.save(prompt, tmp_path / engine, form, base, accept=["positions"] if engine == "adapterhub" else [])
-        written = sb.load(tmp_path / engine, base)
+        sb.save(
+            prompt, tmp_path / engine, format=form, base=base, accept=["positions"] if engine == "adapterhub" else []
+        )
+        written = sb.load(tmp_path / engine, base=base)
         against = {obstacle.name for obstacle in engines()[engine].obstacles(written, base)}
         if against & {"attention", "past-key-values"}:
             continue  # BERT of transformers 4.57 does not dispatch; and see peft-renamed-cache-classifier
@@ -133,10 +135,10 @@ def test_the_example_learns(tmp_path: Path) -> None:
     print(f"{able}: {accuracy:.2f}")
     assert accuracy >= 0.6
     last = max(tmp_path.glob("checkpoint-*"))
-    assert sb.load(last, base).parts == sb.load(tmp_path, base).parts
+    assert sb.load(last, base=base).parts == sb.load(tmp_path, base=base).parts
     for form in ("peft", "adapterhub"):
-        assert sb.load(last / "formats" / form, base).parts[0].length == 8
+        assert sb.load(last / "formats" / form, base=base).parts[0].length == 8
 
 
 def trained(base: Any) -> sb.SoftPrompt:
-    return sb.load(GOLDEN / "messages_p-tuning-v2.safetensors", base)
+    return sb.load(GOLDEN / "messages_p-tuning-v2.safetensors", base=base)

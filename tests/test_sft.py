@@ -58,7 +58,7 @@ def test_it_trains_and_resumes(engine: str, method: Method, settings: dict[str, 
     trainer(model, tmp_path, **settings).train()
     done = sb.extract(model)
     assert done != start
-    assert sb.load(tmp_path / "checkpoint-4", tiny_model("llama")).parts == done.parts
+    assert sb.load(tmp_path / "checkpoint-4", base=tiny_model("llama")).parts == done.parts
     again = attached(1)
     trainer(again, tmp_path, **settings).train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert sb.extract(again) == done

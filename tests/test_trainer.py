@@ -174,7 +174,7 @@ def test_the_best_is_restored_and_what_is_saved_is_the_same_function(tmp_path: P
     assert run.evaluate()["eval_loss"] == losses[0]
 
     run.save_model(str(tmp_path / "saved"))
-    prompt = sb.load(tmp_path / "saved", model)
+    prompt = sb.load(tmp_path / "saved", base=model)
     assert prompt == sb.extract(model)
     for engine in ENGINES:
         found = evaluated(sb.attach(model_of("llama"), prompt, engine=engine), tmp_path / engine)
@@ -297,7 +297,7 @@ def test_what_is_pushed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None
     assert pushed == [(("mine",), {"private": True})]
     names = {path.name for path in (tmp_path / "mine").iterdir()}
     assert names == {CONFIG_NAME, GENERATION_CONFIG_NAME, SAFE_WEIGHTS_NAME}
-    assert sb.load(tmp_path / "mine", model) == sb.extract(model)
+    assert sb.load(tmp_path / "mine", base=model) == sb.extract(model)
 
 
 def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
@@ -310,7 +310,7 @@ def test_a_checkpoint_is_no_model(tmp_path: Path) -> None:
     for kind in (AutoModelForCausalLM, AutoModel, type(base)):
         with pytest.raises(ValueError, match=r"a soft prompt of softbridge\. Load the base model"):
             kind.from_pretrained(tmp_path / "prompt")
-    assert sb.load(tmp_path / "prompt", tmp_path / "prompt") == sb.extract(model)
+    assert sb.load(tmp_path / "prompt", base=tmp_path / "prompt") == sb.extract(model)
     again = type(base)(AutoConfig.from_pretrained(tmp_path / "prompt"))
     again.load_state_dict(base.state_dict())
     again.save_pretrained(tmp_path / "again")
@@ -346,7 +346,7 @@ def test_how_many_numbers_are_trained(capsys: pytest.CaptureFixture[str]) -> Non
 def test_other_tensors_are_refused(tmp_path: Path) -> None:
     model = sb.attach(model_of("gpt2"), PTuningV2(P), seed=0)
     model.save_pretrained(tmp_path)
-    tensors = {name: torch.tensor(array) for name, array in numbers(sb.load(tmp_path, model)).items()}
+    tensors = {name: torch.tensor(array) for name, array in numbers(sb.load(tmp_path, base=model)).items()}
     before = sb.extract(model)
     found = model.load_state_dict({name: 2 * tensor for name, tensor in tensors.items()})
     assert (found.missing_keys, found.unexpected_keys) == ([], [])
@@ -382,10 +382,10 @@ def test_further_formats_are_written_at_each_save(tmp_path: Path) -> None:
     losses = []
     for step in (1, 2):
         checkpoint = tmp_path / f"checkpoint-{step}"
-        prompt = sb.load(checkpoint, model)
+        prompt = sb.load(checkpoint, base=model)
         losses.append(evaluated(sb.attach(model_of("llama"), prompt), tmp_path))
         for name in wanted:
-            there = sb.read(checkpoint / "formats" / name, model)
+            there = sb.read(checkpoint / "formats" / name, base=model)
             assert there.format.name == name
             found = evaluated(sb.attach(model_of("llama"), there.prompt), tmp_path)
             assert found == pytest.approx(losses[-1], rel=1e-6)
@@ -404,7 +404,10 @@ def test_what_cannot_be_written_is_said_before_the_first_step(tmp_path: Path) ->
     assert run.state.global_step == 0
     accepting = sb.SoftPromptCallback(["adapterhub"], accept={"adapterhub": ["positions"]})
     trainer(model, tmp_path, callbacks=[accepting]).train()
-    assert sb.load(tmp_path / f"checkpoint-{STEPS}" / "formats" / "adapterhub", model).parts == sb.extract(model).parts
+    assert (
+        sb.load(tmp_path / f"checkpoint-{STEPS}" / "formats" / "adapterhub", base=model).parts
+        == sb.extract(model).parts
+    )
 
 
 # 8. The toolkits' engines

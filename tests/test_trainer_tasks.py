@@ -86,14 +86,14 @@ def test_heads_are_trained_saved_and_converted_along(name: str, tmp_path: Path) 
         prompt = trained[engine] = sb.extract(model)
         assert prompt.head.keys() == head.shapes(read_geometry(model.config)).keys()
         assert all(not np.array_equal(prompt.head[key], before.head[key]) for key in before.head)
-        checkpoint = sb.load(tmp_path / engine / "checkpoint-8", model_of(task, num_labels=head.labels))
+        checkpoint = sb.load(tmp_path / engine / "checkpoint-8", base=model_of(task, num_labels=head.labels))
         assert checkpoint.parts == prompt.parts
         assert all(np.array_equal(checkpoint.head[key], array) for key, array in prompt.head.items())
 
         wanted, alone = outputs(model), outputs(model_of(task, num_labels=head.labels))
         base = model_of(task, num_labels=head.labels)
-        sb.save(prompt, tmp_path / f"{engine}-peft", "peft", base)
-        written = sb.load(tmp_path / f"{engine}-peft", base)
+        sb.save(prompt, tmp_path / f"{engine}-peft", format="peft", base=base)
+        written = sb.load(tmp_path / f"{engine}-peft", base=base)
         runs = "native" if engines()["peft"].obstacles(written, base) else "peft"
         found = outputs(sb.attach(base, written, engine=runs))
         assert (found - wanted).abs().max() <= 1e-5 * wanted.abs().max(), engine
@@ -128,6 +128,6 @@ def test_a_cloze_task(tmp_path: Path) -> None:
     with torch.no_grad():
         right = cloze.scores(model.eval()(**batch).logits, batch).argmax(-1) == torch.arange(24) % 2
     assert right.float().mean() >= 0.9
-    loaded = sb.load(tmp_path / "checkpoint-60", model)
+    loaded = sb.load(tmp_path / "checkpoint-60", base=model)
     assert loaded == sb.extract(model) != before
     assert loaded.inputs[0].template == cloze.template

@@ -61,8 +61,8 @@ def convert(
     source: str | Path,
     target: str | Path,
     to: str,
-    base: Any = None,
     *,
+    base: Any = None,
     format: str | None = None,
     accept: Collection[str] = (),
     encoding: str | None = None,
@@ -101,7 +101,7 @@ def convert(
     if untrusted.hub_id(source) is None:
         _apart(Path(source), Path(target))
     check_target(Path(target), overwrite)  # before the work, and again when it is written
-    loaded = read(source, resolved, format, drop=drop, trained_on=trained_on)
+    loaded = read(source, base=resolved, format=format, drop=drop, trained_on=trained_on)
     choice = Choice(format, tuple(drop), trained_on, task, part)
     chosen = choice.of(loaded.prompt)
     form = format_named(to)

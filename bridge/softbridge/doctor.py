@@ -91,7 +91,7 @@ def diagnose(path: str | Path | None = None, base: Any = None) -> Diagnosis:
     Raises:
         SoftbridgeError: the prompt cannot be read; see `softbridge.read`.
     """
-    prompt = None if path is None else read(path, base).prompt
+    prompt = None if path is None else read(path, base=base).prompt
     reasons = {name: engine.unavailable() for name, engine in engines().items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     found = defects(prompt, None if prompt is None else prompt.base.geometry, usable)

@@ -46,9 +46,9 @@ def main(layers: int) -> None:
         sides = [Path(folder) / name for name in ("peft", "softbridge")]
         prefix = random_prefix(BaseModel(config).geometry, LENGTH)
         for side in sides:
-            sb.save(prefix, side, side.name, config)
+            sb.save(prefix, side, format=side.name, base=config)
         before, clock = time.process_time(), time.perf_counter()
-        certificate = sb.verify(*sides, config)
+        certificate = sb.verify(*sides, base=config)
         spent, passed = time.process_time() - before, time.perf_counter() - clock
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(certificate.summary())

@@ -22,8 +22,8 @@ def certified(tmp_path: Path) -> Path:
     """A folder with a base, a prompt and its converted copy with a certificate."""
     config = tiny_config("gpt2")
     config.save_pretrained(tmp_path / "base")
-    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "a", "softbridge", config)
-    sb.convert(tmp_path / "a", tmp_path / "b", "peft", str(tmp_path / "base"), verify=True)
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "a", format="softbridge", base=config)
+    sb.convert(tmp_path / "a", tmp_path / "b", "peft", base=str(tmp_path / "base"), verify=True)
     return tmp_path
 
 
@@ -40,7 +40,7 @@ def test_it_holds_and_the_command_says_so(certified: Path) -> None:
 def test_another_prompt_in_its_place_is_noticed(certified: Path) -> None:
     config = tiny_config("gpt2")
     shutil.rmtree(certified / "a")
-    sb.save(random_prefix(BaseModel(config).geometry, seed=5), certified / "a", "softbridge", config)
+    sb.save(random_prefix(BaseModel(config).geometry, seed=5), certified / "a", format="softbridge", base=config)
     again = verify_again(certified / "b" / "certificate.json")
     assert not again.holds
     assert "the source is another prompt" in again.changes
@@ -55,7 +55,7 @@ def test_the_same_other_prompt_on_both_sides_is_not_what_was_certified(certified
     for name, form in (("a", "softbridge"), ("b", "peft")):
         kept = (certified / "b" / "certificate.json").read_bytes()
         shutil.rmtree(certified / name)
-        sb.save(random_prefix(BaseModel(config).geometry, seed=5), certified / name, form, config)
+        sb.save(random_prefix(BaseModel(config).geometry, seed=5), certified / name, format=form, base=config)
         if name == "b":
             (certified / "b" / "certificate.json").write_bytes(kept)
         else:

@@ -93,7 +93,7 @@ def agree(a: Path, b: Path, base: Any, certificate: Certificate) -> None:
     """The certificate, what runs it again, and whoever has the files alone."""
     again = verify_again(b / "certificate.json", base)
     assert again.holds, again.changes
-    for found in (again.certificate, sb.verify(a, b, base, dtype=PRECISION)):
+    for found in (again.certificate, sb.verify(a, b, base=base, dtype=PRECISION)):
         assert found.same, found.summary()
         assert found.claim == certificate.claim
         for ours, theirs in ((certificate.source, found.source), (certificate.target, found.target)):
@@ -107,7 +107,7 @@ def converted(a: Path, b: Path, to: str, base: Any, **options: Any) -> Certifica
         from softbridge.verification import proof as verification
 
         patch.setattr(verification, "verify_prompts", partial(verification.verify_prompts, dtype=PRECISION))
-        certificate = sb.convert(a, b, to, base, verify=True, **options).certificate
+        certificate = sb.convert(a, b, to, base=base, verify=True, **options).certificate
     assert certificate is not None
     assert json.loads((b / "certificate.json").read_text())["claim"] == _json(certificate.claim)
     return certificate
@@ -253,7 +253,7 @@ def _release(base: BaseModel) -> str:
 
 
 def write(case: Case, prompt: SoftPrompt, directory: Path, base: BaseModel) -> None:
-    sb.save(prompt, directory, case.source, base, accept=["partial"] if case.change is _partial else ())
+    sb.save(prompt, directory, format=case.source, base=base, accept=["partial"] if case.change is _partial else ())
     if case.bare:
         (directory / "softbridge.json").unlink()
 
@@ -271,7 +271,7 @@ def test_every_option_is_claimed_and_nothing_else(name: str, tmp_path: Path) -> 
     expected = {"conditions": (), "rounded": (), "dtype": None, "weights": False, **case.claim}
     assert {field: getattr(certificate.claim, field) for field in expected} == expected
     agree(a, b, base, certificate)
-    turned = sb.verify(b, a, base, dtype=PRECISION)
+    turned = sb.verify(b, a, base=base, dtype=PRECISION)
     assert turned.same
     assert turned.claim.turned == certificate.claim
     assert (turned.source.digest, turned.target.digest) == (certificate.target.digest, certificate.source.digest)
@@ -285,7 +285,7 @@ def test_every_option_is_claimed_and_nothing_else(name: str, tmp_path: Path) -> 
     again = verify_again(tmp_path / "certificate.json", base)
     assert again.certificate.verdict == "different", again.certificate.summary()
     assert "the source is another prompt" in again.changes
-    assert not sb.verify(elsewhere, b, base, dtype=PRECISION).same
+    assert not sb.verify(elsewhere, b, base=base, dtype=PRECISION).same
 
 
 # Every route
@@ -308,7 +308,7 @@ def routes(method: str) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
 @cache
 def leads(method: str, family: str, source: str, target: str) -> bool:
     """Whether there is such a conversion, perhaps under conditions."""
-    return bool(explain(source, target, method, base_of(family)).outcome != "impossible")
+    return bool(explain(source, target, method, base=base_of(family)).outcome != "impossible")
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -316,11 +316,11 @@ def test_on_every_route_all_agree(method: str, tmp_path: Path) -> None:
     found, ran = list(routes(method)), 0
     for number, (family, source, target, told) in enumerate(found):
         base, a, b = base_of(family), tmp_path / f"{number}a", tmp_path / f"{number}b"
-        sb.save(made(method, base, source), a, source, base, accept=CONDITIONS)
+        sb.save(made(method, base, source), a, format=source, base=base, accept=CONDITIONS)
         options = dict(told)
         if "encoding" in options:
             options["encoding"] = format_named(target).encodings[options["encoding"]]
-        accept = [s.name for s in explain(source, target, method, base).steps if s.exactness == "conditional"]
+        accept = [s.name for s in explain(source, target, method, base=base).steps if s.exactness == "conditional"]
         try:
             certificate = converted(a, b, target, base, accept=accept, **options)
         except EngineError:  # such as T5 without some layers where the native engine does not run T5
@@ -342,7 +342,7 @@ def test_two_recordings_know_of_each_other(name: str, tmp_path: Path) -> None:
     certificate = converted(a, b, case.target, base, **case.options)
     recordings = []
     for side, against in ((a, b), (b, a)):
-        recorded = pack(probe(side, base, against=against, dtype=PRECISION))
+        recorded = pack(probe(side, base=base, against=against, dtype=PRECISION))
         (tmp_path / f"{side.name}.safetensors").write_bytes(recorded)
         recordings.append(unpack(tmp_path / f"{side.name}.safetensors"))
     found = compare(*recordings)
@@ -350,19 +350,19 @@ def test_two_recordings_know_of_each_other(name: str, tmp_path: Path) -> None:
     assert found.claim == certificate.claim
     assert (found.source.digest, found.target.digest) == (certificate.source.digest, certificate.target.digest)
     if case.options.keys() & {"dtype", "task"}:
-        alone = probe(a, base, dtype=PRECISION)
+        alone = probe(a, base=base, dtype=PRECISION)
         with pytest.raises(SoftbridgeError, match="for a comparison with something else"):
             compare(alone, recordings[1])
-        assert not compare(alone, probe(b, base, dtype=PRECISION)).same
+        assert not compare(alone, probe(b, base=base, dtype=PRECISION)).same
 
 
 def test_a_recording_of_an_earlier_release_is_judged(tmp_path: Path) -> None:
     base = base_of("llama")
     for name in ("peft", "adapterhub"):
-        sb.save(made("prefix-tuning", base, "peft"), tmp_path / name, name, base)
+        sb.save(made("prefix-tuning", base, "peft"), tmp_path / name, format=name, base=base)
     recordings = []
     for name in ("peft", "adapterhub"):
-        recording = probe(tmp_path / name, base, dtype=PRECISION)
+        recording = probe(tmp_path / name, base=base, dtype=PRECISION)
         content = pack(recording)
         size = int.from_bytes(content[:8], "little")
         header = json.loads(content[8 : 8 + size])
@@ -380,7 +380,7 @@ def test_a_recording_of_an_earlier_release_is_judged(tmp_path: Path) -> None:
 def test_certificates_without_a_claim_stay_readable(tmp_path: Path) -> None:
     """What is claimed is then what the files say; and a path may have words behind it."""
     base, a, b = base_of("gpt2"), tmp_path / "a", tmp_path / "b"
-    sb.save(made("prefix-tuning", base, "softbridge"), a, "softbridge", base)
+    sb.save(made("prefix-tuning", base, "softbridge"), a, format="softbridge", base=base)
     certificate = converted(a, b, "peft", base, dtype="bfloat16")
     recorded = json.loads((b / "certificate.json").read_text())
     del recorded["claim"]
@@ -396,55 +396,57 @@ def test_a_head_that_was_left_to_the_caller_is_the_other_sides(tmp_path: Path) -
     whole = made("p-tuning-v2", base, "softbridge")
     assert whole.head
     for name, prompt in {"a": whole, "b": replace(whole, head={})}.items():
-        sb.save(prompt, tmp_path / name, "softbridge", base)
-    assert not sb.verify(tmp_path / "a", tmp_path / "b", base, dtype=PRECISION).same
+        sb.save(prompt, tmp_path / name, format="softbridge", base=base)
+    assert not sb.verify(tmp_path / "a", tmp_path / "b", base=base, dtype=PRECISION).same
     manifest = json.loads((tmp_path / "b" / "softbridge.json").read_text())
     manifest["steps"].append({"name": "head", "exactness": "conditional", "note": ""})
     (tmp_path / "b" / "softbridge.json").write_text(json.dumps(manifest))
-    assert sb.verify(tmp_path / "a", tmp_path / "b", base, dtype=PRECISION).same
-    assert sb.verify(tmp_path / "b", tmp_path / "a", base, dtype=PRECISION).conditions == ("head",)
+    assert sb.verify(tmp_path / "a", tmp_path / "b", base=base, dtype=PRECISION).same
+    assert sb.verify(tmp_path / "b", tmp_path / "a", base=base, dtype=PRECISION).conditions == ("head",)
 
 
 def test_how_a_source_was_made_says_nothing_of_what_is_made_of_it(tmp_path: Path) -> None:
     """A -> B, rounded; B -> C, turned: C's keys are not rounded, and B's rounding is not held against them."""
     base = base_of("llama")
-    sb.save(made("prefix-tuning", base, "peft"), tmp_path / "a", "peft", base)
-    sb.convert(tmp_path / "a", tmp_path / "b", "softbridge", base, dtype="bfloat16")
+    sb.save(made("prefix-tuning", base, "peft"), tmp_path / "a", format="peft", base=base)
+    sb.convert(tmp_path / "a", tmp_path / "b", "softbridge", base=base, dtype="bfloat16")
     certificate = converted(tmp_path / "b", tmp_path / "c", "adapterhub", base)
     assert (certificate.claim.dtype, certificate.rounded) == (None, ("rotate",))
     agree(tmp_path / "b", tmp_path / "c", base, certificate)
-    assert not sb.verify(tmp_path / "a", tmp_path / "c", base, dtype=PRECISION).same, "nobody told of A's rounding"
+    assert not sb.verify(tmp_path / "a", tmp_path / "c", base=base, dtype=PRECISION).same, "nobody told of A's rounding"
 
 
 def test_two_of_one_origin(tmp_path: Path) -> None:
     """No conversion of each other: each says how it was made, and the other is rounded alike."""
     base = base_of("llama")
-    sb.save(made("prefix-tuning", base, "peft"), tmp_path / "a", "peft", base)
+    sb.save(made("prefix-tuning", base, "peft"), tmp_path / "a", format="peft", base=base)
     for name, (to, options) in {
         "turned": ("adapterhub", {}),
         "rounded": ("softbridge", {"dtype": "bfloat16"}),
         "rounded alike": ("peft", {"dtype": "bfloat16"}),
         "turned and rounded": ("adapterhub", {"dtype": "bfloat16"}),
     }.items():
-        sb.convert(tmp_path / "a", tmp_path / name, to, base, **options)  # type: ignore[arg-type]
-    alike = sb.verify(tmp_path / "rounded", tmp_path / "rounded alike", base, dtype=PRECISION)
+        sb.convert(tmp_path / "a", tmp_path / name, to, base=base, **options)  # type: ignore[arg-type]
+    alike = sb.verify(tmp_path / "rounded", tmp_path / "rounded alike", base=base, dtype=PRECISION)
     assert alike.same
     assert (alike.claim.dtype, alike.claim.made) == ("bfloat16", None)
-    turned = sb.verify(tmp_path / "turned", tmp_path / "turned and rounded", base, dtype=PRECISION)
+    turned = sb.verify(tmp_path / "turned", tmp_path / "turned and rounded", base=base, dtype=PRECISION)
     assert turned.same
     assert (turned.claim.made, turned.rounded) == ("target", ("rotate",))
-    assert not sb.verify(tmp_path / "turned", tmp_path / "rounded", base, dtype=PRECISION).same, "keys of two frames"
+    assert not sb.verify(tmp_path / "turned", tmp_path / "rounded", base=base, dtype=PRECISION).same, (
+        "keys of two frames"
+    )
 
 
 def test_a_rounding_that_is_none_is_seen(tmp_path: Path) -> None:
     """A manifest that claims a rounding does not make up for numbers that are no rounding of the source's."""
     base, a, b = base_of("llama"), tmp_path / "a", tmp_path / "b"
     prompt = made("prefix-tuning", base, "peft")
-    sb.save(prompt, a, "peft", base)
+    sb.save(prompt, a, format="peft", base=base)
     for off, same in ((1.0, True), (1.01, False)):
         narrow = changed(prompt, lambda array, off=off: (array * off).astype(np.float32))
-        sb.save(narrow, b, "adapterhub", base, dtype="bfloat16", overwrite=True)
-        assert sb.verify(a, b, base, dtype=PRECISION).same is same
+        sb.save(narrow, b, format="adapterhub", base=base, dtype="bfloat16", overwrite=True)
+        assert sb.verify(a, b, base=base, dtype=PRECISION).same is same
 
 
 CLAIM = _json(Claim(("positions",), ("rotate",), "bfloat16", Choice(task=1), "target", True, 9, "bitwise"))
@@ -497,8 +499,8 @@ def test_what_is_no_claim_is_refused(wrong: Any, tmp_path: Path) -> None:
 )
 def test_a_manifest_that_says_nonsense_of_its_source(wrong: Any, tmp_path: Path) -> None:
     base = base_of("gpt2")
-    sb.save(made("prefix-tuning", base, "peft"), tmp_path / "a", "peft", base)
+    sb.save(made("prefix-tuning", base, "peft"), tmp_path / "a", format="peft", base=base)
     manifest = json.loads((tmp_path / "a" / "softbridge.json").read_text())
     (tmp_path / "a" / "softbridge.json").write_text(json.dumps({**manifest, **wrong}))
     with pytest.raises(CheckpointError, match=next(iter(wrong))):
-        sb.load(tmp_path / "a", base)
+        sb.load(tmp_path / "a", base=base)

@@ -39,7 +39,7 @@ def base(tmp_path: Path) -> Path:
 @pytest.fixture
 def peft(tmp_path: Path) -> Path:
     config = tiny_config("llama")
-    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "peft", "peft", config)
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "peft", format="peft", base=config)
     return tmp_path / "peft"
 
 
@@ -73,18 +73,20 @@ def test_inspect_says_what_a_file_is(peft: Path, base: Path) -> None:
 def test_inspect_shows_what_the_reader_had_to_say(peft: Path, tmp_path: Path) -> None:
     assert json.loads(call("inspect", peft, "--json").output)["notes"] == []
     config = tiny_config("t5", num_layers=4, num_decoder_layers=4)
-    sb.save(random_prefix(BaseModel(config).geometry, sites=("self",)), tmp_path / "ours", "softbridge", config)
+    sb.save(
+        random_prefix(BaseModel(config).geometry, sites=("self",)), tmp_path / "ours", format="softbridge", base=config
+    )
     prompt = sb.load(tmp_path / "ours")
     (part,) = prompt.prefixes
     layers = {n: part.layers[2 * n % 4] for n in part.layers}  # as PEFT repeats them
-    sb.save(replace(prompt, parts=(replace(part, layers=layers),)), tmp_path / "t5", "peft", config)
+    sb.save(replace(prompt, parts=(replace(part, layers=layers),)), tmp_path / "t5", format="peft", base=config)
     (note,) = json.loads(call("inspect", tmp_path / "t5", "--json").output)["notes"]
     assert "blocks of odd number, which PEFT never uses" in note
     assert "PEFT never uses" in " ".join(call("inspect", tmp_path / "t5").output.split())
 
     config = tiny_config("gpt2")
     tasks = MultitaskPromptTuning(3, length=4).initialise(BaseModel(config).geometry, 0)
-    sb.save(rematerialise(tasks, 1), tmp_path / "tasks", "peft", config)
+    sb.save(rematerialise(tasks, 1), tmp_path / "tasks", format="peft", base=config)
     found = json.loads(call("inspect", tmp_path / "tasks", "--json").output)
     assert found["task"] == {"number": 1, "of": 3}
     shown_ = " ".join(call("inspect", tmp_path / "tasks").output.split())
@@ -94,7 +96,7 @@ def test_inspect_shows_what_the_reader_had_to_say(peft: Path, tmp_path: Path) ->
 
 def test_inspect_says_when_it_needs_the_base_model(tmp_path: Path) -> None:
     config = tiny_config("bert")
-    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "peft", "peft", config)
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "peft", format="peft", base=config)
     (tmp_path / "peft" / "softbridge.json").unlink()
     result = call("inspect", tmp_path / "peft")
     assert result.exit_code == 0
@@ -117,12 +119,12 @@ def test_convert_verifies_and_says_what_it_did(peft: Path, base: Path, tmp_path:
 
 def test_verify_has_three_exit_statuses(peft: Path, base: Path, tmp_path: Path) -> None:
     config = tiny_config("llama")
-    sb.save(random_prefix(BaseModel(config).geometry, seed=1), tmp_path / "other", "peft", config)
+    sb.save(random_prefix(BaseModel(config).geometry, seed=1), tmp_path / "other", format="peft", base=config)
     assert call("verify", peft, peft, "--base", base).exit_code == 0
     result = call("verify", peft, tmp_path / "other", "--base", base)
     assert result.exit_code == 1
     assert "DIFFERENT" in result.output
-    sb.save(random_input_prompt(BaseModel(tiny_config("gpt2", n_embd=64)).geometry), tmp_path / "wide", "peft")
+    sb.save(random_input_prompt(BaseModel(tiny_config("gpt2", n_embd=64)).geometry), tmp_path / "wide", format="peft")
     result = call("verify", peft, tmp_path / "wide", "--base", base)
     assert result.exit_code == 2
     assert "width 64, the model's is 32" in result.stderr
@@ -162,7 +164,7 @@ def test_refusals_say_what_to_do_and_write_nothing(arguments: list[str], said: s
 
 def test_a_manifest_of_other_files_is_not_believed(peft: Path, tmp_path: Path) -> None:
     config = tiny_config("llama")
-    sb.save(random_prefix(BaseModel(config).geometry, seed=1), tmp_path / "other", "peft", config)
+    sb.save(random_prefix(BaseModel(config).geometry, seed=1), tmp_path / "other", format="peft", base=config)
     (peft / "softbridge.json").write_bytes((tmp_path / "other" / "softbridge.json").read_bytes())
     result = call("inspect", peft)
     assert result.exit_code == 2
@@ -172,7 +174,7 @@ def test_a_manifest_of_other_files_is_not_believed(peft: Path, tmp_path: Path) -
 def test_one_file_targets(tmp_path: Path) -> None:
     config = tiny_config("t5")
     prompt = random_input_prompt(BaseModel(config).geometry)
-    sb.save(prompt, tmp_path / "prompt.npy", "google", config)
+    sb.save(prompt, tmp_path / "prompt.npy", format="google", base=config)
     assert call("convert", tmp_path / "prompt.npy", tmp_path / "p.safetensors", "--to", "softbridge").exit_code == 0
     again = sb.load(tmp_path / "p.safetensors")
     assert again.inputs == prompt.inputs
@@ -243,7 +245,7 @@ def test_the_largest_seed_can_be_used(peft: Path, base: Path) -> None:
 def test_a_defect_has_a_status_of_its_own(
     error: Exception, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **more: object) -> None:
         raise error
 
     monkeypatch.setattr(show, "inspection", fail)

@@ -72,14 +72,14 @@ def test_a_composite_is_run_small_in_all_its_parts(family: str) -> None:
 def test_a_conversion_for_llava_is_verified(kind: str, tmp_path: Path) -> None:
     base = BaseModel(composite("llava"))
     make = {"prefix": random_prefix, "input": random_input_prompt}[kind]
-    sb.save(make(base.geometry), tmp_path / "a", "peft")
-    certificate = sb.convert(tmp_path / "a", tmp_path / "b", "softbridge", base, verify=True).certificate
+    sb.save(make(base.geometry), tmp_path / "a", format="peft")
+    certificate = sb.convert(tmp_path / "a", tmp_path / "b", "softbridge", base=base, verify=True).certificate
     assert certificate is not None
     assert certificate.verdict == "bitwise"
     assert certificate.effect > 0.1
     other = make(base.geometry, seed=1)
-    sb.save(other, tmp_path / "c", "softbridge", base)
-    assert sb.verify(tmp_path / "a", tmp_path / "c", base).verdict == "different"
+    sb.save(other, tmp_path / "c", format="softbridge", base=base)
+    assert sb.verify(tmp_path / "a", tmp_path / "c", base=base).verdict == "different"
 
 
 def test_what_cannot_be_built_is_refused_in_a_line() -> None:
@@ -91,9 +91,14 @@ def test_what_cannot_be_built_is_refused_in_a_line() -> None:
 
 
 def test_a_file_for_causal_models_is_refused_for_what_is_none(tmp_path: Path) -> None:
-    sb.save(random_prefix(BaseModel(tiny_config("llama")).geometry), tmp_path / "a", "peft", tiny_config("llama"))
+    sb.save(
+        random_prefix(BaseModel(tiny_config("llama")).geometry),
+        tmp_path / "a",
+        format="peft",
+        base=tiny_config("llama"),
+    )
     config = AutoConfig.for_model("wav2vec2", hidden_size=32, num_attention_heads=4, intermediate_size=40)
     with pytest.raises(BaseModelError, match="has none of the base model's type 'wav2vec2'"):
-        sb.load(tmp_path / "a", config)
+        sb.load(tmp_path / "a", base=config)
     with pytest.raises(BaseModelError, match="a 'bert', is one only if its configuration says is_decoder"):
-        sb.load(tmp_path / "a", tiny_config("bert"))
+        sb.load(tmp_path / "a", base=tiny_config("bert"))

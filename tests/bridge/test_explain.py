@@ -33,25 +33,25 @@ def test_the_declarations_generate_the_table_that_is_proven() -> None:
     for method, name in METHODS.items():
         for family in TINY:
             pairs = [(source, target) for source in FORMATS for target in FORMATS]
-            marks = [MARKS[explain(*pair, method, tiny_config(family)).outcome] for pair in pairs]
+            marks = [MARKS[explain(*pair, method, base=tiny_config(family)).outcome] for pair in pairs]
             generated.append(" ".join([family, name, *marks]))
     assert sorted(generated) == sorted(claims())
 
 
 def test_every_refusal_has_its_reasons() -> None:
-    refused = explain("adapterhub", "peft", "prefix-tuning", tiny_config("t5"))
+    refused = explain("adapterhub", "peft", "prefix-tuning", base=tiny_config("t5"))
     assert refused.outcome == "impossible"
     assert {obstacle.name for obstacle in refused.obstacles} == {"relative-bias", "positions"}
     assert refused.steps == ()
-    conditional = explain("peft", "adapterhub", "prefix-tuning", tiny_config("gpt2"))
+    conditional = explain("peft", "adapterhub", "prefix-tuning", base=tiny_config("gpt2"))
     assert [step.name for step in conditional.steps] == ["positions"]
 
 
 def test_what_depends_on_the_prompts_own_numbers_is_explained_for_the_general_case() -> None:
     even = tiny_config("t5", num_layers=4, num_decoder_layers=4)
-    found = explain("softbridge", "peft", "prefix-tuning", even)
+    found = explain("softbridge", "peft", "prefix-tuning", base=even)
     assert [obstacle.name for obstacle in found.obstacles] == ["repeated-layers"]
-    assert explain("peft", "peft", "prefix-tuning", even).outcome == "exact"
+    assert explain("peft", "peft", "prefix-tuning", base=even).outcome == "exact"
 
 
 def test_without_a_base_model_each_kind_of_positions_is_explained() -> None:
@@ -65,7 +65,7 @@ def test_unknown_words_are_refused() -> None:
     with pytest.raises(SoftbridgeError, match="no method is called 'lora'"):
         explanations("peft", "adapterhub", "lora", None)
     with pytest.raises(UnknownFormatError):
-        explain("peft", "onnx", "prefix-tuning", tiny_config("gpt2"))
+        explain("peft", "onnx", "prefix-tuning", base=tiny_config("gpt2"))
 
 
 def test_the_command(tmp_path: Path) -> None:

@@ -199,14 +199,14 @@ def test_recordings_know_where_they_part_and_at_which_level(tmp_path: Path) -> N
     config, prompt = tiny_config("llama"), prefix_of("llama")
     recordings = []
     for name, saved in (("a", prompt), ("b", faulty(prompt, 1, factor=1 + 1e-7))):
-        sb.save(saved, tmp_path / name, "softbridge", config)
-        (tmp_path / f"{name}.safetensors").write_bytes(pack(probe(tmp_path / name, config, dtype="bfloat16")))
+        sb.save(saved, tmp_path / name, format="softbridge", base=config)
+        (tmp_path / f"{name}.safetensors").write_bytes(pack(probe(tmp_path / name, base=config, dtype="bfloat16")))
         recordings.append(unpack(tmp_path / f"{name}.safetensors"))
     certificate = compare(*recordings, level="rounding")
     assert certificate.same
     far = faulty(prompt, 1, factor=1.5)
-    sb.save(far, tmp_path / "c", "softbridge", config)
-    other = probe(tmp_path / "c", config, dtype="bfloat16")
+    sb.save(far, tmp_path / "c", format="softbridge", base=config)
+    other = probe(tmp_path / "c", base=config, dtype="bfloat16")
     assert (found := compare(recordings[0], other).parted) is not None
     assert found.layer == 1
 
@@ -282,8 +282,8 @@ def test_what_is_no_number_is_drawn_at_the_edge() -> None:
 def test_the_commands_write_a_page_and_heed_the_level(tmp_path: Path) -> None:
     config, prompt = tiny_config("gpt2"), prefix_of("gpt2")
     config.save_pretrained(tmp_path / "base")
-    sb.save(prompt, tmp_path / "a", "softbridge", config)
-    sb.save(as_dtype(prompt, DTYPES["bfloat16"]), tmp_path / "b", "softbridge", config)
+    sb.save(prompt, tmp_path / "a", format="softbridge", base=config)
+    sb.save(as_dtype(prompt, DTYPES["bfloat16"]), tmp_path / "b", format="softbridge", base=config)
     words = ["verify", str(tmp_path / "a"), str(tmp_path / "b"), "--base", str(tmp_path / "base")]
     words += ["--dtype", "bfloat16", "--json"]
     done = CliRunner().invoke(app, [*words, "--html", str(tmp_path / "page.html"), "--level", "rounding"])

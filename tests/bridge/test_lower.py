@@ -283,15 +283,15 @@ def test_a_rounding_that_was_accepted_is_the_only_difference(tmp_path: Path) -> 
     config = tiny_config("gpt2")
     prompt = as_dtype(random_prefix(BaseModel(config).geometry), np.dtype(np.float64))
     layers = {n: KeyValue(p.keys / 3, p.values) for n, p in prompt.prefixes[0].layers.items()}
-    sb.save(replace(prompt, parts=(KeyValuePrefix("self", layers),)), tmp_path / "a", "softbridge", config)
+    sb.save(replace(prompt, parts=(KeyValuePrefix("self", layers),)), tmp_path / "a", format="softbridge", base=config)
     with pytest.raises(LoweringError, match="--accept dtype"):
-        sb.convert(tmp_path / "a", tmp_path / "b", "peft", config)
-    report = sb.convert(tmp_path / "a", tmp_path / "b", "peft", config, accept=["dtype"], verify=True)
+        sb.convert(tmp_path / "a", tmp_path / "b", "peft", base=config)
+    report = sb.convert(tmp_path / "a", tmp_path / "b", "peft", base=config, accept=["dtype"], verify=True)
     assert report.certificate is not None
     assert report.certificate.verdict == "bitwise"
     assert report.certificate.conditions == ("dtype",)
     assert report.certificate.claim.dtype == "float32"
     assert report.certificate.source.path == str(tmp_path / "a")
-    assert sb.verify(tmp_path / "a", tmp_path / "b", config).conditions == ("dtype",)
+    assert sb.verify(tmp_path / "a", tmp_path / "b", base=config).conditions == ("dtype",)
     (tmp_path / "b" / "softbridge.json").unlink()
-    assert not sb.verify(tmp_path / "a", tmp_path / "b", config).same, "the rounding is seen if nobody accepted it"
+    assert not sb.verify(tmp_path / "a", tmp_path / "b", base=config).same, "the rounding is seen if nobody accepted it"

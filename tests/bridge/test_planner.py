@@ -228,35 +228,35 @@ def test_no_filling_of_a_layer_is_neutral() -> None:
 def test_other_tasks_are_not_left_behind_in_silence(tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     prompt = METHODS["multitask-prompt-tuning"](base("gpt2").geometry)
-    sb.save(prompt, tmp_path / "all", "softbridge", config)
+    sb.save(prompt, tmp_path / "all", format="softbridge", base=config)
     able = replace(EVERYTHING, training=frozenset())
     with pytest.raises(LoweringError, match="--task") as refused:
         lower(prompt, Target("t", able))
     assert names(refused) == {"task": True}
     vectors = []
     for task in (0, 1):
-        report = sb.convert(tmp_path / "all", tmp_path / str(task), "peft", config, task=task, verify=True)
+        report = sb.convert(tmp_path / "all", tmp_path / str(task), "peft", base=config, task=task, verify=True)
         assert report.certificate is not None
         assert report.certificate.same
         assert [step.name for step in report.steps] == ["task"]
-        vectors.append(next(sb.load(tmp_path / str(task), config).arrays())[1])
+        vectors.append(next(sb.load(tmp_path / str(task), base=config).arrays())[1])
     assert np.array_equal(vectors[0], prompt.inputs[0].vectors)
     assert np.abs(vectors[0] - vectors[1]).max() > 0.1
     with pytest.raises(SoftbridgeError, match="there are 2 tasks"):
-        sb.convert(tmp_path / "all", tmp_path / "2", "peft", config, task=2)
+        sb.convert(tmp_path / "all", tmp_path / "2", "peft", base=config, task=2)
 
 
 def test_one_part_of_many(tmp_path: Path) -> None:
     config = tiny_config("t5")
     prompt = METHODS["p-tuning-v2"](base("t5").geometry)
-    sb.save(prompt, tmp_path / "all", "softbridge", config)
+    sb.save(prompt, tmp_path / "all", format="softbridge", base=config)
     with pytest.raises(LoweringError, match="--part"):
-        sb.convert(tmp_path / "all", tmp_path / "peft", "peft", config)
-    report = sb.convert(tmp_path / "all", tmp_path / "peft", "peft", config, part="self")
+        sb.convert(tmp_path / "all", tmp_path / "peft", "peft", base=config)
+    report = sb.convert(tmp_path / "all", tmp_path / "peft", "peft", base=config, part="self")
     assert [step.name for step in report.steps] == ["part"]
-    assert sb.load(tmp_path / "peft", config).parts == (prompt.prefix("self"),)
+    assert sb.load(tmp_path / "peft", base=config).parts == (prompt.prefix("self"),)
     with pytest.raises(SoftbridgeError, match="no part is called 'encoder-input'"):
-        sb.convert(tmp_path / "all", tmp_path / "other", "peft", config, part="encoder-input")
+        sb.convert(tmp_path / "all", tmp_path / "other", "peft", base=config, part="encoder-input")
 
 
 # Stored precision
@@ -265,36 +265,38 @@ def test_one_part_of_many(tmp_path: Path) -> None:
 def test_narrowing_is_done_on_request_and_says_its_error(tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     prompt = random_prefix(base("gpt2").geometry)
-    sb.save(prompt, tmp_path / "wide", "softbridge", config)
+    sb.save(prompt, tmp_path / "wide", format="softbridge", base=config)
     for dtype, bound in (("bfloat16", 2**-8), ("float16", 2**-10)):
-        report = sb.convert(tmp_path / "wide", tmp_path / dtype, "peft", config, dtype=dtype, verify=True)
+        report = sb.convert(tmp_path / "wide", tmp_path / dtype, "peft", base=config, dtype=dtype, verify=True)
         (step,) = report.steps
         assert (step.name, step.exactness) == ("narrow", "rounding")
         worst = float(step.note.rpartition("by ")[2].split()[0])
-        keys = sb.load(tmp_path / dtype, config).prefixes[0].layers[0].keys
+        keys = sb.load(tmp_path / dtype, base=config).prefixes[0].layers[0].keys
         assert keys.dtype == (BFLOAT16 if dtype == "bfloat16" else np.float16)
         assert bound / 8 < worst <= bound
         assert report.certificate is not None
         assert report.certificate.verdict == "bitwise", "rounded alike, the two are the same"
-        assert sb.verify(tmp_path / "wide", tmp_path / dtype, config).same
+        assert sb.verify(tmp_path / "wide", tmp_path / dtype, base=config).same
     big = replace(prompt.prefixes[0].layers[0], keys=np.full_like(prompt.prefixes[0].layers[0].keys, 1e6))
     huge = replace(prompt, parts=(replace(prompt.prefixes[0], layers={**prompt.prefixes[0].layers, 0: big}),))
     with pytest.raises(LoweringError, match="too large for float16"):
-        sb.save(huge, tmp_path / "huge", "peft", config, dtype="float16")
+        sb.save(huge, tmp_path / "huge", format="peft", base=config, dtype="float16")
     with pytest.raises(SoftbridgeError, match="no dtype is called 'int8'"):
-        sb.save(prompt, tmp_path / "int8", "peft", config, dtype="int8")
+        sb.save(prompt, tmp_path / "int8", format="peft", base=config, dtype="int8")
 
 
 def test_widening_is_exact(tmp_path: Path) -> None:
     config = tiny_config("gpt2")
-    lowering = sb.save(random_prefix(base("gpt2").geometry), tmp_path / "x", "softbridge", config, dtype="float64")
+    lowering = sb.save(
+        random_prefix(base("gpt2").geometry), tmp_path / "x", format="softbridge", base=config, dtype="float64"
+    )
     assert [(step.name, step.exactness) for step in lowering.steps] == [("dtype", "exact")]
 
 
 def test_what_was_turned_and_rounded_is_certified_before_the_rounding(tmp_path: Path) -> None:
     config = tiny_config("llama")
-    sb.save(random_prefix(base("llama").geometry), tmp_path / "wide", "softbridge", config)
-    report = sb.convert(tmp_path / "wide", tmp_path / "out", "adapterhub", config, dtype="bfloat16", verify=True)
+    sb.save(random_prefix(base("llama").geometry), tmp_path / "wide", format="softbridge", base=config)
+    report = sb.convert(tmp_path / "wide", tmp_path / "out", "adapterhub", base=config, dtype="bfloat16", verify=True)
     assert [step.name for step in report.steps] == ["rotate", "narrow"]
     assert report.certificate is not None
     assert report.certificate.same

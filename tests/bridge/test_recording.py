@@ -31,8 +31,8 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     config.save_pretrained(folder / "base")
     geometry = BaseModel(config).geometry
     for name in ("peft", "adapterhub", "softbridge"):
-        sb.save(random_prefix(geometry), folder / name, name, config)
-    sb.save(random_prefix(geometry, seed=1), folder / "other", "peft", config)
+        sb.save(random_prefix(geometry), folder / name, format=name, base=config)
+    sb.save(random_prefix(geometry, seed=1), folder / "other", format="peft", base=config)
     return folder
 
 
@@ -40,9 +40,9 @@ def test_two_recordings_are_judged_as_a_verification_is(files: Path, tmp_path: P
     base = str(files / "base")
     recordings = []
     for name in ("peft", "adapterhub"):
-        (tmp_path / name).write_bytes(pack(probe(files / name, base)))
+        (tmp_path / name).write_bytes(pack(probe(files / name, base=base)))
         recordings.append(unpack(tmp_path / name))
-    judged, direct = compare(*recordings), verify(files / "peft", files / "adapterhub", base)
+    judged, direct = compare(*recordings), verify(files / "peft", files / "adapterhub", base=base)
     assert judged.same
     assert judged.rounded == direct.rounded == ("rotate",)
     for one, other in zip(judged.figures, direct.figures, strict=True):
@@ -55,14 +55,14 @@ def test_two_recordings_are_judged_as_a_verification_is(files: Path, tmp_path: P
 
 def test_another_prompt_is_different_and_other_probes_are_refused(files: Path) -> None:
     base = str(files / "base")
-    here = probe(files / "peft", base)
-    assert compare(here, probe(files / "other", base)).verdict == "different"
+    here = probe(files / "peft", base=base)
+    assert compare(here, probe(files / "other", base=base)).verdict == "different"
     with pytest.raises(SoftbridgeError, match="recordings of different model, seed"):
-        compare(here, probe(files / "peft", base, seed=1))
+        compare(here, probe(files / "peft", base=base, seed=1))
     with pytest.raises(SoftbridgeError, match="recordings of different model"):
-        compare(here, probe(files / "peft", base, texts=[[5, 6, 7], [8, 9]]))
+        compare(here, probe(files / "peft", base=base, texts=[[5, 6, 7], [8, 9]]))
     with pytest.raises(SoftbridgeError, match="recordings of different precision"):
-        compare(here, probe(files / "peft", base, dtype="bfloat16"))
+        compare(here, probe(files / "peft", base=base, dtype="bfloat16"))
 
 
 def test_one_side_in_another_environment(files: Path) -> None:
@@ -70,11 +70,11 @@ def test_one_side_in_another_environment(files: Path) -> None:
     base = str(files / "base")
     there = "adapterhub" if engines()["adapterhub"].unavailable() is not None and sys.executable != OTHER else "peft"
     other = "peft" if there == "adapterhub" else "softbridge"
-    certificate = verify(files / other, files / there, base, python={there: OTHER})
+    certificate = verify(files / other, files / there, base=base, python={there: OTHER})
     assert certificate.same, certificate.summary()
     assert certificate.target.engine == there
     assert all(fault.noticed for fault in certificate.faults)
-    assert verify(files / "other", files / there, base, python={there: OTHER}).verdict == "different"
+    assert verify(files / "other", files / there, base=base, python={there: OTHER}).verdict == "different"
 
 
 def test_the_commands(files: Path, tmp_path: Path) -> None:
@@ -111,11 +111,11 @@ def test_the_commands(files: Path, tmp_path: Path) -> None:
 def test_what_cannot_be_started_or_read_is_refused(files: Path, tmp_path: Path) -> None:
     base = str(files / "base")
     with pytest.raises(EngineError, match="cannot be started"):
-        verify(files / "peft", files / "softbridge", base, python={"peft": str(tmp_path / "python")})
+        verify(files / "peft", files / "softbridge", base=base, python={"peft": str(tmp_path / "python")})
     with pytest.raises(EngineError, match="exit status 2"):
-        verify(files / "peft", files / "softbridge", base, python={"peft": str(_refusing(tmp_path))})
+        verify(files / "peft", files / "softbridge", base=base, python={"peft": str(_refusing(tmp_path))})
     with pytest.raises(SoftbridgeError, match="handed to another interpreter"):
-        verify(files / "peft", files / "softbridge", tiny_config("llama"), python={"peft": OTHER})
+        verify(files / "peft", files / "softbridge", base=tiny_config("llama"), python={"peft": OTHER})
     (tmp_path / "x.safetensors").write_bytes(b"nothing")
     with pytest.raises(CheckpointError):
         unpack(tmp_path / "x.safetensors")
@@ -163,6 +163,6 @@ def test_a_tokenizer_of_the_base_is_used(files: Path, tmp_path: Path) -> None:
     expected = [[40, 41, 42], [41, 41, 3]]
     assert read_texts(tmp_path / "texts.txt", str(tmp_path / "base")) == expected
     assert read_texts(tmp_path / "texts.txt", str(tmp_path / "base" / "config.json")) == expected
-    certificate = verify(files / "peft", files / "softbridge", str(files / "base"), texts=expected)
+    certificate = verify(files / "peft", files / "softbridge", base=str(files / "base"), texts=expected)
     assert isinstance(certificate, Certificate)
     assert certificate.longest == 3

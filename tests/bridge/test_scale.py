@@ -73,7 +73,7 @@ def folders(tmp_path: Path) -> Path:
     """A prompt in both formats with what multiplies it, PEFT's files alone, and the base."""
     CONFIG.save_pretrained(tmp_path / "base")
     for name in ("peft", "softbridge"):
-        sb.save(prompt(), tmp_path / name, name, CONFIG)
+        sb.save(prompt(), tmp_path / name, format=name, base=CONFIG)
     shutil.copytree(tmp_path / "peft", tmp_path / "bare")
     (tmp_path / "bare" / MANIFEST).unlink()
     return tmp_path
@@ -94,10 +94,12 @@ def test_where_all_releases_agree_nothing_is_recorded_or_asked(tmp_path: Path) -
     assert BaseModel(config).scale is None
     assert BaseModel(config).scale_on("4.57") is None
     given = random_input_prompt(BaseModel(config).geometry)
-    sb.save(given, tmp_path / "peft", "peft", config)
+    sb.save(given, tmp_path / "peft", format="peft", base=config)
     assert "scale" not in json.loads((tmp_path / "peft" / MANIFEST).read_text())
     (tmp_path / "peft" / MANIFEST).unlink()
-    assert sb.load(tmp_path / "peft", config, trained_on="4.57") == replace(given, base=replace(given.base, name=None))
+    assert sb.load(tmp_path / "peft", base=config, trained_on="4.57") == replace(
+        given, base=replace(given.base, name=None)
+    )
     read = sb.extract(sb.attach(tiny_model("llama"), tmp_path / "peft"))
     assert b'"scale"' not in pack(read)
     assert read.inputs[0] == given.inputs[0]
@@ -131,15 +133,15 @@ def test_files_that_do_not_say_it_are_asked_for(folders: Path) -> None:
     for refused in (
         lambda: logits(sb.load(bare)),
         lambda: sb.attach(model(), bare),
-        lambda: sb.convert(bare, folders / "out", "softbridge", CONFIG),
-        lambda: sb.save(tools.slice(sb.load(bare), 0, 3), folders / "out", "peft", CONFIG),
+        lambda: sb.convert(bare, folders / "out", "softbridge", base=CONFIG),
+        lambda: sb.save(tools.slice(sb.load(bare), 0, 3), folders / "out", format="peft", base=CONFIG),
         lambda: sb.attach(model(), initialisation.another(sb.load(bare), CONFIG)),
     ):
         with pytest.raises(LoweringError, match="nothing says which transformers") as caught:
             refused()
         assert [obstacle.name for obstacle in caught.value.obstacles] == ["scale"]
     assert not (folders / "out").exists()
-    taken = sb.convert(bare, folders / "taken", "softbridge", CONFIG, accept=["scale"])
+    taken = sb.convert(bare, folders / "taken", "softbridge", base=CONFIG, accept=["scale"])
     assert [(step.name, step.exactness) for step in taken.steps] == [("scale", "conditional")]
     assert sb.load(folders / "taken") == sb.load(folders / "softbridge")
     assert distance(logits(sb.load(bare), accept=["scale"]), logits(prompt())) == 0
@@ -150,7 +152,7 @@ def test_files_that_do_not_say_it_are_asked_for(folders: Path) -> None:
 
 def test_the_release_may_be_stated(folders: Path) -> None:
     bare = folders / "bare"
-    stated = sb.load(bare, CONFIG, trained_on=RELEASE)
+    stated = sb.load(bare, base=CONFIG, trained_on=RELEASE)
     assert stated.inputs[0].scale == pytest.approx(THERE)
     assert np.array_equal(vectors(stated), vectors(prompt()))
     assert distance(logits(stated), logits(prompt())) > 0.1
@@ -165,16 +167,16 @@ def test_the_release_may_be_stated(folders: Path) -> None:
     np.testing.assert_allclose(vectors(again), vectors(stated) * (THERE / HERE), rtol=1e-6)
     wide = sb.load(folders / "softbridge")
     foreign = replace(wide.inputs[0], vectors=vectors(wide).astype(np.float64) / 3, scale=THERE)
-    sb.save(replace(wide, parts=(foreign,)), folders / "wide", "softbridge")
+    sb.save(replace(wide, parts=(foreign,)), folders / "wide", format="softbridge")
     for name, more in {"float32": {"accept": ["dtype"]}, "bfloat16": {"dtype": "bfloat16"}}.items():
-        narrowed = sb.convert(folders / "wide", folders / name, "peft", CONFIG, verify=True, **more)  # type: ignore[arg-type]
+        narrowed = sb.convert(folders / "wide", folders / name, "peft", base=CONFIG, verify=True, **more)  # type: ignore[arg-type]
         assert [step.name for step in narrowed.steps] == ["scale", "narrow" if "dtype" in more else "dtype"]
     with pytest.raises(SoftbridgeError, match="no version of transformers"):
-        sb.load(bare, CONFIG, trained_on="five")
+        sb.load(bare, base=CONFIG, trained_on="five")
     with pytest.raises(BaseModelError, match="without a base model"):
         sb.load(bare, trained_on=RELEASE)
     with pytest.raises(SoftbridgeError, match="files that say that their vectors are multiplied"):
-        sb.load(folders / "peft", CONFIG, trained_on=RELEASE)
+        sb.load(folders / "peft", base=CONFIG, trained_on=RELEASE)
 
 
 @pytest.mark.parametrize("scale", [{"decoder": 0}, {"decoder": "x"}, {"encoder": 1.0}, [1.0], {"decoder": None}, None])
@@ -228,13 +230,13 @@ def test_one_prompt_is_one_function_on_both_stacks(folders: Path) -> None:
     assert made.inputs[0].scale == pytest.approx(THERE)
     assert not np.allclose(vectors(made), vectors(prompt()), rtol=0.1)
     # Read back here with the record, they are what they were.
-    back = verify(folders / "softbridge", folders / "there", base)
+    back = verify(folders / "softbridge", folders / "there", base=base)
     assert back.same, back.summary()
     (folders / "there" / MANIFEST).unlink()  # so that PEFT's own loader runs them as it finds them
-    across = verify(folders / "softbridge", folders / "there", base, python={"peft": OTHER})
+    across = verify(folders / "softbridge", folders / "there", base=base, python={"peft": OTHER})
     assert across.same, across.summary()
     assert across.target.loaded
     assert all(fault.noticed for fault in across.faults)
-    copied = verify(folders / "softbridge", folders / "bare", base, python={"peft": OTHER})
+    copied = verify(folders / "softbridge", folders / "bare", base=base, python={"peft": OTHER})
     assert copied.verdict == "different"
     assert copied.worst > 0.1

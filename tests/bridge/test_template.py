@@ -73,7 +73,7 @@ def test_what_is_no_template_is_refused(make: object, message: str) -> None:
 
 def test_it_comes_back_from_json_and_from_a_file(tmp_path: Path) -> None:
     assert Template.from_json(json.loads(json.dumps(CLOZE.to_json()))) == CLOZE
-    sb.save(prompt(), tmp_path / "prompt", "softbridge")
+    sb.save(prompt(), tmp_path / "prompt", format="softbridge")
     assert sb.load(tmp_path / "prompt") == prompt()
     other = replace(CLOZE, verbaliser=None)
     assert prompt(other) != prompt()

@@ -44,7 +44,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> Iterator[Installed]:
 def files(tmp_path: Path) -> Path:
     config = tiny_config("llama")
     config.save_pretrained(tmp_path / "base")
-    sb.save(random_prefix(read_geometry(config)), tmp_path / "prompt", "softbridge", config)
+    sb.save(random_prefix(read_geometry(config)), tmp_path / "prompt", format="softbridge", base=config)
     return tmp_path
 
 
@@ -66,7 +66,7 @@ def uses(files: Path) -> dict[str, Callable[[], Any]]:
     return {
         "attach": lambda: sb.attach(tiny_model("llama"), prompt),
         "convert": lambda: sb.convert(prompt, files / "out", "softbridge"),
-        "verify": lambda: sb.verify(prompt, prompt, files / "base"),
+        "verify": lambda: sb.verify(prompt, prompt, base=files / "base"),
     }
 
 

@@ -122,9 +122,9 @@ def test_a_toolkit_that_is_not_there_is_replaced_and_that_is_said(prefix: SoftPr
 
 def test_files_are_compared_and_the_certificate_is_complete(prefix: SoftPrompt, tmp_path: Path) -> None:
     config = tiny_config("gpt2")
-    sb.save(prefix, tmp_path / "a", "softbridge", config)
-    sb.save(prefix, tmp_path / "b", "peft", config)
-    certificate = sb.verify(tmp_path / "a", tmp_path / "b", config)
+    sb.save(prefix, tmp_path / "a", format="softbridge", base=config)
+    sb.save(prefix, tmp_path / "b", format="peft", base=config)
+    certificate = sb.verify(tmp_path / "a", tmp_path / "b", base=config)
     assert certificate.same
     form = certificate.to_json()
     assert form["schema"] == "softbridge/certificate/2"
@@ -146,18 +146,18 @@ def test_files_are_compared_and_the_certificate_is_complete(prefix: SoftPrompt, 
 def test_real_weights_are_used_on_request(prefix: SoftPrompt, tmp_path: Path) -> None:
     model = tiny_model("gpt2", torch.float32, seed=3)
     model.save_pretrained(tmp_path / "base")
-    sb.save(prefix, tmp_path / "a", "softbridge", model)
-    certificate = sb.verify(tmp_path / "a", tmp_path / "a", tmp_path / "base", weights=True)
+    sb.save(prefix, tmp_path / "a", format="softbridge", base=model)
+    certificate = sb.verify(tmp_path / "a", tmp_path / "a", base=tmp_path / "base", weights=True)
     assert certificate.same
     assert certificate.weights == "the model's own"
     assert certificate.scale != compare(prefix, prefix).scale
-    sb.save(touched(prefix, 0.1), tmp_path / "b", "softbridge", model)
-    other = sb.verify(tmp_path / "a", tmp_path / "b", tmp_path / "base", weights=True)
+    sb.save(touched(prefix, 0.1), tmp_path / "b", format="softbridge", base=model)
+    other = sb.verify(tmp_path / "a", tmp_path / "b", base=tmp_path / "base", weights=True)
     assert other.verdict == "different"
     assert other.parted is not None
     assert (other.parted.layer, other.parted.part) == (1, "attn"), "where two sides part is found with weights, too"
     with pytest.raises(BaseModelError, match="configuration only"):
-        sb.verify(tmp_path / "a", tmp_path / "a", tiny_config("gpt2"), weights=True)
+        sb.verify(tmp_path / "a", tmp_path / "a", base=tiny_config("gpt2"), weights=True)
 
 
 def test_the_structure_shrinks_what_attention_does_not_see() -> None:

@@ -53,7 +53,7 @@ def make(name: str, model_path: Path) -> None:
         )  # fmt: skip
         Trainer(model, arguments, DataCollatorWithPadding(tokenizer), data).train()
     prompt = replace(sb.extract(model), training=None)
-    sb.save(prompt, HERE / f"messages_{name}.safetensors", "softbridge", overwrite=True)
+    sb.save(prompt, HERE / f"messages_{name}.safetensors", format="softbridge", overwrite=True)
 
 
 if __name__ == "__main__":

@@ -508,7 +508,7 @@ def test_tokens_after_vectors_are_moved_as_others_move_them(family: str, adapter
 def test_a_conversion_is_certified(family: str, method: str, adapters: Any, tmp_path: Path) -> None:
     model = model_of(family)
     trained(model, method, tmp_path / "x")
-    report = sb.convert(tmp_path / "x", tmp_path / "y", "softbridge", model.config, verify=True)
+    report = sb.convert(tmp_path / "x", tmp_path / "y", "softbridge", base=model.config, verify=True)
     assert report.certificate is not None
     assert report.certificate.verdict in ("bitwise", "exact")
 

@@ -81,7 +81,7 @@ def test_a_file_of_another_architecture_is_refused(family: str, tmp_path: Path) 
     with pytest.raises(CheckpointError, match=facts.OTHER_MODEL_TYPES[family][:40]):
         FORMAT.read(files, Geometry(family, 16, 40, stack, None))
     with pytest.raises((CheckpointError, BaseModelError)):
-        sb.load(tmp_path, config)
+        sb.load(tmp_path, base=config)
     if family in ("vit", "encoder-decoder"):
         with pytest.raises(BaseModelError):
             read_geometry(config)

@@ -55,7 +55,7 @@ class Golden:
             self.model = auto_class(TASKS.get(family, "causal-lm"), config).from_config(config).double().eval()
         weights = {name: tensor for name, tensor in self.tensors.items() if name.startswith("weights.")}
         self.model.load_state_dict({name.removeprefix("weights."): tensor for name, tensor in weights.items()})
-        self.prompt = sb.load(directory, self.model)
+        self.prompt = sb.load(directory, base=self.model)
 
     def logits(self, prompt: SoftPrompt | None, masked: bool = False) -> torch.Tensor:
         inputs = {name: self.tensors[name] for name in ("input_ids", "decoder_input_ids") if name in self.tensors}
@@ -242,7 +242,7 @@ class LeftOut:
                 (folder / "whole" / name).write_bytes(content)
             written = json.loads((folder / "whole" / facts.CONFIG_FILE).read_text())["config"]
             assert case == "encoder" or written["leave_out"] == leave_out
-            self.prompts[case] = replace(sb.load(folder / "whole", self.model), origin=None)
+            self.prompts[case] = replace(sb.load(folder / "whole", base=self.model), origin=None)
             assert self.prompts[case] == prompt, "the file says from which layer on"
 
     def inputs(self, masked: bool = False) -> dict[str, torch.Tensor]:
@@ -351,7 +351,7 @@ def test_a_conversion_there_and_back_keeps_a_lost_bias(tmp_path: Path) -> None:
     assert report.certificate.verdict == "bitwise"
     sb.convert(tmp_path / "ours", tmp_path / "back", to="adapterhub", base=golden.model.config)
     assert {name: (tmp_path / "back" / name).read_bytes() for name in files} == files
-    assert sb.load(tmp_path / "back", golden.model).positions == golden.prompts["both"].positions
+    assert sb.load(tmp_path / "back", base=golden.model).positions == golden.prompts["both"].positions
     without = r"(?s)leaves out \[0, 1\].*without a relative position bias in the decoder"
     with pytest.raises(LoweringError, match=without):
         sb.convert(tmp_path / "theirs", tmp_path / "peft", to="peft", base=golden.model.config)

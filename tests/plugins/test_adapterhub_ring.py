@@ -37,7 +37,7 @@ def config_of(family: str) -> Any:
 
 
 def prefix_in(folder: Path, config: Any) -> KeyValuePrefix:
-    (part,) = sb.load(folder, config).prefixes
+    (part,) = sb.load(folder, base=config).prefixes
     return part
 
 
@@ -48,9 +48,9 @@ def apart(a: KeyValuePrefix, b: KeyValuePrefix, what: str) -> float:
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_rotary_models_prefix_comes_back(family: str, tmp_path: Path) -> None:
     config = config_of(family)
-    sb.save(random_prefix(BaseModel(config).geometry, P), tmp_path / "a", "peft", config)
+    sb.save(random_prefix(BaseModel(config).geometry, P), tmp_path / "a", format="peft", base=config)
     for source, target, name in (("a", "b", "adapterhub"), ("b", "c", "peft")):
-        report = sb.convert(tmp_path / source, tmp_path / target, name, config)
+        report = sb.convert(tmp_path / source, tmp_path / target, name, base=config)
         assert "position_ids" not in " ".join(report.advice)
     first, there, back = (prefix_in(tmp_path / name, config) for name in "abc")
     assert apart(first, there, "keys") > 0.1, "AdapterHub's tokens start elsewhere, so its keys are others"
@@ -62,15 +62,15 @@ def test_a_rotary_models_prefix_comes_back(family: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["gpt2", "bert", "roberta"])
 def test_where_positions_are_learned_it_goes_with_consent(family: str, tmp_path: Path) -> None:
     config = config_of(family)
-    sb.save(random_prefix(BaseModel(config).geometry, P), tmp_path / "a", "peft", config)
+    sb.save(random_prefix(BaseModel(config).geometry, P), tmp_path / "a", format="peft", base=config)
     with pytest.raises(LoweringError) as refused:
-        sb.convert(tmp_path / "a", tmp_path / "b", "adapterhub", config)
+        sb.convert(tmp_path / "a", tmp_path / "b", "adapterhub", base=config)
     assert [(obstacle.name, obstacle.acceptable) for obstacle in refused.value.obstacles] == [("positions", True)]
-    report = sb.convert(tmp_path / "a", tmp_path / "b", "adapterhub", config, accept=["positions"])
+    report = sb.convert(tmp_path / "a", tmp_path / "b", "adapterhub", base=config, accept=["positions"])
     reserved = config.pad_token_id + 1 if family == "roberta" else 0  # rows of its table
     assert any(f"torch.arange(T) + {P + reserved} " in advice for advice in report.advice)
     # The condition travels beside the files, so that the way back needs no consent.
-    back_again = sb.convert(tmp_path / "b", tmp_path / "c", "peft", config)
+    back_again = sb.convert(tmp_path / "b", tmp_path / "c", "peft", base=config)
     assert "position_ids" not in " ".join(back_again.advice)
     first, there, back = (prefix_in(tmp_path / name, config) for name in "abc")
     for part in (there, back):
@@ -84,7 +84,7 @@ def test_where_no_caller_says_positions_it_does_not_go(family: str, obstacle: st
     config = config_of(family)
     geometry = BaseModel(config).geometry
     sites: tuple[Site, ...] = ("encoder",) if geometry.decoder is None else ("self",)
-    sb.save(random_prefix(geometry, P, sites=sites), tmp_path / "a", "softbridge", config)
+    sb.save(random_prefix(geometry, P, sites=sites), tmp_path / "a", format="softbridge", base=config)
     with pytest.raises(LoweringError) as refused:
-        sb.convert(tmp_path / "a", tmp_path / "b", "adapterhub", config, accept=["positions"])
+        sb.convert(tmp_path / "a", tmp_path / "b", "adapterhub", base=config, accept=["positions"])
     assert obstacle in {found.name for found in refused.value.obstacles if not found.acceptable}

@@ -100,7 +100,7 @@ class Toolkit:
 
     def save(self, folder: Path) -> SoftPrompt:
         self.model.save_adapter(str(folder), "mine", with_head=False)
-        return sb.load(folder, model_of(self.family))
+        return sb.load(folder, base=model_of(self.family))
 
 
 def loss_of(model: Any) -> float:
@@ -155,7 +155,7 @@ def test_a_flat_prefix_trains_on_exactly(family: str, tmp_path: Path) -> None:
     assert apart(ours_after.prefixes, after.prefixes) < 1e-12
 
     # And back: AdapterHub goes on from what the native engine trained. Its loader holds float32.
-    sb.save(ours_after, tmp_path / "c", "adapterhub", model_of(family), accept=["dtype"])
+    sb.save(ours_after, tmp_path / "c", format="adapterhub", base=model_of(family), accept=["dtype"])
     assert Toolkit(family, tmp_path).load(tmp_path / "c").loss() == pytest.approx(losses[-1], rel=1e-6)
 
 

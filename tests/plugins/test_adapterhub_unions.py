@@ -71,7 +71,7 @@ def test_a_union_runs_as_the_prompt_alone_where_that_is_accepted(geometry: Geome
             found: torch.Tensor = running(input_ids=torch.arange(3, 9)[None]).logits
             return found
 
-    for source in (folder, sb.load(folder, model)):
+    for source in (folder, sb.load(folder, base=model)):
         with pytest.raises(LoweringError, match="partial"):
             sb.attach(copy.deepcopy(model), source)
         with pytest.raises(LoweringError, match="partial"):
@@ -115,10 +115,10 @@ def test_a_part_of_an_adapter_goes_on_with_consent_only(geometry: Geometry, tmp_
     folder = union(geometry, tmp_path / "x", LORA)
     config = tiny_config("bert")
     with pytest.raises(LoweringError, match=r"\[partial\].*union with 'lora'"):
-        sb.convert(folder, tmp_path / "out", "softbridge", config)
-    report = sb.convert(folder, tmp_path / "out", "softbridge", config, accept=["partial"])
+        sb.convert(folder, tmp_path / "out", "softbridge", base=config)
+    report = sb.convert(folder, tmp_path / "out", "softbridge", base=config, accept=["partial"])
     assert any("'lora' left out" in step.note for step in report.steps)
-    assert sb.load(tmp_path / "out", config).parts == prefix_for(geometry).parts
+    assert sb.load(tmp_path / "out", base=config).parts == prefix_for(geometry).parts
 
 
 def setup(adapter_setup: Any, head_setup: Any = None) -> dict[str, bytes]:
@@ -213,7 +213,7 @@ def test_the_prefix_in_a_published_union(method: str, adapters: Any, tmp_path: P
     assert np.abs(attached - logits(running)).max() > 0.1
     # The toolkit would load the whole union.
     np.testing.assert_array_equal(logits(ENGINE.load(copy.deepcopy(model), prompt, tmp_path / "x")), attached)
-    report = sb.convert(tmp_path / "x", tmp_path / "out", "softbridge", model, accept=["partial"], verify=True)
+    report = sb.convert(tmp_path / "x", tmp_path / "out", "softbridge", base=model, accept=["partial"], verify=True)
     assert report.certificate is not None
     assert report.certificate.same
 

@@ -42,7 +42,7 @@ def whole_t5() -> Any:
 def test_a_released_prompt_runs_in_peft_as_if_prepended_by_hand(name: str, tmp_path: Path) -> None:
     """Encoder input and logits, against the vectors put in front of the embedded text without any toolkit."""
     peft = pytest.importorskip("peft")
-    report = sb.convert(SHARED / f"{name}.npy", tmp_path / "out", "peft", t5_base())
+    report = sb.convert(SHARED / f"{name}.npy", tmp_path / "out", "peft", base=t5_base())
     assert [step.name for step in report.steps] == []
     vectors = np.load(SHARED / f"{name}.npy")
     assert vectors.shape == (100, 768)
@@ -100,8 +100,8 @@ def test_the_command_line_converts_and_proves_it(tmp_path: Path) -> None:
 
 @REAL
 def test_there_and_back_returns_the_released_bytes(tmp_path: Path) -> None:
-    sb.convert(SHARED / "mrpc.npy", tmp_path / "peft", "peft", t5_base())
-    sb.convert(tmp_path / "peft", tmp_path / "back.npy", "google", t5_base())
+    sb.convert(SHARED / "mrpc.npy", tmp_path / "peft", "peft", base=t5_base())
+    sb.convert(tmp_path / "peft", tmp_path / "back.npy", "google", base=t5_base())
     assert (tmp_path / "back.npy").read_bytes() == (SHARED / "mrpc.npy").read_bytes()
 
 
@@ -123,7 +123,7 @@ def test_a_file_without_suffix_is_read_like_t5x_writes_it(tmp_path: Path) -> Non
 def test_an_array_beside_a_checkpoint_is_not_its_prompt(tmp_path: Path) -> None:
     config = tiny_config("t5")
     prompt = random_input_prompt(BaseModel(config).geometry)
-    sb.save(prompt, tmp_path / "peft", "peft", config)
+    sb.save(prompt, tmp_path / "peft", format="peft", base=config)
     (tmp_path / "peft" / "softbridge.json").unlink()  # as PEFT writes it
     save(tmp_path / "peft" / "labels.npy", GOOD)
     assert read(tmp_path / "peft").format.name == "peft"
@@ -135,8 +135,8 @@ def test_an_array_beside_a_checkpoint_is_not_its_prompt(tmp_path: Path) -> None:
 def test_a_folder_is_recognised_if_an_array_is_all_it_holds(tmp_path: Path) -> None:
     config = tiny_config("t5")
     prompt = random_input_prompt(BaseModel(config).geometry)
-    sb.save(prompt, tmp_path / "source", "softbridge", config)
-    sb.convert(tmp_path / "source", tmp_path / "google", "google", config, verify=True)
+    sb.save(prompt, tmp_path / "source", format="softbridge", base=config)
+    sb.convert(tmp_path / "source", tmp_path / "google", "google", base=config, verify=True)
     names = {path.name for path in (tmp_path / "google").iterdir()}
     assert names == {"prompt.npy", "softbridge.json", "certificate.json"}
     assert read(tmp_path / "google").format.name == "google"
@@ -165,7 +165,7 @@ def test_bad_arrays_are_refused_and_nothing_is_written(
     source = tmp_path / "prompt.npy"
     np.save(source, array, allow_pickle=True)
     with pytest.raises(error, match=found) as refused:
-        sb.convert(source, tmp_path / "out", "peft", tiny_config("t5"))
+        sb.convert(source, tmp_path / "out", "peft", base=tiny_config("t5"))
     assert refused.value.expected
     assert refused.value.remedy
     assert not (tmp_path / "out").exists()

@@ -95,9 +95,9 @@ def test_it_trains_and_predicts(family: str, tmp_path: Path) -> None:
     assert after > before + 0.3
 
     prompt = sb.extract(model)
-    sb.save(prompt, tmp_path / "prompt", "softbridge", model)
+    sb.save(prompt, tmp_path / "prompt", format="softbridge", base=model)
     sb.detach(model)
-    loaded = sb.load(tmp_path / "prompt", model)
+    loaded = sb.load(tmp_path / "prompt", base=model)
     assert loaded.inputs[0].template == cloze.template, "the template and the verbaliser travel with the prompt"
     sb.attach(model, loaded)
     assert accuracy(model, replace(cloze, template=loaded.inputs[0].template), held_out) == after

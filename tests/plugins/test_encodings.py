@@ -23,11 +23,11 @@ def test_each_encoding_holds_the_same_prompt(name: str, encoding: str, tmp_path:
     config = tiny_config("t5" if name == "google" else "gpt2")
     make = random_input_prompt if name == "google" else random_prefix
     prompt = make(BaseModel(config).geometry)
-    sb.save(prompt, tmp_path / "out", name, config, accept=["positions"], encoding=encoding)
+    sb.save(prompt, tmp_path / "out", format=name, base=config, accept=["positions"], encoding=encoding)
     kinds = {Files(tmp_path / "out").kind(file) for file in Files(tmp_path / "out").names}
     assert kinds - {"json"} == {"pickle" if encoding == "bin" else encoding}
     assert any(path.suffix == SUFFIXES[encoding] for path in (tmp_path / "out").iterdir())
-    assert sb.load(tmp_path / "out", config).parts == prompt.parts
+    assert sb.load(tmp_path / "out", base=config).parts == prompt.parts
 
 
 def test_there_are_all_of_them() -> None:
@@ -38,7 +38,7 @@ def test_there_are_all_of_them() -> None:
 def test_another_encoding_is_refused(tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     with pytest.raises(OutputError, match="does not store tensors as 'npy'"):
-        sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "out", "peft", config, encoding="npy")
+        sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "out", format="peft", base=config, encoding="npy")
     assert not (tmp_path / "out").exists()
 
 
@@ -49,7 +49,7 @@ def test_adapterhub_loads_our_safetensors_though_it_cannot_save_its_own(tmp_path
     ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
     found = []
     for encoding in ("bin", "safetensors"):
-        sb.save(prompt, tmp_path / encoding, "adapterhub", config, encoding=encoding)
+        sb.save(prompt, tmp_path / encoding, format="adapterhub", base=config, encoding=encoding)
         model = tiny_model("llama")
         with torch.no_grad():
             bare = model(input_ids=ids).logits

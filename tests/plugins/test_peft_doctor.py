@@ -91,7 +91,7 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert "torch" in table
 
     config = tiny_config("gpt2")
-    sb.save(random_prefix(read_geometry(config)), tmp_path / "prefix", "peft", config)
+    sb.save(random_prefix(read_geometry(config)), tmp_path / "prefix", format="peft", base=config)
     config.save_pretrained(tmp_path / "base")
     told = json.loads(run(str(tmp_path / "prefix"), "--base", str(tmp_path / "base"), "--json"))
     assert "KeyValuePrefix" in told["prompt"]

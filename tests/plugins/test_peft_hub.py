@@ -32,7 +32,7 @@ def prompt(seed: int) -> SoftPrompt:
 
 
 def written(directory: Path, seed: int, format: str = "peft") -> Path:
-    sb.save(prompt(seed), directory, format, tiny_config("gpt2"))
+    sb.save(prompt(seed), directory, format=format, base=tiny_config("gpt2"))
     return directory
 
 
@@ -94,11 +94,11 @@ def test_the_cache_is_enough(cache: Path, tmp_path: Path) -> None:
     store(cache, "org/name", old, written(tmp_path / "old", 1), "v1")
     store(cache, "org/name", new, written(tmp_path / "new", 2), "main")
     assert same(sb.load("org/name"), 2)
-    assert same(sb.load("org/name", tiny_config("gpt2")), 2)
+    assert same(sb.load("org/name", base=tiny_config("gpt2")), 2)
     for named in (sb.load("org/name@v1"), sb.load("org/name", revision="v1"), sb.load("org/name", revision=old)):
         assert same(named, 1)
     assert same(sb.load("org/name@v1", format="peft", revision="v1"), 1)
-    report = sb.convert("org/name@v1", tmp_path / "converted", "softbridge", tiny_config("gpt2"))
+    report = sb.convert("org/name@v1", tmp_path / "converted", "softbridge", base=tiny_config("gpt2"))
     assert same(sb.load(tmp_path / "converted"), 1)
     assert (report.source.prompt.origin and report.source.prompt.origin.digests.keys()) >= {"adapter_config.json"}
     shown = CliRunner().invoke(app, ["inspect", "org/name@v1", "--json"])
@@ -112,14 +112,14 @@ def test_the_cache_is_enough(cache: Path, tmp_path: Path) -> None:
 def test_another_toolkits_files_are_had_by_their_id(cache: Path, tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     given = random_prefix(read_geometry(config), positions=Positions({"decoder": 0}, "skewed", "pinned"))
-    sb.save(given, tmp_path / "adapter", "adapterhub", config)
+    sb.save(given, tmp_path / "adapter", format="adapterhub", base=config)
     for name in ("softbridge.json", *(file.name for file in (tmp_path / "adapter").glob("*.md"))):
         (tmp_path / "adapter" / name).unlink(missing_ok=True)  # as AdapterHub itself leaves them
     store(cache, "org/adapter", "4" * 40, tmp_path / "adapter", "main")
     shutil.copytree(tmp_path / "adapter", tmp_path / "two" / "english")
     store(cache, "org/two", "5" * 40, tmp_path / "two", "main")
     for named in ("org/adapter", "org/two/english", "org/two/english@main"):
-        found = sb.read(named, config)
+        found = sb.read(named, base=config)
         assert (found.format.name, found.prompt.parts) == ("adapterhub", given.parts)
 
 

@@ -79,7 +79,7 @@ def apart(a: torch.Tensor, b: torch.Tensor) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_it_is_read_as_peft_runs_it(case: str, tmp_path: Path) -> None:
     config, expected = trained(case, tmp_path / "a")
-    prompt = sb.load(tmp_path / "a", config)
+    prompt = sb.load(tmp_path / "a", base=config)
     (part,) = prompt.prefixes
     assert prompt.origin is not None
     notes = " ".join(prompt.origin.notes)
@@ -101,12 +101,12 @@ def test_it_is_read_as_peft_runs_it(case: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("case", ["wider", "shared"])
 def test_it_is_written_for_peft_again(case: str, tmp_path: Path) -> None:
     config, expected = trained(case, tmp_path / "a")
-    report = sb.convert(tmp_path / "a", tmp_path / "b", "softbridge", config)
+    report = sb.convert(tmp_path / "a", tmp_path / "b", "softbridge", base=config)
     prompt = report.lowering.prompt
     assert engines()["peft"].obstacles(prompt, build(config, "causal-lm", torch.float64, 0)) == []
     assert apart(logits(config, prompt, "peft"), expected) < 1e-12
-    sb.convert(tmp_path / "b", tmp_path / "c", "peft", config)
-    assert sb.load(tmp_path / "c", config).parts == prompt.parts
+    sb.convert(tmp_path / "b", tmp_path / "c", "peft", base=config)
+    assert sb.load(tmp_path / "c", base=config).parts == prompt.parts
     loaded = peft.PeftModel.from_pretrained(build(config, "causal-lm", torch.float64, 0), tmp_path / "c").eval()
     with torch.no_grad():
         assert torch.equal(loaded(input_ids=IDS).logits, expected)
@@ -115,7 +115,7 @@ def test_it_is_written_for_peft_again(case: str, tmp_path: Path) -> None:
         other[3] = replace(other[3], values=-other[3].values)
         changed = replace(prompt, parts=(KeyValuePrefix("self", other),))
         with pytest.raises(LoweringError, match=r"\[shared-layers\] layers \[3\]"):
-            sb.save(changed, tmp_path / "d", "peft", config)
+            sb.save(changed, tmp_path / "d", format="peft", base=config)
 
 
 def test_sources_are_read_of_the_configuration() -> None:

@@ -109,7 +109,7 @@ def put(directory: Path, content: Mapping[str, bytes]) -> Path:
 
 
 def read(path: Path, family: str) -> SoftPrompt:
-    return sb.load(path, tiny_config(family))
+    return sb.load(path, base=tiny_config(family))
 
 
 def config_in(path: Path) -> dict[str, Any]:
@@ -174,8 +174,8 @@ def test_the_file_in_peft_and_the_canonical_prompt_compute_the_same(
     family: str, method: str, trained: Make, tmp_path: Path
 ) -> None:
     source, config = trained(family, method), tiny_config(family)
-    sb.save(read(source, family), tmp_path / "prompt.safetensors", "softbridge", config)
-    certificate = sb.verify(source, tmp_path / "prompt.safetensors", config)
+    sb.save(read(source, family), tmp_path / "prompt.safetensors", format="softbridge", base=config)
+    certificate = sb.verify(source, tmp_path / "prompt.safetensors", base=config)
     assert certificate.source.engine == "peft"
     assert certificate.source.loaded
     # On transformers 4 the native engine cannot run every model.
@@ -194,12 +194,12 @@ def test_a_model_with_an_even_number_of_layers_runs_the_cartridge_that_peft_runs
     )
     model.save_pretrained(tmp_path / "source")
     config = tiny_config("t5", **sizes)
-    prompt = sb.load(tmp_path / "source", config)
+    prompt = sb.load(tmp_path / "source", base=config)
     assert prompt.training is not None
     assert prompt.training.tensors["self.frozen"].shape == (2, 2 * 4 * 4 * 8)
     assert rematerialise(prompt) == prompt
-    sb.save(prompt, tmp_path / "written", "peft", config)
-    assert sb.load(tmp_path / "written", config) == prompt
+    sb.save(prompt, tmp_path / "written", format="peft", base=config)
+    assert sb.load(tmp_path / "written", base=config) == prompt
     found = logits(peft.PeftModel.from_pretrained(tiny_model("t5", **sizes), tmp_path / "written").eval())
     assert torch.equal(found, logits(model.eval()))
 
@@ -235,7 +235,7 @@ def test_the_training_state_of_a_live_model_is_kept_beside_what_peft_saves(
     lost = family == "t5" and method == "p-tuning-lstm"  # the LSTM of two submodules runs over rows that are not used
     assert (prompt.training and prompt.training.kind) == (None if lost else {**THROWN, **STORED}[method])
 
-    sb.save(prompt, tmp_path / "ours", "peft", config)
+    sb.save(prompt, tmp_path / "ours", format="peft", base=config)
     again = read(tmp_path / "ours", family)
     assert again == prompt
     kept = method in THROWN and not lost
@@ -296,7 +296,7 @@ def test_one_submodule_of_an_encoder_decoder_model_has_the_whole_state(tmp_path:
         prompt = ENGINE.extract(model)
         assert (prompt.training and prompt.training.kind) == {**THROWN, **STORED}[method]
         model.save_pretrained(tmp_path / method)
-        sb.save(prompt, tmp_path / f"{method}-ours", "peft", config)
+        sb.save(prompt, tmp_path / f"{method}-ours", format="peft", base=config)
         assert config_in(tmp_path / f"{method}-ours") == config_in(tmp_path / method)
         ours, theirs = (tensors_in(tmp_path / name) for name in (f"{method}-ours", method))
         assert ours.keys() == theirs.keys()
@@ -340,7 +340,7 @@ def test_training_states_from_elsewhere_become_peft_files(
 ) -> None:
     config = tiny_config("llama")
     prompt = enlarged(method.initialise(read_geometry(config), seed=3))
-    sb.save(prompt, tmp_path / "written", "peft", config, encoding=encoding)
+    sb.save(prompt, tmp_path / "written", format="peft", base=config, encoding=encoding)
     assert read(tmp_path / "written", "llama") == prompt
     written = config_in(tmp_path / "written")
     assert written["peft_type"] == peft_type
@@ -386,9 +386,9 @@ def test_training_states_go_around_the_world(tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     for method, kind in {**THROWN, **STORED}.items():
         prompt = ENGINE.extract(live("gpt2", method))
-        sb.save(prompt, tmp_path / f"{method}.safetensors", "softbridge", config)
+        sb.save(prompt, tmp_path / f"{method}.safetensors", format="softbridge", base=config)
         verify = method in ("context-aware", "cartridge")  # each of the two kinds of part
-        report = sb.convert(tmp_path / f"{method}.safetensors", tmp_path / method, "peft", config, verify=verify)
+        report = sb.convert(tmp_path / f"{method}.safetensors", tmp_path / method, "peft", base=config, verify=verify)
         assert report.certificate is None or report.certificate.same
         assert (report.certificate is None) != verify
         again = read(tmp_path / method, "gpt2")
@@ -419,10 +419,10 @@ def test_what_does_not_belong_to_the_prompt_is_not_written(tmp_path: Path) -> No
         wrong = replace(wrong, positions=replace(wrong.positions, start=wrong.counted()))
         assert [obstacle.name for obstacle in FORMAT.obstacles(wrong, geometry)] == ["training"]
         if reason == "'alchemy'":  # what nobody knows is left out, and said to be
-            assert sb.save(wrong, tmp_path / "alchemy", "peft", config).steps[0].name == "eject"
+            assert sb.save(wrong, tmp_path / "alchemy", format="peft", base=config).steps[0].name == "eject"
             continue
         with pytest.raises(LoweringError, match=reason):
-            sb.save(wrong, tmp_path / "out", "peft", config)
+            sb.save(wrong, tmp_path / "out", format="peft", base=config)
         assert not (tmp_path / "out").exists()
 
 
@@ -452,7 +452,7 @@ def test_stale_files_of_softbridge_are_dropped_on_request(tmp_path: Path) -> Non
         return result.exit_code, json.loads(result.stdout)
 
     model = live("llama", "p-tuning")
-    sb.save(ENGINE.extract(model), tmp_path / "ours", "peft", tiny_config("llama"))
+    sb.save(ENGINE.extract(model), tmp_path / "ours", format="peft", base=tiny_config("llama"))
     status, found = convert("fresh", "--drop", "training")
     assert status == 0
     assert any(step["name"] == "drop" and "cannot be resumed" in step["note"] for step in found["steps"])
@@ -482,9 +482,9 @@ def test_stale_files_of_softbridge_are_dropped_on_request(tmp_path: Path) -> Non
 def test_the_task_that_is_meant_is_not_dropped_with_the_matrices(trained: Make, tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     second = rematerialise(read(trained("gpt2", "multitask"), "gpt2"), 1)
-    sb.save(second, tmp_path / "second", "peft", config)
-    sb.convert(tmp_path / "second", tmp_path / "out", "peft", config, drop=["training"])
-    assert sb.load(tmp_path / "out", config) == replace(second, training=None)
+    sb.save(second, tmp_path / "second", format="peft", base=config)
+    sb.convert(tmp_path / "second", tmp_path / "out", "peft", base=config, drop=["training"])
+    assert sb.load(tmp_path / "out", base=config) == replace(second, training=None)
     assert config_in(tmp_path / "out")["peft_type"] == "PROMPT_TUNING"
 
 
@@ -536,7 +536,7 @@ def test_every_task_is_run_as_peft_runs_it(family: str, trained: Make, tmp_path:
     outputs = []
     for task in range(example.TASKS):
         prompt = rematerialise(first, task)
-        sb.save(prompt, tmp_path / str(task), "peft", config)
+        sb.save(prompt, tmp_path / str(task), format="peft", base=config)
         assert (tmp_path / str(task) / facts.TRAINING_FILE).exists() == (task > 0)
         again = read(tmp_path / str(task), family)
         assert again == prompt
@@ -578,7 +578,7 @@ def test_a_mixed_batch_has_the_tasks_that_its_caller_names(trained: Make) -> Non
 
 def test_one_task_alone_is_a_prompt_of_prompt_tuning(trained: Make, tmp_path: Path) -> None:
     prompt = rematerialise(read(trained("llama", "multitask"), "llama"), 2)
-    sb.save(replace(prompt, training=None), tmp_path / "one", "peft", tiny_config("llama"))
+    sb.save(replace(prompt, training=None), tmp_path / "one", format="peft", base=tiny_config("llama"))
     written = config_in(tmp_path / "one")
     assert written["peft_type"] == "PROMPT_TUNING"
     assert not any("task" in name for name in written.keys() - {"task_type"})
@@ -587,7 +587,7 @@ def test_one_task_alone_is_a_prompt_of_prompt_tuning(trained: Make, tmp_path: Pa
 
 
 def test_a_conversion_says_which_task_it_takes(trained: Make, tmp_path: Path) -> None:
-    report = sb.convert(trained("gpt2", "multitask"), tmp_path / "out", "softbridge", tiny_config("gpt2"))
+    report = sb.convert(trained("gpt2", "multitask"), tmp_path / "out", "softbridge", base=tiny_config("gpt2"))
     assert any("one task of 3" in step.note for step in report.steps)
 
 
@@ -611,7 +611,7 @@ def test_where_peft_is_not_told_the_task_it_gets_the_prompt_of_that_task(tmp_pat
     """See peft-multitask-task: without a classifier a prompt for BERT is for feature extraction."""
     config = tiny_config("bert")
     prompt = rematerialise(enlarged(MultitaskPromptTuning(2, 1, LENGTH).initialise(read_geometry(config))), 1)
-    sb.save(prompt, tmp_path / "out", "peft", config)
+    sb.save(prompt, tmp_path / "out", format="peft", base=config)
     assert config_in(tmp_path / "out")["peft_type"] == "PROMPT_TUNING"
     assert not any("task_ids" in line for line in FORMAT.advice(prompt, None))
     assert read(tmp_path / "out", "bert") == prompt
@@ -641,7 +641,7 @@ def test_unknown_fields_are_given_back(method: str, trained: Make, tmp_path: Pat
     content = {path.name: path.read_bytes() for path in trained("llama", method).iterdir() if path.is_file()}
     config = {**json.loads(content[facts.CONFIG_FILE]), "new_setting": [1], "revision": "main"}
     folder = put(tmp_path / "source", {**content, facts.CONFIG_FILE: json.dumps(config).encode()})
-    sb.save(read(folder, "llama"), tmp_path / "written", "peft", tiny_config("llama"))
+    sb.save(read(folder, "llama"), tmp_path / "written", format="peft", base=tiny_config("llama"))
     assert config_in(tmp_path / "written") == config
 
 
@@ -652,7 +652,7 @@ def test_a_cartridge_that_is_frozen_whole_has_nothing_to_train(trained: Make, tm
     folder = put(tmp_path / "source", {**content, facts.CONFIG_FILE: json.dumps(config).encode()})
     prompt = read(folder, "llama")
     assert prompt.training is None
-    sb.save(prompt, tmp_path / "written", "peft", tiny_config("llama"))
+    sb.save(prompt, tmp_path / "written", format="peft", base=tiny_config("llama"))
     assert config_in(tmp_path / "written") == config
     assert torch.equal(logits(loaded("llama", tmp_path / "written")), logits(loaded("llama", source)))
 
@@ -761,7 +761,7 @@ def test_the_only_adapter_in_a_subfolder_is_read_from_above(tmp_path: Path) -> N
     prompt = sb.load(folder)
     assert prompt == sb.load(folder / "english")
     config = tiny_config("gpt2")
-    report = sb.convert(folder, tmp_path / "out", "softbridge", config, verify=True)
+    report = sb.convert(folder, tmp_path / "out", "softbridge", base=config, verify=True)
     assert report.certificate is not None
     assert report.certificate.source.loaded
     assert report.certificate.same
@@ -785,7 +785,7 @@ def test_an_adapter_beside_subfolders_is_read_as_peft_reads_it(tmp_path: Path) -
 def test_a_subfolder_with_a_manifest_is_not_read_without_it(tmp_path: Path) -> None:
     """Its positions would be lost."""
     config = tiny_config("gpt2")
-    sb.save(random_prefix(read_geometry(config)), tmp_path / "above" / "ours", "peft", config)
+    sb.save(random_prefix(read_geometry(config)), tmp_path / "above" / "ours", format="peft", base=config)
     with pytest.raises(CheckpointError, match="ours"):
         sb.load(tmp_path / "above")
     assert sb.load(tmp_path / "above" / "ours").prefixes
@@ -794,7 +794,7 @@ def test_a_subfolder_with_a_manifest_is_not_read_without_it(tmp_path: Path) -> N
 def test_a_subfolder_beside_another_format_is_a_neighbour(tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     prompt = random_prefix(read_geometry(config))
-    sb.save(prompt, tmp_path / "above", "softbridge", config)
+    sb.save(prompt, tmp_path / "above", format="softbridge", base=config)
     named(tmp_path / "above", ("english", 4))
     assert sb.load(tmp_path / "above").prefixes
     (tmp_path / "above" / "english" / facts.CONFIG_FILE).write_text("{")
@@ -833,7 +833,7 @@ def test_methods_that_peft_does_not_have_are_refused(tmp_path: Path) -> None:
 
 def test_a_multitask_prompt_of_another_model_is_refused(trained: Make) -> None:
     with pytest.raises(BaseModelError, match="width"):
-        sb.load(trained("llama", "multitask"), tiny_config("llama", hidden_size=40))
+        sb.load(trained("llama", "multitask"), base=tiny_config("llama", hidden_size=40))
 
 
 def test_training_state_without_a_task_is_of_the_first() -> None:

@@ -149,7 +149,7 @@ def test_files_mean_what_the_release_computed(release: str, tmp_path: Path) -> N
     for case in set(golden.cases) - refused:
         family, _ = case.split(".")
         source, config = golden.put(case, tmp_path / case), base(family).config
-        prompt, expected = sb.load(source, config), golden.tensors[f"{case}.logits"]
+        prompt, expected = sb.load(source, base=config), golden.tensors[f"{case}.logits"]
         assert apart(logits(family, prompt), expected) <= bound(case, expected), case
         assert apart(logits(family, None), expected) > 0.05, case
 
@@ -158,12 +158,12 @@ def test_files_mean_what_the_release_computed(release: str, tmp_path: Path) -> N
         changed = CHANGED.get((release, case))
         if changed == "parts":
             with pytest.raises(LoweringError, match=r"\[parts\]"):
-                sb.save(prompt, tmp_path / "written" / case, "peft", config)
+                sb.save(prompt, tmp_path / "written" / case, format="peft", base=config)
             continue
-        sb.save(prompt, tmp_path / "written" / case, "peft", config, encoding=encoding)
+        sb.save(prompt, tmp_path / "written" / case, format="peft", base=config, encoding=encoding)
         written = weights(tmp_path / "written" / case)
         assert (written == weights(source)) == (changed is None), case
-        again = sb.load(tmp_path / "written" / case, config)
+        again = sb.load(tmp_path / "written" / case, base=config)
         assert again == prompt
         assert changed is None or apart(logits(family, again), expected) <= bound(case, expected)
 
@@ -173,7 +173,7 @@ def test_the_order_of_an_old_bloom_prefix_depends_on_who_wrote_it(tmp_path: Path
     config, expected = base("bloom").config, golden.tensors["bloom.prefix-tuning.logits"]
     old = golden.put(case, tmp_path / "old")
     past = {layer: [golden.tensors[f"{case}.past.{layer}.{half}"] for half in ("keys", "values")] for layer in (0, 1)}
-    for layer, pair in sb.load(old, config).prefixes[0].layers.items():
+    for layer, pair in sb.load(old, base=config).prefixes[0].layers.items():
         keys, values = past[layer]  # [B·K, D, P] and [B·K, P, D]
         assert torch.equal(torch.from_numpy(pair.keys.copy()), keys.transpose(1, 2).to(torch.float32))
         assert torch.equal(torch.from_numpy(pair.values.copy()), values.to(torch.float32))
@@ -182,16 +182,16 @@ def test_the_order_of_an_old_bloom_prefix_depends_on_who_wrote_it(tmp_path: Path
         assert prompt.origin is not None
         return " ".join(prompt.origin.notes)
 
-    assert "reordered" in note(sb.load(old, config))
-    new = sb.load(golden.put(case, tmp_path / "new", peft_version="0.18.0"), config)
+    assert "reordered" in note(sb.load(old, base=config))
+    new = sb.load(golden.put(case, tmp_path / "new", peft_version="0.18.0"), base=config)
     assert apart(logits("bloom", new), expected) > 0.1
     assert note(new) == ""
     silent = golden.put(case, tmp_path / "silent")
     (silent / facts.CARD_FILE).unlink()
-    assert sb.load(silent, config) == new
-    assert peft_releases.UNKNOWN_BLOOM in note(sb.load(silent, config))
+    assert sb.load(silent, base=config) == new
+    assert peft_releases.UNKNOWN_BLOOM in note(sb.load(silent, base=config))
     said = golden.put(case, tmp_path / "said", peft_version="0.12.0@abc")
-    assert sb.load(said, config) == sb.load(old, config)
+    assert sb.load(said, base=config) == sb.load(old, base=config)
     named = golden.put(case, tmp_path / "named", base_model_name_or_path="bigscience/bloom-560m")
     with pytest.raises(BaseModelError, match="bloom-560m by an old release"):
         sb.load(named)
@@ -201,15 +201,15 @@ def test_the_first_release_prompts_both_stacks(tmp_path: Path) -> None:
     golden = Golden("0.3.0")
     for case in ("t5.prompt-tuning", "t5.p-tuning"):
         expected = golden.tensors[f"{case}.logits"]
-        prompt = sb.load(golden.put(case, tmp_path / case), base("t5").config)
+        prompt = sb.load(golden.put(case, tmp_path / case), base=base("t5").config)
         assert [part.stack for part in prompt.inputs] == ["encoder", "decoder"]
         half = parts.choose(prompt, "encoder-input")
         assert apart(logits("t5", half), expected) > 0.1
         # Which is what later releases make of such a file.
-        later = sb.load(golden.put(case, tmp_path / f"{case}-later", revision=None), base("t5").config)
+        later = sb.load(golden.put(case, tmp_path / f"{case}-later", revision=None), base=base("t5").config)
         assert apart(logits("t5", later), logits("t5", half)) == 0
-        sb.save(half, tmp_path / f"{case}-half", "peft", base("t5").config)
-        assert sb.load(tmp_path / f"{case}-half", base("t5").config) == half
+        sb.save(half, tmp_path / f"{case}-half", format="peft", base=base("t5").config)
+        assert sb.load(tmp_path / f"{case}-half", base=base("t5").config) == half
 
 
 def test_what_no_release_could_run_is_refused_for_its_base(tmp_path: Path) -> None:
@@ -217,7 +217,7 @@ def test_what_no_release_could_run_is_refused_for_its_base(tmp_path: Path) -> No
     for release in ("0.5.0", "0.7.1", "0.10.0"):
         source = Golden(release).put("llama.prefix-tuning", tmp_path / release)
         with pytest.raises(BaseModelError, match="4 key/value heads of size 2 in layer 0, the model has 2"):
-            sb.load(source, base("llama").config)
+            sb.load(source, base=base("llama").config)
 
 
 def test_releases_are_recognised() -> None:
@@ -242,7 +242,7 @@ def test_geometry_decides_which_heads_count(tmp_path: Path) -> None:
     golden, case = Golden("0.7.1"), "gpt_bigcode.prefix-tuning"
     source = golden.put(case, tmp_path / "old")
     assert sb.load(source).prefixes[0].layers[0].keys.shape == (4, 3, 2)
-    prefix = sb.load(source, base("gpt_bigcode").config).prefixes[0]
+    prefix = sb.load(source, base=base("gpt_bigcode").config).prefixes[0]
     for layer, pair in prefix.layers.items():
         fused = golden.tensors[f"{case}.past.{layer}"][0]  # [P, 2·D]
         both = torch.cat([torch.from_numpy(half[0].copy()) for half in (pair.keys, pair.values)], dim=1)

@@ -115,7 +115,7 @@ def test_training_goes_on_with_the_losses_that_it_would_have_had(family: str, me
     again.save_pretrained(tmp_path / "again")
     model.save_pretrained(tmp_path / "uninterrupted")
     config = tiny_config(family, **CALM[family])
-    assert sb.load(tmp_path / "again", config) == sb.load(tmp_path / "uninterrupted", config)
+    assert sb.load(tmp_path / "again", base=config) == sb.load(tmp_path / "uninterrupted", base=config)
     assert losses(resume(base(family), tmp_path / "again")) == losses(model)
 
 
@@ -124,7 +124,7 @@ def test_the_prompt_that_softbridge_loads_is_put_into_a_live_model(tmp_path: Pat
     for method in THROWN:
         model = live("llama", method)
         model.save_pretrained(tmp_path / method)
-        sb.save(sb.extract(model), tmp_path / f"{method}.safetensors", "softbridge", tiny_config("llama"))
+        sb.save(sb.extract(model), tmp_path / f"{method}.safetensors", format="softbridge", base=tiny_config("llama"))
         expected = losses(model)
         other = live("llama", method, **({} if method == "context-aware" else {"encoder_hidden_size": 20}))
         losses(other, 1)
@@ -174,7 +174,7 @@ def test_dropout_is_left_out_of_what_is_kept(tmp_path: Path) -> None:
     model = resumable(live("llama", "p-tuning-lstm", encoder_dropout=0.5))
     model.save_pretrained(tmp_path / "saved")
     assert model.prompt_encoder["default"].training
-    assert sb.load(tmp_path / "saved", tiny_config("llama")) == sb.extract(model)
+    assert sb.load(tmp_path / "saved", base=tiny_config("llama")) == sb.extract(model)
 
 
 def test_an_adapter_of_another_name_is_kept_in_its_folder(tmp_path: Path) -> None:
@@ -277,5 +277,5 @@ def test_the_trainer_resumes_a_projected_prefix(tmp_path: Path) -> None:
     resumed = trainer(resumable(live("llama", "prefix-tuning-projected")), tmp_path / "resumed", False)
     resumed.train(resume_from_checkpoint=str(checkpoint))
     assert curve(resumed, "loss") == curve(run, "loss")
-    prompt = sb.load(checkpoint, tiny_config("llama"))
+    prompt = sb.load(checkpoint, base=tiny_config("llama"))
     assert prompt.training is not None

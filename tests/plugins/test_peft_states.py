@@ -60,14 +60,14 @@ def test_it_is_what_peft_would_have_saved(method: str, file: str, tmp_path: Path
     state(model, tmp_path / "whole" / file)
     settings = copy.deepcopy(model.peft_config["default"])
     settings.save_pretrained(tmp_path / "whole")
-    found, own = sb.load(tmp_path / "whole", config), sb.load(tmp_path / "own", config)
+    found, own = sb.load(tmp_path / "whole", base=config), sb.load(tmp_path / "own", base=config)
     assert found.parts == own.parts
     assert found.positions == own.positions
     assert (found.training is not None) == (method not in ("prompt", "prefix"))
     other = made(method)
     next(iter(other.prompt_encoder.parameters())).data.add_(0.1)
     state(other, tmp_path / "whole" / file)
-    assert sb.load(tmp_path / "whole", config).parts != own.parts
+    assert sb.load(tmp_path / "whole", base=config).parts != own.parts
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -76,7 +76,7 @@ def test_the_head_comes_along(tmp_path: Path) -> None:
     model.save_pretrained(tmp_path / "own")
     state(model, tmp_path / "whole" / "model.safetensors")
     model.peft_config["default"].save_pretrained(tmp_path / "whole")
-    found, own = sb.load(tmp_path / "whole", config), sb.load(tmp_path / "own", config)
+    found, own = sb.load(tmp_path / "whole", base=config), sb.load(tmp_path / "own", base=config)
     assert own.head
     assert found == own or (found.parts, found.head.keys()) == (own.parts, own.head.keys())
     assert all((found.head[name] == own.head[name]).all() for name in own.head)
@@ -87,8 +87,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     state(model, tmp_path / "alone" / "model.safetensors")
     for path in (tmp_path / "alone", tmp_path / "alone" / "model.safetensors"):
         with pytest.raises(CheckpointError, match=r"whole PeftModel(.|\n)*adapter_config.json beside it"):
-            sb.load(path, tiny_config("llama"))
+            sb.load(path, base=tiny_config("llama"))
     base = tiny_model("llama", torch.float32)
     save_file({n: t.clone().contiguous() for n, t in base.state_dict().items()}, tmp_path / "model.safetensors")
     with pytest.raises(UnknownFormatError):
-        sb.load(tmp_path / "model.safetensors", BaseModel(tiny_config("llama")))
+        sb.load(tmp_path / "model.safetensors", base=BaseModel(tiny_config("llama")))

@@ -160,11 +160,13 @@ def test_there_and_back_and_the_same_in_both_engines(family: str, tmp_path: Path
             continue
         live = example.train(copy.deepcopy(model), _task(model), method, length=LENGTH, steps=1, seed=1)
         live.save_pretrained(folder / "source")
-        sb.save(sb.load(folder / "source", config), folder / "canonical.safetensors", "softbridge", config)
-        sb.save(sb.load(folder / "canonical.safetensors", config), folder / "written", "peft", config)
+        sb.save(
+            sb.load(folder / "source", base=config), folder / "canonical.safetensors", format="softbridge", base=config
+        )
+        sb.save(sb.load(folder / "canonical.safetensors", base=config), folder / "written", format="peft", base=config)
         assert content(folder / "written") == content(folder / "source"), method
 
-        prompt = sb.load(folder / "written", config)
+        prompt = sb.load(folder / "written", base=config)
         wrong = generate_fault(ENGINE, prompt, base.geometry) is not None  # then it picks tokens through its forward
         with attached(ENGINE, copy.deepcopy(model), prompt) as running:
             expected = run(running, [replace(probe, stepwise=wrong) for probe in probes])

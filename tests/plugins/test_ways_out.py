@@ -95,7 +95,7 @@ def test_a_task_is_taken_alone(tmp_path: Path) -> None:
         prompt.parts, prompt.positions, prompt.base, training=Training("multitask", {"task": 0}, tensors)
     )
     prompt = rematerialise(prompt, 0)
-    sb.save(prompt, tmp_path / "p", "softbridge", base)
+    sb.save(prompt, tmp_path / "p", format="softbridge", base=base)
     found = []
     for task in range(3):
         alone = sb.load(tmp_path / "p", task=task)

@@ -184,7 +184,7 @@ def _read(prompt: SoftPrompt | str | Path, base: BaseModel, task: int | None = N
     from softbridge.checkpoint.read import load
 
     if isinstance(prompt, (str, Path)):
-        return load(prompt, base, task=task)
+        return load(prompt, base=base, task=task)
     return prompt if task is None else of_task(prompt, task)
 
 

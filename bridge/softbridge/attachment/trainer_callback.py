@@ -85,7 +85,7 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]
         if not state.is_world_process_zero:
             return
         checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
-        self._write(load(checkpoint, _under(model)), checkpoint / FOLDER, model)
+        self._write(load(checkpoint, base=_under(model)), checkpoint / FOLDER, model)
         for name in self.formats if self.verify else ():
             certificate = verify(checkpoint, checkpoint / FOLDER / name, base=_generating(model))
             if not certificate.same:
@@ -97,7 +97,9 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]
 
     def _write(self, prompt: SoftPrompt, folder: Path, model: Any) -> None:
         for name in self.formats:
-            save(prompt, folder / name, name, _under(model), accept=self.accept.get(name, ()), overwrite=True)
+            save(
+                prompt, folder / name, format=name, base=_under(model), accept=self.accept.get(name, ()), overwrite=True
+            )
 
 
 def _generating(model: Any) -> Any:

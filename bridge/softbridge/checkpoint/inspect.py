@@ -12,7 +12,7 @@ from softbridge.prompt.part import InputPrompt
 from softbridge.prompt.soft_prompt import SoftPrompt
 
 
-def inspection(path: Path, base: str | None) -> dict[str, Any]:
+def inspection(path: Path, *, base: str | None = None) -> dict[str, Any]:
     """What can be said of a file; without its base model, if it can only be understood with it."""
     from softbridge.checkpoint.read import files_at, read, recognise
 
@@ -22,7 +22,7 @@ def inspection(path: Path, base: str | None) -> dict[str, Any]:
     for name in files.names:
         found["files"][name] = {"sha256": files.digest(name)}
     try:
-        loaded = read(path, base)
+        loaded = read(path, base=base)
     except BaseModelError as error:
         if base is not None:
             raise

@@ -44,9 +44,9 @@ def recognise(files: untrusted.Files) -> Format:
 
 def read(
     path: str | Path,
+    *,
     base: Any = None,
     format: str | None = None,
-    *,
     revision: str | None = None,
     drop: Collection[str] = (),
     trained_on: str | None = None,
@@ -139,9 +139,9 @@ def _files_of(folder: Path, form: Format | None) -> Sequence[str] | None:
 
 def load(
     path: str | Path,
+    *,
     base: Any = None,
     format: str | None = None,
-    *,
     revision: str | None = None,
     task: int | None = None,
     trained_on: str | None = None,
@@ -154,5 +154,5 @@ def load(
     Raises:
         SoftbridgeError: it has no such task.
     """
-    prompt = read(path, base, format, revision=revision, trained_on=trained_on).prompt
+    prompt = read(path, base=base, format=format, revision=revision, trained_on=trained_on).prompt
     return prompt if task is None else of_task(prompt, task)

@@ -27,9 +27,9 @@ FILE_SUFFIXES = frozenset((".npy", ".safetensors", ".bin", ".pt", ".pth", ".ckpt
 def save(
     prompt: SoftPrompt,
     path: str | Path,
+    *,
     format: str,
     base: Any = None,
-    *,
     accept: Collection[str] = (),
     encoding: str | None = None,
     dtype: str | None = None,

@@ -90,7 +90,7 @@ def convert(
                 source,
                 target,
                 to,
-                base,
+                base=base,
                 format=source_format,
                 accept=accept or (),
                 encoding=encoding,

@@ -37,7 +37,7 @@ def run(source: str, target: str, directory: Path | None, console: Console) -> C
             f"{_listing(trained)}"
         )
     )
-    report = convert(trained, converted, target, tiny_config("llama"), verify=True)
+    report = convert(trained, converted, target, base=tiny_config("llama"), verify=True)
     console.print(shown(f"2. softbridge converted it to {target}: {_listing(converted)}"))
     console.print(steps_table(report.steps))
     console.print(shown("3. both were run on the same texts:"))

@@ -21,7 +21,7 @@ def inspect(
 ) -> None:
     """What is this file, for which base model, and is it healthy?"""
     try:
-        found = inspection(path, base)
+        found = inspection(path, base=base)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:

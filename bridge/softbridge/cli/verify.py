@@ -100,7 +100,7 @@ def verify(
         return run(
             a,
             b,
-            base,
+            base=base,
             weights=weights,
             dtype=dtype.value,
             seed=seed,
@@ -140,7 +140,7 @@ def probe(
         with quiet():
             recording = run(
                 path,
-                base,
+                base=base,
                 against=against,
                 weights=weights,
                 dtype=dtype.value,

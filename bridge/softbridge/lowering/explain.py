@@ -45,7 +45,7 @@ class Explanation:
         return {**vars(self), "steps": [vars(s) for s in self.steps], "obstacles": [vars(o) for o in self.obstacles]}
 
 
-def explain(source: str, target: str, method: str, base: Any) -> Explanation:
+def explain(source: str, target: str, method: str, *, base: Any) -> Explanation:
     """What converting a prompt of this method between two formats comes to.
 
     Args:
@@ -93,7 +93,9 @@ def explanations(source: str, target: str, method: str | None, base: Any) -> lis
         SoftbridgeError: there is no such method; see also `explain`.
     """
     names = list(METHODS) if method is None else [method]
-    return [(name, explain(source, target, known, model)) for known in names for name, model in _bases(base).items()]
+    return [
+        (name, explain(source, target, known, base=model)) for known in names for name, model in _bases(base).items()
+    ]
 
 
 def _bases(base: Any) -> dict[str, BaseModel]:

@@ -20,7 +20,7 @@ def matrix() -> Matrix:
 
     bases = {family: BaseModel(tiny_config(family)).imagine() for family in KINDS}
     return {
-        (method, source, target): {family: explain(source, target, method, base) for family, base in bases.items()}
+        (method, source, target): {family: explain(source, target, method, base=base) for family, base in bases.items()}
         for method in METHODS
         for source, target in permutations(formats(), 2)
     }

@@ -37,8 +37,8 @@ from softbridge.verification.small_models import BUDGET
 def verify(
     a: str | Path,
     b: str | Path,
-    base: Any,
     *,
+    base: Any,
     weights: bool = False,
     dtype: str = "float32",
     seed: int = 0,
@@ -114,7 +114,7 @@ def _across(
         where = python.get(loaded.format.engine)
         if where is None:
             setting: dict[str, Any] = {"dtype": dtype, "seed": seed, "texts": texts, "memory": memory}
-            sides.append(probe(loaded.path, base, against=other.path, weights=weights, **setting))
+            sides.append(probe(loaded.path, base=base, against=other.path, weights=weights, **setting))
             continue
         options = {"--base": base, "--against": other.path, "--dtype": dtype, "--seed": seed, "--memory": memory}
         arguments = [str(word) for option in options.items() for word in option]
@@ -185,8 +185,8 @@ def verify_prompts(
 
 def probe(
     path: str | Path,
-    base: Any,
     *,
+    base: Any,
     against: str | Path | None = None,
     weights: bool = False,
     dtype: str = "float32",

@@ -73,7 +73,7 @@ def verify_again(path: str | Path, base: Any = None) -> Again:
         certificate = verify_claim(source, target, model, claim, **setting)
     else:  # an earlier one: what is claimed is what the files say
         weights = recorded["weights"] == "the model's own"
-        certificate = verify(source, target, model, weights=weights, level=level, **setting)
+        certificate = verify(source, target, base=model, weights=weights, level=level, **setting)
     changes = []
     for name, side in zip(("source", "target"), sides, strict=True):
         changes += _changes(name, side or {}, getattr(certificate, name))

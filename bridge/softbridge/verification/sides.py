@@ -43,11 +43,14 @@ def read_sides(a: str | Path, b: str | Path, base: BaseModel, claim: Claim | Non
     """
     if claim is not None:
         how: dict[Which | None, Mapping[str, Any]] = {claim.origin: claim.choice.reading}
-        return {"source": read(a, base, **how.get("source", {})), "target": read(b, base, **how.get("target", {}))}
-    target = read(b, base)
-    source = read(a, base, **_reading(target, a))
+        return {
+            "source": read(a, base=base, **how.get("source", {})),
+            "target": read(b, base=base, **how.get("target", {})),
+        }
+    target = read(b, base=base)
+    source = read(a, base=base, **_reading(target, a))
     if reading := _reading(source, b):
-        target = read(b, base, **reading)
+        target = read(b, base=base, **reading)
     return {"source": source, "target": target}
 
 
@@ -106,7 +109,7 @@ def alone(path: str | Path, base: BaseModel, *, weights: bool = False) -> tuple[
     Raises:
         CheckpointError: see `softbridge.checkpoint.read.read`.
     """
-    loaded = read(path, base)
+    loaded = read(path, base=base)
     return _here(Claim().about([loaded.prompt], loaded.steps, weights=weights), loaded, loaded.prompt, base)
 
 
