@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from softbridge.checkpoint.read import read
+from softbridge.errors import PluginError
 from softbridge.geometry import Geometry
-from softbridge.plugin.registry import engines
+from softbridge.plugin import registry
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.selfcheck.verdict import Verdict, verdicts
 from softbridge_compat import versions
 from softbridge_compat.defects import Defect
-from softbridge_compat.defects import defects as known
 from softbridge_compat.untested import Untested, untested
 
 
@@ -58,7 +59,7 @@ class Diagnosis:
 def defects(
     prompt: SoftPrompt | None = None, geometry: Geometry | None = None, engines: Collection[str] | None = None
 ) -> tuple[Defect, ...]:
-    """The known defects that the installed versions have, in the order of `softbridge_compat.defects`.
+    """The defects of which plugins know, and which the installed versions have, sorted by id.
 
     Depends on nothing but its arguments and what is installed; reads no file and imports no toolkit.
 
@@ -66,14 +67,30 @@ def defects(
         prompt: if given, only those that can be met with it.
         geometry: of its base model, if that is known; without it, those that can be met on any base model.
         engines: names of the engines that run it; all if None.
+
+    Raises:
+        PluginError: a plugin's defect cannot say whether it applies.
     """
     return tuple(
         defect
-        for defect in known()
+        for defect in registry.defects().values()
         if (engines is None or defect.engine in engines)
-        and defect.applies()
-        and (prompt is None or defect.concerns(prompt, geometry))
+        and _says(defect, defect.applies)
+        and (prompt is None or _says(defect, partial(defect.concerns, prompt, geometry)))
     )
+
+
+def _says(defect: Defect, asked: Callable[[], bool]) -> bool:
+    """What a defect answers. Its code is foreign: that it fails is no fault of this program."""
+    try:
+        return bool(asked())
+    except Exception as error:
+        owner = registry.owners()["softbridge_defects"][defect.id]
+        raise PluginError(
+            f"the defect '{defect.id}' of the plugin '{owner}' cannot say whether it applies: {error!r}",
+            "true or false",
+            "update or uninstall the package that brings the plugin",
+        ) from error
 
 
 def named(defect: Defect) -> dict[str, str]:
@@ -92,7 +109,7 @@ def diagnose(path: str | Path | None = None, base: Any = None) -> Diagnosis:
         SoftbridgeError: the prompt cannot be read; see `softbridge.read`.
     """
     prompt = None if path is None else read(path, base=base).prompt
-    reasons = {name: engine.unavailable() for name, engine in engines().items()}
+    reasons = {name: engine.unavailable() for name, engine in registry.engines().items()}
     usable = [name for name, reason in reasons.items() if reason is None]
     found = defects(prompt, None if prompt is None else prompt.base.geometry, usable)
     return Diagnosis(platform.platform(), versions(), untested(), reasons, found, prompt, tuple(verdicts()))

@@ -1,6 +1,6 @@
-"""Known defects of the toolkits, as data: what is wrong, and in which installed versions.
+"""A known defect of a toolkit, as data: what is wrong, and in which installed versions.
 
-Code that has to step around a defect asks its record, so that the step disappears with the defect. Each record has a
+A plugin brings those of its toolkit by the hook ``softbridge_defects``. Code that has to step around a defect asks its record, so that the step disappears with the defect. Each record has a
 test that shows the defect exactly where the record says that it applies.
 """
 
@@ -9,19 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-if TYPE_CHECKING:
-    from softbridge.geometry import Geometry
-    from softbridge.prompt import SoftPrompt
-
-#: Distribution -> the engine that runs it, where they are not called alike.
-_ENGINES = {"adapters": "adapterhub"}
+from softbridge.geometry import Geometry
+from softbridge.prompt.soft_prompt import SoftPrompt
 
 
-def _every(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+def every_prompt(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
+    """Whether a defect that every prompt meets is met with this one."""
     return True
 
 
@@ -30,8 +26,9 @@ class Defect:
     """One defect.
 
     Attributes:
-        id: a short stable identifier.
+        id: a short stable identifier, of which there is one among all plugins.
         toolkit: the distribution that users see it in.
+        engine: the name of the engine that runs the toolkit.
         summary: what goes wrong, in a sentence.
         applies: whether the installed versions have it. False if the toolkit is not installed.
         concerns: whether it can be met with this prompt on a base model of this geometry (None if that is not known:
@@ -40,14 +37,10 @@ class Defect:
 
     id: str
     toolkit: str
+    engine: str
     summary: str
     applies: Callable[[], bool]
-    concerns: Callable[[SoftPrompt, Geometry | None], bool] = _every
-
-    @property
-    def engine(self) -> str:
-        """The name of the engine that runs the toolkit."""
-        return _ENGINES.get(self.toolkit, self.toolkit)
+    concerns: Callable[[SoftPrompt, Geometry | None], bool] = every_prompt
 
 
 def installed(distribution: str) -> Version | None:
@@ -56,10 +49,3 @@ def installed(distribution: str) -> Version | None:
         return Version(version(distribution))
     except PackageNotFoundError:
         return None
-
-
-def defects() -> tuple[Defect, ...]:
-    """All known defects, toolkit by toolkit."""
-    from softbridge_compat import adapterhub_defects, peft_defects
-
-    return peft_defects.DEFECTS + adapterhub_defects.DEFECTS

@@ -6,15 +6,12 @@ Measured on every stack of compat/matrix.toml; tests/compat/test_peft_defects.py
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from packaging.version import Version
 
-from softbridge_compat.defects import Defect, installed
-
-if TYPE_CHECKING:
-    from softbridge.geometry import Geometry
-    from softbridge.prompt import SoftPrompt
+from softbridge.geometry import Geometry
+from softbridge.prompt.soft_prompt import SoftPrompt
+from softbridge_compat.defects import Defect, every_prompt, installed
 
 
 def _peft() -> bool:
@@ -105,166 +102,153 @@ def _dropout(prompt: SoftPrompt, geometry: Geometry | None) -> bool:
     )
 
 
-LEFT_PADDED_PROMPT = Defect(
+def _defect(
+    id: str,
+    summary: str,
+    applies: Callable[[], bool],
+    concerns: Callable[[SoftPrompt, Geometry | None], bool] = every_prompt,
+) -> Defect:
+    return Defect(id, "peft", "peft", summary, applies, concerns)
+
+
+LEFT_PADDED_PROMPT = _defect(
     "peft-left-padded-prompt",
-    "peft",
     "prompt tuning puts the virtual tokens before the pads of a left-padded row, and counts the pads as positions: "
     "such a row generates other tokens than without its pads",
     _peft,
     _input,
 )
-LEFT_PADDED_PREFIX_FORWARD = Defect(
+LEFT_PADDED_PREFIX_FORWARD = _defect(
     "peft-left-padded-prefix-forward",
-    "peft",
     "the forward of a prefix counts the pads of a left-padded row as positions, unlike generate",
     _peft,
     _prefix,
 )
-ONE_SUBMODULE = Defect(
+ONE_SUBMODULE = _defect(
     "peft-one-submodule",
-    "peft",
     "an encoder-decoder prefix with num_transformer_submodules=1 is put into a cache without a cross-attention half: "
     "transformers 4.57 fails, and in 5.23 cross-attention, without a word, sees the prefix and the decoder's tokens",
     _peft,
     _seq2seq_prefix,
 )
-CACHED_T5_PREFIX = Defect(
+CACHED_T5_PREFIX = _defect(
     "peft-t5-cached-prefix",
-    "peft",
     "on transformers before 5.4, and from 5.24 on, cached generation of T5 and BART with a prefix differs from the "
     "uncached forward",
     _loses_the_cache,
     _seq2seq_prefix,
 )
-UNPOOLED_PREFIX = Defect(
+UNPOOLED_PREFIX = _defect(
     "peft-unpooled-prefix",
-    "peft",
     "on transformers 4, a prefix on a sequence classifier without a pooler (RoBERTa, ELECTRA) fails: PEFT hands the "
     "classifier the cache instead of the hidden states",
     _transformers_4,
     _encoder_prefix,
 )
-HYBRID_PREFIX = Defect(
+HYBRID_PREFIX = _defect(
     "peft-hybrid-prefix",
-    "peft",
     "a prefix on a hybrid model, some of whose layers keep a state of the text, is put into a cache of keys and values "
     "of every layer: with it the model fails, or (RecurrentGemma) runs on what it kept of an earlier text, or without "
     "the prefix",
     _peft,
     _hybrid_prefix,
 )
-ADAPTER_NAMES = Defect(
+ADAPTER_NAMES = _defect(
     "peft-adapter-names",
-    "peft",
     "adapter_names, one soft prompt for each row of a batch, is ignored without a word",
     _peft,
 )
-MISSING_HEAD = Defect(
+MISSING_HEAD = _defect(
     "peft-missing-head",
-    "peft",
     "a classification checkpoint without a classifier, as PEFT 0.15 and 0.16 wrote them, ends in a KeyError",
     _peft,
     _classifier,
 )
-GROWING_CONFIG = Defect(
+GROWING_CONFIG = _defect(
     "peft-growing-config",
-    "peft",
     "every load and save of a classification checkpoint doubles entries of modules_to_save",
     _peft,
     _classifier,
 )
-UNASKED_WARNING = Defect(
+UNASKED_WARNING = _defect(
     "peft-position-warning",
-    "peft",
     "generate with prompt tuning warns that position ids are ignored, although the caller gave none",
     _peft,
     _generates,
 )
-DEPRECATED = Defect(
+DEPRECATED = _defect(
     "peft-deprecated",
-    "peft",
     "wrapping a model asks for is_gradient_checkpointing, of which transformers 5.23 warns that it is deprecated",
     _deprecated,
 )
-MULTITASK_DECODER = Defect(
+MULTITASK_DECODER = _defect(
     "peft-multitask-decoder",
-    "peft",
     "multitask prompt tuning of an encoder-decoder model drops decoder_input_ids: its forward runs with labels only",
     _peft,
     _multitask_seq2seq,
 )
-MULTITASK_HALF = Defect(
+MULTITASK_HALF = _defect(
     "peft-multitask-half",
-    "peft",
     "multitask prompt tuning of an encoder-decoder model with two submodules, the default, trains vectors in the "
     "decoder's input, too, and generate leaves them out",
     _peft,
     _multitask_seq2seq,
 )
-MULTITASK_TASK = Defect(
+MULTITASK_TASK = _defect(
     "peft-multitask-task",
-    "peft",
     "models for question answering and feature extraction take task_ids and do not hand them to a multitask prompt, "
     "which fails",
     _peft,
     _multitask_encoder,
 )
-SAVED_DROPOUT = Defect(
+SAVED_DROPOUT = _defect(
     "peft-saved-dropout",
-    "peft",
     "P-tuning with dropout, saved while the model is in training mode (as the Trainer does), saves one random draw",
     _peft,
     _dropout,
 )
-LOST_TRAINING = Defect(
+LOST_TRAINING = _defect(
     "peft-lost-training",
-    "peft",
     "P-tuning, a projected prefix and CPT are saved as what they evaluate to: no training goes on from the file",
     _peft,
     _thrown_away,
 )
-LOST_ENCODER = Defect(
+LOST_ENCODER = _defect(
     "peft-lost-encoder",
-    "peft",
     "a checkpoint that is loaded into a model in training (the Trainer does it to resume, and to load the best) puts "
     "what a prompt encoder evaluated to into its input: another loss for P-tuning, an error for a projected prefix",
     _peft,
     _thrown_away,
 )
-CPT_DEFAULT = Defect(
+CPT_DEFAULT = _defect(
     "peft-cpt-default",
-    "peft",
     "the loss of a CPT adapter with another name than 'default' ends in a KeyError",
     _peft,
     _trained_by("context-aware"),
 )
-PREFIX_CHECKPOINTING = Defect(
+PREFIX_CHECKPOINTING = _defect(
     "peft-prefix-checkpointing",
-    "peft",
     "a prefix under gradient checkpointing that is switched on after PEFT has wrapped the model, as the Trainer does, "
     "fails in the middle of the first step, or, on transformers 5.0, is left out without a word",
     _peft,
     _prefix,
 )
-STATIC_CACHE = Defect(
+STATIC_CACHE = _defect(
     "peft-static-cache",
-    "peft",
     "generate of a decoder with cache_implementation='static' fails: the cache has no room for virtual tokens, or, on "
     "transformers 5, PEFT asks for an argument that is no longer there",
     _peft,
     _in_decoder,
 )
-RENAMED_CACHE_GENERATE = Defect(
+RENAMED_CACHE_GENERATE = _defect(
     "peft-renamed-cache-generate",
-    "peft",
     "transformers 5.24 renamed the cache, and PEFT before 0.22 does not find it: generate puts a prompt in front of "
     "every token, or a prefix in the place of the text so far, and gives other tokens than the same model's forward",
     _renamed_cache,
     _in_decoder,
 )
-RENAMED_CACHE_CLASSIFIER = Defect(
+RENAMED_CACHE_CLASSIFIER = _defect(
     "peft-renamed-cache-classifier",
-    "peft",
     "transformers 5.24 renamed the cache, and PEFT before 0.22 looks for the old name in the signature of a model that "
     "classifies: with a prefix, its forward ends in a ValueError",
     _renamed_cache,

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softbridge.plugin.hookspecs import Engine, Format, hookimpl
+from softbridge_compat.adapterhub_defects import DEFECTS
+from softbridge_compat.defects import Defect
 
 
 @hookimpl
@@ -21,3 +23,9 @@ def softbridge_engines() -> Sequence[Engine]:
     from softbridge_adapterhub.engine import ENGINE
 
     return [ENGINE]
+
+
+@hookimpl
+def softbridge_defects() -> Sequence[Defect]:
+    """Those of AdapterHub."""
+    return DEFECTS

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from softbridge.plugin.hookspecs import Engine, Format, hookimpl
+from softbridge_compat.defects import Defect
+from softbridge_compat.peft_defects import DEFECTS
 from softbridge_peft.engine import ENGINE
 from softbridge_peft.format import FORMAT
 
@@ -17,3 +21,9 @@ def softbridge_formats() -> list[Format]:
 def softbridge_engines() -> list[Engine]:
     """PEFT itself."""
     return [ENGINE]
+
+
+@hookimpl
+def softbridge_defects() -> Sequence[Defect]:
+    """Those of PEFT."""
+    return DEFECTS

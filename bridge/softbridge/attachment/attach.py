@@ -18,7 +18,8 @@ from softbridge.lowering.expressible import check_fits, inexpressible, left_behi
 from softbridge.lowering.planner import for_model, lower
 from softbridge.lowering.steps import Target
 from softbridge.methods import Method
-from softbridge.plugin.hookspecs import Engine, Insertable, SelfChecking
+from softbridge.plugin.hookspecs import Banker, Engine, Insertable, SelfChecking
+from softbridge.plugin.optional import able
 from softbridge.plugin.prompt_bank import Entry, PromptBank
 from softbridge.plugin.registry import engine_named, engines
 from softbridge.prompt.soft_prompt import SoftPrompt
@@ -72,14 +73,15 @@ def attach(
     _check_base(model)
     base = BaseModel.resolve(model)
     if isinstance(prompt, PromptBank):
-        if not hasattr(chosen, "attach_bank"):
-            able = [name for name, other in engines().items() if hasattr(other, "attach_bank")]
+        banker = able(chosen, Banker)
+        if banker is None:
+            those = [name for name, other in engines().items() if able(other, Banker)]
             raise EngineError(
                 f"engine '{engine}' runs one prompt for all rows of a batch",
-                f"an engine that takes a bank: {', '.join(able)}",
+                f"an engine that takes a bank: {', '.join(those)}",
                 "choose one of them, or attach one prompt",
             )
-        running = chosen.attach_bank(model, prompt, partial(_fetch, engine, model, accept))
+        running = banker.attach_bank(model, prompt, partial(_fetch, engine, model, accept))
         setattr(running, ATTACHED, Attached(engine, {}, {}))
         _check_itself(chosen, running, self_check)
         return running
@@ -98,15 +100,16 @@ def attach(
         raise
     setattr(running, ATTACHED, Attached(engine, prompt.head, displaced))
     _check_itself(chosen, running, self_check)
-    if running is model and isinstance(chosen, Insertable):
+    if running is model and able(chosen, Insertable):
         drop_in.become(running)
     return running
 
 
 def _check_itself(engine: Engine, running: Any, asked: bool | None) -> None:
     """Let an engine that can check itself do so, if the caller, or else the environment, wants it."""
-    if isinstance(engine, SelfChecking) and (wanted() if asked is None else asked):
-        engine.check_itself(running)
+    checking = able(engine, SelfChecking)
+    if checking is not None and (wanted() if asked is None else asked):
+        checking.check_itself(running)
 
 
 def _with_a_way_out(
@@ -123,10 +126,10 @@ def _with_a_way_out(
         except SoftbridgeError:
             return False
 
-    able = [name for name, other in engines().items() if name != engine and other.unavailable() is None and runs(name)]
-    if not able:
+    those = [name for name, other in engines().items() if name != engine and other.unavailable() is None and runs(name)]
+    if not those:
         return error
-    ways = " or ".join(f"engine='{name}'" for name in able)
+    ways = " or ".join(f"engine='{name}'" for name in those)
     return EngineError(error.found, error.expected, f"{ways}, which runs it here; or {error.remedy}")
 
 
@@ -167,10 +170,10 @@ def _check_trains(engine: str, method: Method, prompt: SoftPrompt, model: Any) -
             "PTuningV2, PrefixTuning(reparameterisation=None))",
         )
     if getattr(model, "is_quantized", False) and not engines()[engine].capabilities.quantised:
-        able = [name for name, other in engines().items() if other.capabilities.quantised]
+        those = [name for name, other in engines().items() if other.capabilities.quantised]
         raise EngineError(
             f"a quantised base model: transformers' trainer refuses to train it with the engine '{engine}'",
-            f"an engine whose models it takes: {', '.join(able)}",
+            f"an engine whose models it takes: {', '.join(those)}",
             "choose that engine; to run a trained prompt, attach the prompt itself",
         )
 

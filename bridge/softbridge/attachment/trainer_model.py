@@ -21,6 +21,7 @@ from softbridge.arrays import from_torch
 from softbridge.base.head import load_head
 from softbridge.errors import EngineError
 from softbridge.plugin.hookspecs import Insertable
+from softbridge.plugin.optional import able
 from softbridge.plugin.registry import engine_named
 from softbridge.prompt.container import WEIGHTS_FILE, pack, refilled
 from softbridge.prompt.soft_prompt import SoftPrompt
@@ -200,9 +201,9 @@ def engine_and_prompt(model: Any) -> tuple[Insertable, SoftPrompt]:
     """The engine that attached to a model, and the prompt as it is now."""
     from softbridge.attachment.attached import attached_by, extract
 
-    engine = engine_named(attached_by(model))
-    assert isinstance(engine, Insertable)
-    return engine, extract(model)
+    insertable = able(engine_named(attached_by(model)), Insertable)
+    assert insertable is not None, "`attach` makes a trainer's model of no other"
+    return insertable, extract(model)
 
 
 @contextmanager

@@ -14,7 +14,8 @@ from softbridge.checkpoint.manifest import MANIFEST, Loaded, same_attention, tra
 from softbridge.errors import BaseModelError, CheckpointError, SoftbridgeError, UnknownFormatError
 from softbridge.geometry import Geometry
 from softbridge.lowering.expressible import check_fits
-from softbridge.plugin.hookspecs import Format
+from softbridge.plugin.hookspecs import Format, Listing, Resumable
+from softbridge.plugin.optional import able
 from softbridge.plugin.registry import format_named, formats
 from softbridge.prompt.soft_prompt import Origin, SoftPrompt
 
@@ -103,10 +104,10 @@ def read_files(files: untrusted.Files, form: Format, geometry: Geometry | None, 
     try:
         prompt = form.read(files, geometry)
     except CheckpointError:
-        kept = getattr(form, "training_files", ())
-        if "training" not in drop or not kept:
+        resumable = able(form, Resumable)
+        if "training" not in drop or resumable is None:
             raise
-        prompt = form.read(files.without(kept), geometry)
+        prompt = form.read(files.without(resumable.training_files), geometry)
     if geometry is not None:
         recorded = prompt.base.geometry
         if recorded is not None and not same_attention(recorded, geometry):
@@ -134,7 +135,8 @@ def _files_of(folder: Path, form: Format | None) -> Sequence[str] | None:
         files = untrusted.Files(folder)
         matches = [known for known in formats().values() if known.sniff(files)]
         form = matches[0] if len(matches) == 1 else None
-    return getattr(form, "files", None)
+    listing = None if form is None else able(form, Listing)
+    return None if listing is None else listing.files
 
 
 def load(

@@ -1,7 +1,10 @@
-"""The whole plugin interface: two hooks, and the two kinds of value that they return.
+"""The whole plugin interface: three hooks, and the three kinds of value that they return.
 
 A plugin is a module named in the entry-point group ``softbridge``. Its top module must import no toolkit: an
 `ImportError` there would take the whole program down, and listing what is installed would load everything.
+
+What a `Format` and an `Engine` must have is in these two protocols. What they may have besides is in `FORMAT_EXTRAS`
+and `ENGINE_EXTRAS`, a protocol each, and is asked for by `softbridge.plugin.optional.able` alone.
 """
 
 from __future__ import annotations
@@ -18,6 +21,7 @@ from softbridge.plugin.capabilities import Capabilities
 from softbridge.plugin.prompt_bank import Entry, PromptBank
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.untrusted import Files
+from softbridge_compat.defects import Defect
 
 PROJECT = "softbridge"
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -104,6 +108,31 @@ class Engine(Protocol):
         """Undo `attach`, and return the model that was given to it."""
         ...
 
+
+@runtime_checkable
+class Listing(Protocol):
+    """What a format can say besides, if it knows the names of its files."""
+
+    @property
+    def files(self) -> Sequence[str]:
+        """Patterns of the names of the files that it reads: these are fetched of a repository on the hub."""
+        ...
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What a format can say besides, if it keeps what training needs in files that running does without."""
+
+    @property
+    def training_files(self) -> Sequence[str]:
+        """Their names. They are left out where that is asked for (``--drop training``)."""
+        ...
+
+
+@runtime_checkable
+class Demonstrating(Protocol):
+    """What an engine can do besides, if its toolkit has an interface to train with: it can start `softbridge demo`."""
+
     def train_example(self, model: Any, method: str, directory: Path, *, length: int, steps: int, seed: int) -> None:
         """Train a prompt for a few steps with the toolkit's own interface, and save it with the toolkit's own saver.
 
@@ -119,6 +148,7 @@ class Engine(Protocol):
         ...
 
 
+@runtime_checkable
 class Loader(Protocol):
     """What an engine can do besides, if its toolkit has files of its own and a loader for them."""
 
@@ -161,6 +191,7 @@ class Misgenerating(Protocol):
         ...
 
 
+@runtime_checkable
 class Banker(Protocol):
     """What an engine can do besides, if it can give each row of a batch a prompt of its own."""
 
@@ -186,6 +217,11 @@ class SelfChecking(Protocol):
         ...
 
 
+#: Every protocol that a format, and an engine, may follow besides.
+FORMAT_EXTRAS = (Listing, Resumable)
+ENGINE_EXTRAS = (Loader, Insertable, Misgenerating, Banker, SelfChecking, Demonstrating)
+
+
 @hookspec
 def softbridge_formats() -> Sequence[Format]:  # type: ignore[empty-body]
     """Return the formats that this plugin brings."""
@@ -194,3 +230,8 @@ def softbridge_formats() -> Sequence[Format]:  # type: ignore[empty-body]
 @hookspec
 def softbridge_engines() -> Sequence[Engine]:  # type: ignore[empty-body]
     """Return the engines that this plugin brings."""
+
+
+@hookspec
+def softbridge_defects() -> Sequence[Defect]:  # type: ignore[empty-body]
+    """Return the known defects of the toolkits that this plugin's engines run."""

@@ -10,9 +10,14 @@ import pluggy
 
 from softbridge.errors import EngineError, PluginError, UnknownFormatError
 from softbridge.plugin import hookspecs
+from softbridge.plugin.declared import faults
 from softbridge.plugin.hookspecs import PROJECT, Engine, Format
+from softbridge_compat.defects import Defect
 
 Named = TypeVar("Named", bound=Any)
+
+#: Hook -> the attribute by which its values are called.
+HOOKS = {"softbridge_formats": "name", "softbridge_engines": "name", "softbridge_defects": "id"}
 
 
 @cache
@@ -41,22 +46,21 @@ def check(plugins: pluggy.PluginManager) -> None:
     try:
         plugins.check_pending()
     except pluggy.PluginValidationError as error:
-        raise PluginError(
-            str(error), "the hooks softbridge_formats and softbridge_engines", "correct the name in that plugin"
-        ) from error
+        raise PluginError(str(error), f"the hooks {', '.join(HOOKS)}", "correct the name in that plugin") from error
 
 
 def collect(plugins: pluggy.PluginManager, hook: str) -> dict[str, tuple[Any, str]]:
     """Name -> (value, plugin that brought it), for one hook, sorted by name.
 
     Raises:
-        PluginError: a plugin's hook fails, or two plugins claim one name; they are named.
+        PluginError: a plugin's hook fails, a value is not what its protocol says, or two plugins claim one name; they
+            are named.
     """
     found: dict[str, tuple[Any, str]] = {}
     for implementation in getattr(plugins.hook, hook).get_hookimpls():
         owner = implementation.plugin_name
         try:
-            values = [(str(value.name), value) for value in implementation.function()]
+            values = [(str(getattr(value, HOOKS[hook])), value) for value in implementation.function()]
         except Exception as error:
             raise PluginError(
                 f"{hook} of the plugin '{owner}' failed: {error!r}",
@@ -70,8 +74,20 @@ def collect(plugins: pluggy.PluginManager, hook: str) -> dict[str, tuple[Any, st
                     f"one owner for each name that {hook} returns",
                     "uninstall one of the two",
                 )
+            _check_declared(hook, name, value, owner)
             found[name] = (value, owner)
     return dict(sorted(found.items()))
+
+
+def _check_declared(hook: str, name: str, value: Any, owner: str) -> None:
+    """Refuse a value that is not what its protocol says, with all that is wrong."""
+    wrong = faults(hook, value)
+    if wrong:
+        raise PluginError(
+            f"'{name}', which {hook} of the plugin '{owner}' returns, is not what it should be: {'; '.join(wrong)}",
+            "what softbridge.plugin.hookspecs says",
+            "update or uninstall the package that brings the plugin",
+        )
 
 
 @cache
@@ -89,11 +105,28 @@ def engines() -> Mapping[str, Engine]:
     return {name: value for name, (value, _) in _collected("softbridge_engines").items()}
 
 
+def defects() -> Mapping[str, Defect]:
+    """Every defect that a plugin knows of, by id, whether or not it applies here.
+
+    Raises:
+        PluginError: a defect is of an engine that no plugin brings; it would never be told.
+    """
+    found = _collected("softbridge_defects")
+    for defect, owner in found.values():
+        if defect.engine not in engines():
+            raise PluginError(
+                f"the defect '{defect.id}' of the plugin '{owner}' is of the engine '{defect.engine}'",
+                f"one of {', '.join(engines())}",
+                "update or uninstall the package that brings the plugin",
+            )
+    return {name: defect for name, (defect, _) in found.items()}
+
+
 def owners() -> Mapping[str, Mapping[str, str]]:
     """Hook -> (name -> the plugin that brought it)."""
     return {
         hook: {name: owner for name, (_, owner) in _collected(hook).items()}
-        for hook in ("softbridge_formats", "softbridge_engines")
+        for hook in HOOKS
     }
 
 

@@ -31,7 +31,8 @@ from softbridge.arrays import Array
 from softbridge.base.build import fresh
 from softbridge.contract import CLOSE, CLOSE_TO_ISLAND, FELT, Figure, Outcome
 from softbridge.errors import EngineError, SoftbridgeError
-from softbridge.plugin.hookspecs import Engine, Insertable
+from softbridge.plugin.hookspecs import Banker, Engine, Insertable
+from softbridge.plugin.optional import able
 from softbridge.plugin.prompt_bank import PromptBank
 from softbridge.prompt.part import InputPrompt, KeyValuePrefix
 from softbridge.prompt.soft_prompt import SoftPrompt
@@ -240,14 +241,15 @@ class _Trial:
             found = found[:, real] if found.ndim == 3 else found
         moved = contract.distance(found, expected)
         figures = [Figure("prompts not felt", float(not FELT <= moved < math.inf), "same")]
-        if not reference.figures and isinstance(self.engine, Insertable):
+        insertable = able(self.engine, Insertable)
+        if not reference.figures and insertable is not None:
             whole = promises.said(self.running, self.texts[0])
             still = []
             for name, changed in _changes(self.prompt):
-                self.engine.insert(self.running, changed)
+                insertable.insert(self.running, changed)
                 if contract.distance(promises.said(self.running, self.texts[0]), whole) < MOVED:
                     still.append(name)
-            self.engine.insert(self.running, self.prompt)
+            insertable.insert(self.running, self.prompt)
             figures.append(Figure("arrays not felt", float(len(still)), "same"))
         return self._judged("effect", figures, {})
 
@@ -337,9 +339,11 @@ class _Trial:
                 alone = torch.cat([contract.greedy(single, text) for single, text in zip(models, texts, strict=True)])
                 yield Figure("generated", float((made != alone).sum()), "same")
 
+        banker = able(self.engine, Banker)
+        if banker is None:
+            return self._judged("bank", (), {}, "the engine gives all rows of a batch one prompt")
         bank = PromptBank({"kind": self.prompt})
-        engine: Any = self.engine
-        model = engine.attach_bank(fresh(self.bare), bank, lambda entry: entry.source)
+        model = banker.attach_bank(fresh(self.bare), bank, lambda entry: self.prompt)
         figures, reason = _answers(ask, model, self.texts)
         return self._judged("bank", figures, {}, reason)
 

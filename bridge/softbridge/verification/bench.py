@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from softbridge.errors import SoftbridgeError
 from softbridge.lowering.token_positions import turn
 from softbridge.parts import named_arrays
 from softbridge.plugin.hookspecs import Engine, Loader
+from softbridge.plugin.optional import able
 from softbridge.prompt.part import InputPrompt
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.template import Template
@@ -305,7 +306,7 @@ def loader_of(subject: Subject, engine: Engine) -> Loader | None:
     """The engine as a loader, if it is the toolkit of the files and they are there."""
     if subject.directory is None or not subject.directory.is_dir() or engine.name != subject.engine:
         return None
-    return cast("Loader", engine) if hasattr(engine, "load") else None
+    return able(engine, Loader)
 
 
 def template_of(prompt: SoftPrompt) -> Template | None:

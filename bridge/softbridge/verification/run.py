@@ -17,6 +17,7 @@ from softbridge.geometry import Geometry
 from softbridge.lowering.expressible import inexpressible
 from softbridge.lowering.precision import as_dtype
 from softbridge.plugin.hookspecs import Engine, Misgenerating
+from softbridge.plugin.optional import able
 from softbridge.plugin.registry import engines
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.verification.probes import GREEDY_TOKENS, Probe
@@ -62,7 +63,8 @@ def obstacles_of(engine: Engine, prompt: SoftPrompt, model: Any) -> list[Obstacl
 
 def generate_fault(engine: Engine, prompt: SoftPrompt, geometry: Geometry) -> str | None:
     """Why an engine's `generate` cannot be trusted with a prompt here, or None."""
-    return engine.generate_fault(prompt, geometry) if isinstance(engine, Misgenerating) else None
+    misgenerating = able(engine, Misgenerating)
+    return None if misgenerating is None else misgenerating.generate_fault(prompt, geometry)
 
 
 @contextmanager
