@@ -14,18 +14,24 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from softbridge import initialisation as initialisation
+    from softbridge import methods as methods
+    from softbridge import parts as parts
+    from softbridge import tools as tools
     from softbridge.attachment.attach import attach as attach
     from softbridge.attachment.attach import detach as detach
     from softbridge.attachment.attach import reference as reference
     from softbridge.attachment.attached import extract as extract
     from softbridge.attachment.trainer_callback import SoftPromptCallback as SoftPromptCallback
     from softbridge.base.model import BaseModel as BaseModel
+    from softbridge.checkpoint.inspect import inspect as inspect
     from softbridge.checkpoint.read import load as load
     from softbridge.checkpoint.read import read as read
     from softbridge.checkpoint.write import save as save
     from softbridge.conversion import convert as convert
     from softbridge.errors import SoftbridgeError as SoftbridgeError
     from softbridge.geometry import Geometry as Geometry
+    from softbridge.lowering.explain import explain as explain
     from softbridge.methods import MLP as MLP
     from softbridge.methods import Cartridge as Cartridge
     from softbridge.methods import ContextAwarePromptTuning as ContextAwarePromptTuning
@@ -44,6 +50,10 @@ if TYPE_CHECKING:
     from softbridge.verification.certificate import Certificate as Certificate
     from softbridge.verification.proof import verify as verify
 
+#: Modules that are names of the public face themselves.
+_MODULES = ("initialisation", "methods", "parts", "tools")
+
+#: Every other name -> the module that it stands in.
 _HOME = {
     "attach": "attachment.attach",
     "detach": "attachment.attach",
@@ -52,6 +62,8 @@ _HOME = {
     "PromptBank": "plugin.prompt_bank",
     "BaseModel": "base",
     "convert": "conversion",
+    "explain": "lowering.explain",
+    "inspect": "checkpoint.inspect",
     "load": "checkpoint.read",
     "read": "checkpoint.read",
     "save": "checkpoint.write",
@@ -76,10 +88,12 @@ _HOME = {
     "verify": "verification",
 }
 
-__all__ = sorted(_HOME)
+__all__ = sorted((*_HOME, *_MODULES))
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return import_module(f"softbridge.{name}")
     if name not in _HOME:
         raise AttributeError(f"module 'softbridge' has no attribute '{name}'")
     return getattr(import_module(f"softbridge.{_HOME[name]}"), name)

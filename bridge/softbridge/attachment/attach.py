@@ -75,7 +75,7 @@ def attach(
     if isinstance(prompt, PromptBank):
         banker = able(chosen, Banker)
         if banker is None:
-            those = [name for name, other in engines().items() if able(other, Banker)]
+            those = [name for name, other in engines().items() if able(other, Banker) is not None]
             raise EngineError(
                 f"engine '{engine}' runs one prompt for all rows of a batch",
                 f"an engine that takes a bank: {', '.join(those)}",
@@ -100,7 +100,7 @@ def attach(
         raise
     setattr(running, ATTACHED, Attached(engine, prompt.head, displaced))
     _check_itself(chosen, running, self_check)
-    if running is model and able(chosen, Insertable):
+    if running is model and able(chosen, Insertable) is not None:
         drop_in.become(running)
     return running
 

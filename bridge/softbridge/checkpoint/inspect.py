@@ -5,17 +5,30 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from softbridge.cli.tables import task_line
+from softbridge.checkpoint.read import files_at, read, recognise
 from softbridge.errors import BaseModelError
 from softbridge.prompt.container import digest_of
 from softbridge.prompt.part import InputPrompt
 from softbridge.prompt.soft_prompt import SoftPrompt
 
 
-def inspection(path: Path, *, base: str | None = None) -> dict[str, Any]:
-    """What can be said of a file; without its base model, if it can only be understood with it."""
-    from softbridge.checkpoint.read import files_at, read, recognise
+def inspect(path: str | Path, *, base: Any = None) -> dict[str, Any]:
+    """What a file or a directory holds, as ``softbridge inspect --json`` prints it: plain values.
 
+    Args:
+        path: whatever `softbridge.load` takes.
+        base: whatever `BaseModel.resolve` takes. Where the files can be understood only with it and it is None, there
+            is less: ``needs_base`` then says why, and is None otherwise.
+
+    Returns:
+        ``path``, ``format``, ``files`` (name -> ``{"sha256": text}``) and ``needs_base``; and, unless that is a text:
+        ``conditions`` (names), ``base`` (its name or None), ``parts`` (for each where it stands, its length P, shape,
+        dtype, and the standard deviation and the largest of its numbers), ``positions``, ``head`` (names of tensors),
+        ``training`` (its kind or None), ``task``, ``notes`` and ``digest``.
+
+    Raises:
+        SoftbridgeError: the files cannot be read; see `softbridge.read`.
+    """
     files = files_at(path)
     form = recognise(files)
     found: dict[str, Any] = {"path": str(path), "format": form.name, "files": {}, "needs_base": None}
@@ -55,7 +68,15 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
         "positions": prompt.positions.to_json(),
         "head": sorted(prompt.head),
         "training": None if prompt.training is None else prompt.training.kind,
-        "task": task_line(prompt),
+        "task": _task(prompt),
         "notes": [] if prompt.origin is None else list(prompt.origin.notes or ()),
         "digest": digest_of(prompt),
     }
+
+
+def _task(prompt: SoftPrompt) -> dict[str, int] | None:
+    """Of a multitask prompt, whose task it is, and of how many."""
+    training = prompt.training
+    if training is None or training.kind != "multitask":
+        return None
+    return {"number": training.settings.get("task", 0), "of": len(training.tensors["columns"])}

@@ -10,7 +10,10 @@ from rich.console import Console
 
 from softbridge.cli.tables import certificate_table, shown, steps_table
 from softbridge.conversion import convert
-from softbridge.plugin.registry import engine_named
+from softbridge.errors import EngineError
+from softbridge.plugin.hookspecs import Demonstrating
+from softbridge.plugin.optional import able
+from softbridge.plugin.registry import engine_named, engines
 
 if TYPE_CHECKING:
     from softbridge.verification.certificate import Certificate
@@ -30,7 +33,13 @@ def run(source: str, target: str, directory: Path | None, console: Console) -> C
 
     trained, converted = directory / "trained", directory / "converted"
     model = tiny_model("llama", torch.float32)
-    engine_named(source).train_example(model, "prefix-tuning", trained, length=LENGTH, steps=STEPS, seed=0)
+    trainer = able(engine_named(source), Demonstrating)
+    if trainer is None:
+        those = [name for name, engine in engines().items() if able(engine, Demonstrating) is not None]
+        raise EngineError(
+            f"the engine '{source}' has no training of its own", f"one of {', '.join(those)}", "name another with --from"
+        )
+    trainer.train_example(model, "prefix-tuning", trained, length=LENGTH, steps=STEPS, seed=0)
     console.print(
         shown(
             f"1. {source} trained a prefix of {LENGTH} virtual tokens for {STEPS} steps on a tiny Llama and saved "

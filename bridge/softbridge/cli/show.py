@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from softbridge.checkpoint.inspect import inspection
+from softbridge.checkpoint.inspect import inspect as run_inspect
 from softbridge.cli.console import AsJson, Base, Output, app, print_json, printer, quiet, refuse
 from softbridge.cli.tables import engines_table, explanation_table, formats_table, plugins_table, prompt_table
 from softbridge.errors import SoftbridgeError
@@ -21,7 +21,7 @@ def inspect(
 ) -> None:
     """What is this file, for which base model, and is it healthy?"""
     try:
-        found = inspection(path, base=base)
+        found = run_inspect(path, base=base)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:

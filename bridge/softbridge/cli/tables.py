@@ -12,7 +12,6 @@ from rich.text import Text
 
 from softbridge.lowering.examples import LENGTH
 from softbridge.plugin.registry import engines, formats, owners
-from softbridge.prompt.soft_prompt import SoftPrompt
 
 if TYPE_CHECKING:
     from softbridge.lowering.explain import Explanation
@@ -85,16 +84,8 @@ def plugins_table() -> tuple[Table, Rows]:
     return table, rows
 
 
-def task_line(prompt: SoftPrompt) -> dict[str, int] | None:
-    """Of a multitask prompt, whose task it is, and of how many."""
-    training = prompt.training
-    if training is None or training.kind != "multitask":
-        return None
-    return {"number": training.settings.get("task", 0), "of": len(training.tensors["columns"])}
-
-
 def prompt_table(found: dict[str, Any]) -> Group:
-    """What `softbridge inspect` shows of an `inspection`."""
+    """What `softbridge inspect` shows of `softbridge.checkpoint.inspect.inspect`."""
     head = _table("format", "base model", "files")
     _row(head, found["format"], found.get("base") or "not recorded", ", ".join(found["files"]))
     if found["needs_base"]:
