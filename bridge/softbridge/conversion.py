@@ -11,7 +11,7 @@ import tempfile
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from softbridge import parts, untrusted
 from softbridge.arrays import same_array
@@ -26,10 +26,10 @@ from softbridge.lowering.steps import Step, Target
 from softbridge.plugin.registry import format_named
 from softbridge.prompt.soft_prompt import Origin, SoftPrompt
 from softbridge.untested import warn_of_untested
+from softbridge.verification import proof
+from softbridge.verification.certificate import Certificate
 from softbridge.verification.naive_copy import copied
-
-if TYPE_CHECKING:
-    from softbridge.verification.certificate import Certificate
+from softbridge.verification.sides import Pair, claim_of, subjects
 
 
 @dataclass(frozen=True)
@@ -152,9 +152,6 @@ def _certify(
     Raises:
         OutputError: they are not the same.
     """
-    from softbridge.verification.proof import verify_prompts
-    from softbridge.verification.sides import Pair, claim_of, subjects
-
     origin = Origin(made.format.name, digests={name: sha256_of(data) for name, data in content.items()})
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "staged"
@@ -164,7 +161,7 @@ def _certify(
             "target": replace(made, prompt=replace(made.prompt, origin=origin), path=staged),
         }
         claim, first, second = subjects(claim_of(sides), sides, base)
-        certificate = verify_prompts(
+        certificate = proof.verify_prompts(
             first,
             replace(second, path=str(made.path)),
             base,

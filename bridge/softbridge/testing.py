@@ -15,6 +15,9 @@ from softbridge.base.model import BaseModel
 from softbridge.geometry import Geometry, Site, Stack, stack_of
 from softbridge.prompt.part import InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, Positions, SoftPrompt
+from softbridge.verification.judge import BOUND, ISLAND_BOUND
+from softbridge.verification.probes import make_probes
+from softbridge.verification.run import find_islands
 
 _DECODER = {
     "vocab_size": 96,
@@ -111,10 +114,6 @@ def agreement(model: Any, **inputs: Any) -> float:
         model: in float64, without a prompt.
         inputs: what to run it on, if it takes no text.
     """
-    from softbridge.verification.judge import BOUND, ISLAND_BOUND
-    from softbridge.verification.probes import make_probes
-    from softbridge.verification.run import find_islands
-
     if inputs:
         return ISLAND_BOUND if find_islands(model, inputs) else BOUND
     base = BaseModel.resolve(model)

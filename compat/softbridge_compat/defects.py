@@ -1,7 +1,8 @@
 """A known defect of a toolkit, as data: what is wrong, and in which installed versions.
 
-A plugin brings those of its toolkit by the hook ``softbridge_defects``. Code that has to step around a defect asks its record, so that the step disappears with the defect. Each record has a
-test that shows the defect exactly where the record says that it applies.
+A plugin brings those of its toolkit by the hook ``softbridge_defects``. Code that has to step around a defect asks its
+record, so that the step disappears with the defect. Each record has a test that shows the defect exactly where the
+record says that it applies.
 """
 
 from __future__ import annotations

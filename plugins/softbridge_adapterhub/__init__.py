@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softbridge.plugin.hookspecs import Engine, Format, hookimpl
+from softbridge_adapterhub.engine import ENGINE
+from softbridge_adapterhub.format import FORMAT
 from softbridge_compat.adapterhub_defects import DEFECTS
 from softbridge_compat.defects import Defect
 
@@ -12,16 +14,12 @@ from softbridge_compat.defects import Defect
 @hookimpl
 def softbridge_formats() -> Sequence[Format]:
     """One format: a directory as `save_adapter` writes it."""
-    from softbridge_adapterhub.format import FORMAT
-
     return [FORMAT]
 
 
 @hookimpl
 def softbridge_engines() -> Sequence[Engine]:
     """One engine: the toolkit, unmodified."""
-    from softbridge_adapterhub.engine import ENGINE
-
     return [ENGINE]
 
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from softbridge.arrays import same_array
 from softbridge.prompt import Origin, Positions, SoftPrompt
+from softbridge.tools import concatenate
 from softbridge_adapterhub.adapter import starts
 
 #: Families whose mask hides what AdapterHub fills shorter prefixes up with, so that lengths, and which layers have a
@@ -125,8 +126,6 @@ def stacked(prompts: Sequence[SoftPrompt], first: SoftPrompt, what: str) -> Soft
     Raises:
         ValueError: two gates in one layer, prefixes of other layers, two heads, or nothing that has an effect.
     """
-    from softbridge.tools import concatenate
-
     if len(prompts) == 1 and (prompts[0] is first or not (first.inputs or prompts[0].inputs)):
         return prompts[0]
     heads = [prompt.head for prompt in prompts if prompt.head]

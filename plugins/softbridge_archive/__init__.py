@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softbridge.plugin.hookspecs import Format, hookimpl
+from softbridge_archive.google import FORMAT
 
 
 @hookimpl
 def softbridge_formats() -> Sequence[Format]:
     """The formats of this plugin."""
-    from softbridge_archive.google import FORMAT
-
     return [FORMAT]

@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softbridge.plugin.hookspecs import Engine, Format, hookimpl
+from softbridge_native.engine import ENGINE
+from softbridge_native.format import FORMAT
 
 
 @hookimpl
 def softbridge_engines() -> Sequence[Engine]:
     """Return the native engine."""
-    from softbridge_native.engine import ENGINE
-
     return [ENGINE]
 
 
 @hookimpl
 def softbridge_formats() -> Sequence[Format]:
     """Return the format ``softbridge``."""
-    from softbridge_native.format import FORMAT
-
     return [FORMAT]

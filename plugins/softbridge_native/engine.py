@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from softbridge.errors import EngineError, Obstacle
+from softbridge.geometry import read_geometry
 from softbridge.plugin.capabilities import EVERYTHING, Capabilities
 from softbridge.plugin.prompt_bank import Entry, PromptBank
-from softbridge.prompt import SoftPrompt
+from softbridge.prompt import SoftPrompt, pack
+from softbridge.testing import random_input_prompt, random_prefix
+from softbridge_native.format import FILE
 
 _CAPABILITIES = replace(EVERYTHING, quantised=True)
 
@@ -78,11 +81,7 @@ class NativeEngine:
 
     def train_example(self, model: Any, method: str, directory: Path, *, length: int, steps: int, seed: int) -> None:
         """Train a random prompt on random tokens, and save it in softbridge's own format."""
-        from softbridge.geometry import read_geometry
-        from softbridge.prompt import pack
-        from softbridge.testing import random_input_prompt, random_prefix
         from softbridge_native import example as training
-        from softbridge_native.format import FILE
 
         methods: dict[str, Any] = {"prompt-tuning": random_input_prompt, "prefix-tuning": random_prefix}
         if method not in methods:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -18,9 +18,7 @@ from softbridge.arrays import Array
 from softbridge.lowering.precision import DTYPES
 from softbridge.prompt import InputPrompt, SoftPrompt
 from softbridge_peft import facts
-
-if TYPE_CHECKING:
-    from softbridge_peft.config import Config
+from softbridge_peft.config import Config
 
 #: The record may go into the header of a file, which softbridge believes up to 8 MiB of. So many bytes are kept.
 MOST = 4 * 2**20

@@ -13,6 +13,7 @@ from softbridge.attachment.attached import ATTACHED, Attached, attached_to
 from softbridge.base.head import load_head, restore_head
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.choice import of_task
+from softbridge.checkpoint.read import load
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.lowering.expressible import check_fits, inexpressible, left_behind
 from softbridge.lowering.planner import for_model, lower
@@ -25,6 +26,7 @@ from softbridge.plugin.registry import engine_named, engines
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.selfcheck import wanted
 from softbridge.untested import warn_of_untested
+from softbridge.verification.run import obstacles_of
 
 
 def attach(
@@ -117,8 +119,6 @@ def _with_a_way_out(
 ) -> EngineError:
     """The refusal of an engine, with the names of those that run the prompt on this model here."""
 
-    from softbridge.verification.run import obstacles_of
-
     def runs(other: str) -> bool:
         try:
             expressed = _expressed(prompt, other, model, accept)
@@ -184,8 +184,6 @@ def _fetch(engine: str, model: Any, accept: Collection[str], entry: Entry) -> So
 
 def _read(prompt: SoftPrompt | str | Path, base: BaseModel, task: int | None = None) -> SoftPrompt:
     """The prompt, read if need be, or of it the prompt of one task."""
-    from softbridge.checkpoint.read import load
-
     if isinstance(prompt, (str, Path)):
         return load(prompt, base=base, task=task)
     return prompt if task is None else of_task(prompt, task)

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from softbridge.arrays import from_torch
+from softbridge.attachment.attached import attached_by, extract
 from softbridge.base.head import load_head
 from softbridge.errors import EngineError
 from softbridge.plugin.hookspecs import Insertable
@@ -191,16 +192,12 @@ def _say_that_there_are_none(folder: Path) -> None:
 
 def _now(model: Any, state: Mapping[str, Any]) -> SoftPrompt:
     """The prompt as it is now; of a sharded model, as the gathered state has it."""
-    from softbridge.attachment.attached import extract
-
     with _holding(model, state):
         return extract(model)
 
 
 def engine_and_prompt(model: Any) -> tuple[Insertable, SoftPrompt]:
     """The engine that attached to a model, and the prompt as it is now."""
-    from softbridge.attachment.attached import attached_by, extract
-
     insertable = able(engine_named(attached_by(model)), Insertable)
     assert insertable is not None, "`attach` makes a trainer's model of no other"
     return insertable, extract(model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+from softbridge.base.build import build, shrink, usual_task
 from softbridge.geometry import text_part
 
 
@@ -21,8 +22,6 @@ def measure_scale(config: Any) -> float | None:
         BaseModelError: no such model can be built.
     """
     import torch
-
-    from softbridge.base.build import build, shrink, usual_task
 
     config = copy.deepcopy(text_part(config))
     task = usual_task(config)

@@ -9,7 +9,7 @@ import copy
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from softbridge.arrays import Array
 from softbridge.base.build import (
@@ -25,13 +25,12 @@ from softbridge.base.build import (
     shrink,
     usual_task,
 )
+from softbridge.base.embedding_scale import measure_scale
+from softbridge.base.positions import PositionScheme, probe
 from softbridge.errors import BaseModelError, SoftbridgeError
 from softbridge.geometry import Geometry, read_geometry, text_part
 from softbridge.prompt.soft_prompt import BaseId
 from softbridge_compat import embedding_scales, transformers_configs, versions
-
-if TYPE_CHECKING:
-    from softbridge.base.positions import PositionScheme
 
 
 class BaseModel:
@@ -90,8 +89,6 @@ class BaseModel:
     @cached_property
     def positions(self) -> PositionScheme:
         """How the model knows where its tokens stand, measured on a small model of the same structure."""
-        from softbridge.base.positions import probe
-
         return probe(self.config)
 
     @cached_property
@@ -105,8 +102,6 @@ class BaseModel:
         """
         if text_part(self.config).model_type not in embedding_scales.MOVED:
             return None
-        from softbridge.base.embedding_scale import measure_scale
-
         scale = measure_scale(self.config)
         if scale is None:
             raise BaseModelError(

@@ -23,6 +23,7 @@ import numpy as np
 
 from softbridge.arrays import Array
 from softbridge.base import cache as caches
+from softbridge.base.build import build, shrink, usual_task
 from softbridge.errors import BaseModelError
 from softbridge.geometry import read_geometry, text_part
 
@@ -152,8 +153,6 @@ def probe(config: Any) -> PositionScheme:
     Rotary tables depend on the head size and on the layer's number, not on the number of heads or the hidden size, so
     that the small model stays small for any base.
     """
-    from softbridge.base.build import build, usual_task
-
     config = text_part(config)
     task, geometry = usual_task(config), read_geometry(config)
     try:
@@ -243,8 +242,6 @@ def _float64() -> Any:
 
 def _smallest(config: Any) -> Any:
     """The configuration with one head per layer and everything shrunk that rotary tables do not depend on."""
-    from softbridge.base.build import shrink
-
     config = copy.deepcopy(config)
     geometry_head = getattr(config, "head_dim", None) or getattr(config, "d_kv", None)
     heads = config.num_attention_heads

@@ -17,6 +17,7 @@ import typer
 from softbridge.cli import convert, show, verify  # noqa: F401  # each adds its commands
 from softbridge.cli.console import DEFECT, app, printer
 from softbridge.cli.tables import shown_lines
+from softbridge_compat import versions
 
 
 def main() -> None:
@@ -34,8 +35,6 @@ def main() -> None:
 
 def _version(wanted: bool) -> None:
     if wanted:
-        from softbridge_compat import versions
-
         printer().out(" ".join(f"{name} {version}" for name, version in versions().items()), highlight=False)
         raise typer.Exit
 

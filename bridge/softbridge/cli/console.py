@@ -7,7 +7,7 @@ import logging
 import shutil
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Annotated, Any, NoReturn
 
@@ -18,6 +18,8 @@ from typer.core import TyperGroup
 
 from softbridge.cli.tables import shown_lines
 from softbridge.errors import SoftbridgeError
+from softbridge.untested import warn_of_untested
+from softbridge.verification.progress import watching
 
 
 class _Group(TyperGroup):
@@ -44,6 +46,20 @@ Base = Annotated[
     str | None,
     typer.Option("--base", help="The base model: a directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG"),
 ]
+
+
+def one_of(names: Iterable[str], flag: str, help: str) -> Any:
+    """An option that takes one of these names, which are a list of the core's."""
+    known = tuple(names)
+
+    def parse(text: str) -> str:
+        if text not in known:
+            raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, known))}.")
+        return text
+
+    return typer.Option(flag, help=help, parser=parse, metavar=f"[{'|'.join(known)}]")
+
+
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of a table.")]
 
 
@@ -85,9 +101,6 @@ def quiet() -> Iterator[None]:
     What softbridge itself has to say of what is installed comes first, on standard error; and, in a line that goes away
     again, how far a verification has come.
     """
-    from softbridge.untested import warn_of_untested
-    from softbridge.verification.progress import watching
-
     warn_of_untested()
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -2,32 +2,18 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.text import Text
 
-from softbridge.cli.console import AsJson, Base, app, print_json, printer, quiet, refuse
+from softbridge import conversion
+from softbridge.checkpoint.choice import DROPPED
+from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
 from softbridge.cli.tables import certificate_table, shown, steps_table
 from softbridge.errors import SoftbridgeError
-
-
-class StoredDtype(str, Enum):
-    """What numbers can be stored in."""
-
-    float64 = "float64"
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-class Dropped(str, Enum):
-    """What of a source can be left out; see `softbridge.checkpoint.choice.DROPPED`."""
-
-    training = "training"
-    manifest = "manifest"
+from softbridge.lowering.precision import DTYPES
 
 
 @app.command()
@@ -50,7 +36,7 @@ def convert(
         str | None, typer.Option("--encoding", help="How to store tensors; see 'softbridge formats'.", metavar="NAME")
     ] = None,
     dtype: Annotated[
-        StoredDtype | None, typer.Option("--dtype", help="Store the numbers in this; the report says what it rounds.")
+        str | None, one_of(DTYPES, "--dtype", "Store the numbers in this; the report says what it rounds.")
     ] = None,
     task: Annotated[
         int | None, typer.Option("--task", help="Which task of a multitask prompt to convert.", min=0)
@@ -64,8 +50,7 @@ def convert(
         ),
     ] = None,
     drop: Annotated[
-        list[Dropped] | None,
-        typer.Option("--drop", help="Leave this out of the source, stale or not; may be repeated."),
+        list[str] | None, one_of(DROPPED, "--drop", "Leave this out of the source, stale or not; may be repeated.")
     ] = None,
     trained_on: Annotated[
         str | None,
@@ -82,11 +67,9 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to another toolkit's format. Refuses whatever would compute another function."""
-    from softbridge.conversion import convert as run
-
     try:
         with quiet():
-            report = run(
+            report = conversion.convert(
                 source,
                 target,
                 to,
@@ -94,10 +77,10 @@ def convert(
                 format=source_format,
                 accept=accept or (),
                 encoding=encoding,
-                dtype=None if dtype is None else dtype.value,
+                dtype=dtype,
                 task=task,
                 part=part,
-                drop=[name.value for name in drop or ()],
+                drop=drop or (),
                 trained_on=trained_on,
                 verify=verify,
                 overwrite=overwrite,

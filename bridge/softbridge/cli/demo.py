@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
@@ -14,9 +13,8 @@ from softbridge.errors import EngineError
 from softbridge.plugin.hookspecs import Demonstrating
 from softbridge.plugin.optional import able
 from softbridge.plugin.registry import engine_named, engines
-
-if TYPE_CHECKING:
-    from softbridge.verification.certificate import Certificate
+from softbridge.testing import tiny_config, tiny_model
+from softbridge.verification.certificate import Certificate
 
 STEPS = 20
 LENGTH = 8
@@ -24,8 +22,6 @@ LENGTH = 8
 
 def run(source: str, target: str, directory: Path | None, console: Console) -> Certificate:
     """Train with the engine `source`, convert to the format `target`, print and return the certificate."""
-    from softbridge.testing import tiny_config, tiny_model
-
     if directory is None:
         with tempfile.TemporaryDirectory() as folder:
             return run(source, target, Path(folder), console)
@@ -37,7 +33,9 @@ def run(source: str, target: str, directory: Path | None, console: Console) -> C
     if trainer is None:
         those = [name for name, engine in engines().items() if able(engine, Demonstrating) is not None]
         raise EngineError(
-            f"the engine '{source}' has no training of its own", f"one of {', '.join(those)}", "name another with --from"
+            f"the engine '{source}' has no training of its own",
+            f"one of {', '.join(those)}",
+            "name another with --from",
         )
     trainer.train_example(model, "prefix-tuning", trained, length=LENGTH, steps=STEPS, seed=0)
     console.print(

@@ -9,15 +9,12 @@ import json
 import math
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
 from rich.table import Table
 from rich.text import Text
 
 from softbridge.cli.tables import certificate_table, shown
-
-if TYPE_CHECKING:
-    from softbridge.verification.certificate import Certificate
+from softbridge.verification.certificate import Certificate
 
 _STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; color: #222 }

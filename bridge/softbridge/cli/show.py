@@ -9,8 +9,14 @@ import typer
 
 from softbridge.checkpoint.inspect import inspect as run_inspect
 from softbridge.cli.console import AsJson, Base, Output, app, print_json, printer, quiet, refuse
+from softbridge.cli.demo import run as run_demo
+from softbridge.cli.doctor import diagnosis_table
 from softbridge.cli.tables import engines_table, explanation_table, formats_table, plugins_table, prompt_table
+from softbridge.doctor import diagnose
 from softbridge.errors import SoftbridgeError
+from softbridge.lowering.explain import explanations
+from softbridge.lowering.matrix import markdown
+from softbridge.lowering.matrix import matrix as run_matrix
 
 
 @app.command()
@@ -42,8 +48,6 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """What would a conversion come to, and why? Without --base: for absolute, rotary and relative positions."""
-    from softbridge.lowering.explain import explanations
-
     try:
         found = explanations(source, target, method, base)
     except SoftbridgeError as error:
@@ -57,11 +61,8 @@ def explain(
 @app.command()
 def matrix(as_json: AsJson = False) -> None:
     """What every conversion of every method comes to: tests/MATRIX.md, from what is installed here."""
-    from softbridge.lowering.matrix import markdown
-    from softbridge.lowering.matrix import matrix as run
-
     try:
-        found = run()
+        found = run_matrix()
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:
@@ -77,9 +78,6 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """What can be run here, and which known defects of the toolkits are met?"""
-    from softbridge.cli.doctor import diagnosis_table
-    from softbridge.doctor import diagnose
-
     try:
         found = diagnose(path, base)
     except SoftbridgeError as error:
@@ -129,11 +127,9 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """The whole job on a tiny Llama built in process: train a prefix, convert it, run both, and compare."""
-    from softbridge.cli.demo import run
-
     try:
         with quiet():
-            certificate = run(source, target, directory, Output(quiet=True) if as_json else printer())
+            certificate = run_demo(source, target, directory, Output(quiet=True) if as_json else printer())
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich import box
 from rich.console import Group
@@ -11,12 +11,10 @@ from rich.table import Table
 from rich.text import Text
 
 from softbridge.lowering.examples import LENGTH
+from softbridge.lowering.explain import Explanation
+from softbridge.lowering.steps import Step
 from softbridge.plugin.registry import engines, formats, owners
-
-if TYPE_CHECKING:
-    from softbridge.lowering.explain import Explanation
-    from softbridge.lowering.steps import Step
-    from softbridge.verification.certificate import Certificate
+from softbridge.verification.certificate import Certificate
 
 Rows = list[dict[str, Any]]
 

@@ -3,40 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 
-from softbridge.cli.console import AsJson, Base, app, print_json, printer, quiet, refuse
+from softbridge import untrusted
+from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
+from softbridge.cli.page import page
 from softbridge.cli.tables import certificate_table, shown
 from softbridge.errors import SoftbridgeError
-
-if TYPE_CHECKING:
-    from softbridge.verification.certificate import Certificate
-
-
-class Dtype(str, Enum):
-    """The working precisions."""
-
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-
-
-class Alike(str, Enum):
-    """What can be counted as the same."""
-
-    bitwise = "bitwise"
-    exact = "exact"
-    rounding = "rounding"
-
+from softbridge.verification import proof
+from softbridge.verification.certificate import Certificate
+from softbridge.verification.claim import LEVELS, WORKING, Level
+from softbridge.verification.recheck import verify_again
+from softbridge.verification.recording import pack, unpack
+from softbridge.verification.small_models import BUDGET
+from softbridge.verification.texts import read_texts
 
 Weights = Annotated[
     bool, typer.Option("--weights", help="Use the base model's own weights, not random ones of its structure.")
 ]
-Working = Annotated[Dtype, typer.Option("--dtype", help="The working precision, reported beside float64.")]
+Working = Annotated[str, one_of(WORKING, "--dtype", "The working precision, reported beside float64.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of texts and random weights.", min=0, max=2**32 - 1)]
 Texts = Annotated[
     Path | None,
@@ -50,10 +38,11 @@ Memory = Annotated[
     typer.Option("--memory", help="Bytes that a model without weights may take; larger ones run in pieces.", min=1),
 ]
 AsLevel = Annotated[
-    Alike,
-    typer.Option(
+    Level,
+    one_of(
+        LEVELS,
         "--level",
-        help="What counts as the same: no bit differs; float64 agrees; or no more than the working precision rounds.",
+        "What counts as the same: no bit differs; float64 agrees; or no more than the working precision rounds.",
     ),
 ]
 AsPage = Annotated[
@@ -70,7 +59,7 @@ def verify(
     b: Annotated[Path | None, typer.Argument(help="What is compared with it.")] = None,
     base: Base = None,
     weights: Weights = False,
-    dtype: Working = Dtype.float32,
+    dtype: Working = WORKING[0],
     seed: Seed = 0,
     texts: Texts = None,
     memory: Memory = None,
@@ -82,14 +71,11 @@ def verify(
             metavar="ENGINE=PATH",
         ),
     ] = None,
-    level: AsLevel = Alike.exact,
+    level: AsLevel = "exact",
     html: AsPage = None,
     as_json: AsJson = False,
 ) -> None:
     """Do two checkpoints compute the same function? Exit status 0 same, 1 different, 2 refused or not to be judged."""
-    from softbridge.verification.proof import verify as run
-    from softbridge.verification.small_models import BUDGET
-
     if b is None:
         _verify_again(a, base, html, as_json)
 
@@ -97,16 +83,16 @@ def verify(
         if b is None or base is None:
             raise SoftbridgeError("no base model", "a directory, a config.json, or a hub id", "give it with --base")
         elsewhere = dict(_assignment(one) for one in python or ())
-        return run(
+        return proof.verify(
             a,
             b,
             base=base,
             weights=weights,
-            dtype=dtype.value,
+            dtype=dtype,
             seed=seed,
             texts=_token_ids(texts, base),
             python=elsewhere,
-            level=level.value,
+            level=level,
             memory=BUDGET if memory is None else memory,
         )
 
@@ -119,7 +105,7 @@ def probe(
     base: NeededBase,
     output: Annotated[Path, typer.Option("--output", help="The file to write, .safetensors.")],
     weights: Weights = False,
-    dtype: Working = Dtype.float32,
+    dtype: Working = WORKING[0],
     seed: Seed = 0,
     texts: Texts = None,
     memory: Memory = None,
@@ -132,18 +118,14 @@ def probe(
     ] = None,
 ) -> None:
     """Record what one checkpoint computes, to compare it with another that runs in another environment."""
-    from softbridge import untrusted
-    from softbridge.verification.proof import probe as run
-    from softbridge.verification.recording import pack
-
     try:
         with quiet():
-            recording = run(
+            recording = proof.probe(
                 path,
                 base=base,
                 against=against,
                 weights=weights,
-                dtype=dtype.value,
+                dtype=dtype,
                 seed=seed,
                 texts=_token_ids(texts, base),
                 window=window,
@@ -159,21 +141,15 @@ def probe(
 def compare(
     a: Annotated[Path, typer.Argument(help="The reference, as 'softbridge probe' wrote it.")],
     b: Annotated[Path, typer.Argument(help="What is compared with it.")],
-    level: AsLevel = Alike.exact,
+    level: AsLevel = "exact",
     html: AsPage = None,
     as_json: AsJson = False,
 ) -> None:
     """Judge two recordings. Exit status as of 'verify'."""
-    from softbridge.verification.proof import compare as run
-    from softbridge.verification.recording import unpack
-
-    _show_certificate(lambda: run(unpack(a), unpack(b), level=level.value), html, as_json)
+    _show_certificate(lambda: proof.compare(unpack(a), unpack(b), level=level), html, as_json)
 
 
 def _write_page(certificate: Certificate, path: Path | None) -> None:
-    from softbridge import untrusted
-    from softbridge.cli.page import page
-
     if path is not None:
         untrusted.write_file(path, page(certificate).encode())
 
@@ -193,8 +169,6 @@ def _show_certificate(certify: Callable[[], Certificate], html: Path | None, as_
 
 
 def _verify_again(path: Path, base: str | None, html: Path | None, as_json: bool) -> NoReturn:
-    from softbridge.verification.recheck import verify_again
-
     try:
         with quiet():
             again = verify_again(path, base)
@@ -222,6 +196,4 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def _token_ids(path: Path | None, base: str) -> list[list[int]] | None:
     """The texts of a file as token ids."""
-    from softbridge.verification.texts import read_texts
-
     return None if path is None else read_texts(path, base)

@@ -124,10 +124,7 @@ def defects() -> Mapping[str, Defect]:
 
 def owners() -> Mapping[str, Mapping[str, str]]:
     """Hook -> (name -> the plugin that brought it)."""
-    return {
-        hook: {name: owner for name, (_, owner) in _collected(hook).items()}
-        for hook in HOOKS
-    }
+    return {hook: {name: owner for name, (_, owner) in _collected(hook).items()} for hook in HOOKS}
 
 
 def format_named(name: str) -> Format:

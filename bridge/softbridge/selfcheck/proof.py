@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+import softbridge
 from softbridge import contract
 from softbridge.arrays import Array
 from softbridge.base.build import fresh
@@ -139,8 +140,6 @@ def _source(kind: type) -> str | None:
 @once
 def _sources(module: Any) -> tuple[str, ...]:
     """Digests of the sources of this package and of the engine's, which a version does not tell during development."""
-    import softbridge
-
     found = []
     for path in (softbridge.__file__, getattr(module, "__file__", None)):
         if path is not None:

@@ -11,6 +11,7 @@ from softbridge.errors import CheckpointError
 from softbridge.untrusted import Files
 from softbridge.verification.certificate import OLDER, SCHEMA, Certificate
 from softbridge.verification.claim import LEVELS, Claim
+from softbridge.verification.proof import verify, verify_claim
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,6 @@ def verify_again(path: str | Path, base: Any = None) -> Again:
         CheckpointError: it is no certificate of this version, or its files are gone.
         SoftbridgeError: see `softbridge.verify`.
     """
-    from softbridge.verification.proof import verify, verify_claim
-
     files = Files(path)
     recorded = files.json(files.names[0]) if files.is_file else {}
     remedy = "make it anew with 'softbridge verify --json' or 'softbridge convert --verify'"

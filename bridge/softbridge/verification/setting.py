@@ -14,6 +14,7 @@ from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.verification.bench import Subject
 from softbridge.verification.run import choose_engine
 from softbridge.verification.small_models import Structure, structures
+from softbridge_compat import versions
 
 
 def plan_of(
@@ -53,8 +54,6 @@ def weights_note(weights: bool, seed: int, pieces: Sequence[Structure]) -> str:
 @cache
 def versions_here() -> dict[str, str]:
     """Distribution -> installed version, of whatever can change a result."""
-    from softbridge_compat import versions
-
     return dict(versions())
 
 
