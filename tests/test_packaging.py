@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import subprocess
 import sys
 import zipfile
+from graphlib import TopologicalSorter
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+import softbridge as sb
 from softbridge.plugin.registry import engines, formats, owners
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -53,6 +57,50 @@ def test_inspecting_a_safetensors_file_imports_no_framework() -> None:
 
 def test_importing_the_package_imports_next_to_nothing() -> None:
     assert heavy_after("import softbridge") == []
+
+
+def test_looking_at_the_public_face_imports_no_framework() -> None:
+    whole = "import softbridge as sb; sb.methods, sb.initialisation, sb.tools, sb.parts, sb.explain, sb.inspect"
+    assert heavy_after(whole) == []
+
+
+def test_the_public_face_is_what_type_checkers_see() -> None:
+    source = (ROOT / "bridge" / "softbridge" / "__init__.py").read_text()
+    seen: dict[str, tuple[str, str]] = {}
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("softbridge"):
+            for one in node.names:
+                assert one.asname == one.name, "a type checker takes the name for a private one"
+                seen[one.name] = (node.module or "", one.name)
+    assert set(seen) == set(sb.__all__) == set(dir(sb))
+    for name, (module, attribute) in seen.items():
+        home = import_module(f"{module}.{attribute}" if module == "softbridge" else module)
+        assert getattr(sb, name) is (home if module == "softbridge" else getattr(home, attribute)), name
+    assert {"methods", "initialisation", "tools", "parts", "explain", "inspect", "reference"} <= set(seen)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        _ = sb.nothing
+
+
+def test_no_module_imports_itself_in_a_circle() -> None:
+    """Counted are imports inside functions, and those for type checkers alone, too; not the lazy public face."""
+    modules: dict[str, Path] = {}
+    for room in ("bridge", "plugins", "compat"):
+        for path in (ROOT / room).rglob("*.py"):
+            name = ".".join(path.relative_to(ROOT / room).with_suffix("").parts).removesuffix(".__init__")
+            modules[name] = path
+    del modules["softbridge"]
+    imported: dict[str, set[str]] = {}
+    for module, path in modules.items():
+        names = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.ImportFrom):
+                whole = {f"{node.module}.{one.name}" for one in node.names}
+                names |= whole & modules.keys() or {node.module or ""}
+            elif isinstance(node, ast.Import):
+                names |= {one.name for one in node.names}
+        imported[module] = names & modules.keys()
+    assert "softbridge.plugin.hookspecs" in imported["softbridge.plugin.registry"]
+    tuple(TopologicalSorter(imported).static_order())  # a CycleError names the circle
 
 
 def heavy_after(code: str) -> list[str]:

@@ -17,13 +17,16 @@ from typer.testing import CliRunner, Result
 
 import softbridge as sb
 from softbridge.base import BaseModel
+from softbridge.checkpoint.choice import DROPPED
 from softbridge.cli import main, show
 from softbridge.cli.console import app
 from softbridge.cli.tables import certificate_table, shown
 from softbridge.errors import PluginError
+from softbridge.lowering.precision import DTYPES
 from softbridge.methods import MultitaskPromptTuning, rematerialise
 from softbridge.prompt import Origin, pack
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
+from softbridge.verification.claim import LEVELS, WORKING
 
 
 def call(*arguments: object) -> Result:
@@ -68,6 +71,7 @@ def test_inspect_says_what_a_file_is(peft: Path, base: Path) -> None:
     assert found["positions"]["start"] == {"decoder": 5}
     assert 0.7 < found["parts"][0]["std"] < 0.9
     assert "key/value prefix" in call("inspect", peft).output
+    assert sb.inspect(peft, base) == found, "the same as a verb of Python"
 
 
 def test_inspect_shows_what_the_reader_had_to_say(peft: Path, tmp_path: Path) -> None:
@@ -211,6 +215,27 @@ def test_the_demo_shows_the_trap_and_the_way_out() -> None:
 
 
 # Bad arguments and defects
+
+
+@pytest.mark.parametrize(
+    ("command", "option", "known"),
+    [
+        ("convert", "--dtype", tuple(DTYPES)),
+        ("convert", "--drop", tuple(DROPPED)),
+        ("verify", "--dtype", WORKING),
+        ("probe", "--dtype", WORKING),
+        ("verify", "--level", LEVELS),
+        ("compare", "--level", LEVELS),
+    ],
+)
+def test_choices_are_the_cores_own_lists(command: str, option: str, known: tuple[str, ...]) -> None:
+    assert f"[{'|'.join(known)}]" in CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200"}).stdout
+    more = {"convert": ["--to", "peft"], "probe": ["--base", "c", "--output", "d"]}.get(command, [])
+    sides = ["a"] if command == "probe" else ["a", "b"]
+    result = call(command, *sides, *more, option, "nothing")
+    assert result.exit_code == 2
+    said = " ".join(result.stderr.replace("│", " ").split())
+    assert f"'nothing' is not one of {', '.join(map(repr, known))}" in said
 
 
 @pytest.mark.parametrize("option", [("--dtype", "foo"), ("--dtype", "int8"), ("--dtype", "[/x]"), ("--seed", "-1")])

@@ -15,11 +15,11 @@ from softbridge.cli.console import app
 from softbridge.doctor import Diagnosis, defects, diagnose
 from softbridge.geometry import read_geometry
 from softbridge.methods import ContextAwarePromptTuning, MultitaskPromptTuning, PTuning
+from softbridge.plugin import registry
 from softbridge.plugin.registry import engines
 from softbridge.prompt import SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
-from softbridge_compat import defects as compat
-from softbridge_compat import peft_defects, versions
+from softbridge_compat import adapterhub_defects, peft_defects, versions
 
 pytest.importorskip("peft")
 
@@ -31,7 +31,8 @@ def names(prompt: SoftPrompt | None = None, family: str | None = None) -> set[st
 
 def test_defects_are_those_of_the_prompt_the_base_and_the_engines() -> None:
     everything = defects()
-    assert everything == tuple(defect for defect in compat.defects() if defect.applies())
+    assert everything == tuple(defect for defect in registry.defects().values() if defect.applies())
+    assert set(registry.defects().values()) == {*peft_defects.DEFECTS, *adapterhub_defects.DEFECTS}
     assert {defect.engine for defect in everything} <= set(engines())
     assert defects(engines=["native"]) == ()
     assert names() == {defect.id.removeprefix("peft-") for defect in peft_defects.DEFECTS if defect.applies()}

@@ -48,8 +48,7 @@ def _faults_of(value: Any, name: str, declared: Any) -> Iterator[str]:
         yield f"it has no `{name}`"
     elif inspect.isfunction(declared):
         if not _takes(getattr(value, name), declared):
-            given = [str(one.replace(annotation=one.empty)) for one in _arguments(declared)]
-            yield f"`{name}` cannot be called with ({', '.join(given)})"
+            yield f"`{name}` cannot be called with ({', '.join(one.name for one in _arguments(declared))})"
     elif not _is(found := getattr(value, name), declared):
         yield f"`{name}` is {found!r:.40}, not {'a sequence of texts' if get_origin(declared) else declared.__name__}"
 
