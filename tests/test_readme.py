@@ -22,6 +22,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -266,12 +267,17 @@ def installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 USE_IT = """
 import json, sys
 import softbridge as sb
+from softbridge.doctor import diagnose
 from softbridge.errors import OutputError
 from softbridge.plugin.registry import owners
+
+def told(*asked):
+    return [defect.id for defect in diagnose(*asked).defects if defect.engine == "embeds"]
 
 certificate = sb.convert("bert_prompt", "plain", to="plain", base="bert", verify=True).certificate
 print(owners()["softbridge_formats"]["plain"], owners()["softbridge_engines"]["embeds"])
 print(certificate.source.engine, certificate.target.engine, certificate.verdict)
+print(told(), told("bert_prompt", "bert"), told("bert_prefix", "bert"))
 sys.modules["softbridge_embeds"].BESIDE["attention_mask"] = 0
 try:
     sb.convert("bert_prompt", "faulty", to="plain", base="bert", verify=True)
@@ -284,14 +290,29 @@ def test_the_example_plugin_comes_in_by_its_entry_points(installed: Path) -> Non
     bert = build(tiny_config("bert"), "masked-lm", torch.float32, 0)
     bert.save_pretrained("bert")
     sb.save(random_input_prompt(read_geometry(bert.config)), "bert_prompt", format="peft", base=bert)
+    sb.save(random_prefix(read_geometry(bert.config)), "bert_prefix", format="peft", base=bert)
     code = f"import sys; sys.path.insert(0, {str(installed)!r})\n{USE_IT}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    owners, certificate, fault = done.stdout.splitlines()
+    owners, certificate, defects, fault = done.stdout.splitlines()
     assert owners == "plain embeds"
     assert re.fullmatch("peft embeds (bitwise|exact)", certificate)
+    assert defects == "['embeds-hidden-states'] ['embeds-hidden-states'] []"
     assert fault.startswith("verification found the converted prompt different")
     assert not Path("faulty").exists()
+
+
+def test_the_examples_defect_is_where_its_record_says(installed: Path) -> None:
+    embeds = import_module("softbridge_embeds")
+    bert = build(tiny_config("bert"), "masked-lm", torch.float64, 0)
+    prompt = random_input_prompt(read_geometry(bert.config), 4)
+    model = embeds.EmbedsEngine().attach(bert, prompt)
+    output = model(torch.arange(5, 11)[None], output_hidden_states=True)
+    assert output.logits.shape[1] == 6
+    assert output.hidden_states[-1].shape[1] == 10
+    assert embeds.HIDDEN_STATES.applies()
+    assert embeds.HIDDEN_STATES.concerns(prompt, None)
+    assert not embeds.HIDDEN_STATES.concerns(random_prefix(read_geometry(bert.config)), None)
 
 
 def test_the_examples_are_as_short_as_is_said() -> None:
