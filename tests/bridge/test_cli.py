@@ -71,7 +71,7 @@ def test_inspect_says_what_a_file_is(peft: Path, base: Path) -> None:
     assert found["positions"]["start"] == {"decoder": 5}
     assert 0.7 < found["parts"][0]["std"] < 0.9
     assert "key/value prefix" in call("inspect", peft).output
-    assert sb.inspect(peft, base) == found, "the same as a verb of Python"
+    assert sb.inspect(peft, base=base) == found, "the same as a verb of Python"
 
 
 def test_inspect_shows_what_the_reader_had_to_say(peft: Path, tmp_path: Path) -> None:

@@ -289,8 +289,8 @@ def doctor(*arguments: object) -> set[str]:
 def test_a_strangers_defects_show_where_they_apply(beside: Callable[[object], None], tmp_path: Path) -> None:
     config = tiny_config("llama")
     geometry = read_geometry(config)
-    sb.save(random_input_prompt(geometry), tmp_path / "vectors", "peft", config)
-    sb.save(random_prefix(geometry), tmp_path / "prefix", "peft", config)
+    sb.save(random_input_prompt(geometry), tmp_path / "vectors", format="peft", base=config)
+    sb.save(random_prefix(geometry), tmp_path / "prefix", format="peft", base=config)
     config.save_pretrained(tmp_path / "base")
     assert doctor() == set()
     strange = (
@@ -345,7 +345,7 @@ def test_a_broken_defect_is_refused(beside: Callable[[object], None], broken: li
 
 def test_a_defect_that_fails_on_a_prompt_is_refused(beside: Callable[[object], None], tmp_path: Path) -> None:
     config = tiny_config("llama")
-    sb.save(random_prefix(read_geometry(config)), tmp_path / "prefix", "peft", config)
+    sb.save(random_prefix(read_geometry(config)), tmp_path / "prefix", format="peft", base=config)
     beside(Strange(defect("odd", concerns=fail)))
     result = CliRunner().invoke(app, ["doctor", str(tmp_path / "prefix")])
     assert result.exit_code == 2
