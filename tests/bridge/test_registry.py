@@ -212,6 +212,16 @@ def test_an_engine_that_is_not_as_declared_is_refused(others: dict[str, Any], fa
         collect(manager(("two", Strange(engine=Machine(**others)))), "softbridge_engines")
 
 
+def test_an_attribute_that_fails_is_a_fault_of_the_plugin() -> None:
+    class Failing(Machine):
+        @property
+        def load(self) -> Any:
+            raise ImportError("No module named 'toolkit'")
+
+    with pytest.raises(PluginError, match="softbridge_engines of the plugin 'two' failed: ImportError"):
+        collect(manager(("two", Strange(engine=Failing()))), "softbridge_engines")
+
+
 def test_all_that_is_wrong_is_said_at_once() -> None:
     class Half:
         name, summary = "half", "an engine without most of what it needs"

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from softbridge import conversion
+from softbridge import conversion, parts
 from softbridge.checkpoint.choice import DROPPED
 from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
 from softbridge.cli.tables import certificate_table, shown, steps_table
@@ -45,7 +45,7 @@ def convert(
         str | None,
         typer.Option(
             "--part",
-            help="Convert one part only: encoder, self or cross (a prefix), encoder-input or decoder-input.",
+            help=f"Convert one part only, of those that the source has: {', '.join(parts.NAMES)}.",
             metavar="NAME",
         ),
     ] = None,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import fields
 from typing import Any, get_origin, get_type_hints
 
@@ -15,6 +15,8 @@ _PROTOCOLS: dict[str, tuple[type, tuple[type, ...]]] = {
     "softbridge_formats": (Format, FORMAT_EXTRAS),
     "softbridge_engines": (Engine, ENGINE_EXTRAS),
 }
+#: Functions of a defect -> how many arguments they take.
+_QUESTIONS = {"applies": 0, "concerns": 2}
 
 
 def faults(hook: str, value: Any) -> list[str]:
@@ -47,8 +49,10 @@ def _faults_of(value: Any, name: str, declared: Any) -> Iterator[str]:
     if not hasattr(value, name):
         yield f"it has no `{name}`"
     elif inspect.isfunction(declared):
-        if not _takes(getattr(value, name), declared):
-            yield f"`{name}` cannot be called with ({', '.join(one.name for one in _arguments(declared))})"
+        arguments = [one for one in inspect.signature(declared).parameters.values() if one.name != "self"]
+        by_name = [one.name for one in arguments if one.kind is one.KEYWORD_ONLY]
+        if not _takes(getattr(value, name), len(arguments) - len(by_name), by_name):
+            yield f"`{name}` cannot be called with ({', '.join(one.name for one in arguments)})"
     elif not _is(found := getattr(value, name), declared):
         yield f"`{name}` is {found!r:.40}, not {'a sequence of texts' if get_origin(declared) else declared.__name__}"
 
@@ -59,16 +63,10 @@ def _is(found: object, declared: Any) -> bool:
     return isinstance(found, Sequence) and not isinstance(found, str) and all(isinstance(one, str) for one in found)
 
 
-def _arguments(declared: Any) -> list[inspect.Parameter]:
-    return [one for one in inspect.signature(declared).parameters.values() if one.name != "self"]
-
-
-def _takes(method: Any, declared: Any) -> bool:
-    """Whether a method takes the arguments of its declaration: those by place, and those by name."""
-    by_name = {one.name: None for one in _arguments(declared) if one.kind is one.KEYWORD_ONLY}
-    by_place = [None for one in _arguments(declared) if one.kind is not one.KEYWORD_ONLY]
+def _takes(method: Any, by_place: int, by_name: Iterable[str] = ()) -> bool:
+    """Whether a function takes so many arguments by their place, and these by name."""
     try:
-        inspect.signature(method).bind(*by_place, **by_name)
+        inspect.signature(method).bind(*[None] * by_place, **dict.fromkeys(by_name))
     except TypeError:  # of `signature`, too: it is nothing that can be called
         return False
     except ValueError:  # written in another language, it does not say
@@ -82,11 +80,8 @@ def _faults_of_defect(value: Any) -> Iterator[str]:
         return
     for field in fields(value):
         found = getattr(value, field.name)
-        if field.name in ("applies", "concerns"):
-            count = 0 if field.name == "applies" else 2
-            try:
-                inspect.signature(found).bind(*[None] * count)
-            except (TypeError, ValueError):
-                yield f"`{field.name}` cannot be called with {count} arguments"
+        if field.name in _QUESTIONS:
+            if not _takes(found, _QUESTIONS[field.name]):
+                yield f"`{field.name}` cannot be called with {_QUESTIONS[field.name]} arguments"
         elif not (isinstance(found, str) and found):
             yield f"`{field.name}` is {found!r:.40}, not a text"

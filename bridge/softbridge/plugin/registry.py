@@ -60,34 +60,31 @@ def collect(plugins: pluggy.PluginManager, hook: str) -> dict[str, tuple[Any, st
     for implementation in getattr(plugins.hook, hook).get_hookimpls():
         owner = implementation.plugin_name
         try:
-            values = [(str(getattr(value, HOOKS[hook])), value) for value in implementation.function()]
+            values = [
+                (str(getattr(value, HOOKS[hook])), value, faults(hook, value)) for value in implementation.function()
+            ]
         except Exception as error:
             raise PluginError(
                 f"{hook} of the plugin '{owner}' failed: {error!r}",
                 "a list of things with a name; imports that may be missing belong below the hook",
                 "update or uninstall the package that brings the plugin",
             ) from error
-        for name, value in values:
+        for name, value, wrong in values:
+            if wrong:
+                raise PluginError(
+                    f"'{name}', which {hook} of the plugin '{owner}' returns, is not what it should be: "
+                    f"{'; '.join(wrong)}",
+                    "what softbridge.plugin.hookspecs says",
+                    "update or uninstall the package that brings the plugin",
+                )
             if name in found:
                 raise PluginError(
                     f"the name '{name}' is claimed by two plugins, '{found[name][1]}' and '{owner}'",
                     f"one owner for each name that {hook} returns",
                     "uninstall one of the two",
                 )
-            _check_declared(hook, name, value, owner)
             found[name] = (value, owner)
     return dict(sorted(found.items()))
-
-
-def _check_declared(hook: str, name: str, value: Any, owner: str) -> None:
-    """Refuse a value that is not what its protocol says, with all that is wrong."""
-    wrong = faults(hook, value)
-    if wrong:
-        raise PluginError(
-            f"'{name}', which {hook} of the plugin '{owner}' returns, is not what it should be: {'; '.join(wrong)}",
-            "what softbridge.plugin.hookspecs says",
-            "update or uninstall the package that brings the plugin",
-        )
 
 
 @cache

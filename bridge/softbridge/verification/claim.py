@@ -25,7 +25,7 @@ from softbridge.verification.probes import LENGTHS
 #: same.
 Level = Literal["bitwise", "exact", "rounding"]
 LEVELS: tuple[Level, ...] = ("bitwise", "exact", "rounding")
-#: The working precisions, which are reported beside float64; the first is what is taken unless another is named.
+#: The working precisions, which are reported beside float64.
 WORKING: tuple[str, ...] = tuple(name for name in DTYPES if name != "float64")
 #: One of the two things that are compared.
 Which = Literal["source", "target"]
