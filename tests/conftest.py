@@ -104,7 +104,7 @@ def _told(value: Any) -> Any:
             return _told((value.prompt, (value.engine, _files(value.directory)) if loads else None))
         case Bench():
             if "told" not in vars(value):
-                # By `frames` nothing is run: what ran is turned.
+                # By `frames` nothing is run: what ran is rotated.
                 names = {field.name for field in fields(value)} - {"base", "frames"}
                 settings = [(name, getattr(value, name)) for name in sorted(names)]
                 vars(value)["told"] = str((settings, value.base.task, value.config.to_dict(), fingerprint(value)))

@@ -58,11 +58,11 @@ from softbridge.plugin.registry import engine_named
 from softbridge.prompt import BaseId, KeyValue, KeyValuePrefix, Positions, SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix
 from softbridge.verification.probes import Probe
-from softbridge.verification.run import find_islands
+from softbridge.verification.run import find_float32_regions
 
 #: Virtual and real tokens, and new ones.
 P, T, NEW = 3, 7, 5
-#: Relative to the largest logit: in float64; beside an island of float32 in the model; where it knows no float64.
+#: Relative to the largest logit: in float64; beside a float32 region in the model; where it knows no float64.
 EXACT, ISLAND, SINGLE = 1e-12, 1e-5, 1e-4
 #: A prompt that moves no logit by this part of the largest shows nothing.
 FELT = 1e-3
@@ -594,7 +594,7 @@ def _bound(model: Any) -> float:
         return SINGLE
     probe = Probe("alone", {name: value.numpy() for name, value in _text(model).items()}, np.ones((1, 1), bool))
     try:
-        return ISLAND if find_islands(model, probe) else EXACT
+        return ISLAND if find_float32_regions(model, probe) else EXACT
     except Exception:  # it has logits of another name
         return ISLAND
 

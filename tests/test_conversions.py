@@ -32,7 +32,7 @@ FORMATS = ("softbridge", "peft", "adapterhub", "google")
 # One row per family and method, one column per pair (source, target), both in the order of FORMATS.
 #   b  the numbers as they are, and the positions: no bit differs. What they compute is as exact as e: in which order a
 #      product is summed hangs on where a toolkit has its numbers in memory
-#   e  exact: within 1e-12 of the largest logit in float64, or 1e-5 across a float32 island of the model
+#   e  exact: within 1e-12 of the largest logit in float64, or 1e-5 across a float32 region of the model
 #   c  conditional: refused unless the caller accepts 'positions'; then as exact as e
 #   .  refused, with the reason in REFUSALS
 # A source that the format cannot hold is refused when that source is written.

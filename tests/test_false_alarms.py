@@ -106,7 +106,7 @@ def converted(prompt: SoftPrompt, source: str, target: str, base: BaseModel, dir
 @pytest.mark.parametrize("family", TINY)
 def test_equal_prompts_are_never_called_different(family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # Of the deliberate faults the verdict asks for one, and the others have tests of their own.
-    monkeypatch.setattr("softbridge.verification.bench.mutations", lambda prompt, scheme: [("dropped", None)])
+    monkeypatch.setattr("softbridge.verification.bench.faulty_prompts", lambda prompt, scheme: [("dropped", None)])
     base, generator = base_of(family), np.random.default_rng([2024, list(TINY).index(family)])
     cells = [
         (method, source, target)

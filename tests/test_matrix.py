@@ -61,7 +61,7 @@ def nothing_beside_the_verdict() -> Iterator[None]:
     """
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(proof, "verify_prompts", partial(proof.verify_prompts, dtype="float64"))
-        patch.setattr(bench, "mutations", lambda prompt, scheme: [("dropped", None)])
+        patch.setattr(bench, "faulty_prompts", lambda prompt, scheme: [("dropped", None)])
         yield
 
 

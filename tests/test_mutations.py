@@ -114,7 +114,7 @@ _KEPT = "both sides are then read by softbridge alone"
 #: Module:function -> the lines that several faults are put into.
 _ROWS = "softbridge.prompt.part:KeyValuePrefix.from_rows"
 _FLAT = "softbridge.prompt.part:KeyValuePrefix.flat"
-_TURN = "softbridge.lowering.token_positions:turn"
+_ROTATE = "softbridge.lowering.token_positions:rotate"
 _MOVE = "softbridge.lowering.token_positions:_move"
 _ATTEND = "softbridge_native.attention:_attend"
 _ADAPTER = "softbridge_adapterhub.adapter:Adapter"
@@ -130,24 +130,24 @@ _VALUES = "torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)"
 
 FAULTS = {
     # Rotation and positions.
-    "the last layer is not turned": fault(
+    "the last layer is not rotated": fault(
         "llama: peft to adapterhub",
-        (_TURN, "@ maps[layer]", "@ (np.eye(len(maps[layer])) if layer == max(part.layers) else maps[layer])"),
+        (_ROTATE, "@ maps[layer]", "@ (np.eye(len(maps[layer])) if layer == max(part.layers) else maps[layer])"),
     ),
-    "keys are turned the other way": fault("llama: peft to adapterhub", (_TURN, "@ maps[layer]", "@ maps[layer].T")),
+    "keys are rotated the other way": fault("llama: peft to adapterhub", (_ROTATE, "@ maps[layer]", "@ maps[layer].T")),
     "the rotation is one position too far": fault(
         "llama: peft to adapterhub",
         (_MOVE, "scheme.rotation(want - have)", "scheme.rotation(want - have + 1)"),
     ),
-    "values are turned, too": fault(
+    "values are rotated, too": fault(
         "llama: adapterhub to peft",
-        (_TURN, "pair.values.astype(dtype)", "(pair.values.astype(np.float64) @ maps[layer]).astype(dtype)"),
+        (_ROTATE, "pair.values.astype(dtype)", "(pair.values.astype(np.float64) @ maps[layer]).astype(dtype)"),
     ),
-    "turned keys are stored in bfloat16": fault(
+    "rotated keys are stored in bfloat16": fault(
         "llama: adapterhub to peft",
-        (_TURN, "dtype = np.promote_types(pair.keys.dtype, np.float32)", "dtype = np.dtype('bfloat16')"),
+        (_ROTATE, "dtype = np.promote_types(pair.keys.dtype, np.float32)", "dtype = np.dtype('bfloat16')"),
     ),
-    "keys are turned, and the prompt says one position more": fault(
+    "keys are rotated, and the prompt says one position more": fault(
         "llama: peft to adapterhub", (_MOVE, "stack: want}", "stack: want + 1}")
     ),
     "tokens that must be told where to stand are not told": fault(
@@ -581,7 +581,7 @@ def nothing_beside_the_verdict() -> Iterator[None]:
     """Leave out what a verdict does not ask for: a working precision, and all deliberate faults but one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "verify_prompts", partial(verification.verify_prompts, dtype="float64"))
-        patch.setattr(bench, "mutations", lambda prompt, scheme: [("dropped", None)])
+        patch.setattr(bench, "faulty_prompts", lambda prompt, scheme: [("dropped", None)])
         yield
 
 

@@ -35,7 +35,7 @@ from softbridge.lowering.precision import as_dtype
 from softbridge.plugin.hookspecs import Engine
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.verification.probes import Probe
-from softbridge.verification.run import FLOAT32_LOSS, find_islands
+from softbridge.verification.run import FLOAT32_LOSS, find_float32_regions
 
 #: A callable that makes a fresh model.
 Make: TypeAlias = Callable[[], Any]
@@ -47,8 +47,8 @@ PADS = 3
 ANSWER = 5
 STEPS = 3
 NEW_TOKENS = 4
-#: How closely figures agree, relative to the largest number, in float64 and beside an island of float32.
-CLOSE, CLOSE_TO_ISLAND = 1e-12, 1e-5
+#: How closely figures agree, relative to the largest number, in float64 and beside a float32 region.
+CLOSE, CLOSE_TO_FLOAT32 = 1e-12, 1e-5
 #: A prompt that moves no logit by this part of the largest is not felt.
 FELT = 1e-3
 #: A promise that the model itself breaks may be broken this much more with a prompt: other numbers, the same fault.
@@ -71,7 +71,7 @@ class Figure:
     agreement: Agreement
 
     def kept(self, close: float) -> bool:
-        """Whether the value is within the bound; what is no number is not."""
+        """True if the value is within the bound; a NaN never is."""
         return self.value <= {"same": 0.0, "close": close, "loss": max(close, FLOAT32_LOSS)}[self.agreement]
 
 
@@ -83,17 +83,17 @@ class Outcome:
         promise: its name.
         figures: with the prompt.
         bare: the figures of the model without a prompt, by name; only if some figure with it is too large.
-        islands: where the model computes in float32, see `softbridge.verification.run.find_islands`.
+        float32_regions: where the model computes in float32, see `softbridge.verification.run.find_float32_regions`.
     """
 
     promise: str
     figures: tuple[Figure, ...]
     bare: Mapping[str, float]
-    islands: tuple[str, ...] = ()
+    float32_regions: tuple[str, ...] = ()
 
     @property
     def close(self) -> float:
-        return CLOSE_TO_ISLAND if self.islands else CLOSE
+        return CLOSE_TO_FLOAT32 if self.float32_regions else CLOSE
 
     @property
     def unkept(self) -> tuple[Figure, ...]:
@@ -135,12 +135,12 @@ def check(
     probe = Probe(
         "alone", {name: tensor.numpy() for name, tensor in make_text(model, 0).items()}, np.ones((1, 1), bool)
     )
-    islands = find_islands(model, probe)
+    float32_regions = find_float32_regions(model, probe)
     for promise in promises or PROMISES:
-        outcome = Outcome(promise.__name__, _run(promise, engine, make, prompt), {}, islands)
+        outcome = Outcome(promise.__name__, _run(promise, engine, make, prompt), {}, float32_regions)
         if outcome.unkept:
             bare = {figure.name: figure.value for figure in _run(promise, engine, make, None)}
-            outcome = Outcome(outcome.promise, outcome.figures, bare, islands)
+            outcome = Outcome(outcome.promise, outcome.figures, bare, float32_regions)
         yield outcome
 
 

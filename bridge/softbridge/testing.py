@@ -15,9 +15,9 @@ from softbridge.base.model import BaseModel
 from softbridge.geometry import Geometry, Site, Stack, stack_of
 from softbridge.prompt.part import InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, Positions, SoftPrompt
-from softbridge.verification.judge import BOUND, ISLAND_BOUND
+from softbridge.verification.judge import BOUND, FLOAT32_BOUND
 from softbridge.verification.probes import make_probes
-from softbridge.verification.run import find_islands
+from softbridge.verification.run import find_float32_regions
 
 _DECODER = {
     "vocab_size": 96,
@@ -107,7 +107,7 @@ def agreement(model: Any, **inputs: Any) -> float:
 
     In which order a matrix product is summed depends on its shape, on where its numbers lie in memory and on the
     processor. So nothing but the same calls on the same shapes is equal bit for bit everywhere: all else agrees within
-    `BOUND` in float64, and within `ISLAND_BOUND` where the model itself computes in float32, which is found by running
+    `BOUND` in float64, and within `FLOAT32_BOUND` where the model itself computes in float32, which is found by running
     it. See `apart`.
 
     Args:
@@ -115,10 +115,10 @@ def agreement(model: Any, **inputs: Any) -> float:
         inputs: what to run it on, if it takes no text.
     """
     if inputs:
-        return ISLAND_BOUND if find_islands(model, inputs) else BOUND
+        return FLOAT32_BOUND if find_float32_regions(model, inputs) else BOUND
     base = BaseModel.resolve(model)
-    islands = find_islands(model, make_probes(base.geometry, model.config, 0, base.task)[0])
-    return ISLAND_BOUND if islands else BOUND
+    regions = find_float32_regions(model, make_probes(base.geometry, model.config, 0, base.task)[0])
+    return FLOAT32_BOUND if regions else BOUND
 
 
 def apart(found: Any, expected: Any) -> float:

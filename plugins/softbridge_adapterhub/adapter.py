@@ -21,7 +21,7 @@ from softbridge_adapterhub import facts
 #: Architecture -> its configuration, in the order of the parts.
 Configs: TypeAlias = Mapping[str, Mapping[str, Any]]
 
-#: AdapterHub's tensors of a reparameterised prefix, in the order of `MLP_TENSORS`.
+#: AdapterHub's tensors of a parameterised prefix, in the order of `MLP_TENSORS`.
 REPARAMETERISED = (
     "wte.weight",
     "control_trans.0.weight",

@@ -47,7 +47,7 @@ class AdapterHubFormat:
     """A directory as AdapterHub's `save_adapter` writes it, or `save_adapter_setup` of one adapter or a stack."""
 
     name = "adapterhub"
-    summary = "AdapterHub: prefix tuning (flat, reparameterised, gated), prompt tuning"
+    summary = "AdapterHub: prefix tuning (flat, parameterised, gated), prompt tuning"
     encodings = ("bin", "safetensors")
     engine = "adapterhub"
     capabilities = CAPABILITIES

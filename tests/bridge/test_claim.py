@@ -43,7 +43,7 @@ PRECISION = "float64"
 @pytest.fixture(autouse=True, scope="module")
 def nothing_beside_the_verdict() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(comparison, "mutations", lambda prompt, scheme: [("dropped", None)])
+        patch.setattr(comparison, "faulty_prompts", lambda prompt, scheme: [("dropped", None)])
         yield
 
 
@@ -162,7 +162,7 @@ def _case(route: str, claim: Mapping[str, Any] = {}, **options: Any) -> Case:
     return Case(base, method, source, target, options, claim, **more)
 
 
-_TURNED = "llama: prefix-tuning: peft: adapterhub"
+_ROTATED = "llama: prefix-tuning: peft: adapterhub"
 _GPT2 = "gpt2: prefix-tuning: softbridge: peft"
 CASES = {
     "numbers rounded to bfloat16": _case(_GPT2, {"dtype": "bfloat16"}, dtype="bfloat16"),
@@ -172,14 +172,14 @@ CASES = {
     "a rounding that was accepted": _case(
         _GPT2, {"dtype": "float32", "conditions": ("dtype",)}, accept=["dtype"], change=_wide
     ),
-    "keys turned and rounded": _case(_TURNED, {"dtype": "bfloat16", "rounded": ("rotate",)}, dtype="bfloat16"),
-    "keys turned from float64 and rounded": _case(
+    "keys rotated and rounded": _case(_ROTATED, {"dtype": "bfloat16", "rounded": ("rotate",)}, dtype="bfloat16"),
+    "keys rotated from float64 and rounded": _case(
         "llama: prefix-tuning: softbridge: adapterhub",
         {"dtype": "float16", "rounded": ("rotate",)},
         dtype="float16",
         change=_wide,
     ),
-    "keys turned, and a rounding that was accepted": _case(
+    "keys rotated, and a rounding that was accepted": _case(
         "llama: prefix-tuning: softbridge: adapterhub",
         {"dtype": "float32", "rounded": ("rotate",), "conditions": ("dtype",)},
         accept=["dtype"],
@@ -271,10 +271,10 @@ def test_every_option_is_claimed_and_nothing_else(name: str, tmp_path: Path) -> 
     expected = {"conditions": (), "rounded": (), "dtype": None, "weights": False, **case.claim}
     assert {field: getattr(certificate.claim, field) for field in expected} == expected
     agree(a, b, base, certificate)
-    turned = sb.verify(b, a, base=base, dtype=PRECISION)
-    assert turned.same
-    assert turned.claim.turned == certificate.claim
-    assert (turned.source.digest, turned.target.digest) == (certificate.target.digest, certificate.source.digest)
+    reverse = sb.verify(b, a, base=base, dtype=PRECISION)
+    assert reverse.same
+    assert reverse.claim.reversed == certificate.claim
+    assert (reverse.source.digest, reverse.target.digest) == (certificate.target.digest, certificate.source.digest)
 
     # A claim is no cover: another source in the place of the first is found out.
     elsewhere = tmp_path / "elsewhere"
@@ -333,7 +333,7 @@ def test_on_every_route_all_agree(method: str, tmp_path: Path) -> None:
 # Whoever reads a claim
 
 
-@pytest.mark.parametrize("name", ["keys turned and rounded", "one task, rounded", "a window"])
+@pytest.mark.parametrize("name", ["keys rotated and rounded", "one task, rounded", "a window"])
 def test_two_recordings_know_of_each_other(name: str, tmp_path: Path) -> None:
     """Each side runs by itself what it stands for in the comparison with the other."""
     case = CASES[name]
@@ -406,7 +406,7 @@ def test_a_head_that_was_left_to_the_caller_is_the_other_sides(tmp_path: Path) -
 
 
 def test_how_a_source_was_made_says_nothing_of_what_is_made_of_it(tmp_path: Path) -> None:
-    """A -> B, rounded; B -> C, turned: C's keys are not rounded, and B's rounding is not held against them."""
+    """A -> B, rounded; B -> C, rotated: C's keys are not rounded, and B's rounding is not held against them."""
     base = base_of("llama")
     sb.save(made("prefix-tuning", base, "peft"), tmp_path / "a", format="peft", base=base)
     sb.convert(tmp_path / "a", tmp_path / "b", "softbridge", base=base, dtype="bfloat16")
@@ -421,19 +421,19 @@ def test_two_of_one_origin(tmp_path: Path) -> None:
     base = base_of("llama")
     sb.save(made("prefix-tuning", base, "peft"), tmp_path / "a", format="peft", base=base)
     for name, (to, options) in {
-        "turned": ("adapterhub", {}),
+        "rotated": ("adapterhub", {}),
         "rounded": ("softbridge", {"dtype": "bfloat16"}),
         "rounded alike": ("peft", {"dtype": "bfloat16"}),
-        "turned and rounded": ("adapterhub", {"dtype": "bfloat16"}),
+        "rotated and rounded": ("adapterhub", {"dtype": "bfloat16"}),
     }.items():
         sb.convert(tmp_path / "a", tmp_path / name, to, base=base, **options)  # type: ignore[arg-type]
     alike = sb.verify(tmp_path / "rounded", tmp_path / "rounded alike", base=base, dtype=PRECISION)
     assert alike.same
     assert (alike.claim.dtype, alike.claim.made) == ("bfloat16", None)
-    turned = sb.verify(tmp_path / "turned", tmp_path / "turned and rounded", base=base, dtype=PRECISION)
-    assert turned.same
-    assert (turned.claim.made, turned.rounded) == ("target", ("rotate",))
-    assert not sb.verify(tmp_path / "turned", tmp_path / "rounded", base=base, dtype=PRECISION).same, (
+    rotated = sb.verify(tmp_path / "rotated", tmp_path / "rotated and rounded", base=base, dtype=PRECISION)
+    assert rotated.same
+    assert (rotated.claim.made, rotated.rounded) == ("target", ("rotate",))
+    assert not sb.verify(tmp_path / "rotated", tmp_path / "rounded", base=base, dtype=PRECISION).same, (
         "keys of two frames"
     )
 

@@ -73,7 +73,7 @@ def test_the_command(tmp_path: Path) -> None:
     arguments = ["explain", "--from", "peft", "--to", "adapterhub", "--base", str(tmp_path)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0
-    assert "rotate: keys turned by -5 positions" in " ".join(result.output.split())
+    assert "rotate: keys rotated by -5 positions" in " ".join(result.output.split())
     rows = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
     outcomes = {row["method"]: row["outcome"] for row in rows}
     assert outcomes.keys() == ALL.keys()

@@ -21,7 +21,7 @@ from softbridge.lowering.precision import DTYPES, as_dtype
 from softbridge.prompt import KeyValue, Positions, SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
 from softbridge.verification import Certificate, Claim, Layer, Level, Subject, compare, probe, verify_prompts
-from softbridge.verification.faults import mutations
+from softbridge.verification.faults import faulty_prompts
 from softbridge.verification.recording import pack, unpack
 
 LAYERS = 3
@@ -58,7 +58,7 @@ def test_what_the_working_precision_rounds_anyway_is_a_level_of_its_own() -> Non
     assert certificate.exit_status == 1, "float64 decides unless the caller says otherwise"
     assert replace(certificate, claim=Claim(level="rounding")).exit_status == 0
     assert certify(prompt, rounded, dtype="float32", level="rounding").verdict == "different"
-    for fault, wrong in mutations(prompt, PositionScheme("absolute", tellable=True)):
+    for fault, wrong in faulty_prompts(prompt, PositionScheme("absolute", tellable=True)):
         if wrong is not None:
             assert certify(prompt, wrong, dtype="bfloat16", level="rounding").verdict == "different", fault
 
@@ -75,7 +75,7 @@ def test_a_level_is_asked_for_and_only_what_reaches_it_is_the_same() -> None:
         assert found == [int(number < reached) for number in range(3)]
 
 
-def test_a_yardstick_that_a_missing_prompt_would_pass_measures_nothing() -> None:
+def test_a_noise_floor_that_a_missing_prompt_would_pass_measures_nothing() -> None:
     right = certify(prefix_of("gpt2"), prefix_of("gpt2"))
     beyond = replace(right, figures=tuple(replace(one, float64=1e-3, working=1e-3) for one in right.figures))
     assert replace(beyond, yardstick=2e-3).verdict == "rounding"
@@ -96,7 +96,7 @@ def test_what_the_first_text_does_not_show_has_no_place() -> None:
     assert "parted" not in decodes.summary()
 
 
-def test_the_yardstick_and_its_unit_are_of_the_working_precision() -> None:
+def test_the_noise_floor_and_its_unit_are_of_the_working_precision() -> None:
     prompt = prefix_of("llama")
     fine, coarse = (certify(prompt, prompt, "llama", dtype) for dtype in ("float32", "bfloat16"))
     for certificate, unit in ((fine, 2.0**-23), (coarse, 2.0**-7)):

@@ -226,7 +226,7 @@ def test_input_prompts_are_counted_in_the_sequence_and_nobody_can_tell_otherwise
             assert lowering.prompt.positions.start == {"decoder": 5}
 
 
-def test_narrow_keys_are_widened_before_they_are_turned() -> None:
+def test_narrow_keys_are_widened_before_they_are_rotated() -> None:
     import ml_dtypes
 
     model = base("llama")
@@ -237,9 +237,9 @@ def test_narrow_keys_are_widened_before_they_are_turned() -> None:
         for layer, pair in part.layers.items()
     }
     prompt = replace(prompt, parts=(KeyValuePrefix("self", narrow),))
-    turned = lower(prompt, Target("x", UNCOUNTED, model)).prompt.prefixes[0]
+    rotated = lower(prompt, Target("x", UNCOUNTED, model)).prompt.prefixes[0]
     back = lower(lower(prompt, Target("x", UNCOUNTED, model)).prompt, Target("y", COUNTED, model)).prompt.prefixes[0]
-    for layer, pair in turned.layers.items():
+    for layer, pair in rotated.layers.items():
         assert pair.keys.dtype == pair.values.dtype == np.float32
         assert np.abs(back.layers[layer].keys - narrow[layer].keys.astype(np.float32)).max() < 1e-6
 

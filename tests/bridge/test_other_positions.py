@@ -1,4 +1,4 @@
-"""Positions that are neither turned into keys nor added: none at all, and ALiBi. What moving a prefix comes to."""
+"""Positions that are neither rotated into keys nor added: none at all, and ALiBi. What moving a prefix comes to."""
 
 from __future__ import annotations
 

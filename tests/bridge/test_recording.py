@@ -25,7 +25,7 @@ OTHER = os.environ.get("SOFTBRIDGE_OTHER_PYTHON", sys.executable)
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One Llama prefix as PEFT's, as AdapterHub's (its keys turned) and as our own, another prefix, and the base."""
+    """One Llama prefix as PEFT's, as AdapterHub's (its keys rotated) and as our own, another prefix, and the base."""
     folder = tmp_path_factory.mktemp("files")
     config = tiny_config("llama")
     config.save_pretrained(folder / "base")

@@ -1,8 +1,8 @@
-"""Turning keys between position frames is exact on every rotary family, none of which the code knows by name.
+"""Rotating keys between position frames is exact on every rotary family, none of which the code knows by name.
 
-PEFT itself runs the counted prefix (real tokens at P, P + 1, ...), the native engine the turned one (real tokens at 0,
-1, ...): the same function. The same numbers without the turn are another one. Where a family does not dispatch its
-attention (stablelm and nemotron on transformers 4), PEFT runs the turned one, too, told where the tokens stand.
+PEFT itself runs the counted prefix (real tokens at P, P + 1, ...), the native engine the rotated one (real tokens at 0,
+1, ...): the same function. The same numbers without the rotation are another one. Where a family does not dispatch its
+attention (stablelm and nemotron on transformers 4), PEFT runs the rotated one, too, given position_ids.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def test_turned_keys_are_the_same_function(family: str, changes: dict[str, Any])
     naive = replace(counted, positions=native_positions(counted, UNCOUNTED))
     certificate = verify_prompts(
         Subject("counted", counted, "peft"),
-        Subject("turned", lowering.prompt, "native"),
+        Subject("rotated", lowering.prompt, "native"),
         base,
         naive=naive,
         claim=Claim(conditions=("window", "length")),

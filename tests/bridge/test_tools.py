@@ -292,7 +292,7 @@ def test_nothing_is_not_averaged() -> None:
 
 @pytest.mark.parametrize("family", CAUSAL)
 def test_the_caches_of_two_texts_that_follow_each_other_join_to_the_cache_of_both(family: str) -> None:
-    """B was read after A, so its keys are in the frame of both, and nothing is to be turned."""
+    """B was read after A, so its keys are in the frame of both, and nothing is to be rotated."""
     model = tiny_model(family)
     whole = initialisation.text_cache(model, A + B)
     first = initialisation.text_cache(model, A)
@@ -336,8 +336,8 @@ def test_prompts_trained_apart_are_turned_to_stand_behind_each_other(family: str
         assert np.array_equal(pair.keys[:, : len(A)], first.prefixes[0].layers[layer].keys)
         np.testing.assert_allclose(pair.keys[:, len(A) :], cache.layers[layer].keys[0].numpy(), atol=1e-5)
         np.testing.assert_allclose(pair.values[:, len(A) :], cache.layers[layer].values[0].numpy(), atol=1e-5)
-        unturned = second.prefixes[0].layers[layer].keys
-        plain = max(plain, float(np.abs(unturned - cache.layers[layer].keys[0].numpy()).max()))
+        unrotated = second.prefixes[0].layers[layer].keys
+        plain = max(plain, float(np.abs(unrotated - cache.layers[layer].keys[0].numpy()).max()))
     assert plain > FAR
     # And the model computes with it what it computes with both caches, one behind the other.
     seeded = DynamicCache()
@@ -352,7 +352,7 @@ def test_prompts_trained_apart_are_turned_to_stand_behind_each_other(family: str
             REST, **caches.handed(model.forward, seeded), attention_mask=torch.ones(2, len(A + B) + 4)
         ).logits
     near = (logits(model, joined) - expected).abs().max() / expected.abs().max()
-    print(f"{family}: {near:.1e}; unturned keys differ by {plain:.1e}")
+    print(f"{family}: {near:.1e}; unrotated keys differ by {plain:.1e}")
     assert near <= 1e-5
     with pytest.raises(BaseModelError, match="give base="):
         tools.concatenate([first, second])
@@ -450,13 +450,13 @@ def test_a_slice_is_the_prompt_with_the_others_hidden(family: str) -> None:
     cut = tools.slice(whole, 3, base=model)
     expected = masked(model, 3)
     other = tools.slice(whole, 2, base=model)
-    if family == "mistral":  # unturned, the window would count the virtual tokens from the wrong end
+    if family == "mistral":  # unrotated, the window would count the virtual tokens from the wrong end
         pairs = {n: KeyValue(p.keys[:, 3:], p.values[:, 3:]) for n, p in whole.prefixes[0].layers.items()}
         other = replace(whole, parts=(KeyValuePrefix("self", pairs),))
     near = (logits(model, cut) - expected).abs().max() / expected.abs().max()
     print(f"{family}: {near:.1e}")
     assert near <= agreement(model)
-    assert cut.positions.start["decoder"] == (4 if family == "mistral" else 7), "turned only where a window slides"
+    assert cut.positions.start["decoder"] == (4 if family == "mistral" else 7), "rotated only where a window slides"
     assert (logits(model, other) - expected).abs().max() > FAR
     rejoined = tools.concatenate([tools.slice(whole, 0, 3), cut], model)
     assert rejoined.positions == whole.positions

@@ -17,7 +17,7 @@ from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.verification import Certificate, Claim, Fault, Figure, Subject, verify_prompts
 from softbridge.verification.probes import make_probes
-from softbridge.verification.run import choose_engine, find_islands
+from softbridge.verification.run import choose_engine, find_float32_regions
 
 
 def compare(a: SoftPrompt, b: SoftPrompt, family: str = "gpt2") -> Certificate:
@@ -101,7 +101,7 @@ def test_what_is_not_judged_does_not_count(prefix: SoftPrompt) -> None:
 def test_float32_islands_are_found_by_looking(family: str, islands: set[str]) -> None:
     model = tiny_model(family)
     base = BaseModel.resolve(model)
-    found = find_islands(model, make_probes(base.geometry, model.config, 0, base.task)[0])
+    found = find_float32_regions(model, make_probes(base.geometry, model.config, 0, base.task)[0])
     assert set(found) <= islands
     assert bool(found) == bool(islands)
 

@@ -7,7 +7,7 @@ bert, t5), in the safetensors format, everything in float64 unless said otherwis
 - metadata ``config``: the base model's configuration, JSON; ``family``; ``toolkit``: what AdapterHub's file says;
 - ``weights.<name>``: the base model's state dict;
 - ``file.adapter_config.json``, ``file.pytorch_adapter.bin``: the bytes (uint8) of the directory that AdapterHub's
-  `save_adapter` wrote after a few steps of training: reparameterised for gpt2 and t5, flat for llama and bert;
+  `save_adapter` wrote after a few steps of training: parameterised for gpt2 and t5, flat for llama and bert;
   t5 has all three sites;
 - ``input_ids`` [B, T] (int64), and for t5 ``decoder_input_ids`` [B, T'];
 - ``attention_mask`` [B, T] (int64): the last row ends in padding;
@@ -37,7 +37,7 @@ of which `leave_out` names some:
   ``<case>.gradient.<site>``: its gradient [P, 2·L·K·D] in keys and values of the layers that are there, in the order of
   `KeyValuePrefix.flat`; ``<case>.tokens``: generated, with a cache.
 
-Numbers differ between machines in the last bits: compare with a tolerance (float32 islands: 1e-5, else 1e-10).
+Numbers differ between machines in the last bits: compare with a tolerance (float32 regions: 1e-5, else 1e-10).
 """
 
 from __future__ import annotations

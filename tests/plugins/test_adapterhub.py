@@ -25,7 +25,7 @@ from softbridge.plugin.registry import engines
 from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Positions, SoftPrompt
 from softbridge.testing import agreement, apart, random_prefix, tiny_model
 from softbridge.untrusted import Files, pickle_bytes
-from softbridge.verification.judge import ISLAND_BOUND
+from softbridge.verification.judge import FLOAT32_BOUND
 from softbridge_adapterhub import facts
 from softbridge_adapterhub.adapter import Adapter
 from softbridge_adapterhub.engine import ENGINE
@@ -442,7 +442,7 @@ def test_every_family(family: str, kind: str, adapters: Any, tmp_path: Path) -> 
     through = ENGINE.load(copy.deepcopy(model), prompt, tmp_path / "theirs")
     native = NATIVE.attach(copy.deepcopy(model), prompt) if runs else None
     # The toolkit makes a prefix anew for every row, in one product of float32.
-    made = 0.0 if prompt.training is None else ISLAND_BOUND
+    made = 0.0 if prompt.training is None else FLOAT32_BOUND
     for rows in (1, 2):
         reference = logits(toolkit, rows)
         assert difference(logits(again, rows), reference) == 0

@@ -28,8 +28,8 @@ from softbridge.geometry import Stack, stack_of
 from softbridge.plugin.registry import engines
 from softbridge.prompt import BaseId, KeyValue, KeyValuePrefix, Positions, SoftPrompt
 from softbridge.testing import agreement
-from softbridge.verification.faults import mutations
-from softbridge.verification.judge import ISLAND_BOUND
+from softbridge.verification.faults import faulty_prompts
+from softbridge.verification.judge import FLOAT32_BOUND
 from softbridge.verification.run import attached, choose_engine
 from softbridge_adapterhub import facts
 from softbridge_adapterhub.format import FORMAT
@@ -86,10 +86,10 @@ def test_the_same_numbers_as_adapterhub(family: str, tmp_path: Path) -> None:
     close = agreement(golden.model)
     assert apart(None, "logits.base") <= close, "the base model is the same"
     if golden.prompt.training is not None:  # both multiply the perceptron's matrices in float32
-        close = max(close, ISLAND_BOUND)
+        close = max(close, FLOAT32_BOUND)
     assert apart(golden.prompt) <= close
     assert apart(golden.prompt, "logits.masked") <= close
-    for name, wrong in mutations(golden.prompt, BaseModel.resolve(golden.model).positions):
+    for name, wrong in faulty_prompts(golden.prompt, BaseModel.resolve(golden.model).positions):
         assert apart(wrong) * scale > 0.1, name
     start = {
         stack: part.length for stack, part in zip(golden.prompt.positions.start, golden.prompt.parts, strict=False)
@@ -279,26 +279,26 @@ def test_the_bias_that_adapterhub_loses_where_layers_are_left_out(
         return
     for case, prompt in prompts.items():
         for masked in (False, True):
-            assert golden.apart(case, prompt, masked) <= ISLAND_BOUND, (case, masked)
+            assert golden.apart(case, prompt, masked) <= FLOAT32_BOUND, (case, masked)
         with attached(ENGINE, model, prompt) as running:
             tokens = running.generate(golden.tensors["input_ids"], max_new_tokens=5, do_sample=False)
             assert torch.equal(tokens, golden.tensors[f"{case}.tokens"]), case
             labels = golden.tensors["decoder_input_ids"]
             loss = running(input_ids=golden.tensors["input_ids"], labels=labels).loss
             wanted = golden.tensors[f"{case}.loss"]
-            assert float((loss.detach() - wanted).abs() / wanted) <= ISLAND_BOUND, case
+            assert float((loss.detach() - wanted).abs() / wanted) <= FLOAT32_BOUND, case
             loss.backward()
             for part, module in zip(prompt.prefixes, running.softbridge.parts, strict=True):
                 pairs = {int(n): KeyValue(layer.keys.grad, layer.values.grad) for n, layer in module.layers.items()}
                 gradient = KeyValuePrefix(part.site, pairs).flat()
                 wanted = golden.tensors[f"{case}.gradient.{part.site}"].numpy()
-                assert abs(gradient - wanted).max() <= ISLAND_BOUND * abs(wanted).max(), (case, part.site)
+                assert abs(gradient - wanted).max() <= FLOAT32_BOUND * abs(wanted).max(), (case, part.site)
                 module.zero_grad()
 
     # The neighbours are far away, the one without the fact as well.
     monkeypatch.setattr("softbridge_native.obstacles._attention_obstacles", lambda prompt, model, geometry: [])
     for case, prompt in prompts.items():
-        wrong = dict(mutations(prompt, BaseModel.resolve(model).positions))
+        wrong = dict(faulty_prompts(prompt, BaseModel.resolve(model).positions))
         assert {"dropped", "keys and values swapped", "two layers swapped", "shifted by one position"} <= wrong.keys()
         own = prompt.prefix("self")
         shorter = replace(own, layers=dict(list(own.layers.items())[1:]))
@@ -306,7 +306,7 @@ def test_the_bias_that_adapterhub_loses_where_layers_are_left_out(
         for name, other in others(prompt.positions.unbiased_from):
             wrong[name] = replace(prompt, positions=replace(prompt.positions, unbiased_from=other))
         for name, neighbour in wrong.items():
-            assert golden.apart(case, neighbour) > 1000 * ISLAND_BOUND, (case, name)
+            assert golden.apart(case, neighbour) > 1000 * FLOAT32_BOUND, (case, name)
 
 
 def others(unbiased_from: Mapping[Stack, int]) -> Iterator[tuple[str, dict[Stack, int]]]:
@@ -328,7 +328,7 @@ def test_a_lost_bias_comes_back_with_the_prompt_off_and_the_self_check_bears_it(
         bare = model(**inputs).logits
         running = sb.attach(model, prompt, engine="native", self_check=True)
         wanted = golden.tensors["encoder middle.logits"]
-        assert float((running(**inputs).logits - wanted).abs().max() / wanted.abs().max()) <= ISLAND_BOUND
+        assert float((running(**inputs).logits - wanted).abs().max() / wanted.abs().max()) <= FLOAT32_BOUND
         with running.softbridge.off():
             assert torch.equal(running(**inputs).logits, bare)
         copied = copy.deepcopy(running)

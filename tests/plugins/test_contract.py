@@ -196,7 +196,7 @@ def test_native_keeps_the_contract(family: str, kind: str) -> None:
         # The model's own: the same check without a prompt fails as well, and nothing else is ever excused.
         own = [f"{outcome.promise}: {figure.name}" for figure in outcome.by_model]
         assert [name for name in own if not any(re.match(known, name) for known in OWN.get(family, ()))] == []
-        assert not outcome.islands or family not in FLOAT64, outcome.islands
+        assert not outcome.float32_regions or family not in FLOAT64, outcome.float32_regions
 
 
 def test_how_many_architectures_run_a_prefix() -> None:
@@ -382,9 +382,9 @@ def test_an_excuse_has_a_limit() -> None:
         True,
         True,
     ]
-    islander = replace(outcome(1e-7, 0.0), islands=("Norm",))
+    with_region = replace(outcome(1e-7, 0.0), float32_regions=("Norm",))
     assert outcome(1e-7, 0.0).broken
-    assert not islander.broken
+    assert not with_region.broken
 
 
 # ------------------------------------------------------------------------------------------------------------ PEFT

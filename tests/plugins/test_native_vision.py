@@ -43,7 +43,7 @@ P, NEW = 5, 4
 #: Large: the features of an image are, too, above all in PaliGemma.
 STD = 2.0
 TEXTS = ((2, 3), (4, 4))
-#: Rotary tables are an island of float32 in all of these.
+#: Rotary tables are a float32 region in all of these.
 CLOSE = 1e-5
 #: What each fault moves, at least.
 FAR = 1e-2

@@ -196,4 +196,4 @@ def test_a_prefix_runs_or_is_refused_with_the_true_reason(family: str) -> None:
         return
     with torch.no_grad():
         apart = (native(**ids).logits - running).abs().max() / running.abs().max()
-    assert apart < (1e-5 if family in ("llama", "t5") else 1e-12), "a float32 island of the model"
+    assert apart < (1e-5 if family in ("llama", "t5") else 1e-12), "a float32 region of the model"

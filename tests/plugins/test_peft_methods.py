@@ -205,7 +205,7 @@ def test_a_model_with_an_even_number_of_layers_runs_the_cartridge_that_peft_runs
 
 
 def test_a_cartridge_that_starts_as_a_text_is_that_text() -> None:
-    """Its keys are turned for the places that they stand at, so that real tokens follow: they are counted."""
+    """Its keys are rotated for the places that they stand at, so that real tokens follow: they are counted."""
     from peft.tuners.cartridge.utils import initialize_kv_prefix_from_past_key_values
 
     text = torch.tensor([[11, 23, 5, 60, 42]])

@@ -45,7 +45,7 @@ def attach(
     numbers instead, attach ``dataclasses.replace(prompt, training=None)``. Whatever is no part of the prompt or of its
     head is frozen until `detach`.
 
-    The prompt is lowered to what the engine can run on this model (with rotary positions: its keys are turned where
+    The prompt is lowered to what the engine can run on this model (with rotary positions: its keys are rotated where
     the engine's toolkit has the real tokens elsewhere); positions are told where they must be.
 
     Args:

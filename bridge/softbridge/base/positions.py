@@ -30,7 +30,7 @@ from softbridge.geometry import read_geometry, text_part
 if TYPE_CHECKING:
     import torch
 
-#: absolute: positions are added to the hidden states. rotary: keys turn with the position, in at least one layer.
+#: absolute: positions are added to the hidden states. rotary: keys rotate with the position, in at least one layer.
 #: relative: a bias that the model computes for itself. none: the outputs do not depend on a caller's positions.
 #: unknown: it could not be measured.
 Kind = Literal["absolute", "rotary", "relative", "none", "unknown"]
@@ -71,12 +71,12 @@ class PositionScheme:
         Layers without rotary positions have the identity.
 
         Raises:
-            BaseModelError: the keys do not turn by an orthogonal linear map.
+            BaseModelError: the keys do not rotate: no orthogonal linear map takes them from one position to another.
         """
         if self._keys is None:
             raise BaseModelError(
                 f"the base model's positions are {self.kind}, not rotary",
-                "a model whose keys turn with the position",
+                "a model whose keys rotate with the position",
                 "convert to a target that keeps the positions as they are",
             )
         maps = self._keys.maps(abs(shift))
@@ -138,7 +138,7 @@ class _Keys:
             skew = float((matrix.T @ matrix - torch.eye(matrix.shape[0], dtype=matrix.dtype)).abs().max())
             if max(misfit, skew) > TOLERANCE:
                 raise BaseModelError(
-                    f"keys of layer {layer} do not turn by a rotation when their token moves by {position} positions "
+                    f"keys of layer {layer} do not rotate when their token moves by {position} positions "
                     f"(misfit {misfit:.1e}, distance from orthogonal {skew:.1e})",
                     f"an orthogonal linear map, to {TOLERANCE}",
                     "convert to a target that keeps the positions as they are",
@@ -189,8 +189,8 @@ def _probe_decoder(keys: _Keys) -> PositionScheme:
     if moved > TOLERANCE:
         return _absolute(keys.model, keys.tokens[:4, 0][None])
     maps = keys.maps(3)
-    turns = any(not np.allclose(matrix, torch.eye(len(matrix)).numpy(), atol=TOLERANCE) for matrix in maps.values())
-    return PositionScheme("rotary" if turns else "none", tellable=True, keys=keys)
+    rotates = any(not np.allclose(matrix, torch.eye(len(matrix)).numpy(), atol=TOLERANCE) for matrix in maps.values())
+    return PositionScheme("rotary" if rotates else "none", tellable=True, keys=keys)
 
 
 def _probe_encoder(model: Any) -> PositionScheme:

@@ -36,7 +36,7 @@ def page(certificate: Certificate) -> str:
     """The page: verdict, tables, the differences by probe and by layer, and the certificate's JSON."""
     title = f"{certificate.verdict}: {certificate.source.path}, {certificate.target.path}"
     *tables, verdict = certificate_table(certificate).renderables
-    bounds = [("bound", certificate.bound), ("yardstick", certificate.yardstick)]
+    bounds = [("bound", certificate.bound), ("noise floor", certificate.yardstick)]
     probes: list[_Row] = [(figure.probe, (figure.float64, figure.working)) for figure in certificate.figures]
     layers: list[_Row] = [(f"{one.stack} {one.layer} {one.part}", (one.apart,)) for one in certificate.layers]
     content = json.dumps(certificate.to_json(), indent=2, sort_keys=True)

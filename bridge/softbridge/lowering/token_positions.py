@@ -17,7 +17,7 @@ from softbridge.prompt.soft_prompt import Positions, SoftPrompt
 
 
 def native_positions(prompt: SoftPrompt, capabilities: Capabilities) -> Positions:
-    """Where real tokens stand if a toolkit with these capabilities runs the numbers as they are, untold."""
+    """Where real tokens stand if a toolkit with these capabilities runs the numbers as they are, without passing position_ids."""
     counted = prompt.counted()
     start = dict(prompt.positions.start)
     for part in prompt.parts:
@@ -40,8 +40,8 @@ def native_positions(prompt: SoftPrompt, capabilities: Capabilities) -> Position
 def check_relative_bias(prompt: SoftPrompt, target: Target) -> list[Option]:
     """A relative position bias of virtual tokens is what the target's own model makes of it."""
     wanted = native_positions(prompt, target.capabilities)
-    told = replace(prompt.positions, relative_bias=wanted.relative_bias, unbiased_from=wanted.unbiased_from)
-    if told == prompt.positions:
+    expected = replace(prompt.positions, relative_bias=wanted.relative_bias, unbiased_from=wanted.unbiased_from)
+    if expected == prompt.positions:
         return [Option(prompt)]
     if any(part.site != "cross" for part in prompt.prefixes):
         base = target.need_base("whether it has a relative position bias decides whether the prefix can be moved")
@@ -58,7 +58,7 @@ def check_relative_bias(prompt: SoftPrompt, target: Target) -> list[Option]:
                 )
             remedy = "run it with an engine that computes the same bias (native), through --to softbridge"
             return blocked(prompt, Obstacle("relative-bias", reason, remedy))
-    return [Option(replace(prompt, positions=told))]
+    return [Option(replace(prompt, positions=expected))]
 
 
 def check_window(prompt: SoftPrompt, target: Target) -> list[Option]:
@@ -86,7 +86,7 @@ def check_window(prompt: SoftPrompt, target: Target) -> list[Option]:
 
 
 def move_start(prompt: SoftPrompt, target: Target) -> list[Option]:
-    """Move the real tokens of each stack to where the target has them: turn rotary keys, or leave it to be told."""
+    """Move the real tokens of each stack to where the target has them: rotate rotary keys, or have the caller pass position_ids."""
     wanted = native_positions(prompt, target.capabilities).start
     options = [Option(prompt)]
     for stack, want in wanted.items():
@@ -110,13 +110,13 @@ def _move(prompt: SoftPrompt, stack: Stack, want: int, target: Target) -> list[O
         note = "virtual and real tokens move together, and the model sees their distances only"
         options.append(Option(moved, (Step("positions", "exact", note),)))
     elif scheme.kind == "rotary":
-        note = f"keys turned by {want - have:+d} positions with the model's own rotation; orthogonal, float32 rounding"
+        note = f"keys rotated by {want - have:+d} positions with the model's own rotation; orthogonal, float32 rounding"
         ejected = without_training(moved, target, "belongs to the keys before the rotation and is left out")
         reason = "the model's rotary frequencies change with the length of the text: the same within one regime"
         bound = Obstacle("length", reason, "accept the bound on the text's length", True)
-        turned = turn(ejected.prompt, stack, scheme.rotation(want - have))
+        rotated = rotate(ejected.prompt, stack, scheme.rotation(want - have))
         bounds = (bound,) if scheme.depends_on_length else ()
-        options.append(Option(turned, (Step("rotate", "rounding", note), *ejected.steps), bounds))
+        options.append(Option(rotated, (Step("rotate", "rounding", note), *ejected.steps), bounds))
     if scheme.kind == "none":
         note = "the model's outputs do not depend on where the tokens stand"
         options.append(Option(moved, (Step("positions", "exact", note),)))
@@ -128,10 +128,10 @@ def _move(prompt: SoftPrompt, stack: Stack, want: int, target: Target) -> list[O
     ):
         reason = (
             f"the model's {stack} has {scheme.kind} positions: real tokens must stand at {have}, "
-            f"{have + 1}, ..., and {target.name} by itself puts them at {want}, {want + 1}, ...; whoever runs the "
-            "files must tell it (position_ids). softbridge's engines do, reading the manifest beside the files"
+            f"{have + 1}, ..., and {target.name} by itself puts them at {want}, {want + 1}, ...; the caller "
+            "must pass position_ids. softbridge's engines do: they read softbridge.json beside the files"
         )
-        obstacle = Obstacle("positions", reason, "accept that the caller tells the positions", True)
+        obstacle = Obstacle("positions", reason, "accept that the caller passes position_ids", True)
         options.append(Option(prompt, (), (obstacle,)))
     if not options:
         why = scheme.reason or f"its positions are {scheme.kind}: its caller cannot say where tokens stand"
@@ -141,14 +141,14 @@ def _move(prompt: SoftPrompt, stack: Stack, want: int, target: Target) -> list[O
     return options
 
 
-def turn(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftPrompt:
+def rotate(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftPrompt:
     """Apply layer -> M [D, D] to every key row of the stack's own prefix, in float64.
 
-    The result is stored in the keys' dtype, in float32 if that is narrower: rounding a turned key to bfloat16 would
+    The result is stored in the keys' dtype, in float32 if that is narrower: rounding a rotated key to bfloat16 would
     cost 4e-3, and the bound of a rotation is float32's.
     """
 
-    def turned(part: Part) -> Part:
+    def rotated(part: Part) -> Part:
         if not isinstance(part, KeyValuePrefix) or part.site == "cross" or stack_of(part.site) != stack:
             return part
         layers = {}
@@ -158,4 +158,4 @@ def turn(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftPrompt
             layers[layer] = replace(pair, keys=keys, values=pair.values.astype(dtype))
         return replace(part, layers=layers)
 
-    return replace(prompt, parts=tuple(turned(part) for part in prompt.parts))
+    return replace(prompt, parts=tuple(rotated(part) for part in prompt.parts))

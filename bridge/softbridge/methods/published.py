@@ -152,7 +152,7 @@ class PTuning(Method):
 
 @dataclass(frozen=True)
 class MLP:
-    """The perceptron of a reparameterised prefix: an embedding [P, E], linear E -> M -> W.
+    """The perceptron of a parameterised prefix: an embedding [P, E], linear E -> M -> W.
 
     Attributes:
         bottleneck_size: M; 512 is the paper's, and AdapterHub's default. PEFT's is K·D.

@@ -214,7 +214,7 @@ def _row(model: Any, text: Inputs) -> int:
     expected, columns = said(model, text), torch.arange(text["input_ids"].shape[1])[None]
     for row in range(4):
         found = said(model, {**text, "position_ids": columns + row})
-        if contract.distance(found, expected) <= contract.CLOSE_TO_ISLAND:
+        if contract.distance(found, expected) <= contract.CLOSE_TO_FLOAT32:
             return row
     raise NotTried("told where its tokens stand, the bare model computes something else than when it counts them")
 
@@ -259,7 +259,7 @@ def _one_by_one(bare: Any, geometry: Geometry, part: KeyValuePrefix, start: int,
         return torch.cat(found, dim=1)
 
     whole = scores(fresh(bare)(**text))
-    if contract.distance(read(caches.empty(fresh(bare), 1), ids, 0, 0), whole) > contract.CLOSE_TO_ISLAND:
+    if contract.distance(read(caches.empty(fresh(bare), 1), ids, 0, 0), whole) > contract.CLOSE_TO_FLOAT32:
         raise NotTried("the bare model reads a text token by token in another way than as a whole")
     return read(_seeded(bare, part, geometry), ids, part.length, start)
 
@@ -276,7 +276,7 @@ def _check_continues(bare: Any, text: Inputs, told: bool) -> None:
     first = bare(input_ids=ids[:, :begun], attention_mask=torch.ones_like(ids[:, :begun]), use_cache=True)
     on = scores(bare(**rest, **caches.handed(bare.forward, caches.of(first))))
     whole = scores(bare(**text))
-    if contract.distance(on, whole[:, begun:]) > contract.CLOSE_TO_ISLAND:
+    if contract.distance(on, whole[:, begun:]) > contract.CLOSE_TO_FLOAT32:
         raise NotTried("the bare model reads on from a cache in another way than it reads a text as a whole")
 
 
@@ -359,7 +359,7 @@ def _in_encoder(stack: nn.Module, geometry: Geometry, part: KeyValuePrefix, star
     finally:
         for handle in handles:
             handle.remove()
-    if contract.distance(one, other) > contract.CLOSE_TO_ISLAND:
+    if contract.distance(one, other) > contract.CLOSE_TO_FLOAT32:
         raise NotTried("what tokens stand in front shows elsewhere than in keys and values")
     found: Tensor = one
     return found

@@ -30,7 +30,7 @@ import softbridge
 from softbridge import contract
 from softbridge.arrays import Array
 from softbridge.base.build import fresh
-from softbridge.contract import CLOSE, CLOSE_TO_ISLAND, FELT, Figure, Outcome
+from softbridge.contract import CLOSE, CLOSE_TO_FLOAT32, FELT, Figure, Outcome
 from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.plugin.hookspecs import Banker, Engine, Insertable
 from softbridge.plugin.optional import able
@@ -41,7 +41,7 @@ from softbridge.selfcheck import promises
 from softbridge.selfcheck.miniature import Architecture, Miniature, build, like, miniatures
 from softbridge.selfcheck.promises import NotTried
 from softbridge.selfcheck.verdict import Finding, Key, Measured, Promise, Verdict, decisive, keep, recall
-from softbridge.verification.run import find_islands, threads
+from softbridge.verification.run import find_float32_regions, threads
 
 #: How many copies are tried to build.
 TRIES = 6
@@ -210,7 +210,7 @@ class _Trial:
         self.texts = promises.texts(bare, self.template)
         self.plain = promises.texts(bare)
         self.began, self.generates = time.thread_time(), promises.generates(bare, small.geometry)
-        self.islands = find_islands(bare, self.plain[0])
+        self.float32_regions = find_float32_regions(bare, self.plain[0])
         self.running = engine.attach(fresh(bare), prompt)
 
     def findings(self, bank: bool) -> tuple[Finding, ...]:
@@ -298,7 +298,7 @@ class _Trial:
         # A copy for each: Qwen2-VL keeps what it found of the last sequence that it generated from.
         figures, reason = _answers(ask, fresh(self.running), self.texts)
         alone: dict[str, float] = {}
-        if Outcome(promise, tuple(figures), {}, self.islands).unkept:
+        if Outcome(promise, tuple(figures), {}, self.float32_regions).unkept:
             alone = self._alone(ask, torch.float64)
             lost = {name for name, value in alone.items() if not math.isfinite(value)}
             if lost:
@@ -349,8 +349,8 @@ class _Trial:
     def _judged(
         self, promise: Promise, figures: Sequence[Figure], alone: dict[str, float], reason: str = ""
     ) -> Finding:
-        outcome = Outcome(promise, tuple(figures), alone, self.islands)
-        close = CLOSE_TO_ISLAND if self.islands else CLOSE
+        outcome = Outcome(promise, tuple(figures), alone, self.float32_regions)
+        close = CLOSE_TO_FLOAT32 if self.float32_regions else CLOSE
         return Finding(
             promise,
             tuple(

@@ -17,7 +17,7 @@ from softbridge.base.model import BaseModel
 from softbridge.errors import BaseModelError, LoweringError, Obstacle, refusal
 from softbridge.geometry import Stack, stack_of
 from softbridge.lowering.expressible import check_fits
-from softbridge.lowering.token_positions import turn
+from softbridge.lowering.token_positions import rotate
 from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.tools.alike import check_alike, check_positions, combined_parts, made_of, match, one_length
@@ -36,14 +36,14 @@ def concatenate(prompts: Sequence[SoftPrompt], base: Any = None, accept: Collect
       P_B. The new start is S = start_A + P_B; or S = start_A, where A leaves a gap before its real tokens into which B
       fits (a slice does). A's keys are right as they are, B's were stored for real tokens at start_B. If that is S
       (the cache of a text that was read after A's), nothing is to do. Otherwise the base model decides: rotary keys
-      are turned by S - start_B with the model's own rotation; a relative bias counts from the tokens by itself; of
+      are rotated by S - start_B with the model's own rotation; a relative bias counts from the tokens by itself; of
       *absolute* positions the keys and values were computed from hidden states, and nothing can move them: they stay,
       and the joined prompt is a start for training, with no claim about what B did alone.
 
     Args:
         prompts: of the same parts; of prefixes, the same layers, heads and head sizes. The widest dtype holds all;
-            turned keys take at least float32.
-        base: a model, configuration, directory or hub id; needed where keys may have to be turned.
+            rotated keys take at least float32.
+        base: a model, configuration, directory or hub id; needed where keys may have to be rotated.
         accept: ``length`` accepts frequencies that change with the length of the text.
 
     Raises:
@@ -124,7 +124,7 @@ def _moved(
                 reason = "the model's rotary frequencies change with the length of the text: exact within one regime"
                 remedy = "accept the bound on the text's length"
                 raise LoweringError("concatenate", [Obstacle("length", reason, remedy, acceptable=True)])
-            return turn(b, stack, scheme.rotation(shift))
+            return rotate(b, stack, scheme.rotation(shift))
         case "relative" if b.positions.start[stack] != needed:
             raise refusal(
                 f"real tokens at {b.positions.start[stack]} in the second prompt",
@@ -151,7 +151,7 @@ def slice(
     Of a *prefix*, the slice is the same function as the prompt with the other virtual tokens hidden: numbers and real
     tokens stay where they are, so that real tokens may stand further back than the slice is long. What is cut off in
     front has to be known of, in two cases, and therefore takes the base model: with a relative bias the real tokens
-    move up by `start`, and with rotary positions and a sliding window they do, too, and the keys are turned back.
+    move up by `start`, and with rotary positions and a sliding window they do, too, and the keys are rotated back.
     Joined again by `concatenate`, slices that follow each other are the prompt that they were cut from.
 
     Args:
@@ -178,7 +178,7 @@ def slice(
             f"layers {sorted(layers)}", f"some of {sorted(here) or 'none: this has no prefix'}", "choose them"
         )
     places = dict(prompt.positions.start)
-    turns: dict[Stack, int] = {}
+    rotations: dict[Stack, int] = {}
     if (start, stop) != (0, length):
         _one_kind(prompt)
         _no_template(prompt)
@@ -189,17 +189,17 @@ def slice(
             if start and prefix.site != "cross" and _front_matters(prompt, prefix, base):
                 stack = stack_of(prefix.site)
                 places[stack] = places.get(stack, 0) - start
-                turns[stack] = -start
+                rotations[stack] = -start
                 if places[stack] < stop - start:
                     raise refusal(
                         f"real tokens at {places[stack] + start}, less than the prefix length",
                         "a counted prefix",
                         "slice from 0",
                     )
-    for stack, shift in turns.items():
-        scheme = _need(base, "keys are turned").positions
+    for stack, shift in rotations.items():
+        scheme = _need(base, "keys are rotated").positions
         if scheme.kind == "rotary":
-            prompt = turn(prompt, stack, scheme.rotation(shift))
+            prompt = rotate(prompt, stack, scheme.rotation(shift))
 
     def cut(part: Part) -> Part | None:
         if isinstance(part, InputPrompt):
@@ -235,7 +235,7 @@ def _front_matters(prompt: SoftPrompt, prefix: KeyValuePrefix, base: Any) -> boo
         case kind if slides:
             raise BaseModelError(
                 f"a sliding window in a model whose positions are {kind}",
-                "a window that is 'pinned', or rotary positions, whose keys can be turned",
+                "a window that is 'pinned', or rotary positions, whose keys can be rotated",
                 "slice from 0",
             )
     return False

@@ -15,17 +15,17 @@ from softbridge.base.build import fresh
 from softbridge.base.head import load_head, restore_head
 from softbridge.base.model import BaseModel
 from softbridge.errors import SoftbridgeError
-from softbridge.lowering.token_positions import turn
+from softbridge.lowering.token_positions import rotate
 from softbridge.parts import named_arrays
 from softbridge.plugin.hookspecs import Engine, Loader
 from softbridge.plugin.optional import able
 from softbridge.prompt.part import InputPrompt
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.template import Template
-from softbridge.verification.faults import mutations
+from softbridge.verification.faults import faulty_prompts
 from softbridge.verification.layers import places, watch
 from softbridge.verification.probes import REVERSED, Probe, make_probes, reverse
-from softbridge.verification.run import attached, find_islands, generate_fault, gradient, obstacles_of, run
+from softbridge.verification.run import attached, find_float32_regions, generate_fault, gradient, obstacles_of, run
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Capture:
     Attributes:
         engine: that ran it.
         left_pads: whether the engine says that pads on the left change nothing.
-        islands: modules of the model that compute in less than float64.
+        float32_regions: modules of the model that compute in less than float64.
         longest: tokens of the longest text.
         exact: probe -> logits at the real tokens in float64, or generated tokens.
         rough: the same in the working precision; of a reference also ``reversed``.
@@ -64,7 +64,7 @@ class Capture:
         loss: of the first text.
         start: stack -> where its first real token stands.
         gradient: array of the prompt -> gradient of that loss.
-        turned: of a model with rotary positions, the same in the frame of tokens that stand at 0; else, or where
+        rotated: of a model with rotary positions, the same in the frame of tokens that stand at 0; else, or where
             nobody needs it, empty.
         repeats: whether two layers of the prompt have the same numbers.
         faults: deliberate fault -> how far it moves the logits of the first text.
@@ -75,7 +75,7 @@ class Capture:
 
     engine: str
     left_pads: bool
-    islands: tuple[str, ...]
+    float32_regions: tuple[str, ...]
     longest: int
     exact: Mapping[str, Array]
     rough: Mapping[str, Array]
@@ -84,7 +84,7 @@ class Capture:
     loss: float
     start: Mapping[str, int]
     gradient: Mapping[str, Array]
-    turned: Mapping[str, Array]
+    rotated: Mapping[str, Array]
     repeats: bool
     faults: Mapping[str, float]
     untried: Mapping[str, str]
@@ -106,7 +106,7 @@ class Bench:
         cached: whether generating may use the model's cache. A gate weighs the positions of each call, so that with a
             cache it is another function, and whether a toolkit has one is its own affair.
         first: which layer of the whole model this one's layer 0 is.
-        frames: whether the two sides' tokens may start at different positions, so that gradients must be turned into a
+        frames: whether the two sides' tokens may start at different positions, so that gradients must be rotated into a
             common frame.
     """
 
@@ -142,8 +142,8 @@ class Bench:
         return self.model()
 
     @cached_property
-    def islands(self) -> tuple[str, ...]:
-        return find_islands(self.spare(), self.alone(None)[0])
+    def float32_regions(self) -> tuple[str, ...]:
+        return find_float32_regions(self.spare(), self.alone(None)[0])
 
     @cached_property
     def config(self) -> Any:
@@ -249,15 +249,15 @@ def capture(
         rough, _ = bench.own(subject, engine, dtype, backwards)
     loss, grown = bench.gradient(engine, prompt)
     grown = _entering(replace(grown, head={}, training=None), bench.base.scale)
-    scheme, turned = bench.base.positions, grown
+    scheme, rotated = bench.base.positions, grown
     if bench.frames and scheme.kind == "rotary":
         for stack, start in prompt.positions.start.items():
-            turned = turn(turned, stack, scheme.rotation(-start))
+            rotated = rotate(rotated, stack, scheme.rotation(-start))
     moved: dict[str, float] = {}
     untried: dict[str, str] = {}
     spare = bench.spare() if faults or naive is not None else None
     first = [bench.alone(prompt)[0].name]
-    for fault, wrong in mutations(prompt, scheme) if faults else ():
+    for fault, wrong in faulty_prompts(prompt, scheme) if faults else ():
         obstacles = [] if wrong is None else obstacles_of(engine, wrong, spare)
         if obstacles:
             untried[fault] = f"{engine.name}: {'; '.join(obstacle.reason for obstacle in obstacles)}"
@@ -270,7 +270,7 @@ def capture(
     return Capture(
         engine=engine.name,
         left_pads=engine.capabilities.left_pads,
-        islands=bench.islands,
+        float32_regions=bench.float32_regions,
         longest=max(probe.inputs["input_ids"].shape[1] for probe in probes),
         exact=exact,
         rough=rough,
@@ -279,7 +279,7 @@ def capture(
         loss=loss,
         start={str(stack): start for stack, start in prompt.positions.start.items()},
         gradient=named_arrays(grown),
-        turned={} if turned is grown else named_arrays(turned),
+        rotated={} if rotated is grown else named_arrays(rotated),
         repeats=_repeats(prompt),
         faults=moved,
         untried=untried,

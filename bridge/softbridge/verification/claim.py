@@ -21,7 +21,7 @@ from softbridge.verification.probes import LENGTHS
 #: How alike two sides are, the strictest first. bitwise: not one bit differed here, in float64 and in the working
 #: precision; on another processor, which sums products of other shapes in another order, the same may be exact.
 #: exact: within the stated bound in float64. rounding: another function in float64, but in the working precision no
-#: probe's outputs are further apart than the yardstick, and without the prompt they are; the generated tokens are the
+#: probe's outputs are further apart than the noise floor, and without the prompt they are; the generated tokens are the
 #: same.
 Level = Literal["bitwise", "exact", "rounding"]
 LEVELS: tuple[Level, ...] = ("bitwise", "exact", "rounding")
@@ -150,7 +150,7 @@ class Claim:
         return replace(self, conditions=conditions, rounded=rounded)
 
     @property
-    def turned(self) -> Claim:
+    def reversed(self) -> Claim:
         """The same with the two sides the other way around."""
         return replace(self, made=self.origin)
 

@@ -1,4 +1,4 @@
-"""Faults that a sensitive comparison must notice: each turns a prompt into a similar, wrong one."""
+"""Faults that a sensitive comparison must notice: each makes a similar, wrong prompt of the right one."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt
 
 
-def mutations(prompt: SoftPrompt, scheme: PositionScheme) -> Iterator[tuple[str, SoftPrompt | None]]:
+def faulty_prompts(prompt: SoftPrompt, scheme: PositionScheme) -> Iterator[tuple[str, SoftPrompt | None]]:
     """Name -> the faulty prompt (None: no prompt at all).
 
     Args:

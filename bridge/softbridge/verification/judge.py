@@ -17,8 +17,8 @@ from softbridge.verification.probes import GREEDY, REVERSED
 #: Relative to the largest logit. Float64 rounding of other summation orders stays below it on any depth we measured.
 BOUND = 1e-12
 
-#: Across a float32 island of the model itself, or of numbers that the conversion computed and stored in float32.
-ISLAND_BOUND = 1e-5
+#: Across a float32 region of the model itself, or of numbers that the conversion computed and stored in float32.
+FLOAT32_BOUND = 1e-5
 
 #: A fault counts as noticed if it moves the outputs this many times further than the bound allows.
 NOTICED = 100.0
@@ -29,9 +29,9 @@ class Findings:
     """What one comparison found; see `softbridge.verification.proof.Certificate`."""
 
     scale: float
-    islands: tuple[str, ...]
+    float32_regions: tuple[str, ...]
     bound: float
-    yardstick: float
+    noise_floor: float
     unit: float
     longest: int
     figures: tuple[Figure, ...]
@@ -43,7 +43,7 @@ class Findings:
 
 def judge(a: Capture, b: Capture, claim: Claim) -> Findings:
     """How far two sides are apart under a claim; the first is the reference."""
-    bound = ISLAND_BOUND if a.islands or b.islands or claim.rounded else BOUND
+    bound = FLOAT32_BOUND if a.float32_regions or b.float32_regions or claim.rounded else BOUND
     scale = max(float(np.abs(logits).max()) for name, logits in a.exact.items() if name != GREEDY)
     alone = [name for name in a.exact if name.startswith("alone")]
     figures = []
@@ -58,14 +58,14 @@ def judge(a: Capture, b: Capture, claim: Claim) -> Findings:
         apart = float(np.max([apart, *broken]))
         figures.append(Figure(group, apart, rough, judged=not note or bool(broken), note=note))
     padded, backwards = ["right-padded"], [REVERSED]
-    yardstick = how_far(a.rough, padded, a.rough, backwards) / scale
+    noise_floor = how_far(a.rough, padded, a.rough, backwards) / scale
     if how_far(a.exact, alone, a.exact, padded) / scale <= bound:
-        yardstick = max(yardstick, how_far(a.rough, alone, a.rough, padded) / scale)
+        noise_floor = max(noise_floor, how_far(a.rough, alone, a.rough, padded) / scale)
     return Findings(
         scale=scale,
-        islands=tuple(sorted({*a.islands, *b.islands})),
+        float32_regions=tuple(sorted({*a.float32_regions, *b.float32_regions})),
         bound=bound,
-        yardstick=yardstick,
+        noise_floor=noise_floor,
         unit=a.unit * 2.0 ** math.floor(math.log2(scale)) / scale if 0 < scale < math.inf else a.unit,
         longest=max(a.longest, b.longest),
         figures=(*figures, *_training(a, b, claim)),
@@ -103,8 +103,8 @@ def _training(a: Capture, b: Capture, claim: Claim) -> list[Figure]:
     """Whether training goes on identically: the loss, and its gradient in the prompt's numbers, in float64 alone."""
     loss = abs(a.loss - b.loss) / (abs(a.loss) or 1.0)
     figures = [Figure("loss", loss, None)]
-    together = a.start == b.start or not a.turned
-    ours, theirs = (side.gradient if together else side.turned for side in (a, b))
+    together = a.start == b.start or not a.rotated
+    ours, theirs = (side.gradient if together else side.rotated for side in (a, b))
     if ours.keys() != theirs.keys():  # what was moved to another place is not trained there alike
         return figures
     note = ""

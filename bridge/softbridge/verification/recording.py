@@ -28,7 +28,8 @@ KEY = "softbridge-recording"
 VERSION = 3
 #: Earlier ones, which have ``conditions`` and ``rounded`` instead of a claim, can still be judged.
 OLDER = (2,)
-_ARRAYS = ("exact", "rough", "states", "gradient", "turned")
+#: Group of arrays in the file -> attribute of `Capture`.
+_ARRAYS = {name: name for name in ("exact", "rough", "states", "gradient")} | {"turned": "rotated"}
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,9 @@ def pack(recording: Recording) -> bytes:
     tensors: dict[str, Array] = {}
     plain = []
     for number, capture in enumerate(recording.captures):
-        for group in _ARRAYS:
-            tensors |= {f"{number}.{group}.{name}": array for name, array in getattr(capture, group).items()}
+        for group, attribute in _ARRAYS.items():
+            arrays = getattr(capture, attribute)
+            tensors |= {f"{number}.{group}.{name}": array for name, array in arrays.items()}
         numbers = {
             "loss": capture.loss,
             "start": dict(capture.start),
@@ -87,8 +89,8 @@ def pack(recording: Recording) -> bytes:
             "stepwise": capture.stepwise,
             "unit": capture.unit,
         }
-        order = {group: list(getattr(capture, group)) for group in _ARRAYS}
-        plain.append({"islands": list(capture.islands), "longest": capture.longest, "order": order, **numbers})
+        order = {group: list(getattr(capture, attribute)) for group, attribute in _ARRAYS.items()}
+        plain.append({"islands": list(capture.float32_regions), "longest": capture.longest, "order": order, **numbers})
     described = {name: value for name, value in asdict(recording).items() if name != "captures"}
     content = {"version": VERSION, "captures": plain, **described}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=dict)
@@ -99,7 +101,7 @@ def unpack(path: str | Path) -> Recording:
     """The recording in a file.
 
     Raises:
-        CheckpointError: it is none, or is damaged.
+        CheckpointError: the file is not a recording, or is damaged.
     """
     files = untrusted.Files(path)
     name = files.names[0] if files.is_file else ""
@@ -116,13 +118,13 @@ def unpack(path: str | Path) -> Recording:
         captures = []
         for number, plain in enumerate(content["captures"]):
             groups = {
-                group: {name: tensors.pop(f"{number}.{group}.{name}") for name in plain["order"][group]}
-                for group in _ARRAYS
+                attribute: {name: tensors.pop(f"{number}.{group}.{name}") for name in plain["order"][group]}
+                for group, attribute in _ARRAYS.items()
             }
             captures.append(
                 Capture(
                     engine=engine,
-                    islands=tuple(plain["islands"]),
+                    float32_regions=tuple(plain["islands"]),
                     longest=plain["longest"],
                     loss=float(plain["loss"]),
                     start=plain["start"],
@@ -130,7 +132,7 @@ def unpack(path: str | Path) -> Recording:
                     left_pads=plain["left_pads"],
                     faults=plain["faults"],
                     untried=plain["untried"],
-                    stepwise=plain.get("stepwise", ""),  # earlier recordings know of no such toolkit
+                    stepwise=plain.get("stepwise", ""),  # earlier recordings know of no toolkit that generates step by step
                     unit=float(plain["unit"]),
                     naive=None,
                     **groups,
@@ -174,7 +176,7 @@ def check_same_setting(a: Recording, b: Recording) -> None:
     Raises:
         SoftbridgeError: they are.
     """
-    about = [(claim.dtype, claim.choice, claim.made) for claim in (a.claim, b.claim.turned)]
+    about = [(claim.dtype, claim.choice, claim.made) for claim in (a.claim, b.claim.reversed)]
     if about[0] != about[1]:
         raise SoftbridgeError(
             f"recordings of which one was rounded, or chosen from, for a comparison with something else: {about}",

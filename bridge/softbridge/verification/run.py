@@ -259,10 +259,10 @@ def _tensors(model: Any, inputs: Mapping[str, Array]) -> dict[str, Any]:
     return {name: torch.from_numpy(np.ascontiguousarray(array)).to(model.device) for name, array in inputs.items()}
 
 
-def find_islands(model: Any, probe: Probe | Mapping[str, Any]) -> tuple[str, ...]:
+def find_float32_regions(model: Any, probe: Probe | Mapping[str, Any]) -> tuple[str, ...]:
     """Where a float64 model computes in less than float64: names of modules' classes, sorted.
 
-    Such an island bounds how closely two ways of running a prompt can agree: a rotary table or a softmax in float32
+    Such a region bounds how closely two ways of running a prompt can agree: a rotary table or a softmax in float32
     rounds to 1e-7. It is found by watching every operator for narrower floating-point inputs that come out as float64.
 
     Args:
