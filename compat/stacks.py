@@ -68,7 +68,7 @@ def table() -> str:
 
 
 def newest() -> str:
-    """The module that tells an installed softbridge which versions were tested."""
+    """The module from which an installed softbridge knows which versions were tested."""
     lines = [f'    "{distribution}": "{tested(distribution)[-1]}",' for distribution in CLAIMED]
     return "\n".join(
         [

@@ -12,7 +12,7 @@ Each cell ends as one of
 - ``refused``: an obstacle is told before anything runs;
 - ``not compared``: no reference can be run by hand, or the bare model gives another answer each time;
 - ``not buildable``: no small model can be built, with transformers' reason;
-- ``WRONG``: something else is computed without a word;
+- ``WRONG``: something else is computed silently;
 - ``CRASH``: an error that is none of softbridge's own.
 
     python tests/strangers.py [--only REGEX] [--resume] [--write] [--verbose]

@@ -150,7 +150,7 @@ FAULTS = {
     "keys are rotated, and the prompt says one position more": fault(
         "llama: peft to adapterhub", (_MOVE, "stack: want}", "stack: want + 1}")
     ),
-    "tokens that must be told where to stand are not told": fault(
+    "position_ids that must be passed are not passed": fault(
         "gpt2: peft to adapterhub",
         (_MOVE, "Option(prompt, (), (obstacle,))", "Option(moved, (), (obstacle,))"),
     ),
@@ -278,17 +278,21 @@ FAULTS = {
     ),
     "an activation before the first layer, not behind it": fault(
         "gpt2: softbridge to peft, P-tuning",
-        ("softbridge.methods.parameterisations:_perceptron", "if number else", "if not number else"),
+        ("softbridge.methods.parameterisations:_linear_layers", "if number else", "if not number else"),
     ),
     "a square weight transposed": fault(
         "gpt2: adapterhub to softbridge, MLP",
-        ("softbridge.methods.parameterisations:_mlp", 'tensors["hidden.weight"]', 'tensors["hidden.weight"].T'),
-        adapterhub="it alone evaluates the perceptron in its file, otherwise",
+        (
+            "softbridge.methods.parameterisations:_linear_layers",
+            'tensors["hidden.weight"]',
+            'tensors["hidden.weight"].T',
+        ),
+        adapterhub="it alone evaluates the parameterisation in its file, otherwise",
     ),
     "no activation": fault(
         "gpt2: adapterhub to softbridge, MLP",
-        ("softbridge.methods.parameterisations:_mlp", "hidden = function(", "hidden = ("),
-        adapterhub="it alone evaluates the perceptron in its file, otherwise",
+        ("softbridge.methods.parameterisations:_linear_layers", "hidden = function(", "hidden = ("),
+        adapterhub="it alone evaluates the parameterisation in its file, otherwise",
     ),
     # PEFT's files.
     "PEFT's rows reversed": fault(
@@ -469,14 +473,14 @@ FAULTS = {
         adapterhub="the native engine otherwise runs both sides",
     ),
     # The toolkits' engines.
-    "PEFT's tokens are told one position more": fault(
+    "PEFT is passed position_ids that are one too large": fault(
         "gpt2: adapterhub to peft",
         ("softbridge_peft.engine:_Shift.__call__", "positions + self.shift", "positions + self.shift + 1"),
     ),
-    "PEFT's tokens are not told where to stand": fault(
-        "gpt2: adapterhub to peft", ("softbridge_peft.engine:_tell_positions", "if shift:", "if False:")
+    "PEFT is passed no position_ids": fault(
+        "gpt2: adapterhub to peft", ("softbridge_peft.engine:_pass_position_ids", "if shift:", "if False:")
     ),
-    "AdapterHub's tokens are told one position more": fault(
+    "AdapterHub is passed position_ids that are one too large": fault(
         "gpt2: peft to adapterhub",
         (
             "softbridge_adapterhub.engine:_run",
@@ -485,7 +489,7 @@ FAULTS = {
         ),
         adapterhub="the fault is in running it",
     ),
-    "AdapterHub's tokens are not told where to stand": fault(
+    "AdapterHub is passed no position_ids": fault(
         "gpt2: peft to adapterhub",
         ("softbridge_adapterhub.engine:_run", "if starts and", "if False and"),
         adapterhub="the fault is in running it",
@@ -577,7 +581,7 @@ def converted(route: Route, source: Path, target: Path) -> Certificate:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def nothing_beside_the_verdict() -> Iterator[None]:
+def nothing_but_the_verdict() -> Iterator[None]:
     """Leave out what a verdict does not ask for: a working precision, and all deliberate faults but one."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(verification, "verify_prompts", partial(verification.verify_prompts, dtype="float64"))

@@ -59,11 +59,13 @@ def losses(model: Any, reference: Any, folder: Path) -> list[float]:
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-@pytest.mark.parametrize("kind", ["input", "network"])
+@pytest.mark.parametrize("kind", ["input", "parameterisation"])
 def test_dpo_starts_where_its_reference_is(kind: str, tmp_path: Path) -> None:
     """At ln 2, and falls; the reference stays the start, and the base is shared. Against the base it is not."""
     base = tiny_model("llama", torch.float32)
-    prompt: Any = PrefixTuning(4, MLP(8)) if kind == "network" else random_input_prompt(read_geometry(base.config), 4)
+    prompt: Any = (
+        PrefixTuning(4, MLP(8)) if kind == "parameterisation" else random_input_prompt(read_geometry(base.config), 4)
+    )
     model = sb.attach(copy.deepcopy(base), prompt, seed=0)
     reference, start = sb.reference(model), sb.extract(model)
     own = {id(tensor) for tensor in model.parameters() if not tensor.requires_grad}
@@ -74,7 +76,7 @@ def test_dpo_starts_where_its_reference_is(kind: str, tmp_path: Path) -> None:
     assert found[-1] < found[0] - 0.01
     assert sb.extract(model) != start
     assert sb.extract(reference).parts == start.parts
-    if kind == "input":  # a network's first keys are as small as its weights
+    if kind == "input":  # a parameterisation's first keys are as small as its weights
         elsewhere = losses(sb.attach(copy.deepcopy(base), prompt, seed=0), copy.deepcopy(base), tmp_path)
         assert abs(elsewhere[0] - math.log(2)) > 0.05
 

@@ -19,7 +19,7 @@ def to_torch(array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torch
     """A tensor on the CPU with the array's values, in its own memory; converted to `dtype` if one is given.
 
     That memory is torch's, which is aligned, as numpy's is not: the order in which a product is summed, and so the last
-    bit of what a parameterisation makes, may hang on that.
+    bit of what a parameterisation makes, may depend on that.
     """
     import torch
 

@@ -57,7 +57,8 @@ class Cloze:
             examples: field -> token ids for each field of the template, and ``label``: number or name of the class.
 
         Raises:
-            ValueError: no examples, other fields, no such class, or labels for some of the examples only.
+            ValueError: no examples; other fields than the template's; a label that the verbaliser does not have; or
+                labels for some of the examples only.
         """
         import torch
 

@@ -97,7 +97,7 @@ class Outcome:
 
     @property
     def unkept(self) -> tuple[Figure, ...]:
-        """The figures that are too large, whoever is to blame."""
+        """The figures that are too large, be it by the engine or by the model itself."""
         return tuple(figure for figure in self.figures if not figure.kept(self.close))
 
     @property
@@ -341,18 +341,20 @@ PROMISES: tuple[Promise, ...] = (padding, cache, batch, labels, training, detach
 
 
 def _running(engine: Engine, model: Any, prompt: SoftPrompt | None) -> Any:
-    """The model with the prompt, or alone and told where its tokens stand, as `generate` tells it."""
-    return told_positions(model) if prompt is None else engine.attach(model, prompt)
+    """The model with the prompt; or alone and given position_ids, as `generate` passes them."""
+    return with_position_ids(model) if prompt is None else engine.attach(model, prompt)
 
 
-def told_positions(model: Any) -> Any:
-    """The model, told where its tokens stand, as `generate` tells it; in place."""
+def with_position_ids(model: Any) -> Any:
+    """The model, given position_ids in each call, as `generate` passes them; in place."""
     if "position_ids" in inspect.signature(model.forward).parameters:
-        model.register_forward_pre_hook(_tell, with_kwargs=True)
+        model.register_forward_pre_hook(_pass_position_ids, with_kwargs=True)
     return model
 
 
-def _tell(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _pass_position_ids(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
     mask = kwargs.get("attention_mask")
     if mask is None or kwargs.get("position_ids") is not None:
         return args, kwargs
@@ -415,7 +417,7 @@ def _aligned(model: Any, logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor
 
 
 def generate(model: Any, inputs: Mapping[str, Tensor], **settings: Any) -> Tensor:
-    """NEW_TOKENS tokens for each row [B, NEW_TOKENS], greedy unless told."""
+    """NEW_TOKENS tokens for each row [B, NEW_TOKENS], greedy unless `settings` say otherwise."""
     given = {name: value for name, value in inputs.items() if not name.startswith("decoder")}
     lengths = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": _pad(model)}
     found: Tensor = model.generate(
@@ -512,7 +514,7 @@ def _count(differ: Iterable[bool]) -> float:
 
 
 def _fingerprint(model: Any) -> dict[str, Any]:
-    """What must be as before beside the numbers: each aspect, compared by value."""
+    """What else must be as before, apart from the numbers: each aspect, compared by value."""
     modules = dict(model.named_modules())
     hooks = [name for name in vars(torch.nn.Module()) if name.endswith("_hooks")]
     return {

@@ -41,7 +41,7 @@ class Report:
         target: name of the format that was written.
         path: the directory or file that was written.
         lowering: the prompt as it was written, and the steps that led to it.
-        advice: what whoever runs the files in the toolkit itself must do.
+        advice: what users of the files in the toolkit itself must do.
         certificate: what verification found, if it was asked for.
     """
 
@@ -188,7 +188,7 @@ def _apart(source: Path, target: Path) -> None:
     """Refuse a target that would replace its own source, or stand inside it."""
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
-        raise OutputError(f"{target} is, holds or lies in the source {source}", "a target beside it", "choose another")
+        raise OutputError(f"{target} is, holds or lies in the source {source}", "a target outside it", "choose another")
 
 
 def _notes(prompt: SoftPrompt) -> list[Step]:

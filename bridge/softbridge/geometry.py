@@ -107,7 +107,7 @@ class Geometry:
         return self.encoder if stack == "encoder" else self.decoder
 
     def site(self, site: Site) -> StackGeometry | None:
-        """The attention that a prefix at this site joins, or None if the model has no such site."""
+        """The attention that a prefix at this site joins, or None if the model does not have this site."""
         if site == "cross" and self.encoder is None:
             return None
         return self.stack(stack_of(site))
@@ -116,12 +116,14 @@ class Geometry:
         """The numbers of the layers that a prefix at this site can join.
 
         Raises:
-            BaseModelError: there are none.
+            BaseModelError: no layer keeps keys and values at this site.
         """
         shape = self.site(site)
         layers = () if shape is None else shape.attending
         if not layers:
-            why = "no such site" if shape is None else f"layers without keys and values only ({shape.named(0)} ...)"
+            why = (
+                "no attention there" if shape is None else f"layers without keys and values only ({shape.named(0)} ...)"
+            )
             raise BaseModelError(
                 f"a prefix at the site '{site}' of {self.model_type}, which has {why}",
                 "layers that attend",

@@ -61,7 +61,7 @@ def random_uniform(
 
     Raises:
         ValueError: the length is not positive.
-        BaseModelError: the model has no such stack or site.
+        BaseModelError: the model does not have this stack or site.
     """
     generator = np.random.default_rng(seed)
     return _filled(base, length, stack, sites, lambda shape: generator.uniform(-bound, bound, shape).astype(np.float32))
@@ -100,7 +100,7 @@ def sampled_vocabulary(
 
     Raises:
         ValueError: fewer candidates than virtual tokens, or a ranking with an id that is not in the vocabulary.
-        BaseModelError: no model with weights, or it has no such stack.
+        BaseModelError: `model` has no weights, or does not have this stack.
     """
     ids = _sample(model, length, candidates, ranking, exclude, _input_stack(BaseModel.resolve(model), stack), seed)
     return _input(model, lambda embed: embed(ids), stack)
@@ -135,7 +135,7 @@ def class_labels(
 
     Raises:
         ValueError: more labels than virtual tokens, no labels, an empty one, or as `sampled_vocabulary`.
-        BaseModelError: no model with weights, or it has no such stack.
+        BaseModelError: `model` has no weights, or does not have this stack.
     """
     words = [_ids(label, tokenizer) for label in labels]
     if not 0 < len(words) <= length:
@@ -171,7 +171,7 @@ def text(
 
     Raises:
         ValueError: there are no ids, or one is not in the vocabulary.
-        BaseModelError: no model with weights, or it has no such stack.
+        BaseModelError: `model` has no weights, or does not have this stack.
     """
     tokens = _to_length(_ids(ids, tokenizer), length)
     return _input(model, lambda embed: embed(tokens), stack)

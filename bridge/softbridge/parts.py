@@ -45,7 +45,7 @@ def choose(prompt: SoftPrompt, name: str) -> SoftPrompt:
     """The part of that name, as a prompt of its own.
 
     Raises:
-        SoftbridgeError: there is none.
+        SoftbridgeError: the prompt does not have this part.
     """
     parts = split(prompt)
     if name not in parts:

@@ -224,7 +224,7 @@ class Template:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: it is none.
+            ValueError: `value` is not a template.
         """
         if not isinstance(value, dict) or value.keys() != {"pieces", "verbaliser"}:
             raise ValueError(f"template: an object with 'pieces' and 'verbaliser', not {value!r:.80}")

@@ -1,4 +1,4 @@
-"""A word, once, to whoever runs softbridge on releases that it was not proven on."""
+"""A warning, once, where softbridge runs on releases that it was not proven on."""
 
 from __future__ import annotations
 

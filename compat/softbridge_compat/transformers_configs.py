@@ -1,7 +1,7 @@
 """What a base model's configuration says, and the installed transformers does not read.
 
 A configuration class keeps every key of a config.json as an attribute, read or not: a Llama that transformers 5 saved
-has its rotary frequencies in ``rope_parameters``, and transformers 4 runs it with the default ones, without a word.
+has its rotary frequencies in ``rope_parameters``, and transformers 4 silently runs it with the default ones.
 Whether a class reads a key is asked of the class. What keys that some release does not read say is known here: all by
 which the defaults of transformers 4.57's and 5.23's classes of text models differ, and an output depends on. Keys that
 no release reads are many in published files, and mean nothing.
@@ -76,6 +76,6 @@ def _read(kind: Any) -> frozenset[str]:
     own: tuple[str, ...]
     try:
         own = tuple(vars(kind()))
-    except Exception:  # one that must be told something
+    except Exception:  # one that needs arguments
         own = tuple(inspect.signature(kind).parameters)
     return frozenset((*own, *dir(kind), *getattr(kind, "attribute_map", ())))

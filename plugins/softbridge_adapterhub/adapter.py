@@ -30,7 +30,7 @@ REPARAMETERISED = (
     "control_trans.2.bias",
 )
 FLAT = "control_trans"
-#: The settings of a perceptron.
+#: The settings of a parameterisation.
 _SETTINGS = ("bottleneck_size", "dropout", "non_linearity")
 
 
@@ -57,7 +57,7 @@ class Adapter:
         """The adapter that AdapterHub would have made of a prompt.
 
         Args:
-            given: configurations that it was read from: what they say beside is kept.
+            given: configurations that it was read from: what else they say is kept.
         """
         configs: dict[str, dict[str, Any]] = {}
         layers = {part.site: tuple(part.layers) for part in prompt.prefixes}
@@ -134,21 +134,21 @@ class Adapter:
                     tensors.update(zip(self._gate_keys(part.site, layer), gate, strict=True))
         if prompt.training is not None:
             stored = self._gathered(prompt.training).tensors
-            tensors.update({key: stored[name] for name, key in self._perceptron(self.layers).items()})
+            tensors.update({key: stored[name] for name, key in self._parameterisation(self.layers).items()})
         return tensors
 
     def read(self, tensors: Mapping[str, Array]) -> tuple[tuple[Part, ...], Training | None]:
-        """The inverse of `tensors`: parts, and the perceptron that a prefix comes from.
+        """The inverse of `tensors`: parts, and the parameterisation that a prefix comes from.
 
         Args:
             tensors: of the `shapes`.
 
         Raises:
-            ValueError: the perceptron cannot be evaluated.
+            ValueError: the parameterisation cannot be evaluated.
         """
         training = None
         if self.prefix is not None and not self.prefix["flat"]:
-            named = {name: tensors[key] for name, key in self._perceptron(self.layers).items()}
+            named = {name: tensors[key] for name, key in self._parameterisation(self.layers).items()}
             training = Training("mlp", {name: self.prefix[name] for name in _SETTINGS}, named)
         parts: list[Part] = []
         for architecture, config in self.configs.items():
@@ -177,9 +177,9 @@ class Adapter:
         return replace(part, layers={layer: pair(layer if layer in stored else stored[0]) for layer in layers})
 
     def wrong(self, training: Training) -> list[str]:
-        """Names of a perceptron's tensors of which AdapterHub has none like that."""
+        """Names of a parameterisation's tensors that AdapterHub lacks, or has in another shape."""
         stored, shapes = self._gathered(training), self.shapes()
-        expected = {name: shapes[key] for name, key in self._perceptron(self.layers).items()}
+        expected = {name: shapes[key] for name, key in self._parameterisation(self.layers).items()}
         found = {name: array.shape for name, array in stored.tensors.items()}
         again = self._spread(stored).tensors
         return sorted(
@@ -200,13 +200,13 @@ class Adapter:
         gate = f"{facts.attention(self.geometry, site, layer)}.prefix_tuning.prefix_gates.{self.name}"
         return f"{gate}.weight", f"{gate}.bias"
 
-    def _perceptron(self, sites: Iterable[Site]) -> dict[str, str]:
-        """A perceptron's tensors: name in `Training` -> key."""
+    def _parameterisation(self, sites: Iterable[Site]) -> dict[str, str]:
+        """A parameterisation's tensors: name in `Training` -> key."""
         pairs = list(zip(MLP_TENSORS, REPARAMETERISED, strict=True))
         return {f"{site}.{ours}": self._key(site, theirs) for site in sites for ours, theirs in pairs}
 
     def _spread(self, training: Training) -> Training:
-        """A perceptron as it is stored -> one of all layers, with the rows of a shared one for each."""
+        """A parameterisation as it is stored -> one of all layers, with the rows of a shared one for each."""
         return _layered(training, lambda rows: np.concatenate([rows] * facts.copies(self.geometry)))
 
     def _gathered(self, training: Training) -> Training:
@@ -226,14 +226,14 @@ def starts(parts: Iterable[Part]) -> dict[Stack, int]:
 
 
 def _layered(training: Training, change: Callable[[Array], Array]) -> Training:
-    """Change the tensors of a perceptron that have rows for layers."""
+    """Change the tensors of a parameterisation that have rows for layers."""
     layered = MLP_TENSORS[-2:]
     tensors = {name: change(array) if name.endswith(layered) else array for name, array in training.tensors.items()}
     return replace(training, tensors=tensors)
 
 
 def _settings(training: Training) -> dict[str, Any]:
-    """The part of a configuration that describes the perceptron."""
+    """The part of a configuration that describes the parameterisation."""
     sizes = [array.shape[0] for name, array in training.tensors.items() if name.endswith(".hidden.bias")]
     said = {**facts.DEFAULTS[facts.PREFIX], **training.settings, "bottleneck_size": sizes[0] if sizes else 0}
     return {name: said[name] for name in _SETTINGS}

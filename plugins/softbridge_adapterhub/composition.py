@@ -2,7 +2,7 @@
 
 A prefix is put in front of the keys and values that there are, so a `Stack` of prefixes is one prefix, the last one
 first. `BatchSplit` gives each run of rows of a batch a prompt of its own, and `Parallel` the whole batch once for each,
-one after the other. Vectors in the input know no composition: those of the very first adapter enter, in every row.
+one after the other. Input prompts do not compose: AdapterHub uses the first adapter's vectors for every row.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def _origin(prompts: Sequence[SoftPrompt], what: str) -> Origin | None:
         return None
     lost = [origin.partial for origin in origins if origin.partial]
     notes = [note for origin in origins for note in origin.notes or ()]
-    notes.append(f"{what} is one prefix, with keys and values but no perceptron")
+    notes.append(f"{what} is one prefix, with keys and values, and without its parameterisation")
     if any(prompt.inputs for prompt in prompts[1:]):
         notes.append("AdapterHub puts the vectors of no other adapter than the first into the input")
     digests = {name: digest for origin in origins for name, digest in origin.digests.items()}

@@ -110,10 +110,10 @@ class AdapterHubEngine:
     def load(self, model: Any, prompt: SoftPrompt, directory: Path) -> Any:
         """Run files with AdapterHub's own loader, `load_adapter`: the prompt, and a classifier, come from there.
 
-        AdapterHub holds them in float32, and evaluates a perceptron in float32, here for one row; the keys and values
-        that come of it are converted to the model's dtype, exactly where that is wider. What AdapterHub does not load
-        into this class, the head of a class of its own, and what it cannot load alone, the prompt of a union with
-        others or beside a head that is not read, or as one, a stack, is attached.
+        AdapterHub holds them in float32, and evaluates a parameterisation in float32, here for one row. The keys and
+        values that come of it are converted to the model's dtype, exactly where that is wider. Attached instead is what
+        AdapterHub does not load into this class (the head of a class of its own), cannot load alone (the prompt of a
+        union with others, or beside a head that is not read), or cannot load as one (a stack).
 
         Args:
             model: one that nothing else needs, it cannot be detached.
@@ -150,7 +150,7 @@ class AdapterHubEngine:
     def extract(self, model: Any, adapter: str | None = None) -> SoftPrompt:
         """The prompt as it is now, a flat prefix, in the model's dtype. See `Engine.extract`.
 
-        Of a model that AdapterHub itself set up, what it would save: with a perceptron, and with a head.
+        Of a model that AdapterHub itself set up, what it would save: with a parameterisation, and with a head.
 
         Args:
             adapter: its name there; None: what is active, if that is one prompt, alone or stacked.
@@ -405,7 +405,7 @@ def _load(model: Any, prompt: SoftPrompt, directory: Path, folder: str) -> str:
         loading_info=found,
         **({"with_head": False} if "with_head" in inspect.signature(model.load_adapter).parameters else {}),
     )
-    # Under the attention modules are the same objects again. What is missing AdapterHub leaves random, without a word.
+    # Under the attention modules are the same objects again. What is missing AdapterHub silently leaves random.
     missing = [key for key in found["missing_keys"] if ".pool." not in key]
     headed = (
         bool(prompt.head) and files.json(folder + facts.HEAD_CONFIG_FILE).get("model_class") == type(model).__name__

@@ -272,7 +272,7 @@ def obstacles(prompt: SoftPrompt, geometry: Geometry) -> list[Obstacle]:
 
 
 def _no_input(part: InputPrompt, kind: str) -> str | None:
-    """Why AdapterHub has no such vectors in the input, if so."""
+    """Why AdapterHub cannot have these vectors in the input; None if it can."""
     if kind not in PROMPT_MODEL_TYPES:
         return f"AdapterHub has no prompt tuning for '{kind}', prefix tuning alone"
     if (part.stack, part.entry) != ("encoder", "after") or part.placement not in PLACEMENTS.values():

@@ -1,7 +1,7 @@
 """AdapterHub's directories: `adapter_config.json` beside `pytorch_adapter.bin` or `adapter.safetensors`.
 
-Prefix tuning (flat or as the perceptron that produces it, with gates or without), prompt tuning, both in one adapter,
-and a head beside them are read and written. AdapterHub repeats the whole pool of prefixes under every attention
+Prefix tuning (flat or as its parameterisation, with gates or without), prompt tuning, both in one adapter, and a head
+beside them are read and written. AdapterHub repeats the whole pool of prefixes under every attention
 module; one copy is read and all are checked to be equal. Written are the tensors without the base model's own name in
 front: `load_adapter` takes that on every model class.
 """
@@ -148,7 +148,9 @@ class AdapterHubFormat:
         if prompt.training is not None and not found:
             wrong = Adapter.of(prompt, geometry, self.name).wrong(prompt.training)
             if wrong:
-                reason = f"AdapterHub has another shape for, or no tensor like, the perceptron's {', '.join(wrong)}"
+                reason = (
+                    f"AdapterHub has another shape for, or no tensor like, the parameterisation's {', '.join(wrong)}"
+                )
                 found.append(Obstacle("training", reason, "eject the parameterisation first"))
         if prompt.head and heads.counterpart_of(geometry.model_type, prompt.head) is None:
             known = ", ".join(
@@ -278,7 +280,7 @@ def _configs(document: Mapping[str, Any]) -> tuple[Configs, list[str]]:
         raise CheckpointError(
             f"an AdapterHub adapter of architecture {' and '.join(others) or 'union, of nothing'}",
             f"{' or '.join(map(repr, facts.DEFAULTS))}, or a union with one of them",
-            "convert a soft prompt: the others are none",
+            "choose an adapter that is a soft prompt: the other architectures are not",
         )
     return configs, others
 
@@ -371,7 +373,7 @@ def _checked(tensors: Mapping[str, Array], adapter: Adapter, partial: bool) -> d
     """Key -> array, without the base model's name in front, after a look at all copies.
 
     Args:
-        partial: whether there are tensors that are none of the soft prompt's.
+        partial: whether the file may hold other tensors than the soft prompt's.
     """
     expected = adapter.shapes()
     found: dict[str, Array] = {}

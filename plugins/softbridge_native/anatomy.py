@@ -89,20 +89,20 @@ def looks_back(stack: Any) -> bool:
 
 
 def tellable(stack: Any) -> bool:
-    """Whether a stack can be told where its tokens stand, or asks for nothing but how far they are apart."""
+    """Whether a stack takes position_ids, or depends on nothing but the tokens' distances."""
     if getattr(stack.config, "alibi", False):  # Falcon takes positions then, too, and looks at none
         return False
     return "position_ids" in inspect.signature(stack.forward).parameters or bias_table(stack) is not None
 
 
 class _Reached(Exception):  # noqa: N818
-    """An attention module was reached; with the names of what it was told, and all of that."""
+    """An attention module was reached; with the names of its arguments, and the arguments."""
 
 
 def _reached(model: Any, stack: Any, attention: nn.Module, implementation: str) -> _Reached | None:
-    """What attention of that name is told, watched with a pad and a token that go no further.
+    """The arguments that attention of that name gets, watched with a pad and a token that go no further.
 
-    None where the stack cannot be run so; then what is not told raises when it is needed.
+    None where the stack cannot be run so; then an argument that is missing raises when it is needed.
     """
 
     thread = threading.get_ident()
@@ -128,7 +128,7 @@ def _reached(model: Any, stack: Any, attention: nn.Module, implementation: str) 
 
 
 def counts_pads(outer: Any, stack: Any) -> bool:
-    """Whether a model that is told no positions makes some for its stack, from the first column on, be it a pad.
+    """Whether a model that is passed no position_ids makes some for its stack, from the first column on, be it a pad.
 
     It is watched with a pad and two tokens that go no further than the stack.
     """
@@ -156,12 +156,12 @@ def counts_pads(outer: Any, stack: Any) -> bool:
 
 
 def hears_scores(model: Any, stack: Any, attention: nn.Module) -> bool:
-    """Whether flash attention, called by our name, is told of padding by scores.
+    """True if the model builds a 4-d additive mask, and not a padding mask, for flash attention under our name.
 
-    So it is in models that know it by its own name only.
+    So do models that recognise flash attention by its own name only.
     """
     reached = _reached(model, stack, attention, registered(FLASH))
-    return reached is not None and any(isinstance(told, Tensor) and told.ndim == 4 for told in reached.args[1])
+    return reached is not None and any(isinstance(one, Tensor) and one.ndim == 4 for one in reached.args[1])
 
 
 def stacks_of(model: Any, geometry: Geometry) -> dict[Stack, Any]:

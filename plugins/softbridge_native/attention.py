@@ -148,13 +148,13 @@ def _attend(
     joined = None if binding is None else _joined(binding, module, key)
     if binding is not None and not binding.biased and not binding.off(module):
         settings["position_bias"] = torch.zeros_like(settings["position_bias"])
-    told = by_name(module, implementation) if implementation == FLASH else module
+    seen = by_name(module, implementation) if implementation == FLASH else module
     if binding is None or joined is None:
         # The last queries alone: a model asks SDPA for them with a mask, but knows it by its own name only.
         alone = attention_mask is None and 1 < length < real and getattr(module, "is_causal", False)
         if alone and implementation in ("eager", "sdpa"):
             attention_mask = _past(query, real)
-        return function(told, query, key, value, attention_mask, **settings)
+        return function(seen, query, key, value, attention_mask, **settings)
 
     _check(joined, module, key, value)
     if implementation == "sdpa" and _falls_apart(joined, settings) and pays(joined.groups, query, key):
@@ -171,7 +171,7 @@ def _attend(
     keys, values = joined.whole
     key = torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)
     value = torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)
-    return function(told, query, key, value, attention_mask, **settings)
+    return function(seen, query, key, value, attention_mask, **settings)
 
 
 def _joined(binding: Binding, module: nn.Module, key: Tensor) -> Joined | None:

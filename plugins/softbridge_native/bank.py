@@ -152,7 +152,7 @@ class Loading:
 
 
 class Shared(Injection):
-    """Many prompts, of which each row has its own.
+    """Many prompts: each row of a batch runs with its own.
 
     Attributes:
         bank: says which.
@@ -318,9 +318,8 @@ class RowHooks(StackHooks):
         vectors = Chosen(held, given.device, self.name == "encoder") if any(held) else None
         if vectors is not None and isinstance(vectors.lengths, Tensor) and self.name == "decoder" and not self.tellable:
             raise EngineError(
-                "rows with virtual tokens of different numbers, and this decoder cannot be told where their tokens "
-                "stand",
-                "rows with as many virtual tokens each",
+                "rows with different numbers of virtual tokens, and a decoder that takes no position_ids",
+                "the same number of virtual tokens in each row",
                 "call the model for each length",
             )
         return vectors, _each([0 if row is None else row.start.get(self.name, 0) for row in rows], given.device)

@@ -120,7 +120,7 @@ def reasons(stack: Any, shape: StackGeometry, part: KeyValuePrefix, start: int, 
 
 
 def padded(stack: Any) -> bool:
-    """Whether the stack is told positions, or takes distances from the mask (BLOOM's and Falcon's ALiBi)."""
+    """Whether the stack takes position_ids, or takes distances from the mask (BLOOM's and Falcon's ALiBi)."""
     return "position_ids" in inspect.signature(stack.forward).parameters or hasattr(stack, "build_alibi_tensor")
 
 

@@ -57,7 +57,7 @@ def begin(cache: Any, owner: str, past: int) -> None:
 
 
 def check_foreign(cache: Any, past: int) -> None:
-    """Refuse a cache that a prompt is in, where there is to be none.
+    """Refuse a cache that holds a prompt, where the model runs without any.
 
     Raises:
         EngineError: it is.
@@ -71,7 +71,7 @@ def check_foreign(cache: Any, past: int) -> None:
 
 
 def hides(cache: Any) -> bool:
-    """Whether a cache was told to hide virtual tokens."""
+    """Whether a cache was made to hide virtual tokens."""
     return cache is not None and _RUNNING in vars(cache)
 
 

@@ -81,7 +81,7 @@ _ENTRY = "_softbridge_entry"
 
 
 class Hooked(Derived):
-    """What the class of a stack has before all that its own has: `forward` runs the hooks, whoever calls it."""
+    """What the class of a stack has before all that its own has: `forward` runs the hooks, called directly, too."""
 
     @classmethod
     def members(cls, plain: type) -> Mapping[str, Any]:

@@ -1,6 +1,6 @@
-"""Masks that are no tensor of scores: how a prefix is made visible to flex attention, and to flash attention.
+"""Masks other than a tensor of scores: how a prefix is made visible to flex attention, and to flash attention.
 
-Flex attention is told by a function which keys a query sees. Flash attention is told which keys are padding, and sees
+Flex attention gets a function that says which keys a query sees. Flash attention gets the mask of padding, and sees
 the past of the last keys; so virtual tokens in front of a row's keys are seen by all of its queries. No kernel of flash
 attention was run with this so far: its tests compute what its documentation says.
 """
@@ -46,15 +46,15 @@ def lengthened(
     rows, length = len(query), query.shape[2]
     if mask.seq_lengths[0] != length:
         raise EngineError(
-            f"a mask of {mask.seq_lengths[0]} queries for {length}, in flex attention",
-            "one of the queries that the layer has",
+            f"flex attention got a mask for {mask.seq_lengths[0]} queries, and this layer has {length}",
+            "a mask for the queries of the layer",
             "use model.set_attn_implementation('sdpa')",
         )
     lengths, slides = joined.lengths, joined.stand.slides
     kept = vars(mask).setdefault(_LENGTHENED, {})
     # The layers of a bank have tensors of their own for what is the same in all.
-    told = tuple(tuple(each.flatten().tolist()) if isinstance(each, Tensor) else each for each in (lengths, slides))
-    key = (joined.length, real, window, told, None if positions is None else id(positions))
+    values = tuple(tuple(each.flatten().tolist()) if isinstance(each, Tensor) else each for each in (lengths, slides))
+    key = (joined.length, real, window, values, None if positions is None else id(positions))
     if key not in kept:
         prefix, sees = joined.length, mask.mask_mod
         own = None if lengths is None else lengths[:, 0]
@@ -81,7 +81,7 @@ def lengthened(
 
 
 def packing(joined: Joined, mask: Tensor | None, settings: Mapping[str, Any], rows: int, real: int) -> Tensor | None:
-    """The mask [B, P + N] of keys that are no padding, from that of the real ones [B, <= N]; None: there is none.
+    """The padding mask [B, P + N], built from that of the real keys [B, <= N]. None if no mask is needed.
 
     Raises:
         EngineError: the rows hold several sequences each, or the mask is of another form.

@@ -51,7 +51,7 @@ from softbridge_native.selfcheck import SelfCheck
 class Prefix(nn.Module):
     """A prefix: one `LayerPrefix` for each of its layers, on the device of the attention module that it joins.
 
-    Where a network makes it (see `parameterisation.Made`), its rows [P, W] hold layer after layer, as in
+    Where a parameterisation makes it (see `parameterisation.Made`), its rows [P, W] hold layer after layer, as in
     `KeyValuePrefix.from_rows`.
     """
 
@@ -170,7 +170,7 @@ class Injection(nn.Module, ABC):
         self.reached.now.stack = True
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """A model that calls its layers past the stack would drop the prompt without a word."""
+        """A model that calls its layers past the stack would drop the prompt silently."""
         if not self.reached.now.stack:
             raise EngineError(
                 f"{type(model).__name__} ran without calling the stack that carries the prompt",
@@ -210,15 +210,15 @@ class Single(Injection):
         kind = KINDS[prompt.training.kind] if prompt.training is not None and trainable(prompt) else None
         made = [kind is not None and kind.makes(part) for part in prompt.parts]
         parts = [
-            Prefix(part, _devices(modules[part.site], device), stand_of(prompt, part.site), network)
+            Prefix(part, _devices(modules[part.site], device), stand_of(prompt, part.site), pieces)
             if isinstance(part, KeyValuePrefix)
-            else Vectors(part, device, network)
-            for part, network in zip(prompt.parts, made, strict=True)
+            else Vectors(part, device, pieces)
+            for part, pieces in zip(prompt.parts, made, strict=True)
         ]
-        networks = [part for part, network in zip(parts, made, strict=True) if network]
-        state = prompt.training if networks else None
+        produced = [part for part, pieces in zip(parts, made, strict=True) if pieces]
+        state = prompt.training if produced else None
         self.parts = nn.ModuleList(parts)
-        self.parameterisation = None if state is None else Parameterisation(state, networks, device)
+        self.parameterisation = None if state is None else Parameterisation(state, produced, device)
 
     def sources(self) -> Iterator[tuple[Site, int, Source, bool]]:
         for module in self.parts:
@@ -229,9 +229,9 @@ class Single(Injection):
 
     def hooks(self, name: Stack, stack: nn.Module, around: Circumstances) -> StackHooks:
         own = next((part for part in self.parts if isinstance(part, Vectors) and part.stack == name), None)
-        network = self.parameterisation
-        made = () if network is None else [part for part in network.parts if part.stack == name]
-        making = Making(network, made) if network is not None and made else None
+        source = self.parameterisation
+        made = () if source is None else [part for part in source.parts if part.stack == name]
+        making = Making(source, made) if source is not None and made else None
         start = self.prompt.positions.start.get(name, 0)
         prefix: Any = self.parts[0] if self.seeded else None
         planted = None if prefix is None else seed.Seed(list(prefix.layers.values()), seed.padded(stack))

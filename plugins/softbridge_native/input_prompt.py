@@ -1,6 +1,6 @@
 """An input prompt in one stack of the model: what happens before and after the stack runs.
 
-Hooks put the virtual tokens into the sequence, tell the real ones where they stand, and take the virtual ones out of
+Hooks put the virtual tokens into the sequence, pass the real ones' position_ids, and take the virtual ones out of
 the last hidden state. What is built on the stack - heads, losses, `generate`, trainers - therefore never meets a
 virtual token: logits and labels keep their length, and the loss is the model's own. Where the vectors enter after the
 embedding block, that block never meets one either. The virtual tokens of a template have places in the caller's own
@@ -49,14 +49,14 @@ if TYPE_CHECKING:
 
 
 class Used:
-    """The vectors [P, H] that a network made for the running call, or None."""
+    """The vectors [P, H] that a parameterisation made for the running call, or None."""
 
     def __init__(self) -> None:
         self.vectors: Tensor | None = None
 
 
 class Vectors(nn.Module):
-    """An input prompt: vectors [P, H], a parameter, or what a network made (see `parameterisation.Made`)."""
+    """An input prompt: vectors [P, H], a parameter, or what a parameterisation made (see `parameterisation.Made`)."""
 
     site: Site | None = None
     vectors: Tensor
@@ -94,7 +94,7 @@ class Vectors(nn.Module):
         return ()  # vectors enter before the layers, and no layer needs them again
 
     def extract(self, part: InputPrompt) -> InputPrompt:
-        """The part as it is now; what a network makes, as it was given."""
+        """The part as it is now; what a parameterisation makes, as it was given."""
         return replace(part, vectors=from_torch(self.vectors)) if isinstance(self.vectors, nn.Parameter) else part
 
     @property
@@ -115,7 +115,7 @@ class Circumstances:
         owner: a name that no other attachment has.
         word: a token id that is a word of text; see `word`.
         counts_pads: whether a model around the stack makes positions that count pads on the left.
-        knows_pads: whether the stack finds pads by their token ids, and is told no positions.
+        knows_pads: whether the stack finds pads by their token ids, and is passed no position_ids.
         prefixed: whether attention has prefixes, which caches do not hold.
     """
 
@@ -137,14 +137,14 @@ class Outer:
 
     Attributes:
         mask: of the real tokens [B, N], or None.
-        layout: where the virtual tokens stand among them, or None: they are in the cache, or there are none.
-        told: whether it was told positions, and makes none itself.
+        layout: where the virtual tokens stand among them, or None: they are in the cache, or the row has none.
+        passed: whether it was passed position_ids, and makes none itself.
         cache: its cache, or None.
     """
 
     mask: Tensor | None
     layout: Layout | None
-    told: bool
+    passed: bool
     cache: Any
 
 
@@ -177,7 +177,7 @@ class StackHooks:
         around: of the model around it.
         vectors: its input prompt, or None.
         start: where its first real token stands; see `Positions`.
-        making: what a network makes for this stack, or None.
+        making: what a parameterisation makes for this stack, or None.
         seed: the prefix that its cache starts with, or None.
     """
 
@@ -221,9 +221,9 @@ class StackHooks:
             return (), kwargs
         mask, cache, tokens = kwargs.get("attention_mask"), caches.given(kwargs), given_tokens(kwargs)
         plain = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
-        told, past = kwargs.get("position_ids") is not None, full_length(cache)
+        passed, past = kwargs.get("position_ids") is not None, full_length(cache)
         call = self.call.now
-        call.outer = Outer(plain, None, told, cache)
+        call.outer = Outer(plain, None, passed, cache)
         vectors, _ = self.chosen(tokens)
         if vectors is None:
             return (), kwargs
@@ -237,12 +237,12 @@ class StackHooks:
         if plain is not None:
             kwargs["attention_mask"] = rows.mask(plain)
         if past == 0:
-            call.outer = Outer(plain, rows, told, cache)
-            if told:
+            call.outer = Outer(plain, rows, passed, cache)
+            if passed:
                 check_onward(kwargs["position_ids"], plain)
             kwargs.update(_with_words(rows, vectors.placement, self.around.word, kwargs))
             hide(cache, rows.length, self.around.owner)
-        elif told:
+        elif passed:
             kwargs["position_ids"] = kwargs["position_ids"] + rows.lengths
         if kwargs.get("cache_position") is not None:
             columns = torch.arange(tokens.shape[1] + (0 if past else rows.length), device=tokens.device)
@@ -260,7 +260,7 @@ class StackHooks:
         call.outer = None
 
     def before(self, stack: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[()], dict[str, Any]]:
-        """Put the virtual tokens into the sequence, and tell the real ones where they stand."""
+        """Put the virtual tokens into the sequence, and pass position_ids for the real ones."""
         if self.around.implementation not in (None, stack.config._attn_implementation):
             raise EngineError(
                 f"the attention implementation became '{stack.config._attn_implementation}' with a prompt attached",
@@ -288,8 +288,8 @@ class StackHooks:
         if outer is not None:
             plain = outer.mask  # of which the mask that arrives was made
             self._receive(outer, kwargs)
-        told = outer is not None and kwargs.get("position_ids") is not None
-        positions = self._positions(kwargs, plain, past, told)
+        passed = outer is not None and kwargs.get("position_ids") is not None
+        positions = self._positions(kwargs, plain, past, passed)
         if positions is not None:
             kwargs["position_ids"] = positions
         self._within(stack, kwargs, plain, past)
@@ -304,7 +304,7 @@ class StackHooks:
             if outer.layout is not None:
                 call.layout = outer.layout
                 hide(cache, call.vectors.length, self.around.owner)
-                self._insert(call, outer.layout, stack, kwargs, None if told else positions)
+                self._insert(call, outer.layout, stack, kwargs, None if passed else positions)
         elif call.vectors is not None:
             if mask is not plain:
                 raise ready_made()
@@ -417,25 +417,25 @@ class StackHooks:
             return
         if mask is not None and outer.layout is not None:
             mask = outer.layout.mask(mask)
-        if mask is not None and self.around.counts_pads and not outer.told:
+        if mask is not None and self.around.counts_pads and not outer.passed:
             kwargs["position_ids"] = (positions - left_pads(mask)).clamp(min=0)
         moved = self._moved(True)
         if not isinstance(moved, int) or moved != 0:
             check_onward(positions, mask)
 
-    def _moved(self, told: bool) -> int | Tensor:
+    def _moved(self, passed: bool) -> int | Tensor:
         """By how many places given positions are moved; see `_positions`."""
         call = self.call.now
-        return call.start - (call.vectors.counted if told and call.vectors is not None else 0)
+        return call.start - (call.vectors.counted if passed and call.vectors is not None else 0)
 
-    def _positions(self, kwargs: Mapping[str, Any], mask: Tensor | None, past: int, told: bool) -> Tensor | None:
-        """Where the real tokens stand, [B or 1, T]; None if the model would say the same, or cannot be told.
+    def _positions(self, kwargs: Mapping[str, Any], mask: Tensor | None, past: int, passed: bool) -> Tensor | None:
+        """Where the real tokens stand, [B or 1, T]; None if the model would say the same, or takes no position_ids.
 
-        Positions that a model around has `told` count the virtual tokens of an input prompt, and are of those, too.
+        Positions that a model around has `passed` count the virtual tokens of an input prompt, and are of those, too.
         """
         given, call = kwargs.get("position_ids"), self.call.now
         if given is not None:
-            return given + self._moved(told)  # type: ignore[no-any-return]
+            return given + self._moved(passed)  # type: ignore[no-any-return]
         cached, ahead = self._virtual(past)
         same = isinstance(call.start, int) and isinstance(ahead, int) and call.start == ahead
         if "position_ids" not in self.names or (mask is None and same):
@@ -455,8 +455,8 @@ class StackHooks:
         if self.reach is None or all(kwargs.get(name) is None for name in ("input_ids", "inputs_embeds")):
             return
         count = given_tokens(kwargs).shape[1] + past - self._virtual(past)[0]
-        told = mask if "position_ids" in self.names and not self.counts_pads else None
-        tables.check(stack, self.reach, count, self.call.now.start, told)
+        passed = mask if "position_ids" in self.names and not self.counts_pads else None
+        tables.check(stack, self.reach, count, self.call.now.start, passed)
 
     def _virtual(self, past: int) -> tuple[int, int | Tensor]:
         """How many virtual tokens are in a cache of this length, and how many the model counts by itself."""

@@ -14,21 +14,21 @@ from softbridge.prompt import InputPrompt, Part, SoftPrompt
 
 
 def insert(injected: Any, prompt: SoftPrompt) -> None:
-    """Copy the prompt's numbers into an `Injection`. What a network makes follows from the network's own tensors.
+    """Copy the prompt's numbers into an `Injection`. What a parameterisation makes follows from its own tensors.
 
     Raises:
         EngineError: a parameterisation is trained, and the prompt has none.
     """
-    network = injected.parameterisation
-    if network is not None and prompt.training is None:
+    trained = injected.parameterisation
+    if trained is not None and prompt.training is None:
         raise EngineError(
-            f"a prompt without the parameterisation '{network.state.kind}', which is being trained",
+            f"a prompt without the parameterisation '{trained.state.kind}', which is being trained",
             "a checkpoint that holds it",
             "to train the prompt's own numbers, attach replace(prompt, training=None)",
         )
     pairs = [pair for module, part in zip(injected.parts, prompt.parts, strict=True) for pair in _pairs(module, part)]
-    if network is not None and prompt.training is not None:
-        pairs += [(getattr(network, local), prompt.training.tensors[name]) for name, local in network.local.items()]
+    if trained is not None and prompt.training is not None:
+        pairs += [(getattr(trained, local), prompt.training.tensors[name]) for name, local in trained.local.items()]
     with torch.no_grad():
         for tensor, array in pairs:
             tensor.copy_(to_torch(array))

@@ -87,7 +87,7 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         if name == "decoder" and seeded(prompt, model, geometry) is not None:
             continue  # see `_seed_obstacles`
         if origin < 0 or (origin > 0 and not tellable(stack) and position_table(stack) is None):
-            reason = f"the {name}'s first token would stand at {origin}, and this model cannot be told so"
+            reason = f"the {name}'s first token would stand at {origin}, and this model takes no position_ids"
             found.append(Obstacle("positions", reason, "use a prompt whose positions the model counts by itself"))
     return found
 

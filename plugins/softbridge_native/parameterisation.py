@@ -1,12 +1,12 @@
-"""A reparameterisation in training: the tensors that are trained, and the prompt that they make in every call.
+"""A parameterisation in training: the tensors that are trained, and the prompt that they make in every call.
 
 Where no gradient is wanted nothing is evaluated: the parts hold the last numbers, and take new ones only when a tensor
 changed. Where one is, each call of a stack evaluates its parts once, with dropout in training.
 
 Gradient checkpointing runs the layers again in the backward pass, each for itself. A layer whose keys came out of a
-network would run back through that network, which can be done once. So a layer that runs again takes leaves, and
-`_Gather`, which stands where the stack begins, hands what they gathered to the network: the gradient of a stack's
-input is the last that a backward pass computes.
+parameterisation would run back through it, which can be done once. So a layer that runs again takes leaves, and
+`_Gather`, which stands where the stack begins, hands what they gathered to the parameterisation: the gradient of a
+stack's input is the last that a backward pass computes.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ log = logging.getLogger(__name__)
 #: Of several threads, one evaluates.
 _HOLDING = threading.Lock()
 
-#: How far numbers of a file may be from what the network makes here, in roundings of the largest: where the file was
-#: written, sums may have been taken in another order, through several layers.
+#: How far numbers of a file may be from what the parameterisation makes here, in roundings of the largest: where the
+#: file was written, sums may have been taken in another order, through several layers.
 ROUNDINGS = 64.0
 
 
 class Made(Protocol):
-    """A part of the prompt whose numbers a network makes."""
+    """A part of the prompt whose numbers a parameterisation makes."""
 
     stack: Stack
     site: Site | None
@@ -47,7 +47,7 @@ class Made(Protocol):
         """Keep the numbers [P, W] for calls without gradients; what `use` and `branch` gave is gone."""
 
     def use(self, flat: Tensor | None) -> Sequence[Tensor]:
-        """Run with these numbers until told otherwise, and return them as they are used."""
+        """Run with these numbers until it is called with others, and return them as they are used."""
 
     def branch(self) -> Sequence[Tensor]:
         """Leaves with the numbers in use, one for each, for layers that run again when `use` is over."""
@@ -114,7 +114,7 @@ class Parameterisation(nn.Module):
 
 
 class Call:
-    """What a network made for the running call of a stack."""
+    """What a parameterisation made for the running call of a stack."""
 
     def __init__(self) -> None:
         self.used: tuple[Tensor, ...] = ()
@@ -149,7 +149,7 @@ class Making:
             self.leaves = tuple(leaf for part in self.parts for leaf in part.branch())
 
     def gather(self, entered: Tensor) -> Tensor:
-        """What enters the layers, as it is, with a way back to the network."""
+        """What enters the layers, as it is, with a way back to the parameterisation."""
         used = self.call.now.used
         if not (used and self.leaves):
             return entered

@@ -18,8 +18,8 @@ from softbridge_native.shared_prefix import Group
 
 def stand_of(prompt: SoftPrompt, site: Site) -> Stand:
     """How the prompt's prefix of a site stands to the sequence."""
-    told = prompt.positions
-    return Stand(origin_of(prompt, stack_of(site)), told.relative_bias == "skewed", told.window == "slides")
+    positions = prompt.positions
+    return Stand(origin_of(prompt, stack_of(site)), positions.relative_bias == "skewed", positions.window == "slides")
 
 
 class LayerGate(nn.Module):
@@ -41,7 +41,7 @@ class LayerGate(nn.Module):
 
 
 class Used:
-    """The keys and values that a network made for the running call, or None."""
+    """The keys and values that a parameterisation made for the running call, or None."""
 
     def __init__(self) -> None:
         self.pair: tuple[Tensor, Tensor] | None = None
@@ -57,7 +57,7 @@ class Nothing:
 class LayerPrefix(nn.Module):
     """The prefix of one layer: keys [K, P, D], values [K, P, D] and what gates them, or None.
 
-    The keys and values are parameters, or what a network made: see `softbridge_native.parameterisation.Made`.
+    The keys and values are parameters, or what a parameterisation made: see `softbridge_native.parameterisation.Made`.
     """
 
     def __init__(self, pair: KeyValue, stand: Stand, device: torch.device, made: bool) -> None:
@@ -92,7 +92,7 @@ class LayerPrefix(nn.Module):
         return keys * gates[:, 0], values * gates[:, -1]
 
     def extract(self, pair: KeyValue) -> KeyValue:
-        """The pair as it is now; what a network makes, as it was given."""
+        """The pair as it is now; what a parameterisation makes, as it was given."""
         gate = None if self.gate is None else self.gate.extract()
         if isinstance(self.keys, nn.Parameter):
             pair = KeyValue(from_torch(self.keys), from_torch(self.values))

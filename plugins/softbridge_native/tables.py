@@ -29,11 +29,11 @@ _NUMBERS = (
 def reach(stack: Any, offset: int) -> int | None:
     """How many positions a stack has a row for, or None if it computes them, or makes rows as they are needed.
 
-    A table is known by having as many rows as the configuration names positions, or those that it reserves besides.
+    A table is known by having as many rows as the configuration names positions, or those and the reserved ones.
 
     Args:
         stack: the module.
-        offset: the row of position 0, where the stack is told rows; see `placement`.
+        offset: the row of position 0, where the stack is passed rows; see `placement`.
     """
     numbers = {getattr(stack.config, name, None) for name in _NUMBERS}
     words = stack.get_input_embeddings()
@@ -72,7 +72,7 @@ def check(stack: Any, reach: int, count: int, ahead: int | Tensor, mask: Tensor 
         reach: see `reach`.
         count: columns of real tokens, those in a cache included.
         ahead: where the first of them stands, in all rows or in each [B, 1].
-        mask: of these columns [B, count], where the stack is told where its tokens stand; else None.
+        mask: of these columns [B, count], where the stack is passed position_ids; else None.
     """
     if (isinstance(ahead, int) and count + ahead <= reach) or torch.compiler.is_compiling():
         return

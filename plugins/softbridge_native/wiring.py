@@ -59,7 +59,7 @@ class Wiring:
         shapes: for each, heads and width of its keys, and of its values.
         single: whether any of them takes one tensor for keys and for values.
         remade: whether any of them makes its mask itself.
-        placed: whether all of them tell their attention function where their queries stand.
+        placed: whether all of them pass their attention function the positions of their queries.
         biased: whether any of them adds a bias to its scores.
     """
 
@@ -73,7 +73,7 @@ class Wiring:
 
 
 _calls: ContextVar[list[Call] | None] = ContextVar("softbridge_calls", default=None)
-_told: ContextVar[dict[nn.Module, list[Any]] | None] = ContextVar("softbridge_told", default=None)
+_passed: ContextVar[dict[nn.Module, list[Any]] | None] = ContextVar("softbridge_passed", default=None)
 _known: WeakKeyDictionary[nn.Module, Wiring | None] = WeakKeyDictionary()
 _plain: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 _pads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
@@ -109,7 +109,7 @@ def _watch(
     if crossed:
         weight = stack.get_input_embeddings().weight
         more["encoder_hidden_states"] = weight.new_zeros(1, 1, stack.config.hidden_size)
-    calls, told = _calls.set([]), _told.set({})
+    calls, passed = _calls.set([]), _passed.set({})
     handles = [module.register_forward_pre_hook(_tell, with_kwargs=True) for module in stack.modules()]
     try:
         with named(WATCHED):
@@ -119,7 +119,7 @@ def _watch(
         for handle in handles:
             handle.remove()
         _calls.reset(calls)
-        _told.reset(told)
+        _passed.reset(passed)
     cache = caches.of(output)
     held = caches.pairs(getattr(cache, "self_attention_cache", cache))
     own = found[::2] if crossed else found
@@ -157,17 +157,17 @@ def _same(held: Any, called: Tensor) -> bool:
 
 
 def _tell(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    told = _told.get()
-    if told is not None:
-        told[module] = [given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)]
+    passed = _passed.get()
+    if passed is not None:
+        passed[module] = [given for given in (*args, *kwargs.values()) if isinstance(given, Tensor)]
 
 
 def _look(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **settings: Any
 ) -> tuple[Tensor, Tensor | None]:
-    calls, told = _calls.get(), _told.get()
-    if calls is not None and told is not None:
-        given = told.get(module, [])
+    calls, passed = _calls.get(), _passed.get()
+    if calls is not None and passed is not None:
+        given = passed.get(module, [])
         # A slice of what was given has its memory.
         remade = isinstance(attention_mask, Tensor) and not any(
             one is attention_mask or one.untyped_storage()._cdata == attention_mask.untyped_storage()._cdata

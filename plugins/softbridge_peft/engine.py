@@ -103,7 +103,7 @@ class PeftEngine:
             # PEFT refuses a state without the head that it has made a copy of.
             peft.set_peft_model_state_dict(adapted, {**_state(adapted, adapted.active_adapter), **tensors})
         _freeze(adapted.eval(), prompt)
-        hook = _tell_positions(model, prompt)
+        hook = _pass_position_ids(model, prompt)
         guard.guard(adapted, prompt)
         setattr(adapted, _ATTACHMENT, _Attachment(prompt, trainable, training, attributes, settings, hook))
         return adapted
@@ -147,7 +147,7 @@ class PeftEngine:
                 # What PEFT itself makes of its file, run as prompt tuning, whose forward takes decoder_input_ids.
                 vectors = from_torch(adapted.get_prompt(1)[0, : prompt.parts[0].length])
                 return self.attach(model, replace(prompt, parts=(replace(prompt.inputs[0], vectors=vectors),)))
-        _tell_positions(target, prompt)
+        _pass_position_ids(target, prompt)
         if headless:
             setattr(model, model.base_model_prefix, adapted)
             adapted = model
@@ -264,7 +264,7 @@ class _Shift:
 
 
 class _TellTask:
-    """A forward pre-hook on PEFT's multitask prompt that tells it a prompt's task, where its caller does not."""
+    """A forward pre-hook on PEFT's multitask prompt that passes it a prompt's task, where its caller does not."""
 
     def __init__(self, prompt: SoftPrompt) -> None:
         self.task = 0 if prompt.training is None else prompt.training.settings.get("task", 0)
@@ -320,7 +320,7 @@ def _called(model: Any) -> Any:
     return model if caches.argument(model.forward) is not None else model.base_model
 
 
-def _tell_positions(model: Any, prompt: SoftPrompt) -> Any:
+def _pass_position_ids(model: Any, prompt: SoftPrompt) -> Any:
     """Put the real tokens where the prompt has them; the hook's handle, or None where PEFT has them there itself."""
     for stack, counted in prompt.counted().items():
         shift = prompt.positions.start.get(stack, counted) - counted
@@ -330,7 +330,7 @@ def _tell_positions(model: Any, prompt: SoftPrompt) -> Any:
 
 
 def _head(base: Any, adapter: str, attached: Mapping[str, Array]) -> dict[str, Array]:
-    """The head as it is now, under the model's own names: what was attached, and what training changed beside it."""
+    """The head as it is now, under the model's own names: what was attached, and what training changed in addition."""
     now, before = {}, {}
     for name, parameter in base.named_parameters():
         owner, copied, rest = name.partition(f".modules_to_save.{adapter}.")
@@ -386,7 +386,7 @@ def _refusals(part: Part, prompt: SoftPrompt, model: Any, geometry: Geometry) ->
         reason = "PEFT's real tokens stand behind the prefix for the relative position bias, this prompt's do not"
         found.append(("relative-bias", reason))
     elif shifted and "position_ids" not in takes:
-        found.append(("positions", f"{kind} cannot be told where its tokens stand"))
+        found.append(("positions", f"{kind} takes no position_ids"))
     shape = geometry.site(part.site)
     if prompt.positions.window == "pinned" and shape is not None and shape.window is not None:
         found.append(("window", "the sliding window drops virtual tokens in PEFT, and not for this prompt"))

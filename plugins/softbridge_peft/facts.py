@@ -64,7 +64,7 @@ OTHERS: Mapping[str, str] = {
     "whose result a gate scales",
 }
 
-#: Our name of a parameterisation -> what PEFT's names in the state of a live prompt encoder begin with, and ours
+#: Our name of a parameterisation -> what PEFT's names in the state of a live `prompt_encoder` begin with, and ours
 #: (tuners/p_tuning/model.py, tuners/prefix_tuning/model.py, tuners/cpt/model.py). An MLP of P-tuning has three linear
 #: layers, whatever encoder_num_layers says.
 ENCODERS: Mapping[str, Mapping[str, str]] = {
@@ -101,7 +101,7 @@ TASKS: Mapping[str, str] = {
     FEATURE_EXTRACTION: "MODEL_MAPPING_NAMES",
 }
 
-#: The task of a prompt's head -> PEFT's, where that is not by the geometry.
+#: Task of a prompt's head -> PEFT's task_type, where the geometry alone does not decide it.
 TASK_OF_HEAD: Mapping[str | None, str] = {"token-classification": "TOKEN_CLS", "question-answering": QUESTION_ANS}
 
 #: Tasks for whose models PEFT looks for the cache in a signature before it hands a prefix over (peft_model.py,

@@ -128,7 +128,7 @@ class PeftFormat:
         return {facts.CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(), **weights, **kept}
 
     def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
-        told = [
+        advice = [
             f"pass position_ids = torch.arange(T) {'-' if shift < 0 else '+'} {abs(shift)} for T unpadded tokens, in "
             f"every call: PEFT adds the prefix length {counted} to them, and the first real token stands at {start}"
             for stack, counted in prompt.counted().items()
@@ -140,12 +140,12 @@ class PeftFormat:
             config = config_of(prompt, geometry or prompt.base.geometry)
             task = prompt.training.settings.get("task", 0)
             if config["peft_type"] == facts.MULTITASK:
-                told.append(f"pass task_ids = torch.full((B,), {task}) for a batch of B rows, in every call")
+                advice.append(f"pass task_ids = torch.full((B,), {task}) for a batch of B rows, in every call")
                 if config["num_transformer_submodules"] == 2:
-                    told.append("call generate: PEFT's forward drops decoder_input_ids, and prompts the decoder, too")
+                    advice.append("call generate: PEFT's forward drops decoder_input_ids, and prompts the decoder, too")
                 elif config["task_type"] == facts.SEQ_2_SEQ_LM:
-                    told.append("call generate, or forward with labels: PEFT's forward drops decoder_input_ids")
-        return [*told, "pad batches on the right: PEFT puts virtual tokens before the pads of a left-padded row"]
+                    advice.append("call generate, or forward with labels: PEFT's forward drops decoder_input_ids")
+        return [*advice, "pad batches on the right: PEFT puts virtual tokens before the pads of a left-padded row"]
 
 
 FORMAT = PeftFormat()
@@ -162,15 +162,15 @@ def _of_state(files: untrusted.Files, name: str, geometry: Geometry | None) -> S
         )
     encoder, tensors = whole_model.taken_apart(files.tensors(name))
     fields = Config.check(config)
-    network = fields.peft_type not in facts.STORED.values() and encoder.keys() != {"embedding.weight"}
-    if network:  # what it evaluates to is not in the state
+    parameterised = fields.peft_type not in facts.STORED.values() and encoder.keys() != {"embedding.weight"}
+    if parameterised:  # what it evaluates to is not in the state
         width = (fields.token_dim or 0) * (1 if fields.kind == "input" else 2 * (fields.layers or 0))
         rows = fields.length * (fields.submodules if fields.kind == "input" else 1)
         tensors[facts.PROMPT] = np.zeros((rows, width), np.float32)
     else:
         tensors |= {facts.PROMPT if part == "embedding.weight" else part: a for part, a in encoder.items()}
     prompt = parse(config, tensors, geometry)
-    if not network:
+    if not parameterised:
         return prompt
     try:
         live = training.of_encoder(config, encoder, prompt.parts[0])
@@ -178,12 +178,12 @@ def _of_state(files: untrusted.Files, name: str, geometry: Geometry | None) -> S
             return rematerialise(replace(prompt, training=live))
     except (KeyError, ValueError, RuntimeError, IndexError) as error:
         raise CheckpointError(
-            f"the prompt encoder in {name} is not the one of {facts.CONFIG_FILE}: {error!r:.200}",
+            f"the parameterisation in {name} is not the one of {facts.CONFIG_FILE}: {error!r:.200}",
             "the configuration that it was trained with",
             "put that beside it",
         ) from error
     raise CheckpointError(
-        f"the prompt encoder in {name} runs over the vectors of two submodules at once",
+        f"the parameterisation in {name} runs over the vectors of two submodules at once",
         "one submodule, whose vectors are the prompt",
         "save the prompt with PEFT's own save_pretrained, which evaluates it",
     )
@@ -231,7 +231,7 @@ def parse(
         tensors: prompt_embeddings, those of multitask prompt tuning, and tensors of a head.
         geometry: of the base model, to check against and to say which stack is prompted; None if not known.
         kept: what `training.read` found beside them. Without it a multitask prompt is that of task 0.
-        notes: what to tell the user, besides what is found here.
+        notes: for the user, in addition to what is found here.
         written_by: the release that wrote them, if that is known: numbers of old ones may mean something else.
 
     Raises:
@@ -242,14 +242,14 @@ def parse(
     _check_tensors(fields, tensors)
     stack = _stack(fields, geometry)
     beside: Mapping[str, Any] = {}
-    told: Sequence[str] = ()
+    advice: Sequence[str] = ()
     part: Part
     others: tuple[InputPrompt, ...] = ()
     if fields.kind == "prefix":
         part, said = _read_prefix(
             fields, tensors[facts.PROMPT], "encoder" if stack == "encoder" else "self", geometry, written_by
         )
-        beside, told = unused_details(fields, tensors)
+        beside, advice = unused_details(fields, tensors)
         notes = [*notes, *said]
     else:
         part = InputPrompt(tensors[facts.PROMPT][: fields.length], stack)
@@ -257,14 +257,14 @@ def parse(
             others = (InputPrompt(tensors[facts.PROMPT][fields.length :], "decoder"),)
             notes = [*notes, "written by a release of PEFT that prompts the decoder, too; today's does not"]
         else:
-            beside, told = unused_details(fields, tensors)
+            beside, advice = unused_details(fields, tensors)
     state = _training(fields, tensors, part, kept)
     if isinstance(part, InputPrompt) and fields.peft_type == facts.MULTITASK and state is not None:
         try:
             part = replace(part, vectors=materialise_vectors(state))
         except ValueError as error:
             raise training.refused(str(error)) from error
-    notes = [*notes, *told]
+    notes = [*notes, *advice]
     if fields.tasks > 1:
         notes.append(f"the prompt of one task of {fields.tasks}: --task (task=... in Python) takes another, alone")
     # Where layer 0 has no prefix (see `_cut`), PEFT's forward, by which it was trained, counts none.
@@ -392,7 +392,7 @@ def _check_layers(fields: Config, geometry: Geometry) -> None:
 def _read_prefix(
     fields: Config, flat: Array, site: Site, geometry: Geometry | None, written_by: Version | None
 ) -> tuple[KeyValuePrefix, list[str]]:
-    """The prefix that the release which wrote it hands to the model, and what to tell the user of that."""
+    """The prefix that the release which wrote it hands to the model, and notes on that for the user."""
     heads, layers = fields.heads or 0, fields.layers or 0
     family, shape = (None, None) if geometry is None else (geometry.model_type, geometry.site(site))
     if shape is not None and shape.stateful:
@@ -421,7 +421,7 @@ def _read_prefix(
 
 
 def _cut(stored: Mapping[int, KeyValue], shape: StackGeometry) -> tuple[dict[int, KeyValue], list[str]]:
-    """What PEFT hands to a model whose layers differ, or attend to each other's keys, and what to tell the user.
+    """What PEFT hands to a model whose layers differ, or attend to each other's keys, and notes for the user.
 
     A file holds as many heads, and as wide ones, for every layer. A layer takes the first of them, as many as it has,
     and none where it has more; one that attends to another's keys finds that one's prefix among them (peft_model.py,

@@ -30,7 +30,7 @@ def guard(adapted: Any, prompt: SoftPrompt) -> None:
 
 
 def checkpointing(model: Any) -> bool:
-    """Whether any part of the model is told to compute its activations anew in the backward pass."""
+    """Whether any part of the model computes its activations anew in the backward pass."""
     return any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
@@ -48,11 +48,11 @@ def generate_fault(prompt: SoftPrompt, geometry: Geometry) -> str | None:
     return defect.summary if defect.applies() and defect.concerns(prompt, geometry) else None
 
 
-def _check_generate(prompt: SoftPrompt, geometry: Geometry, told: Mapping[str, Any]) -> None:
+def _check_generate(prompt: SoftPrompt, geometry: Geometry, arguments: Mapping[str, Any]) -> None:
     """Refuse to generate where PEFT gives other tokens than its forward; see `_check` for the rest."""
     fault = generate_fault(prompt, geometry)
     # Without a cache PEFT has nothing to find but a prefix, which is one.
-    if fault is None or (told.get("use_cache") is False and not prompt.prefixes):
+    if fault is None or (arguments.get("use_cache") is False and not prompt.prefixes):
         return
     raise EngineError(
         fault,
@@ -61,23 +61,23 @@ def _check_generate(prompt: SoftPrompt, geometry: Geometry, told: Mapping[str, A
     )
 
 
-def _check(model: Any, prompt: SoftPrompt, told: Mapping[str, Any]) -> None:
+def _check(model: Any, prompt: SoftPrompt, arguments: Mapping[str, Any]) -> None:
     """Refuse what a call asks for.
 
     Args:
         model: the PeftModel that is called.
         prompt: what is attached.
-        told: the arguments by name; a generation_config comes apart into its settings.
+        arguments: the arguments by name; a generation_config comes apart into its settings.
     """
-    if told.get("adapter_names") is not None:
+    if arguments.get("adapter_names") is not None:
         raise EngineError(
-            "adapter_names, a prompt for each row of the batch: PEFT gives every row the active one, without a word",
+            "adapter_names, a prompt for each row of the batch: PEFT silently gives every row the active one",
             "one prompt for all rows",
             f"call it for the rows of each prompt in turn; or {NATIVE}, where a softbridge.PromptBank in the "
             "place of the prompt gives each row its own",
         )
     stacks = {part.stack if isinstance(part, InputPrompt) else stack_of(part.site) for part in prompt.parts}
-    if "decoder" in stacks and (name := _static(told)):
+    if "decoder" in stacks and (name := _static(arguments)):
         ways = f"leave {name} out, for a cache that grows"
         raise EngineError(
             f"{name}: PEFT's virtual tokens do not fit into a cache of fixed size",
@@ -92,29 +92,29 @@ def _check(model: Any, prompt: SoftPrompt, told: Mapping[str, Any]) -> None:
         )
 
 
-def _static(told: Mapping[str, Any]) -> str | None:
+def _static(arguments: Mapping[str, Any]) -> str | None:
     """Which argument asks for a cache of fixed size, or None."""
     from transformers import StaticCache
 
-    if isinstance(caches.given(told), StaticCache):
-        return f"{caches.name_given(told)}, a StaticCache"
-    asked = told.get("cache_implementation")
+    if isinstance(caches.given(arguments), StaticCache):
+        return f"{caches.name_given(arguments)}, a StaticCache"
+    asked = arguments.get("cache_implementation")
     fixed = isinstance(asked, str) and any(word in asked for word in ("static", "sliding", "hybrid"))
     return f"cache_implementation={asked!r}" if fixed else None
 
 
-def _check_way(model: Any, prompt: SoftPrompt, told: Mapping[str, Any]) -> None:
+def _check_way(model: Any, prompt: SoftPrompt, arguments: Mapping[str, Any]) -> None:
     """Refuse ways to generate in which PEFT fails or gives other tokens; see `_check` for the arguments."""
     seq2seq = model.config.is_encoder_decoder
     for name in () if seq2seq else _PIECES:
-        if told.get(name):
+        if arguments.get(name):
             raise EngineError(
                 f"{name}, with which the model is called on pieces of the text: PEFT takes the virtual tokens for such "
                 "a piece, and fails or gives other tokens",
                 "the text as a whole, and one token at a time",
                 f"leave {name} out; or {NATIVE}",
             )
-    if prompt.prefixes and told.get("use_cache") is False and (seq2seq or _returns_cache(model.get_base_model())):
+    if prompt.prefixes and arguments.get("use_cache") is False and (seq2seq or _returns_cache(model.get_base_model())):
         raise EngineError(
             "use_cache=False with a prefix: the model returns the cache that PEFT gives it, in which the next step "
             "finds the prefix and all tokens, and has them once more",
@@ -124,7 +124,7 @@ def _check_way(model: Any, prompt: SoftPrompt, told: Mapping[str, Any]) -> None:
 
 
 def _returns_cache(base: Any) -> bool:
-    """Whether a decoder that is told to keep no cache returns the one that it was given."""
+    """Whether a decoder that is called with use_cache=False returns the one that it was given."""
     import torch
     from transformers import DynamicCache
 
@@ -153,13 +153,13 @@ class _Generate:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         model: Any = self.run.__self__  # type: ignore[attr-defined]
         # The model's own settings, under those of the call's generation_config, under its arguments.
-        told: dict[str, Any] = {}
+        arguments: dict[str, Any] = {}
         for config in (getattr(model, "generation_config", None), kwargs.get("generation_config")):
             for name in ("cache_implementation", *_SETTINGS):
                 asked = getattr(config, name, None)
-                told |= {} if asked is None else {name: asked}
-        told |= kwargs
-        _check(model, self.prompt, told)
-        _check_generate(self.prompt, read_geometry(model.config), told)
-        _check_way(model, self.prompt, told)
+                arguments |= {} if asked is None else {name: asked}
+        arguments |= kwargs
+        _check(model, self.prompt, arguments)
+        _check_generate(self.prompt, read_geometry(model.config), arguments)
+        _check_way(model, self.prompt, arguments)
         return self.run(*args, **kwargs)

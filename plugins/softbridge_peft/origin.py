@@ -1,6 +1,6 @@
 """What a prompt's origin records of the PEFT file that it was read from, so that the file is written as it was.
 
-That is its configuration; and, of an encoder-decoder model, the numbers that it holds beside the prompt's. With two
+That is its configuration; and, of an encoder-decoder model, the numbers in it that are not the prompt's. With two
 submodules, PEFT's default there, an input prompt is saved with as many rows again, of which no model sees any (of a
 multitask prompt: only in training), and of a prefix of evenly many layers every second block is dead.
 """
@@ -27,7 +27,7 @@ _RECORD = "unused"
 
 
 def config_of_origin(prompt: SoftPrompt) -> Mapping[str, Any]:
-    """The configuration of the PEFT file that the prompt was read from; empty if it was read from no such file."""
+    """The configuration of the PEFT file that the prompt was read from; empty if it was not read from one."""
     origin = prompt.origin
     config = origin.details.get("config") if origin is not None and origin.format == "peft" else None
     return config if isinstance(config, dict) else {}

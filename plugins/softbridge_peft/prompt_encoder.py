@@ -1,4 +1,4 @@
-"""What trained a prompt: PEFT's prompt encoders in our words, and the file that keeps what PEFT throws away.
+"""What trained a prompt: PEFT's parameterisations in our words, and the file that keeps what PEFT throws away.
 
 PEFT's files of P-tuning, of a projected prefix and of context-aware prompt tuning hold what the encoder evaluates to,
 and no training goes on from that. So softbridge writes one more file beside PEFT's own, which PEFT does not open:
@@ -36,7 +36,7 @@ FIRST_TASK = {"task": 0}
 def described(training: Training, part: Part) -> tuple[str, dict[str, Any]] | None:
     """What PEFT calls this parameterisation: its peft_type, and the fields of its configuration that follow from it.
 
-    None if PEFT has no such network, or (context-aware) says more in its configuration than follows.
+    None if PEFT does not have this parameterisation, or (context-aware) says more in its configuration than follows.
     """
     settings = training.settings
     prefix = f"{part.site}." if isinstance(part, KeyValuePrefix) else ""
@@ -67,7 +67,7 @@ def described(training: Training, part: Part) -> tuple[str, dict[str, Any]] | No
 
 
 def of_encoder(config: Mapping[str, Any], state: Mapping[str, Array], part: Part) -> Training | None:
-    """What a live prompt encoder of PEFT trains, where that is not the prompt itself and not in PEFT's own file.
+    """What a live `PromptEncoder` of PEFT trains, where that is not the prompt itself and not in PEFT's own file.
 
     Args:
         config: the adapter's configuration.
@@ -98,12 +98,12 @@ def of_encoder(config: Mapping[str, Any], state: Mapping[str, Array], part: Part
 
 
 def to_encoder(config: Mapping[str, Any], state: Mapping[str, Array], prompt: SoftPrompt) -> dict[str, Array]:
-    """The inverse of `of_encoder`: the state of a live prompt encoder, with the numbers that trained a prompt.
+    """The inverse of `of_encoder`: the state of a live `PromptEncoder`, with the numbers that trained a prompt.
 
     What the training state does not hold (rows and blocks that PEFT never uses) stays as it is in `state`.
 
     Raises:
-        ValueError: the prompt was trained by another network, or one of other sizes.
+        ValueError: the prompt was trained through another parameterisation, or one of other sizes.
     """
     training, part = prompt.training, prompt.parts[0]
     if training is None or not _is_its(config, training, part):
@@ -131,7 +131,7 @@ def to_encoder(config: Mapping[str, Any], state: Mapping[str, Array], prompt: So
 
 
 def _is_its(config: Mapping[str, Any], training: Training, part: Part) -> bool:
-    """Whether an adapter's prompt encoder is the network of a training state."""
+    """Whether an adapter's `prompt_encoder` is the parameterisation of a training state."""
     if (training.kind, training.settings) == encoder_of(config):
         return True
     found = described(training, part)
@@ -143,7 +143,7 @@ def _is_its(config: Mapping[str, Any], training: Training, part: Part) -> bool:
 
 
 def encoder_of(config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | None:
-    """Kind and settings of the network that PEFT has between what is trained and the prompt."""
+    """Kind and settings of the parameterisation that PEFT has between what is trained and the prompt."""
     peft_type = config["peft_type"]
     if peft_type == facts.P_TUNING and config["encoder_reparameterization_type"] == "LSTM":
         settings = {"layers": config["encoder_num_layers"], "dropout": config["encoder_dropout"]}
@@ -174,7 +174,7 @@ def problem(prompt: SoftPrompt) -> str | None:
         return f"evaluating it takes far more room than it has itself: {training}"
     try:
         again = rematerialise(prompt)
-    except (ValueError, RuntimeError) as error:  # RuntimeError: torch has no such operation for the dtype
+    except (ValueError, RuntimeError) as error:  # RuntimeError: torch lacks the operation for the dtype
         return str(error)
     per_site = KINDS[training.kind].per_site
     if all(isinstance(part, KeyValuePrefix) != per_site for part in prompt.parts):
@@ -209,7 +209,7 @@ def read(files: untrusted.Files, name: str) -> Training:
     """The training state in a file that softbridge wrote.
 
     Raises:
-        CheckpointError: it is no such file.
+        CheckpointError: the file is not a training state that softbridge wrote.
     """
     metadata = files.metadata(name)
     if "kind" not in metadata or "settings" not in metadata:

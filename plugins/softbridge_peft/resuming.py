@@ -3,7 +3,7 @@
     >>> model = resumable(peft.get_peft_model(base, config))  # then train it with the Trainer, or however else
     >>> model = resume(base, "checkpoint-500")  # later: a trainable PeftModel, with the loss that was saved
 
-PEFT saves what a prompt encoder (an MLP, an LSTM) evaluates to, and loads that into the encoder's input: see
+PEFT saves what a parameterisation (an MLP, an LSTM) evaluates to, and loads that into the parameterisation's input: see
 softbridge_compat.peft_defects, peft-lost-training and peft-lost-encoder. So `load_best_model_at_end` and
 `resume_from_checkpoint` of the Trainer go on from another loss, or fail, and `is_trainable=True` is refused.
 """
@@ -38,7 +38,7 @@ def resume(model: Any, directory: str | Path) -> Any:
         directory: PEFT's files, and beside them softbridge's.
 
     Returns:
-        A `PeftModel` in training mode, `resumable`, with the prompt encoder (and a head) as they were saved.
+        A `PeftModel` in training mode, `resumable`, with the parameterisation (and a head) as they were saved.
 
     Raises:
         CheckpointError: the files are malformed, or do not hold what trained the prompt.
@@ -62,7 +62,7 @@ def resume(model: Any, directory: str | Path) -> Any:
 
 
 def restore(model: Any, prompt: SoftPrompt, adapter: str | None = None) -> None:
-    """Put what trained a prompt back into the prompt encoder of a live PeftModel, and its head into the model.
+    """Put what trained a prompt back into the parameterisation of a live PeftModel, and its head into the model.
 
     The optimiser is not touched. Parameters stay the same objects, in their own dtype and on their own device.
 
@@ -72,18 +72,18 @@ def restore(model: Any, prompt: SoftPrompt, adapter: str | None = None) -> None:
         adapter: name of the adapter; the active one if None.
 
     Raises:
-        CheckpointError: the prompt does not say what trained it, where the adapter has a prompt encoder.
+        CheckpointError: the prompt does not say what trained it, where the adapter has a parameterisation.
         EngineError: the adapter has another method or other sizes.
     """
     import torch
 
     name, config, encoder = _adapter(model, adapter)
     head = _head(model, name, prompt)
-    if (network := training.encoder_of(config)) is None:
+    if (parameterised := training.encoder_of(config)) is None:
         _restore_stored(model, name, config, prompt)
     elif prompt.training is None:
         raise CheckpointError(
-            f"a prompt as it was evaluated, and an adapter with a prompt encoder ({network[0]})",
+            f"a prompt as it was evaluated, and an adapter with a parameterisation ({parameterised[0]})",
             f"the training state of that encoder, which softbridge keeps in {facts.TRAINING_FILE}",
             "train with softbridge_peft.resuming.resumable(model); from an evaluated prompt, start PROMPT_TUNING or "
             "PREFIX_TUNING without projection",
@@ -95,7 +95,7 @@ def restore(model: Any, prompt: SoftPrompt, adapter: str | None = None) -> None:
         except ValueError as error:
             raise EngineError(
                 f"the training state ({prompt.training.kind}) does not fit the adapter '{name}': {error}",
-                f"the tensors of its prompt encoder ({network[0]})",
+                f"the tensors of its parameterisation ({parameterised[0]})",
                 "make the adapter from the configuration beside the training state: softbridge_peft.resuming.resume",
             ) from error
         with torch.no_grad():
@@ -156,10 +156,10 @@ def resumable(model: Any) -> Any:
         EngineError: it has no soft prompt, or one whose encoder cannot be kept.
     """
     name, config, _ = _adapter(model, None)
-    network = training.encoder_of(config)
-    if network is not None and ENGINE.extract(model).training is None:
+    parameterised = training.encoder_of(config)
+    if parameterised is not None and ENGINE.extract(model).training is None:
         raise EngineError(
-            f"a prompt encoder ({network[0]}) that runs over the vectors of two submodules at once",
+            f"a parameterisation ({parameterised[0]}) that runs over the vectors of two submodules at once",
             "one submodule, whose vectors are the prompt",
             "make the adapter with num_transformer_submodules=1; PEFT uses the first submodule's vectors alone",
         )
@@ -213,7 +213,7 @@ class _Load:
 
 
 def _adapter(model: Any, name: str | None) -> tuple[str, dict[str, Any], Any]:
-    """Name, configuration and prompt encoder of an adapter of a live PeftModel."""
+    """Name, configuration and `prompt_encoder` of an adapter of a live PeftModel."""
     configs = getattr(model, "peft_config", {})
     name = getattr(model, "active_adapter", "") if name is None else name
     encoder = getattr(model, "prompt_encoder", {})

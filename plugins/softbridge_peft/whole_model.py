@@ -1,4 +1,4 @@
-"""The state of a whole PeftModel, as accelerate and FSDP save it: the base's weights, and the prompt encoder's.
+"""The state of a whole PeftModel, as accelerate and FSDP save it: the base's weights, and the parameterisation's.
 
 The names are those of `PeftModel.state_dict`: ``prompt_encoder.NAME.``... and ``base_model.``..., in which a head that
 is trained stands as ``base_model.HEAD.modules_to_save.NAME.``...
@@ -38,7 +38,7 @@ def file_in(files: untrusted.Files) -> str | None:
 
 
 def taken_apart(state: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str, Array]]:
-    """The tensors of the prompt encoder, by its own names, and those of a head, by the names in PEFT's files.
+    """The tensors of the parameterisation, by its own names, and those of a head, by the names in PEFT's files.
 
     Raises:
         CheckpointError: it holds several adapters.

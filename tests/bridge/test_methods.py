@@ -87,7 +87,7 @@ def by_hand(given: Training, function: object = np.tanh) -> Array:
     return np.asarray(function(embedding @ weight.T + bias) @ output.T + output_bias)  # type: ignore[operator]
 
 
-def test_equals_the_perceptron_written_out() -> None:
+def test_equals_the_parameterisation_written_out() -> None:
     given = training()
     prefix = materialise(given, "self", LAYERS, K, D)
     assert tuple(prefix.layers) == LAYERS
@@ -142,7 +142,7 @@ def test_equals_the_lstm_written_out(encoder: Any, layers: int) -> None:
 
 
 @pytest.mark.parametrize(("encoder", "layers"), [("mlp", 3), ("mlp-fewshot", 2)])
-def test_equals_the_input_perceptron_written_out(encoder: Any, layers: int) -> None:
+def test_equals_the_input_parameterisation_written_out(encoder: Any, layers: int) -> None:
     given = large(PTuning(6, encoder, hidden_size=7).initialise(DECODER))
     rows = given.tensors["embedding"]
     for number in range(layers):

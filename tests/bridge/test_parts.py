@@ -18,7 +18,7 @@ T5 = BaseModel(tiny_config("t5")).geometry
 
 
 def every_site() -> SoftPrompt:
-    """A prefix with a perceptron at all three sites, and a head."""
+    """A prefix with a parameterisation at all three sites, and a head."""
     prompt = PrefixTuning(4, MLP(6)).initialise(T5, seed=3)
     return replace(prompt, head={"classifier.weight": np.ones((2, T5.hidden), np.float32)})
 

@@ -1,7 +1,7 @@
 """Trains the prompts of messages_*.safetensors on the newer stack: python make_messages.py [NAME ...]
 
 Each is what a user gets from `softbridge.attach` and transformers' trainer with a method's defaults, but for lengths
-and the number of steps below. Saved are the keys, values and vectors, and not the networks that made them.
+and the number of steps below. Saved are the keys, values and vectors, and not the parameterisations that made them.
 """
 
 from __future__ import annotations

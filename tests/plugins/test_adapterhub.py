@@ -217,7 +217,7 @@ def geometry_of(model: Any) -> Geometry:
 
 
 def changed(prompt: SoftPrompt, change: Callable[[KeyValue], KeyValue]) -> SoftPrompt:
-    """The prompt with another prefix, its own gates, and no perceptron."""
+    """The prompt with another prefix, its own gates, and no parameterisation."""
     parts = tuple(
         KeyValuePrefix(part.site, {n: replace(change(pair), gate=pair.gate) for n, pair in part.layers.items()})
         for part in prompt.prefixes
@@ -314,7 +314,7 @@ def test_negative_twins(family: str, method: str, adapters: Any, tmp_path: Path)
 
 
 def regated(prompt: SoftPrompt, change: Callable[[Gate], Gate | None]) -> SoftPrompt:
-    """The prompt with other gates, and no perceptron."""
+    """The prompt with other gates, and no parameterisation."""
     parts = tuple(
         KeyValuePrefix(
             part.site,

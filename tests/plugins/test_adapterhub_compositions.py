@@ -314,7 +314,7 @@ def set_active(model: Any, setup: Any) -> Any:
     return model
 
 
-def test_perceptrons_gates_and_vectors_in_compositions(adapters: Any) -> None:
+def test_parameterisation_gates_and_vectors_in_compositions(adapters: Any) -> None:
     from adapters.composition import BatchSplit, Parallel, Stack
 
     model = model_of("bert")

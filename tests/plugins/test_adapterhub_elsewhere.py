@@ -85,7 +85,7 @@ def test_the_same_numbers_as_adapterhub(family: str, tmp_path: Path) -> None:
     assert golden.prompt.training is None or golden.prompt.training.kind == "mlp"
     close = agreement(golden.model)
     assert apart(None, "logits.base") <= close, "the base model is the same"
-    if golden.prompt.training is not None:  # both multiply the perceptron's matrices in float32
+    if golden.prompt.training is not None:  # both multiply the parameterisation's matrices in float32
         close = max(close, FLOAT32_BOUND)
     assert apart(golden.prompt) <= close
     assert apart(golden.prompt, "logits.masked") <= close

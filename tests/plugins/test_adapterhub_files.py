@@ -272,12 +272,12 @@ def test_a_gate_belongs_to_its_layer_and_site(family: str, tmp_path: Path) -> No
     assert len(gates) == (1 if family == "albert" else sum(len(part.layers) for part in prompt.prefixes))
 
 
-def test_layers_that_are_one_share_their_prefix_and_its_perceptron(tmp_path: Path) -> None:
+def test_layers_that_are_one_share_their_prefix_and_its_parameterisation(tmp_path: Path) -> None:
     geometry = GEOMETRIES["albert"]
     prompt = FORMAT.read(put(tmp_path / "x", written(*handmade(geometry, flat=False))), geometry)
     assert len(prompt.prefixes[0].layers) == 3
     assert len(set(prompt.prefixes[0].layers.values())) == 1
-    # As a perceptron of all layers, which others understand.
+    # As a parameterisation of all layers, which others understand.
     np.testing.assert_allclose(rematerialise(prompt).prefixes[0].flat(), prompt.prefixes[0].flat(), rtol=1e-5)
 
 
@@ -593,7 +593,7 @@ def test_a_relative_bias_that_is_lost_is_no_obstacle_if_the_prompt_says_so() -> 
     assert FORMAT.obstacles(unbiased(without_one, {"encoder": 1}), GEOMETRIES["t5"]) == []
 
 
-def test_obstacles_of_a_prompt_without_a_base_or_with_another_perceptron(tmp_path: Path) -> None:
+def test_obstacles_of_a_prompt_without_a_base_or_with_another_parameterisation(tmp_path: Path) -> None:
     prompt = prefix_for(GEOMETRIES["gpt2"])
     assert [o.name for o in FORMAT.obstacles(replace(prompt, base=BaseId()), None)] == ["base"]
     with pytest.raises(BaseModelError):

@@ -107,7 +107,7 @@ def test_a_file_is_read_as_the_package_runs_it(family: str, config: dict[str, An
     running.set_active_adapters("mine")
     attached = logits(ENGINE.attach(copy.deepcopy(model), prompt))
     np.testing.assert_array_equal(loaded, attached)
-    # The package evaluates a perceptron in the precision that it was moved to, and in its files there is float32.
+    # The package evaluates a parameterisation in the precision that it was moved to, and in its files there is float32.
     np.testing.assert_allclose(logits(running.eval()), attached, atol=0 if config["flat"] else 1e-4)
     base = f"{model.base_model_prefix}."
     first = {key.removeprefix(base): array for key, array in theirs.items() if ".pool." not in key}

@@ -159,7 +159,7 @@ def test_a_flat_prefix_trains_on_exactly(family: str, tmp_path: Path) -> None:
     assert Toolkit(family, tmp_path).load(tmp_path / "c").loss() == pytest.approx(losses[-1], rel=1e-6)
 
 
-def test_a_perceptron_trains_on_exactly_and_ejected_from_the_same_loss(tmp_path: Path) -> None:
+def test_a_parameterisation_trains_on_exactly_and_ejected_from_the_same_loss(tmp_path: Path) -> None:
     toolkit = Toolkit("gpt2", tmp_path).add()
     untrained = toolkit.loss()
     prompt = toolkit.train().save(tmp_path / "a")

@@ -208,7 +208,7 @@ def test_the_prefix_in_a_published_union(method: str, adapters: Any, tmp_path: P
     alone.load_adapter(str(tmp_path / "alone"), set_active=True)
     reference = logits(alone.eval())
     attached = logits(ENGINE.attach(copy.deepcopy(model), prompt))
-    # A float32 model, and a perceptron that the toolkit evaluates for every row.
+    # A float32 model, and a parameterisation that the toolkit evaluates for every row.
     assert apart(attached, reference) <= 1e-5
     assert np.abs(attached - logits(running)).max() > 0.1
     # The toolkit would load the whole union.

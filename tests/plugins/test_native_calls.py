@@ -64,12 +64,12 @@ def prompts(model: Any) -> dict[str, Any]:
     return {
         "input": random_input_prompt(geometry, 5),
         "prefix": random_prefix(geometry, 5),
-        "network": METHODS["p-tuning"](geometry),
-        "network prefix": METHODS["prefix-tuning-mlp"](geometry),
+        "parameterisation": METHODS["p-tuning"](geometry),
+        "parameterisation prefix": METHODS["prefix-tuning-mlp"](geometry),
     }
 
 
-@pytest.mark.parametrize("kind", ["input", "prefix", "network", "network prefix"])
+@pytest.mark.parametrize("kind", ["input", "prefix", "parameterisation", "parameterisation prefix"])
 def test_threads_share_a_model(kind: str) -> None:
     """Each call of each thread is what it is alone, forward and in generation, for texts of different lengths."""
     model = tiny_model("llama", num_hidden_layers=2)
@@ -93,9 +93,9 @@ def test_threads_share_a_model(kind: str) -> None:
 
 
 def test_threads_train_each_with_its_own_numbers() -> None:
-    """What a network makes in a call is that call's: the gradients of three threads are three times one's."""
+    """What a parameterisation makes in a call is that call's: the gradients of three threads are three times one's."""
     model = tiny_model("llama")
-    running = sb.attach(model, prompts(model)["network prefix"])
+    running = sb.attach(model, prompts(model)["parameterisation prefix"])
     ids = [text(5 + thread, thread) for thread in range(THREADS)]
     parameters = [p for p in running.parameters() if p.requires_grad]
 
@@ -109,9 +109,9 @@ def test_threads_train_each_with_its_own_numbers() -> None:
         assert all(apart(a, b) < 1e-12 for a, b in zip(found, expected, strict=True))
 
 
-def replica(network: Any) -> Any:
+def replica(parameterisation: Any) -> Any:
     """What `nn.DataParallel` runs in a thread of its own, on the one device that is here."""
-    modules = list(network.modules())
+    modules = list(parameterisation.modules())
     copies = {id(module): module._replicate_for_data_parallel() for module in modules}
     for module in modules:
         copied = copies[id(module)]
@@ -119,10 +119,10 @@ def replica(network: Any) -> Any:
             copied._modules[name] = None if child is None else copies[id(child)]
         for name, parameter in module._parameters.items():
             setattr(copied, name, None if parameter is None else parameter.view_as(parameter))
-    return copies[id(network)]
+    return copies[id(parameterisation)]
 
 
-@pytest.mark.parametrize("kind", ["input", "prefix", "network", "network prefix"])
+@pytest.mark.parametrize("kind", ["input", "prefix", "parameterisation", "parameterisation prefix"])
 @pytest.mark.parametrize("head", [False, True])
 def test_replicas_run_in_threads(kind: str, head: bool) -> None:
     """As the model does, with the prompt and without; their gradients are the prompt's own."""
@@ -276,7 +276,7 @@ def test_compiles_in_one_graph_past_the_call() -> None:
     assert apart(expected[1], expected[0]) > 0.1
 
 
-@pytest.mark.parametrize("kind", ["input", "prefix", "network", "seeded"])
+@pytest.mark.parametrize("kind", ["input", "prefix", "parameterisation", "seeded"])
 def test_a_prompt_that_is_switched_off(kind: str) -> None:
     """The base model, bit for bit, in one thread and no other; a cache is of one of the two."""
     model = tiny_model("llama") if kind != "seeded" else bloom()
@@ -381,7 +381,7 @@ def test_a_prefix_is_each_packed_text_s(family: str, implementation: str) -> Non
     assert apart(logits(running, second), logits(model, second)) > 0.1
 
 
-@pytest.mark.parametrize("kind", ["input", "network", "seeded"])
+@pytest.mark.parametrize("kind", ["input", "parameterisation", "seeded"])
 def test_packed_texts_that_would_not_each_have_the_prompt(kind: str) -> None:
     """Refused, whether positions say so or lengths do. Positions of pads, and those that go on, are no reason."""
     model = AutoModelForCausalLM.from_config(tiny_config("llama"), attn_implementation="eager").eval()

@@ -250,7 +250,9 @@ def test_keys_turn_where_a_model_has_them() -> None:
     model, _, prompt = make(PLAIN)
     scheme = BaseModel.resolve(model).positions
     assert (scheme.kind, tuple(scheme.rotation(2))) == ("rotary", (1, 3))
-    rotated = {n: np.einsum("kpd,de->kpe", p.keys, scheme.rotation(-P)[n]) for n, p in prompt.prefixes[0].layers.items()}
+    rotated = {
+        n: np.einsum("kpd,de->kpe", p.keys, scheme.rotation(-P)[n]) for n, p in prompt.prefixes[0].layers.items()
+    }
     part = KeyValuePrefix(
         "self", {n: KeyValue(rotated[n], p.values.astype(float)) for n, p in prompt.prefixes[0].layers.items()}
     )

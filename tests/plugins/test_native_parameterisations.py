@@ -245,7 +245,7 @@ def test_compiles_in_one_graph(model: Any, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["prefix", "mlp", "lstm", "multitask"])
 def test_it_trains_as_peft_does(model: Any, name: str) -> None:
-    """From PEFT's own random start, with PEFT's own network on the other side: the same losses, step by step."""
+    """From PEFT's own random start, with PEFT's own parameterisation on the other side: the same losses, by step."""
     import peft
 
     common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 4}
@@ -294,7 +294,7 @@ def test_numbers_that_it_does_not_make_are_trained_themselves(model: Any, caplog
         for parameter in running.softbridge.parameters():
             parameter.add_(0.1)
     assert sb.extract(running).training is None
-    # A file in half the precision is what the network makes, to rounding.
+    # A file in half the precision is what the parameterisation makes, to rounding.
     caplog.clear()
     halved = as_dtype(prompt, np.dtype(np.float16))
     with caplog.at_level(logging.WARNING):

@@ -394,7 +394,7 @@ def test_gradients_are_those_of_rows_by_hand(family: str, method: str) -> None:
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad")  # those of the vision tower
 def test_a_network_trains_with_gradient_checkpointing() -> None:
-    """The embedding runs before the stack does, when the last step's network is still there."""
+    """The embedding runs before the stack does, when the last step's parameterisation is still there."""
     model = copy.deepcopy(bare("gemma3")).train()
     attach(model, PrefixTuning(P, MLP(16)), seed=0)
     given = batch("gemma3", True)

@@ -244,7 +244,7 @@ def test_the_training_state_of_a_live_model_is_kept_beside_what_peft_saves(
     assert config_in(tmp_path / "ours") == config_in(tmp_path / "theirs")
     ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
-    # For an encoder-decoder PEFT's network makes the rows of both stacks in one float32 product.
+    # For an encoder-decoder PEFT's parameterisation makes the rows of both stacks in one float32 product.
     rounding = 1e-6 if family == "t5" and method in THROWN else 0.0
     assert all(np.abs(array - theirs[name]).max() <= rounding * np.abs(array).max() for name, array in ours.items())
 
@@ -252,7 +252,7 @@ def test_the_training_state_of_a_live_model_is_kept_beside_what_peft_saves(
     if family == "t5" and method == "multitask":
         assert generate(loaded(family, tmp_path / "ours"), **asked) == generate(model.eval(), **asked)
     else:
-        # The live network makes its rows in float32, for every text of the batch anew: products of other shapes.
+        # The live parameterisation makes its rows in float32, for every text of the batch anew: other shapes.
         far = apart(logits(loaded(family, tmp_path / "ours"), **asked), logits(model.eval(), **asked))
         assert far <= (1e-5 if method in THROWN else 0.0)
 
@@ -314,8 +314,8 @@ def test_what_is_attached_and_not_trained_keeps_its_training_state(trained: Make
     assert changed.parts != prompt.parts
 
 
-#: What other toolkits and the native engine train -> the peft_type, which names the network if it is PEFT's, and
-#: whether softbridge's file is needed beside PEFT's.
+#: What other toolkits and the native engine train -> the peft_type, which names the parameterisation if it is PEFT's,
+#: and whether softbridge's file is needed beside PEFT's.
 ELSEWHERE = [
     (PTuning(LENGTH, "mlp", hidden_size=20), "P_TUNING", True),
     (PTuning(LENGTH, "lstm", hidden_size=12, layers=3, dropout=0.1), "P_TUNING", True),
@@ -350,7 +350,7 @@ def test_training_states_from_elsewhere_become_peft_files(
     assert apart(found[:, -4:], logits(sb.attach(tiny_model("llama"), prompt))[:, -4:]) < 1e-5
     assert apart(found[:, -4:], logits(tiny_model("llama"))) > 0.1
 
-    # What the configuration says of a network is true: PEFT builds one that takes the tensors.
+    # What the configuration says of a parameterisation is true: PEFT builds one that takes the tensors.
     projected = written.get("prefix_projection", False)
     assert projected == (peft_type == "PREFIX_TUNING" and method.reparameterisation == MLP(20, 16))
     if peft_type == "P_TUNING" or projected:

@@ -42,21 +42,21 @@ def attach(
     """Make a transformers model run with a soft prompt, to use it or to train it.
 
     A prompt that was trained through a parameterisation, and knows it, is trained through it again; to train its own
-    numbers instead, attach ``dataclasses.replace(prompt, training=None)``. Whatever is no part of the prompt or of its
-    head is frozen until `detach`.
+    numbers instead, attach ``dataclasses.replace(prompt, training=None)``. All other parameters than the
+    prompt's and its head's are frozen until `detach`.
 
-    The prompt is lowered to what the engine can run on this model (with rotary positions: its keys are rotated where
-    the engine's toolkit has the real tokens elsewhere); positions are told where they must be.
+    The prompt is lowered to what the engine can run on this model: where the engine's toolkit puts the real tokens at
+    other positions, rotary keys are rotated, or else the engine passes ``position_ids``.
 
     Args:
         model: a `PreTrainedModel`.
         prompt: for a base model of this geometry; or the path of its file or directory; or a method, for a new one;
-            or a bank of prompts, of which each row of a batch has its own.
+            or a `PromptBank`, which gives each row of a batch its own prompt.
         engine: the name of an engine.
         seed: of a new prompt's random start, which is the same for the same seed; drawn from torch's own random
             numbers if it is None, which `transformers.set_seed` governs.
-        accept: names of the conditions that the caller accepts, beside ``positions``, which are told: ``partial``,
-            where of the source (an adapter of several methods) the prompt alone goes on.
+        accept: names of the conditions that the caller accepts, in addition to ``positions``, which the engine passes:
+            ``partial``, where the source is an adapter of several methods and only its prompt is attached.
         self_check: whether the engine, if it can, proves itself before the first call, on a small copy of the model:
             see `softbridge.selfcheck`. None: unless the environment variable SOFTBRIDGE_SELF_CHECK is 0.
         task: which task of a multitask prompt, alone; None: that of the prompt, with the matrices of all tasks.

@@ -40,7 +40,7 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]
         verify: run what was saved and what was written, and compare the outputs (see `softbridge.verify`).
 
     Raises:
-        UnknownFormatError: a format has no such name.
+        UnknownFormatError: no installed format has one of these names.
     """
 
     def __init__(
@@ -51,17 +51,19 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]
         self.verify = verify
 
     def on_init_end(self, args: Any, state: Any, control: Any, model: Any = None, **_: Any) -> None:
-        """Refuse settings that transformers looks for past the wrapper of a toolkit.
+        """Refuse label smoothing and NEFTune with an engine that wraps the model.
+
+        transformers unwraps the model as it does for LoRA, and then picks the wrong module.
 
         Raises:
-            EngineError: label smoothing or NEFTune, with an engine that wraps the model.
+            EngineError: one of the two is set, and the model is wrapped.
         """
         past = {name: getattr(args, name) for name in ("label_smoothing_factor", "neftune_noise_alpha")}
-        told = [f"{name}={value}" for name, value in past.items() if value]
-        if told and not isinstance(model, PreTrainedModel):
+        found = [f"{name}={value}" for name, value in past.items() if value]
+        if found and not isinstance(model, PreTrainedModel):
             raise EngineError(
-                f"{' and '.join(told)} with a {type(model).__name__}: transformers looks for the model under it in the "
-                "place where LoRA has it, and fails or takes another module for it",
+                f"{' and '.join(found)} with a {type(model).__name__}: transformers unwraps it as it does "
+                "for LoRA, and fails or picks the wrong module",
                 "the setting left at its default, or an engine that attaches in place",
                 "softbridge.attach(model, prompt, engine='native')",
             )

@@ -24,7 +24,7 @@ def argument(forward: Callable[..., Any]) -> str | None:
 
 
 def length_argument(forward: Callable[..., Any]) -> str | None:
-    """The name under which a callable is told how many tokens the cache holds, or None if it is not."""
+    """The name under which a callable is passed the number of tokens in the cache, or None if it is not passed."""
     return _first(LENGTHS, inspect.signature(forward).parameters)
 
 
@@ -98,7 +98,7 @@ def empty(model: Any, rows: int) -> Any:
     if hasattr(model, "prepare_inputs_for_generation"):
         column = torch.arange(1, device=model.device)
         made = given(model.prepare_inputs_for_generation(ids, use_cache=True, cache_position=column))
-        if made is not None:  # for all kinds that no signature tells how to make
+        if made is not None:  # for all kinds whose signature does not say how to make them
             return made
     with torch.no_grad():
         kind = type(of(model(ids, use_cache=True)))

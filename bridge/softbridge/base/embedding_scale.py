@@ -19,7 +19,7 @@ def measure_scale(config: Any) -> float | None:
         config: of a model with a decoder and no encoder, or of an encoder.
 
     Raises:
-        BaseModelError: no such model can be built.
+        BaseModelError: no model can be built from the configuration.
     """
     import torch
 

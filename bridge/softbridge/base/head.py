@@ -19,7 +19,8 @@ def load_head(model: Any, head: Mapping[str, Array]) -> dict[str, torch.Tensor]:
         Copies of what was there before; `restore_head` puts them back.
 
     Raises:
-        BaseModelError: the model has no such parameters, or of other shapes; with all of them. Nothing is changed.
+        BaseModelError: the model lacks parameters of the head, or has them in other shapes. The error names all of
+            them, and nothing is changed.
     """
     import torch
 

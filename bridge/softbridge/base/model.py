@@ -138,7 +138,7 @@ class BaseModel:
         return BaseModel(config, self.name, self._model, head, imagined=self._imagined)
 
     def imagine(self) -> BaseModel:
-        """The same, with random weights for its own: for whoever asks what would be done, and not for the numbers."""
+        """A copy that answers with random weights, for planning a conversion without loading any."""
         return self if self._imagined else self._imagination
 
     @cached_property
@@ -229,7 +229,7 @@ class BaseModel:
         """The model itself, with its weights, in `dtype`.
 
         Raises:
-            BaseModelError: there are none at hand.
+            BaseModelError: the base model was given as a configuration, or its weights cannot be loaded.
         """
         import torch
 
@@ -259,7 +259,7 @@ class BaseModel:
 
 
 def _other_parts(config: Any, text: Any) -> list[Any]:
-    """The parts of a composite configuration beside the text model's."""
+    """The parts of a composite configuration other than the text model's."""
     parts = [getattr(config, name, None) for name in getattr(config, "sub_configs", {})]
     return [part for part in parts if part is not None and part is not text and config is not text]
 

@@ -212,7 +212,7 @@ def _probe_encoder(model: Any) -> PositionScheme:
 
 
 def _absolute(model: Any, tokens: torch.Tensor) -> PositionScheme:
-    """A model of absolute positions, with where it begins to count: what says the same as not being told.
+    """A model of absolute positions, and its first position: the position_ids that count from there mean the same as none.
 
     Args:
         model: a small one.
@@ -225,10 +225,10 @@ def _absolute(model: Any, tokens: torch.Tensor) -> PositionScheme:
         own = model(inputs_embeds=tokens)[0]
         for first in range(RESERVED):
             try:
-                told = model(inputs_embeds=tokens, position_ids=here + first)[0]
+                passed = model(inputs_embeds=tokens, position_ids=here + first)[0]
             except (IndexError, RuntimeError):  # the end of the table
                 break
-            if torch.allclose(own, told, rtol=0, atol=TOLERANCE):
+            if torch.allclose(own, passed, rtol=0, atol=TOLERANCE):
                 return PositionScheme("absolute", tellable=True, first=first)
     reason = "where it counts its tokens from by itself was not found"
     return PositionScheme("absolute", tellable=False, reason=reason)

@@ -20,7 +20,7 @@ DROPPED = {
 
 @dataclass(frozen=True)
 class Choice:
-    """What a conversion was told of its source, by the arguments of `softbridge.convert`.
+    """What the arguments of `softbridge.convert` say of its source.
 
     Attributes:
         format: the name of its format; None: recognised by content.
@@ -51,14 +51,14 @@ class Choice:
 
     @property
     def reading(self) -> Mapping[str, Any]:
-        """What of it `softbridge.checkpoint.read.read` is told."""
+        """The arguments for `softbridge.checkpoint.read.read`."""
         return {"format": self.format, "drop": self.drop, "trained_on": self.trained_on}
 
     def of(self, prompt: SoftPrompt) -> SoftPrompt:
         """What was chosen of a prompt that was read so; the prompt itself if that is all of it.
 
         Raises:
-            SoftbridgeError: it has no such task or part.
+            SoftbridgeError: the prompt does not have the task or part that was chosen.
         """
         if self.task is not None:
             prompt = of_task(prompt, self.task)
@@ -92,7 +92,7 @@ def of_task(prompt: SoftPrompt, task: int) -> SoftPrompt:
     """The prompt of one task of a multitask prompt, alone.
 
     Raises:
-        SoftbridgeError: it has no such task.
+        SoftbridgeError: the prompt does not have this task.
     """
     try:
         return replace(rematerialise(prompt, task), training=None)

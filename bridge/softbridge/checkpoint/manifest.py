@@ -1,4 +1,4 @@
-"""softbridge.json beside written files: where they are from, what was done, what is asked of a caller."""
+"""softbridge.json beside written files: where they are from, what was done, what the caller must do."""
 
 from __future__ import annotations
 
@@ -59,7 +59,8 @@ def trained_with(prompt: SoftPrompt, base: BaseModel | None, release: str) -> So
     """The prompt with what a release of transformers multiplies its vectors by.
 
     Raises:
-        SoftbridgeError: no base model is given, the release is none, or the prompt's files say something else.
+        SoftbridgeError: no base model is given, `trained_on` is not a release of transformers, or the prompt's files
+            say something else.
     """
     if base is None:
         raise BaseModelError(
@@ -105,7 +106,7 @@ def same_attention(a: Geometry, b: Geometry) -> bool:
 
 
 def with_manifest(loaded: Loaded, files: untrusted.Files) -> tuple[Loaded, Mapping[str, float]]:
-    """What was read, with what the manifest tells, and the scales in it, after checking that it belongs to these files.
+    """What was read, with what the manifest says, and the scales in it, after checking that it belongs to these files.
 
     Raises:
         CheckpointError: it does not, or is damaged.

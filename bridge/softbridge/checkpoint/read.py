@@ -67,7 +67,7 @@ def read(
             not say by what the model multiplied its vectors, and releases differ in that (Gemma). It needs the base.
 
     Raises:
-        CheckpointError: the files are malformed, incomplete or hostile, or not to be had.
+        CheckpointError: the files are malformed, incomplete or hostile, or the download failed.
         UnknownFormatError: no format recognises them.
         BaseModelError: the base model is needed and missing, or the prompt does not fit it.
         SoftbridgeError: `trained_on` is no release, or the files say something else.
@@ -87,7 +87,7 @@ def files_at(path: str | Path, revision: str | None = None, form: Format | None 
     """The files of a prompt: at the path, or in the hub's cache (see `load`).
 
     Raises:
-        CheckpointError: there are none, or they are not to be had.
+        CheckpointError: the path holds no files, or the download failed.
     """
     return untrusted.Files(untrusted.located(path, revision, lambda folder: _files_of(folder, form)))
 
@@ -154,7 +154,7 @@ def load(
         task: which task of a multitask prompt, alone; None: as the file says, with the matrices of all tasks.
 
     Raises:
-        SoftbridgeError: it has no such task.
+        SoftbridgeError: the prompt does not have this task.
     """
     prompt = read(path, base=base, format=format, revision=revision, trained_on=trained_on).prompt
     return prompt if task is None else of_task(prompt, task)

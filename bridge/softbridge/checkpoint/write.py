@@ -68,7 +68,7 @@ def prepare(
     """The prompt as the format can hold it, and the bytes of its files.
 
     Raises:
-        OutputError: the format has no such encoding.
+        OutputError: the format does not have this encoding.
         LoweringError: it cannot hold the prompt.
     """
     if encoding is not None and encoding not in form.encodings:
@@ -94,7 +94,7 @@ def _known(prompt: SoftPrompt, base: BaseModel) -> BaseId:
 
 
 def check_target(target: Path, overwrite: bool) -> None:
-    """Refuse a target that is there already; when told to overwrite, one that is no prompt: a model, a folder."""
+    """Refuse a target that is there already; with `overwrite`, refuse what is not a prompt: a model, a folder."""
     if not overwrite:
         untrusted.check_vacant(target)
         return

@@ -20,7 +20,8 @@ from softbridge.lowering.precision import DTYPES
 def convert(
     source: Annotated[Path, typer.Argument(help="The checkpoint to read.")],
     target: Annotated[
-        Path, typer.Argument(help="The directory to write; or a file, if the format has only one and it ends alike.")
+        Path,
+        typer.Argument(help="Output directory; or a file name, if the format writes a single file with that suffix."),
     ],
     to: Annotated[str, typer.Option("--to", help="The format to write.", metavar="FORMAT")],
     base: Base = None,
@@ -50,7 +51,10 @@ def convert(
         ),
     ] = None,
     drop: Annotated[
-        list[str] | None, one_of(DROPPED, "--drop", "Leave this out of the source, stale or not; may be repeated.")
+        list[str] | None,
+        one_of(
+            DROPPED, "--drop", "Ignore this part of the source, even if it is valid; may be repeated."
+        ),
     ] = None,
     trained_on: Annotated[
         str | None,

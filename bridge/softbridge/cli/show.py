@@ -1,4 +1,4 @@
-"""Commands that only tell: inspect, explain, matrix, doctor, formats, engines, plugins; and the demo."""
+"""Commands that only show: inspect, explain, matrix, doctor, formats, engines, plugins; and the demo."""
 
 from __future__ import annotations
 

@@ -107,7 +107,7 @@ def prompt_table(found: dict[str, Any]) -> Group:
     if found["conditions"]:
         facts.append(f"written under the conditions: {', '.join(found['conditions'])}")
     if found["training"]:
-        facts.append(f"training can go on: {found['training']} reparameterisation")
+        facts.append(f"training can go on: {found['training']} parameterisation")
     if found["task"]:
         facts.append(f"task {found['task']['number']} of {found['task']['of']}, counted from 0")
     if found["head"]:

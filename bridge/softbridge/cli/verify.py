@@ -24,7 +24,7 @@ from softbridge.verification.texts import read_texts
 Weights = Annotated[
     bool, typer.Option("--weights", help="Use the base model's own weights, not random ones of its structure.")
 ]
-Working = Annotated[str, one_of(WORKING, "--dtype", "The working precision, reported beside float64.")]
+Working = Annotated[str, one_of(WORKING, "--dtype", "The working precision, reported in addition to float64.")]
 Seed = Annotated[int, typer.Option("--seed", help="Of texts and random weights.", min=0, max=2**32 - 1)]
 Texts = Annotated[
     Path | None,

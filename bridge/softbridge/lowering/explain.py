@@ -55,9 +55,9 @@ def explain(source: str, target: str, method: str, *, base: Any) -> Explanation:
         base: whatever `BaseModel.resolve` takes. Its weights are not looked at.
 
     Raises:
-        UnknownFormatError: there is no such format.
+        UnknownFormatError: no installed format has this name.
         BaseModelError: the base model cannot be read.
-        SoftbridgeError: there is no such method.
+        SoftbridgeError: `method` is not one of `softbridge.methods.METHODS`.
     """
     if method not in METHODS:
         raise SoftbridgeError(f"no method is called '{method}'", f"one of {', '.join(METHODS)}", "check the spelling")
@@ -90,7 +90,7 @@ def explanations(source: str, target: str, method: str | None, base: Any) -> lis
     """(name of the base model, explanation) for one method or, for None, all; one base or, for None, all of `KINDS`.
 
     Raises:
-        SoftbridgeError: there is no such method; see also `explain`.
+        SoftbridgeError: `method` is not one of `softbridge.methods.METHODS`; see also `explain`.
     """
     names = list(METHODS) if method is None else [method]
     return [

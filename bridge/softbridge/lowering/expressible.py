@@ -1,4 +1,4 @@
-"""Passes that ask what the target can express at all: parts, layers, gates, heads, networks."""
+"""Passes that ask what the target can express at all: parts, layers, gates, heads, parameterisations."""
 
 from __future__ import annotations
 

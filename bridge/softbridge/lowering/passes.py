@@ -53,7 +53,7 @@ def _placement(prompt: SoftPrompt, target: Target) -> list[Option]:
         if part.template.verbaliser is None and len(others) == 1 and isinstance(others[0], Field):
             steps.append(Step("placement", "exact", f"a template with all virtual tokens in front: {moved.placement}"))
         else:
-            reason = f"{target.name} has no templates: whoever runs the files writes the words and the slot of this one"
+            reason = f"{target.name} has no templates: the caller must write this one's words and slot into each text"
             obstacles.append(Obstacle("template", reason, "accept that the caller writes the template's words", True))
     return [Option(prompt, tuple(steps), tuple(obstacles))]
 

@@ -24,7 +24,7 @@ from softbridge.lowering.steps import Option, Step, Target
 from softbridge.plugin.capabilities import EVERYTHING
 from softbridge.prompt.soft_prompt import SoftPrompt
 
-#: Names of the conditions that a caller can accept -> what they burden: 2, whoever calls the model, each time; 1, else.
+#: Condition that a caller can accept -> its cost: 2 if every later call of the model must honour it, else 1.
 CONDITIONS = {
     "positions": 2,
     "template": 2,
@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def outcome(self) -> Outcome:
-        """What the plan comes to. Whoever asks has given the base model."""
+        """What the plan comes to. It must have been made with the base model."""
         if any(not obstacle.acceptable for obstacle in self.obstacles):
             return "impossible"
         kinds = {step.exactness for step in self.steps}
@@ -106,7 +106,7 @@ def plan(prompt: SoftPrompt, target: Target, further: Further | None = None, acc
 
     Raises:
         BaseModelError: the prompt does not fit the base model.
-        SoftbridgeError: the target's dtype is none.
+        SoftbridgeError: `target.dtype` is not one of `DTYPES`.
     """
     _check_names(() if target.dtype is None else (target.dtype,), DTYPES, "dtype", "ask for one of these")
     geometry = target.geometry(prompt)

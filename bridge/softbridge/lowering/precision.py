@@ -70,7 +70,7 @@ def as_dtype(prompt: SoftPrompt, dtype: np.dtype[Any]) -> SoftPrompt:
             return replace(part, vectors=part.vectors.astype(dtype))
         return replace(part, layers={layer: _pair_as_dtype(pair, dtype) for layer, pair in part.layers.items()})
 
-    with np.errstate(over="ignore"):  # whoever asks looks at the error first
+    with np.errstate(over="ignore"):  # the caller looks at the error first
         return replace(prompt, parts=tuple(converted(part) for part in prompt.parts), training=None)
 
 

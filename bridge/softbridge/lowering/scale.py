@@ -20,7 +20,7 @@ SAME_SCALE = 1e-9
 def rescale(prompt: SoftPrompt, target: Target) -> list[Option]:
     """Vectors that the installed transformers multiplies by another number than that of their training make up for it.
 
-    A target has no say in this: whoever names the base model gets numbers for the model that is run here.
+    This does not depend on the target: with a base model given, the numbers are for the model that is run here.
     """
     here = None if target.base is None or not prompt.inputs else target.base.scale
     if here is None:

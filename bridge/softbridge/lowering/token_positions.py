@@ -17,7 +17,7 @@ from softbridge.prompt.soft_prompt import Positions, SoftPrompt
 
 
 def native_positions(prompt: SoftPrompt, capabilities: Capabilities) -> Positions:
-    """Where real tokens stand if a toolkit with these capabilities runs the numbers as they are, without passing position_ids."""
+    """Where real tokens stand if a toolkit with these capabilities runs the numbers and is passed no position_ids."""
     counted = prompt.counted()
     start = dict(prompt.positions.start)
     for part in prompt.parts:
@@ -86,7 +86,7 @@ def check_window(prompt: SoftPrompt, target: Target) -> list[Option]:
 
 
 def move_start(prompt: SoftPrompt, target: Target) -> list[Option]:
-    """Move the real tokens of each stack to where the target has them: rotate rotary keys, or have the caller pass position_ids."""
+    """Move the real tokens of each stack to where the target has them: rotate keys, or have position_ids passed."""
     wanted = native_positions(prompt, target.capabilities).start
     options = [Option(prompt)]
     for stack, want in wanted.items():

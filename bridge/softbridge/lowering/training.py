@@ -28,4 +28,4 @@ def without_training(prompt: SoftPrompt, target: Target, note: str) -> Option:
         task = training.settings.get("task", 0)
         reason = f"{target.name} holds one task, and this prompt {tasks}: task {task} alone is kept"
         return Option(ejected, (), (Obstacle("task", reason, "choose one with --task, or accept that one", True),))
-    return Option(ejected, (Step("eject", "exact", f"the {training.kind} reparameterisation {note}"),))
+    return Option(ejected, (Step("eject", "exact", f"the {training.kind} parameterisation {note}"),))

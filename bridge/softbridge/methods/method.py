@@ -87,8 +87,8 @@ class Method(ABC):
     Attributes:
         paper: where it was published.
         learning_rate: one with which AdamW learns, to start from: tests/golden/make_messages.py uses it on a small
-            BERT. None where none was tried. Rates for the tensors of a network are far below those for the prompt's
-            own numbers.
+            BERT. None where none was tried. Rates for the tensors of a parameterisation are far below those for the
+            prompt's own numbers.
     """
 
     paper: ClassVar[Paper]
@@ -99,7 +99,7 @@ class Method(ABC):
         """What the method comes to on a base model.
 
         Raises:
-            ValueError: it does not fit the base model, which has no such stack, site or layer.
+            ValueError: the method does not fit the base model, which lacks its stack, site or layer.
         """
 
     def parameters(self, geometry: Geometry) -> int:

@@ -93,7 +93,7 @@ class Kind:
     per_site: bool
 
     def makes(self, part: Part) -> bool:
-        """Whether it made this part of a prompt, and not one that stands beside."""
+        """Whether it made this part of a prompt, and not another part."""
         return isinstance(part, KeyValuePrefix) == self.per_site
 
 
@@ -101,7 +101,7 @@ def activation(name: str) -> Any:
     """The function of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `name` is neither leakyrelu nor an activation of transformers.
     """
     import torch
     from transformers.activations import ACT2FN
@@ -142,10 +142,10 @@ def _input_mlp_tensors(settings: Settings) -> dict[str, Tensor]:
 
 
 def _input_mlp(settings: Settings, tensors: Mapping[str, torch.Tensor], train: bool) -> torch.Tensor:
-    return _perceptron(settings, tensors, tensors["embedding"][None], _count(settings, "layers", least=2))
+    return _linear_layers(settings, tensors, tensors["embedding"][None], _count(settings, "layers", least=2))
 
 
-def _perceptron(
+def _linear_layers(
     settings: Settings, tensors: Mapping[str, torch.Tensor], hidden: torch.Tensor, layers: int
 ) -> torch.Tensor:
     """[1, P, ...] -> [P, H], an activation between the layers."""
@@ -186,7 +186,7 @@ def _lstm(settings: Settings, tensors: Mapping[str, torch.Tensor], train: bool) 
     state = embedding.new_zeros(2 * layers, 1, tensors["lstm.weight_hh_l0"].shape[1])
     weights = [tensors[name] for name in _lstm_weights(layers)]
     hidden = torch.lstm(embedding, (state, state), weights, True, layers, _rate(settings), train, True, True)[0]
-    return _perceptron(settings, tensors, hidden, 2)
+    return _linear_layers(settings, tensors, hidden, 2)
 
 
 def _multitask_tensors(settings: Settings) -> dict[str, Tensor]:
@@ -250,14 +250,14 @@ def _cartridge(settings: Settings, tensors: Mapping[str, torch.Tensor], train: b
 
 KINDS: Mapping[str, Kind] = {
     "mlp": Kind(
-        "prefix tuning (Li & Liang 2021): a two-layer perceptron over a small embedding. non_linearity: transformers' "
+        "prefix tuning (Li & Liang 2021): a two-layer MLP over a small embedding. non_linearity: transformers' "
         "name of an activation, or leakyrelu (tanh); dropout: rate, on keys and values, in training only (0)",
         _mlp_tensors,
         _mlp,
         per_site=True,
     ),
     "p-tuning-mlp": Kind(
-        "P-tuning (Liu 2021): a perceptron over an embedding. layers: linear layers, with an activation between them; "
+        "P-tuning (Liu 2021): an MLP over an embedding. layers: linear layers, with an activation between them; "
         "non_linearity (relu)",
         _input_mlp_tensors,
         _input_mlp,
@@ -329,7 +329,7 @@ def kind_of(name: str) -> Kind:
     """The parameterisation of that name.
 
     Raises:
-        ValueError: there is none.
+        ValueError: `name` is not one of `KINDS`.
     """
     if name not in KINDS:
         raise ValueError(f"no parameterisation is called {name!r}; known are {', '.join(KINDS)}")
@@ -448,8 +448,8 @@ def materialise_vectors(training: Training, task: int | None = None) -> Array:
         task: of multitask prompt tuning; None is the one that its settings name.
 
     Raises:
-        ValueError: the kind is unknown or makes prefixes; its settings or tensors are not what it documents; there is
-            no such task.
+        ValueError: the kind is unknown or makes prefixes; its settings or tensors are not what it documents; the
+            parameterisation does not have this task.
     """
     return eject(training if task is None else _for_task(training, task))
 
@@ -469,7 +469,7 @@ def rematerialise(prompt: SoftPrompt, task: int | None = None) -> SoftPrompt:
     """The prompt with its parts evaluated anew from its training state: after training, or for another task.
 
     Raises:
-        ValueError: it has none, or one that does not fit its parts; there is no such task.
+        ValueError: the prompt has no parameterisation, one that does not fit its parts, or not this task.
     """
     training = prompt.training
     if training is None:

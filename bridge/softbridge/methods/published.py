@@ -68,7 +68,7 @@ Encoder: TypeAlias = Literal["mlp", "lstm", "lstm-paper", "mlp-fewshot", "lstm-f
 
 
 class _Network(NamedTuple):
-    """One of P-tuning's networks, for its width h.
+    """One of P-tuning's parameterisations, for its width h.
 
     Attributes:
         kind: its parameterisation.
@@ -83,7 +83,7 @@ class _Network(NamedTuple):
     linear: int | None = None
 
 
-_NETWORKS: Mapping[Encoder, _Network] = {
+_ENCODERS: Mapping[Encoder, _Network] = {
     "mlp": _Network("p-tuning-mlp", linear=3),
     "lstm": _Network("p-tuning-lstm", middle=2),
     "lstm-paper": _Network("p-tuning-lstm", middle=2, narrow=2),
@@ -94,9 +94,9 @@ _NETWORKS: Mapping[Encoder, _Network] = {
 
 @dataclass(frozen=True)
 class PTuning(Method):
-    """P-tuning (v1): a network over an embedding [P, H] makes the vectors [P, H] in the input.
+    """P-tuning (v1): a parameterisation over an embedding [P, H] makes the vectors [P, H] in the input.
 
-    Five networks go by this name, ReLU between all linear layers. h is `hidden_size`, by default H:
+    Five parameterisations go by this name, ReLU between all linear layers. h is `hidden_size`, by default H:
 
     - ``mlp``: linear H -> h -> h -> H, as PEFT has it. P·H + H·h + h + h² + h + h·H + H numbers.
     - ``lstm``: a bidirectional LSTM with h per direction, linear 2h -> 2h -> H, as PEFT has it.
@@ -130,29 +130,29 @@ class PTuning(Method):
 
     def __post_init__(self) -> None:
         need_counts(self, "length", "layers", *(["hidden_size"] if self.hidden_size is not None else []))
-        if self.encoder not in _NETWORKS:
-            raise ValueError(f"encoder: one of {', '.join(_NETWORKS)}, not {self.encoder!r}")
+        if self.encoder not in _ENCODERS:
+            raise ValueError(f"encoder: one of {', '.join(_ENCODERS)}, not {self.encoder!r}")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout: a rate below 1, not {self.dropout}")
-        if _NETWORKS[self.encoder].linear and (self.layers != 2 or self.dropout):
+        if _ENCODERS[self.encoder].linear and (self.layers != 2 or self.dropout):
             raise ValueError(f"layers and dropout are the LSTM's, and {self.encoder!r} has none")
 
     def plan(self, geometry: Geometry) -> Plan:
-        network, hidden = _NETWORKS[self.encoder], geometry.input_width
-        if self.hidden_size is None and hidden % network.narrow:
-            raise ValueError(f"{self.encoder}: the hidden size {hidden} is no multiple of {network.narrow}")
-        size = self.hidden_size or hidden // network.narrow
-        sizes = {"P": self.length, "H": hidden, "S": size, "M": network.middle * size}
-        settings: dict[str, Json] = {"non_linearity": "relu", "layers": network.linear or self.layers}
-        if not network.linear:
+        chosen, hidden = _ENCODERS[self.encoder], geometry.input_width
+        if self.hidden_size is None and hidden % chosen.narrow:
+            raise ValueError(f"{self.encoder}: the hidden size {hidden} is no multiple of {chosen.narrow}")
+        size = self.hidden_size or hidden // chosen.narrow
+        sizes = {"P": self.length, "H": hidden, "S": size, "M": chosen.middle * size}
+        settings: dict[str, Json] = {"non_linearity": "relu", "layers": chosen.linear or self.layers}
+        if not chosen.linear:
             settings["dropout"] = self.dropout
         head = head_shapes(self.head, geometry)
-        return Plan(input_slot(geometry, self.stack), sizes, network.kind, settings, head=head)
+        return Plan(input_slot(geometry, self.stack), sizes, chosen.kind, settings, head=head)
 
 
 @dataclass(frozen=True)
 class MLP:
-    """The perceptron of a parameterised prefix: an embedding [P, E], linear E -> M -> W.
+    """The parameterisation of a prefix: an embedding [P, E], linear E -> M -> W.
 
     Attributes:
         bottleneck_size: M; 512 is the paper's, and AdapterHub's default. PEFT's is K·D.
@@ -174,13 +174,13 @@ class MLP:
 
 @dataclass(frozen=True)
 class PrefixTuning(Method):
-    """Prefix tuning: keys and values of every layer that attends, made by a perceptron or trained themselves.
+    """Prefix tuning: keys and values of every layer that attends, made by an MLP or trained themselves.
 
-    For each site, with W = 2·L·K·D: P·W numbers if flat; P·E + M·E + M + W·M + W with the perceptron (its E, M).
+    For each site, with W = 2·L·K·D: P·W numbers if flat; P·E + M·E + M + W·M + W with the MLP (its E, M).
 
     Attributes:
         length: P; the paper's for table-to-text.
-        reparameterisation: the perceptron, as in the paper, or None for a flat prefix.
+        reparameterisation: the MLP, as in the paper, or None for a flat prefix.
         sites: where; see `Sites`. The paper prefixes all sites of an encoder-decoder model, PEFT ``("self",)``.
         head: a task head that is trained with it, where the model's own is not.
     """

@@ -88,7 +88,7 @@ def unpack(files: Files, name: str) -> SoftPrompt:
     """The prompt in a file.
 
     Raises:
-        CheckpointError: the file is no such file, or is damaged. All that is wrong is in the one error.
+        CheckpointError: the file is not one of softbridge's own, or is damaged. The error names all that is wrong.
     """
     metadata = files.metadata(name)
     if metadata.keys() != {KEY}:

@@ -33,7 +33,7 @@ class InputPrompt:
             `softbridge.template.PLACEHOLDER` of a row.
         scale: by what the model that they are for multiplies them before its first layer, where releases of
             transformers differ in that (`softbridge.BaseModel.scale`). None: the installed one's number, or of no
-            matter. ``untold``: they were read from files that do not say it, which counts as None in a comparison.
+            matter. ``untold``: the files that they were read from do not say it, which counts as None in a comparison.
     """
 
     vectors: Array

@@ -137,8 +137,8 @@ class Origin:
         details: what the file says of itself and softbridge has no other place for (toolkit version, unknown keys);
             a writer of the same format gives it back. JSON values, normalised.
         digests: file name -> sha256, hexadecimal.
-        notes: what whoever converts the files is told of what was read, a sentence each, such as of numbers that no
-            model ever sees; None: the format's reader has nothing to tell of any file.
+        notes: what a conversion reports of the files that were read, a sentence each, such as of numbers that no model
+            ever sees; None: this format's reader never reports anything.
         partial: what of the source is no soft prompt and was not read, in words. The prompt alone is then another
             function, and lowering refuses it unless that is accepted. Empty: nothing was left; None: the format's
             reader reads all of every file.
@@ -172,14 +172,14 @@ class Origin:
         object.__setattr__(self, "partial", partial)
 
     def described(self) -> dict[str, Json]:
-        """The details, and those two among them where the reader tells of them: what softbridge's own files have."""
+        """The details, and those two among them where the reader set them: what softbridge's own files have."""
         told: dict[str, Json] = {} if self.notes is None else {"notes": list(self.notes)}
         return {**self.details, **told, **({} if self.partial is None else {"partial": self.partial or None})}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
 class SoftPrompt:
-    """A trained soft prompt: everything that a model ever sees of it, and what is known beside.
+    """A trained soft prompt: everything that a model ever sees of it, and what else is known of it.
 
     Attributes:
         parts: at least one.

@@ -428,7 +428,7 @@ def _counted(parts: Sequence[Part]) -> dict[Stack, int]:
 
 
 def _start(place: int, full: int, small: int) -> int:
-    """Where the first real token stands: all virtual tokens counted, none, or another number that is none of these."""
+    """Where the first real token stands: all virtual tokens are counted, or none, or the number is another one."""
     if place == full:
         return small
     return 0 if place == 0 else small + 2 if place > full else small - 1

@@ -156,7 +156,7 @@ def by_hand(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inputs) -> 
 
 def view(model: Any, geometry: Geometry, prompt: SoftPrompt) -> Any:
     """Whose scores `by_hand` gives: an encoder's own under a prefix, as a head may look at the first token, which by
-    hand is none of the text's."""
+    hand is a virtual one."""
     return model.base_model if geometry.decoder is None and prompt.prefixes else model
 
 
@@ -174,8 +174,8 @@ def _with_vectors(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Input
         origin = prompt.positions.start[part.stack] - length
         if origin:
             if geometry.is_encoder_decoder or geometry.decoder is None:
-                raise NotTried("its first token cannot be told by hand to stand elsewhere")
-            given |= _told(bare, origin, rows.shape[1])
+                raise NotTried("its first token cannot be moved by hand: the model takes no position_ids")
+            given |= _position_ids(bare, origin, rows.shape[1])
         if part.stack == "decoder" or not geometry.is_encoder_decoder:
             cut, placement = length, part.placement
     found = scores(bare(**given))
@@ -202,21 +202,21 @@ def _among(part: InputPrompt, ids: Tensor, table: nn.Module) -> Tensor:
     return torch.cat([embedded[:, :front], vectors.to(embedded.dtype), embedded[:, front:]], dim=1)
 
 
-def _told(model: Any, first: int, count: int) -> dict[str, Tensor]:
+def _position_ids(model: Any, first: int, count: int) -> dict[str, Tensor]:
     if "position_ids" not in inspect.signature(model.forward).parameters:
-        raise NotTried("its first token cannot be told by hand to stand elsewhere")
+        raise NotTried("its first token cannot be moved by hand: the model takes no position_ids")
     first += _row(model, contract.make_text(model, 0))
     return {"position_ids": torch.arange(first, first + count)[None]}
 
 
 def _row(model: Any, text: Inputs) -> int:
-    """What a model is told of a token that stands at 0: its row of a table, the first of which may be for pads."""
+    """The position id of a token that stands at 0: its row of a table, the first of which may be for pads."""
     expected, columns = said(model, text), torch.arange(text["input_ids"].shape[1])[None]
     for row in range(4):
         found = said(model, {**text, "position_ids": columns + row})
         if contract.distance(found, expected) <= contract.CLOSE_TO_FLOAT32:
             return row
-    raise NotTried("told where its tokens stand, the bare model computes something else than when it counts them")
+    raise NotTried("with position_ids, the bare model computes something else than when it counts its tokens")
 
 
 def _with_prefixes(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inputs) -> Tensor:
@@ -230,7 +230,7 @@ def _with_prefixes(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inpu
     ids = text["input_ids"]
     given: dict[str, Any] = {**text, "attention_mask": torch.ones(1, part.length + ids.shape[1], dtype=torch.long)}
     if start != part.length or "position_ids" in inspect.signature(bare.forward).parameters:
-        given |= _told(bare, start, ids.shape[1])
+        given |= _position_ids(bare, start, ids.shape[1])
     if geometry.decoder is not None and geometry.decoder.stateful:
         return _one_by_one(bare, geometry, part, start, text)
     given |= caches.handed(bare.forward, _seeded(bare, part, geometry))
@@ -252,7 +252,7 @@ def _one_by_one(bare: Any, geometry: Geometry, part: KeyValuePrefix, start: int,
             mask = torch.ones(1, held + at + 1, dtype=torch.long)
             given: dict[str, Any] = {"input_ids": rest[:, at : at + 1], "attention_mask": mask}
             if first != held or "position_ids" in takes:
-                given |= _told(bare, first + at, 1)
+                given |= _position_ids(bare, first + at, 1)
             if "cache_position" in takes:
                 given["cache_position"] = torch.tensor([held + at])
             found.append(scores(model(**given, **caches.handed(model.forward, cache), use_cache=True)))
@@ -264,15 +264,15 @@ def _one_by_one(bare: Any, geometry: Geometry, part: KeyValuePrefix, start: int,
     return read(_seeded(bare, part, geometry), ids, part.length, start)
 
 
-def _check_continues(bare: Any, text: Inputs, told: bool) -> None:
+def _check_continues(bare: Any, text: Inputs, passed: bool) -> None:
     """A filled cache says nothing of a model that makes masks and positions of its own for the first call of a text.
 
     PaliGemma does: there its words see those behind them, and its positions begin with 1.
     """
     ids, begun = text["input_ids"], text["input_ids"].shape[1] // 2
     rest: dict[str, Any] = {"input_ids": ids[:, begun:], "attention_mask": torch.ones_like(ids)}
-    if told:
-        rest |= _told(bare, begun, ids.shape[1] - begun)
+    if passed:
+        rest |= _position_ids(bare, begun, ids.shape[1] - begun)
     first = bare(input_ids=ids[:, :begun], attention_mask=torch.ones_like(ids[:, :begun]), use_cache=True)
     on = scores(bare(**rest, **caches.handed(bare.forward, caches.of(first))))
     whole = scores(bare(**text))
@@ -323,7 +323,7 @@ def _crossed(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inputs) ->
         states = torch.cat([states.new_zeros(1, cross.length, states.shape[-1]), states], dim=1)
     if own is not None:
         if start["decoder"] != own.length:
-            raise NotTried("its first token cannot be told by hand to stand elsewhere")
+            raise NotTried("its first token cannot be moved by hand: the model takes no position_ids")
         seeded = EncoderDecoderCache(_seeded(bare, own, geometry), DynamicCache())
         given |= caches.handed(bare.forward, seeded)
     given["encoder_outputs"] = BaseModelOutput(last_hidden_state=states)
@@ -341,7 +341,7 @@ _SITES: tuple[Site, ...] = ("self", "encoder", "cross")
 def _in_encoder(stack: nn.Module, geometry: Geometry, part: KeyValuePrefix, start: int, text: Inputs) -> Tensor:
     """The states of a text [1, T, H] in an encoder behind P tokens whose keys and values are the prefix."""
     if start != part.length:
-        raise NotTried("its first token cannot be told by hand to stand elsewhere")
+        raise NotTried("its first token cannot be moved by hand: the model takes no position_ids")
     ids = text["input_ids"]
     length = part.length + ids.shape[1]
     given = {"attention_mask": torch.ones(1, length, dtype=torch.long)}

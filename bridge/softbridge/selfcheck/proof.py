@@ -77,7 +77,7 @@ def prove(engine: Engine, of: Architecture, prompt: SoftPrompt, *, bank: bool = 
                     verdict = apart.submit(_proven, engine, of, prompt, bank).result()
                 if key is not None:
                     keep(key, verdict)
-        except Exception as error:  # of foreign code, or of this check: neither stops whoever runs the model
+        except Exception as error:  # of foreign code, or of this check: neither may stop the model from running
             return unproven(of.kind, _line(error))
     return verdict
 
@@ -139,7 +139,7 @@ def _source(kind: type) -> str | None:
 
 @once
 def _sources(module: Any) -> tuple[str, ...]:
-    """Digests of the sources of this package and of the engine's, which a version does not tell during development."""
+    """Digests of the sources of this package and the engine's: during development a version does not identify them."""
     found = []
     for path in (softbridge.__file__, getattr(module, "__file__", None)):
         if path is not None:
@@ -310,9 +310,9 @@ class _Trial:
 
     def _alone(self, ask: Ask, dtype: torch.dtype) -> dict[str, float]:
         """The figures of the bare copy."""
-        told, _ = _answers(ask, contract.told_positions(fresh(self.bare).to(dtype)), self.plain)
-        untold, _ = _answers(ask, fresh(self.bare).to(dtype), self.plain)  # what that cannot run, nobody can
-        return {one.name: one.value for one in [*told, *(one for one in untold if one.name == RAISED)]}
+        passed, _ = _answers(ask, contract.with_position_ids(fresh(self.bare).to(dtype)), self.plain)
+        without, _ = _answers(ask, fresh(self.bare).to(dtype), self.plain)  # what that cannot run, nobody can
+        return {one.name: one.value for one in [*passed, *(one for one in without if one.name == RAISED)]}
 
     def _rows(self) -> Finding:
         """Rows of a bank with this prompt and with none are what each is alone, in a call and in `generate`."""
@@ -321,7 +321,7 @@ class _Trial:
             texts = [self.texts[0], self.texts[1] if self.template else self.plain[1]]
             if self.gated:
                 texts[1] = contract.make_text(model, 1, contract.LENGTHS[0])
-            others = self.running if self.template else contract.told_positions(fresh(self.bare))
+            others = self.running if self.template else contract.with_position_ids(fresh(self.bare))
             names = ["kind", "kind" if self.template else None]
             models = (self.running, others)
             with bank.rows(names):

@@ -282,7 +282,7 @@ def decisive() -> Mapping[str, str]:
 
 
 def _read(path: Path) -> tuple[Mapping[str, Json], Verdict] | None:
-    """Key and verdict of a file; None if there is none, or it is not as it should be."""
+    """Key and verdict of a file; None if the file is missing or malformed."""
     try:
         told = Files(path).json(path.name)
         if told.get("schema") != SCHEMA:

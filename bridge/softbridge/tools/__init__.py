@@ -1,4 +1,4 @@
-"""What can be done with prompts besides running and converting them."""
+"""What else can be done with prompts than running and converting them."""
 
 from __future__ import annotations
 

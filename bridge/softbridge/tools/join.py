@@ -162,8 +162,8 @@ def slice(
         base: a model, configuration, directory or hub id; needed if `start` is not 0 and there is a prefix.
 
     Raises:
-        ValueError: there are no such virtual tokens or layers; parts of different lengths; input vectors and a prefix
-            in one stack.
+        ValueError: the prompt does not have these virtual tokens or layers; its parts differ in length; input vectors
+            and a prefix are in one stack.
         BaseModelError: the base model is needed and was not given, or its positions are unknown.
     """
     length = one_length(prompt) if (start, stop) != (0, None) else max(part.length for part in prompt.parts)

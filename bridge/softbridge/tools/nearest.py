@@ -46,10 +46,11 @@ def nearest_words(
         words: the base model, or word vectors [V, H].
         k: neighbours for each virtual token. Of equal ones the lower id comes first; a vector of zeros has cosine 0.
         stack: which of two input prompts to look at; may be left out if there is one.
-        tokenizer: to have the words beside the ids.
+        tokenizer: to name the words as well as the ids.
 
     Raises:
-        ValueError: the prompt has no such vectors, they are of another width, or the vocabulary has fewer than k words.
+        ValueError: the prompt has no vectors in this stack's input, their width is not the embedding's, or the
+            vocabulary has fewer than k words.
     """
     inputs = [part for part in prompt.inputs if stack in (None, part.stack)]
     if len(inputs) != 1 or inputs[0].entry != "before":

@@ -89,7 +89,7 @@ def parse_json(content: bytes, what: str) -> dict[str, Any]:
         what: what to call it in an error.
 
     Raises:
-        CheckpointError: it is no such object.
+        CheckpointError: `content` is not a JSON object, is too large, or repeats a key.
     """
     if len(content) > LIMIT:
         raise refusal(f"{what}: {len(content)} bytes of JSON", f"at most {LIMIT}")
@@ -174,5 +174,5 @@ def checked_values(what: str, array: Array) -> Array:
 
 
 def is_size(value: object) -> bool:
-    """Whether the value is a whole number from 0 (a truth value is none)."""
+    """Whether the value is a whole number from 0 (True and False are not)."""
     return type(value) is int and value >= 0

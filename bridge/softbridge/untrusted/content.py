@@ -18,7 +18,7 @@ def little_endian(name: str, array: Array, dtypes: Collection[np.dtype[Any]] = D
     """The array, little-endian and C-contiguous.
 
     Raises:
-        OutputError: its dtype is none of `dtypes` (safetensors', unless told), or no reader would take the name.
+        OutputError: its dtype is not one of `dtypes` (by default safetensors'), or no reader would take the name.
     """
     array = np.asarray(array)
     little = array.dtype if array.dtype == BFLOAT16 else array.dtype.newbyteorder("<")

@@ -29,7 +29,7 @@ class Files:
         names: the files, sorted; those in a sub-folder as ``sub/name``.
 
     Raises:
-        CheckpointError: there is no such file or folder. So do all methods, on whatever is not as it should be.
+        CheckpointError: the path does not exist. All methods raise it, too, where a file is malformed.
     """
 
     path: Path

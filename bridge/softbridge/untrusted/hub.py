@@ -50,7 +50,7 @@ def located(path: str | Path, revision: str | None, recognised: Callable[[Path],
             None if it cannot tell.
 
     Raises:
-        CheckpointError: the hub, or its cache, has no such repository, revision or sub-folder.
+        CheckpointError: the repository, revision or sub-folder is neither on the hub nor in its cache.
     """
     named = hub_id(path)
     if named is None:

@@ -36,8 +36,8 @@ class Subject:
         path: what to call it.
         prompt: what softbridge read, or is about to write.
         engine: the engine that should run it: its own toolkit's.
-        directory: its files, for the toolkit's own loader to read; None if there are none, or not in a form that
-            stands for the whole prompt.
+        directory: its files, for the toolkit's own loader to read; None if there are no files, or the
+            files do not hold the whole prompt.
         stands_for: the prompt of the files, where something else is run for it: its numbers before they were rounded.
     """
 
@@ -231,17 +231,17 @@ def capture(
         bench: what it is run on.
         subject: what is run.
         engine: one that runs it.
-        dtype: the working precision, beside float64.
+        dtype: the working precision, which is tried in addition to float64.
         faults: whether to measure how far deliberate faults move the outputs, which the target's side is asked.
         reference: whether to measure what the working precision does by itself, which the source's side is asked.
-        naive: the other side's numbers as this engine would run them untold, or None.
+        naive: the other side's numbers as this engine would run them without position_ids, or None.
     """
     import torch
 
     prompt = subject.prompt
     probes = bench.probes(prompt)
     backwards = [reverse(probes)] if reference else []
-    if dtype == "float64":  # there is nothing beside it
+    if dtype == "float64":  # it is the only precision
         rough, states = bench.own(subject, engine, more=backwards)
         exact = {name: found for name, found in rough.items() if name != REVERSED}
     else:

@@ -1,11 +1,11 @@
 """What a comparison found, as a value that can be printed, stored and read by a program.
 
-The JSON form, ``softbridge/certificate/2``, has the attributes of `Certificate` by their names, of whatever they hold
-too, and besides ``schema``, ``verdict``, ``parted``, and of the claim ``level``, ``conditions`` and ``rounded`` by
-themselves. Earlier ones have no ``claim``: it is then what the files say. A number that is not finite is null there.
-Version 1 has no ``level``, ``unit``, ``layers``, ``parted`` and ``untried``, repeats a loss's and a gradient's figure
-as that of the working precision, and calls what is ``rounding`` here ``different``; `softbridge.verification.recheck`
-runs both.
+The JSON form, ``softbridge/certificate/2``, has one key for each attribute of `Certificate`, and for each attribute of
+the objects in it. It also has ``schema``, ``verdict`` and ``parted``, and the claim's ``level``, ``conditions`` and
+``rounded`` at the top level. Earlier certificates have no ``claim``: it is then what the files say. A number that is
+not finite is null. Version 1 has no ``level``, ``unit``, ``layers``, ``parted`` and ``untried``. It repeats the figure
+of a loss and of a gradient as that of the working precision, and calls what is ``rounding`` here ``different``.
+`softbridge.verification.recheck` runs both.
 """
 
 from __future__ import annotations
@@ -124,9 +124,9 @@ class Certificate:
         scale: the largest logit of the source, in absolute value.
         islands: modules of the model that compute in less than float64.
         bound: what counts as exact.
-        yardstick: what the working precision does by itself: how far the source alone is from itself when a padded
-            batch is run in another order and, where float64 says that padding changes nothing, when each text is run
-            alone.
+        yardstick: the noise floor, what the working precision does by itself: how far the source alone is from
+            itself when a padded batch is run in another order and, where float64 says that padding changes nothing,
+            when each text is run alone.
         unit: a unit of least precision of the largest logit in the working precision, relative to `scale`.
         figures: the differences.
         layers: the differences inside the model, in the order in which it runs.
@@ -182,7 +182,7 @@ class Certificate:
             return "bitwise"
         if all(figure.float64 <= self.bound for figure in judged):
             return "exact"
-        # A yardstick that a missing prompt would pass, too, measures nothing.
+        # A noise floor that a missing prompt stays below, too, measures nothing.
         if all(far <= self.yardstick for far in working) and self.yardstick < self.effect:
             return "rounding"
         return "different"

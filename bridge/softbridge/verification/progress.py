@@ -1,4 +1,4 @@
-"""How far a verification has come, told to whoever watches: a large model is run in many pieces."""
+"""Progress lines of a verification, for a caller that shows them: a large model is run in many pieces."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ _watcher: ContextVar[Callable[[str], None] | None] = ContextVar("watcher", defau
 
 
 @contextmanager
-def watching(tell: Callable[[str], None]) -> Iterator[None]:
-    """Let `tell` be called with a line for each step of what is verified meanwhile."""
-    token = _watcher.set(tell)
+def watching(report: Callable[[str], None]) -> Iterator[None]:
+    """Let `report` be called with a line for each step of what is verified meanwhile."""
+    token = _watcher.set(report)
     try:
         yield
     finally:
         _watcher.reset(token)
 
 
-def told(pieces: Sequence[Piece], what: str) -> Iterator[Piece]:
+def announced(pieces: Sequence[Piece], what: str) -> Iterator[Piece]:
     """The pieces, one after the other, with what is to come said first and, from the second on, how long it takes."""
-    tell, start = _watcher.get(), time.monotonic()
+    report, start = _watcher.get(), time.monotonic()
     for done, piece in enumerate(pieces):
-        if tell is not None:
+        if report is not None:
             left = (time.monotonic() - start) / done * (len(pieces) - done) if done else None
             rest = "" if left is None else f", about {left:.0f} s left"
-            tell(f"verifying: model {done + 1} of {len(pieces)} ({what}){rest}")
+            report(f"verifying: model {done + 1} of {len(pieces)} ({what}){rest}")
         yield piece

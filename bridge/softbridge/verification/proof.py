@@ -26,7 +26,7 @@ from softbridge.verification.bench import Bench, Capture, Subject, capture, comm
 from softbridge.verification.certificate import Certificate, Fault, Figure, Side
 from softbridge.verification.claim import Claim, Level
 from softbridge.verification.judge import judge
-from softbridge.verification.progress import told
+from softbridge.verification.progress import announced
 from softbridge.verification.recording import Recording, check_same_setting, fingerprint, record_elsewhere
 from softbridge.verification.run import threads
 from softbridge.verification.setting import fitted_to, is_gated, plan_of, versions_here, weights_note
@@ -54,7 +54,7 @@ def verify(
         b: path of the second.
         base: whatever `BaseModel.resolve` takes.
         weights: use the base model's own weights instead of random ones of its structure.
-        dtype: the working precision, reported beside float64.
+        dtype: the working precision, reported in addition to float64.
         seed: of texts and weights.
         texts: token ids to run instead of random ones.
         memory: bytes that a model without weights may take; a larger one is run some layers at a time.
@@ -146,7 +146,8 @@ def verify_prompts(
 
     Args:
         claim: in which sense they are the same; None: without any condition.
-        naive: the first prompt's numbers as the second side would run them untold; its difference is reported.
+        naive: the first prompt's numbers as the second side would run them without position_ids. Its difference is
+            reported.
     """
     claim = claim or Claim().about([a.prompt, b.prompt])
     weights = claim.weights
@@ -155,7 +156,7 @@ def verify_prompts(
     captures: list[tuple[Capture, Capture]] = []
     with threads(None if weights else 1):
         chosen, pieces = plan_of([a, b], base, weights, memory)
-        for piece in told(pieces, pieces[0].note):
+        for piece in announced(pieces, pieces[0].note):
             subjects = [fitted_to(piece, one) for one in (a, b)]
             if any(one is None for one in subjects):
                 continue
@@ -218,7 +219,7 @@ def probe(
     with threads(None if weights else 1):
         chosen, pieces = plan_of([subject], resolved, weights, memory)
         template = common_template(subject.prompt, sides[-1].prompt)
-        for piece in told(pieces, pieces[0].note):
+        for piece in announced(pieces, pieces[0].note):
             part = fitted_to(piece, subject)
             if part is not None:
                 bench = Bench(piece.base, weights, seed, claim.window, texts, template, cached, piece.first)

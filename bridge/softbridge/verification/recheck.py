@@ -37,7 +37,7 @@ def verify_again(path: str | Path, base: Any = None) -> Again:
     """Run the comparison of a ``certificate.json`` again.
 
     Args:
-        path: of the certificate. The files are looked for where it says, and beside it.
+        path: of the certificate. The files are looked for where it says, and in the folder in which it lies.
         base: the base model, if it is no longer where the certificate says.
 
     Raises:

@@ -132,7 +132,7 @@ def unpack(path: str | Path) -> Recording:
                     left_pads=plain["left_pads"],
                     faults=plain["faults"],
                     untried=plain["untried"],
-                    stepwise=plain.get("stepwise", ""),  # earlier recordings know of no toolkit that generates step by step
+                    stepwise=plain.get("stepwise", ""),  # earlier recordings do not have it
                     unit=float(plain["unit"]),
                     naive=None,
                     **groups,

@@ -39,7 +39,7 @@ def choose_engine(prompt: SoftPrompt, preferred: str, model: Any) -> tuple[Engin
     reasons: list[str] = []
     for name in dict.fromkeys((preferred, "native", *known)):
         if name not in known:
-            reasons.append(f"{name}: no such engine")
+            reasons.append(f"{name}: no engine of this name is installed")
             continue
         reason = known[name].unavailable()
         if reason is None:

@@ -3,7 +3,7 @@
 Equality of two ways to run a prompt is a property of the architecture: it shows on random weights, as the equality of
 two polynomials shows at a random point. What the prompt does not touch may then be small, too. The vocabulary and the
 feed-forward width always are; if the model is still large, so are the number of query heads (two to a key/value head)
-and the hidden size, as far as the attention's other sizes do not hang on it. Where they do, as every head has its share
+and the hidden size, unless another size of the attention depends on it. Where they do, as every head has its share
 of the hidden size, some heads are run at a time; and if that does not suffice, some layers. Layers, key/value heads,
 head size, rotary tables and windows stay as they are: they are what a prefix meets.
 
