@@ -500,7 +500,7 @@ def pad_together(model: Any, texts: Sequence[Mapping[str, Tensor]], side: str) -
 
 
 def distance(found: Tensor, expected: Tensor) -> float:
-    """The largest difference relative to the largest number; infinite between shapes, or where there is no number."""
+    """The largest difference relative to the largest number; infinite if the shapes differ or one is NaN."""
     if found.shape != expected.shape:
         return math.inf
     largest = float(expected.abs().max())

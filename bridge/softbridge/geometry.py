@@ -169,9 +169,9 @@ def text_part(config: Any) -> Any:
         return get_text_config()
     except ValueError as error:
         raise BaseModelError(
-            f"a {config.model_type} model, of several text models: {str(error).splitlines()[0]:.120}",
-            "a model of one",
-            "give the part of it that the prompt is for",
+            f"a {config.model_type} model, which consists of several text models: {str(error).splitlines()[0]:.120}",
+            "a model with one text model",
+            "pass the text model that the prompt is for",
         ) from error
 
 

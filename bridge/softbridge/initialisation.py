@@ -259,7 +259,7 @@ def another(source: SoftPrompt, base: Any, length: int | None = None) -> SoftPro
     if source.base.geometry is not None and source.base.geometry.model_type != here.geometry.model_type:
         raise BaseModelError(
             f"a source prompt for {source.base.geometry.model_type}",
-            f"one for {here.geometry.model_type}: equal shapes do not make it one",
+            f"one for {here.geometry.model_type}: equal shapes alone are not enough",
             "choose a source that was trained on this base model",
         )
     return replace(source, base=here, head={}, training=None, origin=None)

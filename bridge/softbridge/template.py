@@ -188,7 +188,7 @@ class Template:
         """Where in the row the answer stands.
 
         Raises:
-            ValueError: the fields are others, or there is no slot.
+            ValueError: the fields are not the template's, or the template has no slot.
         """
         ahead: list[Piece] = []
         for piece in self.pieces:
@@ -198,7 +198,7 @@ class Template:
                 sizes += [len(texts[piece.name]) for piece in ahead if isinstance(piece, Field)]
                 return sum(sizes) - 1
             ahead.append(piece)
-        raise ValueError("template: there is no slot")
+        raise ValueError("template: it has no slot")
 
     def to_json(self) -> dict[str, Any]:
         """A JSON value."""

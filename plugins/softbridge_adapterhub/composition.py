@@ -142,7 +142,7 @@ def stacked(prompts: Sequence[SoftPrompt], first: SoftPrompt, what: str) -> Soft
     ]
     parts = first.inputs + (concatenate(prefixes).parts if prefixes else ())
     if not parts:
-        raise ValueError(f"{what}: AdapterHub puts the vectors of no other adapter than the first into the input")
+        raise ValueError(f"{what}: AdapterHub puts only the first adapter's vectors into the input")
     positions = replace(first.positions, start=starts(parts), unbiased_from=prompts[0].positions.unbiased_from)
     return SoftPrompt(parts, positions, first.base, heads[0] if heads else {}, origin=_origin(prompts, what))
 
@@ -156,6 +156,6 @@ def _origin(prompts: Sequence[SoftPrompt], what: str) -> Origin | None:
     notes = [note for origin in origins for note in origin.notes or ()]
     notes.append(f"{what} is one prefix, with keys and values, and without its parameterisation")
     if any(prompt.inputs for prompt in prompts[1:]):
-        notes.append("AdapterHub puts the vectors of no other adapter than the first into the input")
+        notes.append("AdapterHub puts only the first adapter's vectors into the input")
     digests = {name: digest for origin in origins for name, digest in origin.digests.items()}
     return Origin(origins[0].format, {}, digests, tuple(notes), "; ".join(lost))

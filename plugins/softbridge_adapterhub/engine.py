@@ -332,7 +332,7 @@ def _saved(model: Any, name: str) -> SoftPrompt:
     """An adapter as AdapterHub would save it."""
     if name not in model.adapters_config:
         known = ", ".join(model.adapters_config) or "none"
-        raise EngineError(f"no adapter '{name}' in this model", f"one of {known}", "say one of these")
+        raise EngineError(f"no adapter '{name}' in this model", f"one of {known}", "name one of these")
     with tempfile.TemporaryDirectory() as folder:
         further = {"with_head": True} if "with_head" in inspect.signature(model.save_adapter).parameters else {}
         model.save_adapter(folder, name, **further)
@@ -466,7 +466,9 @@ def _move_tokens(model: Any, suffix: str, argument: int | str, start: int) -> No
     modules = [module for name, module in model.named_modules() if f".{name}".endswith(suffix)]
     if not modules:
         raise EngineError(
-            f"a model without any module called '*{suffix}'", "one that receives the tokens' positions", "report this"
+            f"a model without any module called '*{suffix}'",
+            "one that receives the tokens' positions",
+            "report this as a defect of softbridge",
         )
     for module in modules:
         module.register_forward_pre_hook(move, with_kwargs=True)

@@ -45,7 +45,7 @@ def check_begun(cache: Any, owner: str, past: int) -> None:
         raise EngineError(
             f"a cache of {past} tokens that no call with this prompt began",
             "a cache that the model filled with this prompt attached, or an empty one",
-            "begin it with this model, from the first token on",
+            "begin the cache with this model, from the first token on",
         )
 
 
@@ -66,7 +66,7 @@ def check_foreign(cache: Any, past: int) -> None:
         raise EngineError(
             f"a cache of {past} tokens that a call with a prompt began, and the prompt is switched off",
             "a cache that the model filled without a prompt, or an empty one",
-            "begin it anew where the prompt is off",
+            "begin a new cache where the prompt is off",
         )
 
 

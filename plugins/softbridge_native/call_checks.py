@@ -99,7 +99,7 @@ def _pairs(positions: Tensor, mask: Tensor | None) -> Tensor:
 def ready_made() -> EngineError:
     """The refusal of a mask that came ready-made."""
     return EngineError(
-        "the attention mask came ready-made, with an input prompt attached",
+        "a ready-made attention mask (not of shape [B, T]), with an input prompt attached",
         "a mask of shape [B, T], or none",
         "pass the tokens' own mask, and use a cache that grows",
     )
@@ -110,7 +110,7 @@ def check_no_pads_ahead(stack: Any, mask: Tensor) -> None:
     if not torch.compiler.is_compiling() and bool(left_pads(mask).any()):
         raise EngineError(
             f"rows padded on the left, with an input prompt, and {type(stack).__name__} finds pads by their token ids, "
-            "which embeddings have not",
+            "which embeddings do not have",
             "rows padded on the right, or not at all",
             "pad on the right, or run the rows one by one",
         )

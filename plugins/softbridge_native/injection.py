@@ -150,7 +150,7 @@ class Injection(nn.Module, ABC):
         self.reached.now.stack = False
         if self.virtual_logits and kwargs.get("labels") is not None:
             raise EngineError(
-                "labels, which are of real tokens, and logits of virtual tokens",
+                "labels, which are for real tokens only, and logits that include virtual tokens",
                 "a call without labels while model.softbridge.virtual_logits is on",
                 "set it to False to train or to compute a loss",
             )

@@ -37,7 +37,7 @@ def check(prompt: SoftPrompt, model: Any) -> None:
         raise EngineError(
             f"engine 'native' cannot run this prompt on this {type(model).__name__}: "
             + "; ".join(f"[{obstacle.name}] {obstacle.reason}" for obstacle in found),
-            "a prompt and a model that the engine can run",
+            "a prompt that the engine can run on this model",
             "; ".join(dict.fromkeys(obstacle.remedy for obstacle in found)),
         )
 

@@ -41,7 +41,7 @@ class Config:
             raise CheckpointError(
                 f"{facts.CONFIG_FILE} has peft_type {peft_type!r}" + (f": {why}" if why else ""),
                 f"one of {', '.join(facts.KINDS)}",
-                "LoRA and its kin, which change weights or layers, are no soft prompts; keep them in PEFT",
+                "LoRA and its kin, which change weights or layers, are not soft prompts; keep them in PEFT",
             )
         prefix, several = facts.KINDS[peft_type] == "prefix", _TASKS if peft_type == facts.MULTITASK else ()
         needed = ("num_virtual_tokens", *(_SHAPE if prefix else ()), *several)

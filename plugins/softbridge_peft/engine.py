@@ -168,7 +168,7 @@ class PeftEngine:
         if obstacles:
             raise EngineError(
                 "PEFT cannot run this prompt on this model: " + "; ".join(f"[{o.name}] {o.reason}" for o in obstacles),
-                "a prompt and a model without obstacles",
+                "a prompt that PEFT runs on this model",
                 "; ".join(dict.fromkeys(o.remedy for o in obstacles)),
             )
 

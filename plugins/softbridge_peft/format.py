@@ -156,7 +156,7 @@ def _of_state(files: untrusted.Files, name: str, geometry: Geometry | None) -> S
     config = files.json(facts.CONFIG_FILE) if not files.is_file and facts.CONFIG_FILE in files else None
     if config is None:
         raise CheckpointError(
-            f"{name} is the state of a whole PeftModel, and nothing beside it says what its numbers are",
+            f"{name} is the state of a whole PeftModel, and no configuration beside it says what its numbers are",
             f"{facts.CONFIG_FILE} beside it, in a folder",
             "write it there: model.peft_config['default'].save_pretrained(folder)",
         )
@@ -180,7 +180,7 @@ def _of_state(files: untrusted.Files, name: str, geometry: Geometry | None) -> S
         raise CheckpointError(
             f"the parameterisation in {name} is not the one of {facts.CONFIG_FILE}: {error!r:.200}",
             "the configuration that it was trained with",
-            "put that beside it",
+            "put that configuration into the same folder",
         ) from error
     raise CheckpointError(
         f"the parameterisation in {name} runs over the vectors of two submodules at once",

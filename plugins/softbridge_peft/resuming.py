@@ -84,7 +84,7 @@ def restore(model: Any, prompt: SoftPrompt, adapter: str | None = None) -> None:
     elif prompt.training is None:
         raise CheckpointError(
             f"a prompt as it was evaluated, and an adapter with a parameterisation ({parameterised[0]})",
-            f"the training state of that encoder, which softbridge keeps in {facts.TRAINING_FILE}",
+            f"the training state of that parameterisation, which softbridge keeps in {facts.TRAINING_FILE}",
             "train with softbridge_peft.resuming.resumable(model); from an evaluated prompt, start PROMPT_TUNING or "
             "PREFIX_TUNING without projection",
         )

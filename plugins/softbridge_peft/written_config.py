@@ -82,7 +82,7 @@ def _method(prompt: SoftPrompt, origin: Mapping[str, Any], task: str | None) -> 
 def _task(prompt: SoftPrompt, geometry: Geometry | None) -> str:
     if geometry is None:
         raise BaseModelError(
-            "PEFT's files name a task, which depends on the base model, and that is not known",
+            "PEFT's files name a task, which depends on the base model, and no base model was given",
             "the base model's configuration, directory or hub id",
             "give it with --base (base=... in Python)",
         )

@@ -51,7 +51,7 @@ def test_without_positions_every_frame_is_the_same() -> None:
 
 
 def test_under_alibi_nothing_is_moved() -> None:
-    """The bias is the model's own affair: BLOOM cannot be told positions, and its scheme is not guessed."""
+    """The bias is the model's own affair: BLOOM takes no position_ids, and its scheme is not guessed."""
     config = AutoConfig.for_model("bloom", hidden_size=32, n_head=4, n_layer=2, vocab_size=96)
     base = BaseModel(config)
     assert base.positions.kind == "unknown"

@@ -117,7 +117,7 @@ def test_a_prompt_that_no_engine_can_run_is_refused_with_every_reason() -> None:
 def test_a_toolkit_that_is_not_there_is_replaced_and_that_is_said(prefix: SoftPrompt) -> None:
     engine, why = choose_engine(prefix, "openprompt", tiny_model("gpt2"))
     assert engine.name == "native"
-    assert why == "openprompt: no such engine"
+    assert why == "openprompt: no engine of this name is installed"
 
 
 def test_files_are_compared_and_the_certificate_is_complete(prefix: SoftPrompt, tmp_path: Path) -> None:

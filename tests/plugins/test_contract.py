@@ -98,7 +98,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 #: Family -> why the engine refuses some prefix on it, in some supported transformers.
-UNTELLABLE = "cannot be told so"
+UNTELLABLE = "takes no position_ids"
 UNDISPATCHED = "0 of the 2 attention layers .* dispatch"
 REFUSALS = {
     **dict.fromkeys(("bert", "roberta", "electra", "t5", "mt5"), (UNDISPATCHED,)),

@@ -383,7 +383,7 @@ def test_what_is_no_mask_of_these_queries_is_refused() -> None:
         under(model, "flash_attention_2", prefix(model))(input_ids=tokens(), attention_mask=dense)
     attached = under(model, "flex_attention", prefix(model))
     block = kernels.create_block_mask(lambda b, h, q, k: q >= k, 3, None, T, T, "cpu")
-    with pytest.raises(EngineError, match="a mask of 9 queries for 4"):
+    with pytest.raises(EngineError, match="a mask for 9 queries, and this layer has 4"):
         attached(input_ids=tokens()[:, :4], attention_mask=block)
 
 

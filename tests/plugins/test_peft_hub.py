@@ -85,7 +85,7 @@ def test_ids_are_told_from_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ):
         assert hub_id(path) is None, path
     for misspelt in ("out/name", "./org/name", "name"):
-        with pytest.raises(CheckpointError, match="no file and no folder"):
+        with pytest.raises(CheckpointError, match="neither a file nor a folder"):
             sb.load(misspelt)
 
 
@@ -147,7 +147,7 @@ def test_a_link_out_of_the_cache_is_no_file_of_the_prompt(cache: Path, tmp_path:
 def test_what_is_not_to_be_had_is_said(cache: Path, tmp_path: Path) -> None:
     store(cache, "org/name", "4" * 40, written(tmp_path / "prompt", 1), "main")
     for path, revision, message in (
-        ("org/missing", None, "cannot be had from the hub"),
+        ("org/missing", None, "could not be downloaded from the hub"),
         ("org/name", "v9", "at the revision 'v9'"),
         ("org/name@v1", "v2", "one of the two"),
         (str(tmp_path / "prompt"), "v1", "with a revision"),

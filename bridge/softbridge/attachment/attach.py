@@ -147,9 +147,9 @@ def _check_base(model: Any) -> None:
         return
     kind = type(model)
     raise EngineError(
-        f"a {kind.__name__} of {kind.__module__.partition('.')[0]}, which is no PreTrainedModel of transformers",
+        f"a {kind.__name__} of {kind.__module__.partition('.')[0]}, which is not a PreTrainedModel of transformers",
         "the transformers model itself, which the engine wraps or hooks",
-        "give the model inside, or load the base anew (what softbridge attached, softbridge.detach undoes); the prompt "
+        "pass the model inside, or load the base again (softbridge.detach undoes softbridge.attach); the prompt "
         "that is in a toolkit's model is softbridge.extract(model), and that can be attached",
     )
 
@@ -166,7 +166,7 @@ def _check_trains(engine: str, method: Method, prompt: SoftPrompt, model: Any) -
             f"{type(method).__name__} trains the prompt through '{prompt.training.kind}', and the engine '{engine}' "
             "trains a prompt's own numbers only: its checkpoints hold nothing else",
             f"an engine that keeps it: {', '.join(name for name in engines() if trains(name))}",
-            "choose that engine, convert what it trained afterwards, or choose a method without (PromptTuning, "
+            "choose that engine and convert what it trained, or choose a method without parameterisation (PromptTuning, "
             "PTuningV2, PrefixTuning(reparameterisation=None))",
         )
     if getattr(model, "is_quantized", False) and not engines()[engine].capabilities.quantised:

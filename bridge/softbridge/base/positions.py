@@ -212,7 +212,7 @@ def _probe_encoder(model: Any) -> PositionScheme:
 
 
 def _absolute(model: Any, tokens: torch.Tensor) -> PositionScheme:
-    """A model of absolute positions, and its first position: the position_ids that count from there mean the same as none.
+    """A model of absolute positions, and its first position: position_ids that count from there mean the same as none.
 
     Args:
         model: a small one.

@@ -59,7 +59,7 @@ def vocabulary(model: Any, stack: Stack | None = None) -> int:
 def _embedding(model: Any, stack: Stack | None) -> Any:
     if not (hasattr(model, "get_input_embeddings") and hasattr(model, "config")):
         raise BaseModelError(
-            f"word vectors were asked of a {type(model).__name__}",
+            f"word vectors were asked for, of a {type(model).__name__}",
             "a transformers model: they are weights, which no configuration has",
             "load the base model, and pass it",
         )

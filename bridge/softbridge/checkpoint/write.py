@@ -153,7 +153,7 @@ def write_files(
         if wrong:
             raise OutputError(
                 f"what was written for '{form.name}' reads back differently: {', '.join(wrong)}",
-                "the tensors that were written",
+                "the tensors that were to be written",
                 "report this as a defect of softbridge; nothing was written",
             )
 

@@ -24,7 +24,7 @@ def leave_block(base: BaseModel, vectors: Array, first: int) -> Array:
         first: where the first of them stands.
 
     Raises:
-        BaseModelError: there are no weights, or the embedding block is no module of its own.
+        BaseModelError: there are no weights, or the embedding block is not a module of its own.
     """
     import torch
 
@@ -32,7 +32,7 @@ def leave_block(base: BaseModel, vectors: Array, first: int) -> Array:
     block = getattr(model, "embeddings", None)
     if block is None:
         raise BaseModelError(
-            f"the embedding block of {type(model).__name__} is no module of its own",
+            f"the embedding block of {type(model).__name__} is not a module of its own",
             "a model that has one, as encoders do",
             "convert to a target with vectors before the embedding block",
         )

@@ -78,7 +78,7 @@ def check_whole(prompt: SoftPrompt, target: Target) -> list[Option]:
     partial = left_behind(prompt)
     if not partial:
         return [Option(prompt)]
-    return blocked(prompt, Obstacle("partial", partial, "accept that the prompt alone goes on", True))
+    return blocked(prompt, Obstacle("partial", partial, "accept that only the prompt is converted", True))
 
 
 def check_parts(prompt: SoftPrompt, target: Target) -> list[Option]:

@@ -79,4 +79,4 @@ def _json(value: object, here: str) -> Json:
         case Mapping():
             return _json_mapping(value, here)
         case _:
-            raise ValueError(f"{here}: {type(value).__name__}, which is no JSON value")
+            raise ValueError(f"{here}: {type(value).__name__}, which is not a JSON value")

@@ -163,7 +163,9 @@ def _proven(engine: Engine, of: Architecture, prompt: SoftPrompt, bank: bool) ->
                 told = like(prompt, small)
                 obstacles = engine.obstacles(told, bare)
                 if not bool(promises.said(bare, promises.texts(bare)[0]).isfinite().all()):
-                    raise NotTried("by itself it computes no numbers in float64")  # ProphetNet under a mask
+                    raise NotTried(
+                        "without a prompt, the model's outputs in float64 are not finite"
+                    )  # ProphetNet under a mask
                 began = time.thread_time()
                 promises.said(bare, promises.texts(bare)[0])
                 if (took := time.thread_time() - began) > PASS:
@@ -262,7 +264,7 @@ class _Trial:
             try:
                 expected = promises.by_hand(self.bare, self.geometry, self.prompt, text)
                 if not bool(expected.isfinite().all()):
-                    raise NotTried("by hand it is no number")
+                    raise NotTried("computed by hand, the answer is not finite")
             except Exception as error:  # the bare copy may refuse what only a hand would ask of it
                 reason = str(error) if isinstance(error, NotTried) else _line(error)
                 continue

@@ -168,7 +168,7 @@ def _finding(value: Json) -> Finding:
     told = _of(dict, value, "finding")
     promise = _of(str, told.get("promise"), "promise")
     if promise not in PROMISES:
-        raise ValueError(f"promise: none is called {promise!r:.40}")
+        raise ValueError(f"promise: unknown: {promise!r:.40}")
     figures = tuple(_measured(figure) for figure in _of(list, told.get("figures"), "figures"))
     return Finding(promise, figures, _of(str, told.get("reason"), "reason"))
 
@@ -180,7 +180,7 @@ def _measured(value: Json) -> Measured:
         name: None if number is None else float(_of((int, float), number, name)) for name, number in numbers.items()
     }
     if found["bound"] is None or isinstance(told.get("bound"), bool):
-        raise ValueError("bound: no number")
+        raise ValueError("bound: not a number")
     far = math.inf if found["value"] is None else found["value"]
     name, excused = _of(str, told.get("name"), "name"), _of(bool, told.get("excused"), "excused")
     return Measured(name, far, found["bound"], found["bare"], excused)

@@ -91,7 +91,7 @@ def _common_base(prompts: Sequence[SoftPrompt]) -> BaseId:
         raise BaseModelError(
             "prompts for different base models: " + "; ".join(sorted(map(str, geometries))),
             "prompts for one base model",
-            "numbers of one model mean nothing to another",
+            "choose prompts that were trained on the same model",
         )
     names = {prompt.base.name for prompt in prompts}
     return BaseId(names.pop() if len(names) == 1 else None, next(iter(geometries), None))

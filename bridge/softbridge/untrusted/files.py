@@ -47,7 +47,7 @@ class Files:
                 self._files = dict(_listed(root))
             else:
                 raise refusal(
-                    f"'{self.path}' is no file and no folder", "a checkpoint", "check the spelling of the path"
+                    f"'{self.path}' is neither a file nor a folder", "a checkpoint", "check the spelling of the path"
                 )
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path
             raise refusal(
@@ -175,7 +175,9 @@ class Files:
 def _whole(stream: BinaryIO, length: int, what: str) -> bytes:
     content = stream.read(length)
     if len(content) != length:
-        raise refusal(f"{what}: the file shrank while it was read", "a file that nobody else writes", "try again")
+        raise refusal(
+            f"{what}: the file shrank while it was read", "a file that no other program is writing", "try again"
+        )
     return content
 
 

@@ -75,7 +75,8 @@ def safetensors_header(stream: BinaryIO, size: int, what: str) -> tuple[int, dic
         begin, end = offsets
         if end - begin != checked_bytes(here, DTYPES[code], shape, data):
             raise refusal(
-                f"{here}: shape {short(tuple(shape))} of {code} in {end - begin} bytes", "bytes as the shape says"
+                f"{here}: shape {short(tuple(shape))} of {code} in {end - begin} bytes",
+                "as many bytes as the shape needs",
             )
         tensors[name] = Range(DTYPES[code], tuple(shape), begin, end)
     position = 0
@@ -121,5 +122,7 @@ def npy_header(stream: BinaryIO, size: int, what: str) -> tuple[np.dtype[Any], t
     shape = tuple(int(text) for text in sizes.split(",") if text.strip())
     data = size - stream.tell()
     if checked_bytes(what, dtype, shape, data) != data:
-        raise refusal(f"{what}: shape {short(shape)} of {dtype.name} in {data} bytes", "bytes as the shape says")
+        raise refusal(
+            f"{what}: shape {short(shape)} of {dtype.name} in {data} bytes", "as many bytes as the shape needs"
+        )
     return dtype, shape, fortran == "True"

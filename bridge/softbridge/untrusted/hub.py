@@ -87,7 +87,7 @@ def _fetched(repository: str, revision: str | None, patterns: list[str], others:
     except (OSError, ValueError, HfHubHTTPError) as error:
         at = "" if revision is None else f" at the revision '{revision}'"
         raise CheckpointError(
-            f"'{repository}' is no file and no folder here, and cannot be had from the hub{at}: "
+            f"'{repository}' is neither a file nor a folder here, and could not be downloaded from the hub{at}: "
             f"{(str(error).splitlines() or [repr(error)])[0]}",
             "a path, or the id of a repository that the hub or its cache has",
             "check the spelling, the network and HF_HUB_OFFLINE; a path that is meant so may start with ./",

@@ -123,7 +123,9 @@ def _staged(target: Path, files: Mapping[str, bytes], check: Callable[[Path], No
         _sync_folder(target.parent)
     except OSError as error:
         raise OutputError(
-            f"'{target}' cannot be written: {error}", "a place to write", "check free space and permissions"
+            f"'{target}' cannot be written: {error}",
+            "a place that can be written to",
+            "check free space and permissions",
         ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -248,7 +248,7 @@ def _open_zip(content: bytes, what: str) -> tuple[bytes, dict[str, _View]]:
                     "members that are stored, as torch.save does",
                 )
         if sum(member.file_size for member in members) > len(content):
-            raise refusal(f"{what}: members that lie over each other", "every member in its own place")
+            raise refusal(f"{what}: members that overlap", "every member in its own place")
         main = main_member(archive)
         if main is None:
             raise refusal(f"{what}: a zip archive of other things", "a file that torch.save wrote")
@@ -327,7 +327,9 @@ def load_pickle(content: bytes, what: str) -> dict[str, Array]:
             bfloat16 = tensor.dtype == torch.bfloat16
             array = tensor.view(torch.uint16).numpy().view(BFLOAT16) if bfloat16 else tensor.numpy()
             if (array.dtype, array.shape) != (view.storage.dtype, view.shape):
-                raise refusal(f"{what}: torch and softbridge read tensor {short(name)} differently", "one meaning")
+                raise refusal(
+                    f"{what}: torch and softbridge read tensor {short(name)} differently", "a file that both read alike"
+                )
             seen[view] = checked_values(f"{what}: tensor {short(name)}", array)
     except CheckpointError:
         raise

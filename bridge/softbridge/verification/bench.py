@@ -323,7 +323,9 @@ def common_template(a: SoftPrompt, b: SoftPrompt) -> Template | None:
     first, second = template_of(a), template_of(b)
     if first is not None and second is not None and first.pieces != second.pieces:
         raise SoftbridgeError(
-            "prompts with two different templates", "one template", "rows that one makes mean nothing to the other"
+            "prompts with two different templates",
+            "one template",
+            "compare prompts that were trained with the same template",
         )
     return first or second
 

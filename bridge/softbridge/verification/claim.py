@@ -80,11 +80,11 @@ class Claim:
             if not all(isinstance(word, str) for word in words):
                 raise ValueError(f"{name}: {words!r:.80}, not names")
         if self.dtype is not None and self.dtype not in DTYPES:
-            raise ValueError(f"dtype: {self.dtype!r:.40}, none of {', '.join(DTYPES)}")
+            raise ValueError(f"dtype: {self.dtype!r:.40}, not one of {', '.join(DTYPES)}")
         if self.made is not None and self.made not in get_args(Which):
-            raise ValueError(f"made: {self.made!r:.40}, none of {', '.join(get_args(Which))}")
+            raise ValueError(f"made: {self.made!r:.40}, not one of {', '.join(get_args(Which))}")
         if self.level not in LEVELS:
-            raise ValueError(f"level: {self.level!r:.40}, none of {', '.join(LEVELS)}")
+            raise ValueError(f"level: {self.level!r:.40}, not one of {', '.join(LEVELS)}")
         if not isinstance(self.weights, bool) or not isinstance(self.choice, Choice):
             raise ValueError(f"weights: {self.weights!r:.40}, choice: {self.choice!r:.40}")
         if self.window is not None and (type(self.window) is not int or self.window < 1):

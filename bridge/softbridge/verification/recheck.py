@@ -91,7 +91,7 @@ def _place(path: str, folder: Path) -> Path:
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    raise CheckpointError(f"there is no '{path}'", "the files that the certificate names", "bring them back")
+    raise CheckpointError(f"there is no '{path}'", "the files that the certificate names", "restore them")
 
 
 def _changes(name: str, recorded: Mapping[str, Any], side: Any) -> list[str]:

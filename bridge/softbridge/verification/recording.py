@@ -151,7 +151,9 @@ def unpack(path: str | Path) -> Recording:
             versions=content["versions"],
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is a damaged recording: {error!r:.200}", "a whole one", remedy) from error
+        raise CheckpointError(
+            f"{path} is a damaged recording: {error!r:.200}", "an undamaged recording", remedy
+        ) from error
 
 
 def _geometry(value: Mapping[str, Any]) -> Geometry:

@@ -50,7 +50,7 @@ def choose_engine(prompt: SoftPrompt, preferred: str, model: Any) -> tuple[Engin
         reasons.append(f"{name}: {reason}")
     raise EngineError(
         "no installed engine can run this prompt on this model: " + " | ".join(reasons),
-        "one engine that can",
+        "an engine that can run it",
         "run it in an environment where the prompt's own toolkit is installed",
     )
 

@@ -13,7 +13,7 @@ MOST_TOKENS = 512
 
 
 def read_texts(path: Path, base: str) -> list[list[int]]:
-    """Token ids of a file's texts: a text a line, for the base model's tokenizer, or JSON ``{"ids": [[...], ...]}``.
+    """Token ids of a file's texts: one on each line, for the base model's tokenizer, or JSON ``{"ids": [[...], ...]}``.
 
     Raises:
         CheckpointError: the file cannot be read, or holds no texts.
@@ -23,7 +23,9 @@ def read_texts(path: Path, base: str) -> list[list[int]]:
         content = path.read_bytes()
         lines = [line for line in content.decode("utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}", "a text a line, in UTF-8", "check the path") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error}", "one text on each line, in UTF-8", "check the path"
+        ) from error
     if lines and lines[0].lstrip().startswith("{"):
         found = parse_json(content, str(path)).get("ids")
         texts = found if isinstance(found, list) else []
@@ -33,7 +35,7 @@ def read_texts(path: Path, base: str) -> list[list[int]]:
         texts = _tokenized(lines, base)
     texts = [text[:MOST_TOKENS] for text in texts if text][:MOST_TEXTS]
     if not texts:
-        raise CheckpointError(f"{path} holds no texts", "at least one", "write a text a line")
+        raise CheckpointError(f"{path} holds no texts", "at least one", "write one text on each line")
     return texts
 
 
