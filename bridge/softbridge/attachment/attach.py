@@ -166,7 +166,7 @@ def _check_trains(engine: str, method: Method, prompt: SoftPrompt, model: Any) -
             f"{type(method).__name__} trains the prompt through '{prompt.training.kind}', and the engine '{engine}' "
             "trains a prompt's own numbers only: its checkpoints hold nothing else",
             f"an engine that keeps it: {', '.join(name for name in engines() if trains(name))}",
-            "choose that engine and convert what it trained, or choose a method without parameterisation (PromptTuning, "
+            "choose that engine and convert what it trained, or take a method without parameterisation (PromptTuning, "
             "PTuningV2, PrefixTuning(reparameterisation=None))",
         )
     if getattr(model, "is_quantized", False) and not engines()[engine].capabilities.quantised:

@@ -52,9 +52,7 @@ def convert(
     ] = None,
     drop: Annotated[
         list[str] | None,
-        one_of(
-            DROPPED, "--drop", "Ignore this part of the source, even if it is valid; may be repeated."
-        ),
+        one_of(DROPPED, "--drop", "Ignore this part of the source, even if it is valid; may be repeated."),
     ] = None,
     trained_on: Annotated[
         str | None,

@@ -30,7 +30,7 @@ Texts = Annotated[
     Path | None,
     typer.Option(
         "--texts",
-        help="Run these instead of random tokens: one text on each line, for the model's tokenizer; or JSON with 'ids'.",
+        help="Run these instead of random tokens: one text a line, for the model's tokenizer; or JSON with 'ids'.",
     ),
 ]
 Memory = Annotated[
