@@ -13,7 +13,7 @@ Each cell ends as one of
 - ``not compared``: no reference can be run by hand, or the bare model gives another answer each time;
 - ``not buildable``: no small model can be built, with transformers' reason;
 - ``WRONG``: something else is computed silently;
-- ``CRASH``: an error that is none of softbridge's own.
+- ``CRASH``: an error that is not one of softbridge's own.
 
     python tests/strangers.py [--only REGEX] [--resume] [--write] [--verbose]
 

@@ -206,7 +206,7 @@ CASES = {
         accept=["task", "positions"],
     ),
     "one part": _case("t5: p-tuning-v2: softbridge: peft", {"choice": Choice(part="self")}, part="self"),
-    "told positions": _case(
+    "position_ids that are passed": _case(
         "gpt2: prefix-tuning: peft: adapterhub", {"conditions": ("positions",)}, accept=["positions"]
     ),
     "no training": _case(

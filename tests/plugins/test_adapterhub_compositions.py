@@ -343,7 +343,7 @@ def test_parameterisation_gates_and_vectors_in_compositions(adapters: Any) -> No
     assert apart(logits(ENGINE.attach(copy.deepcopy(model), only)), expected) <= close
     with pytest.raises(EngineError, match="does not repeat the batch"):
         ENGINE.blocks(set_active(running, Parallel("c", "a")))
-    with pytest.raises(EngineError, match="vectors of no other adapter than the first"):
+    with pytest.raises(EngineError, match="only the first adapter's vectors"):
         ENGINE.blocks(set_active(running, BatchSplit("a", "c", batch_sizes=[1, 2])))
 
 

@@ -185,7 +185,7 @@ def test_logits_of_virtual_tokens_on_request() -> None:
         embedded = torch.cat([rows, model.get_input_embeddings()(ids)], dim=1)
         assert torch.equal(both, model(inputs_embeds=embedded).logits)
     assert apart(both[:, 5:], real) <= agreement(model)
-    with pytest.raises(EngineError, match="labels, which are of real tokens"):
+    with pytest.raises(EngineError, match="labels, which are for real tokens only"):
         running(input_ids=ids, labels=ids)
     running.softbridge.virtual_logits = False
     assert running(input_ids=ids, labels=ids).logits.shape == real.shape

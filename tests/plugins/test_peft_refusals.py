@@ -141,7 +141,7 @@ def test_a_model_that_carries_an_adapter() -> None:
         torch.manual_seed(0)
         lora = peft.get_peft_model(tiny_model("llama"), settings).eval()
     prefix = prompts("llama")[1]
-    for given, said in ((lora, "which is no PreTrainedModel"), (lora.get_base_model(), WAY_OUT)):
+    for given, said in ((lora, "which is not a PreTrainedModel"), (lora.get_base_model(), WAY_OUT)):
         assert [obstacle.name for obstacle in ENGINE.obstacles(prefix, given)] == ["attached"]
         with pytest.raises(EngineError, match=said):
             sb.attach(given, prefix, "peft")
