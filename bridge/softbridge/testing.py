@@ -83,7 +83,7 @@ def random_prefix(
     seed: int = 0,
     std: float = 0.8,
 ) -> SoftPrompt:
-    """A prefix with random keys and values of float32 in all layers that attend at some sites, counted unless told."""
+    """A prefix with random keys and values of float32 in all layers that attend at some sites, counted by default."""
     generator = np.random.default_rng(seed)
     sites = sites or (("encoder",) if geometry.decoder is None else ("self",))
     parts: list[Part] = []

@@ -16,7 +16,7 @@ _FIRST = Version("0.3.0")
 #: A line of the model card, the newest release first.
 _CARD = re.compile(r"^- PEFT (\d[\w.]*)", re.MULTILINE)
 
-#: What to tell whoever reads a Bloom prefix of which nothing says who wrote it.
+#: The note on a Bloom prefix whose files do not say which release wrote it.
 UNKNOWN_BLOOM = (
     "nothing says which release of PEFT wrote it, and up to 0.12 the numbers of a Bloom prefix had another order: if "
     'it is so old, say so in adapter_config.json ("peft_version": "0.12.0")'

@@ -160,7 +160,7 @@ class Injection(nn.Module, ABC):
         return self.switch.off()
 
     def shows(self) -> bool:
-        """Whether what is of virtual tokens is to be returned."""
+        """Whether states and logits of virtual tokens are returned."""
         return self.virtual_logits
 
     def reach(self, stack: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -180,7 +180,7 @@ class Injection(nn.Module, ABC):
 
     @abstractmethod
     def sources(self) -> Iterator[tuple[Site, int, Source, bool]]:
-        """Which attention modules are to be bound: their site and layer, to what, and whether a gate is on it."""
+        """Which attention modules to bind: their site and layer, to what, and whether a gate is on it."""
 
     @abstractmethod
     def hooks(self, name: Stack, stack: nn.Module, around: Circumstances) -> StackHooks:

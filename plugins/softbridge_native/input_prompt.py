@@ -133,7 +133,7 @@ class Circumstances:
 
 @dataclass(frozen=True, eq=False)
 class Outer:
-    """What the model around a stack was called with, of which it makes what the stack is called with.
+    """The arguments of the model around a stack, from which it makes the arguments of the stack.
 
     Attributes:
         mask: of the real tokens [B, N], or None.

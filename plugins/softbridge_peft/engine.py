@@ -290,7 +290,7 @@ def _state(model: Any, adapter: str) -> dict[str, Any]:
 
 
 def _freeze(adapted: Any, prompt: SoftPrompt) -> None:
-    """Leave nothing to be trained but the prompt and its head, of which PEFT trains its own copy."""
+    """Freeze all but the prompt and its head. Of the head PEFT trains its own copy."""
     for name, parameter in adapted.named_parameters():
         owner, copied, rest = name.removeprefix("base_model.").partition(f".modules_to_save.{adapted.active_adapter}.")
         mine = f"{owner}.{rest}" if copied else owner

@@ -194,7 +194,7 @@ def problem(prompt: SoftPrompt) -> str | None:
 
 
 def files(training: Training | None, peft_type: str) -> dict[str, bytes]:
-    """The file of a training state, as far as a PEFT file of this type does not say the same; or none."""
+    """The file of a training state; no file where a PEFT file of this type says the same."""
     if training is None:
         return {}
     if facts.STORED.get(training.kind) == peft_type:

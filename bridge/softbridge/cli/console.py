@@ -23,7 +23,7 @@ from softbridge.verification.progress import watching
 
 
 class _Group(TyperGroup):
-    """Typer answers two unexpected exceptions, of which one is a closed pipe, with status 1, which is ours to give."""
+    """Typer exits with status 1 on two unexpected exceptions, one a closed pipe; here status 1 means `different`."""
 
     def invoke(self, ctx: Any) -> Any:
         try:

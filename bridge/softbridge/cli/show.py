@@ -47,7 +47,7 @@ def explain(
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
-    """What would a conversion come to, and why? Without --base: for absolute, rotary and relative positions."""
+    """Is a conversion exact, and why not? Without --base: for absolute, rotary and relative positions."""
     try:
         found = explanations(source, target, method, base)
     except SoftbridgeError as error:
@@ -60,7 +60,7 @@ def explain(
 
 @app.command()
 def matrix(as_json: AsJson = False) -> None:
-    """What every conversion of every method comes to: tests/MATRIX.md, from what is installed here."""
+    """The outcome of every conversion of every method: tests/MATRIX.md, from what is installed here."""
     try:
         found = run_matrix()
     except SoftbridgeError as error:

@@ -75,7 +75,7 @@ def verify(
     html: AsPage = None,
     as_json: AsJson = False,
 ) -> None:
-    """Do two checkpoints compute the same function? Exit status 0 same, 1 different, 2 refused or not to be judged."""
+    """Do two checkpoints compute the same function? Exit status: 0 same, 1 different, 2 refused or not judged."""
     if b is None:
         _verify_again(a, base, html, as_json)
 

@@ -1,4 +1,4 @@
-"""Say beforehand what a conversion comes to: exact, rounding, conditional or impossible, and why.
+"""Say beforehand what a conversion will be: exact, rounding, conditional or impossible, and why.
 
 Nothing is decided here: a prompt of the source's kind is made up for the base model (`softbridge.lowering.examples`),
 and the planner is asked, so that what is explained is what will be done.
@@ -20,7 +20,7 @@ from softbridge.plugin.registry import format_named
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a conversion of one method between two formats comes to, for one base model.
+    """The outcome of a conversion of one method between two formats, for one base model.
 
     Attributes:
         source: the format that is read.
@@ -46,7 +46,7 @@ class Explanation:
 
 
 def explain(source: str, target: str, method: str, *, base: Any) -> Explanation:
-    """What converting a prompt of this method between two formats comes to.
+    """The outcome of converting a prompt of this method between two formats.
 
     Args:
         source: name of the format that is read.

@@ -74,7 +74,7 @@ def left_behind(prompt: SoftPrompt) -> str | None:
 
 
 def check_whole(prompt: SoftPrompt, target: Target) -> list[Option]:
-    """A source of which only a part is a soft prompt computes something else than the prompt alone."""
+    """Only a part of the source is a soft prompt: the source computes another function than the prompt alone."""
     partial = left_behind(prompt)
     if not partial:
         return [Option(prompt)]

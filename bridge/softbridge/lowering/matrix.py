@@ -44,7 +44,7 @@ def markdown(found: Matrix) -> str:
 
 
 def _cell(cell: Mapping[str, Explanation], reasons: dict[str, str]) -> str:
-    """What a conversion comes to, for the families together that agree; those without a source are left out."""
+    """The outcome of a conversion, the families that agree together; those without a source are left out."""
     groups: dict[str, list[str]] = {}
     for family, one in cell.items():
         if one.held:

@@ -66,7 +66,7 @@ class Plan:
 
     @property
     def outcome(self) -> Outcome:
-        """What the plan comes to. It must have been made with the base model."""
+        """The outcome of the plan. It must have been made with the base model."""
         if any(not obstacle.acceptable for obstacle in self.obstacles):
             return "impossible"
         kinds = {step.exactness for step in self.steps}

@@ -72,7 +72,7 @@ class Plan:
     head: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def tensors(self) -> Iterator[tuple[str, Tensor, Sizes]]:
-        """Every tensor of the prompt: its name, what it is, and the sizes that its shape is to be read with."""
+        """Every tensor of the prompt: its name, what it is, and the names of the sizes in its shape."""
         tensors = (
             {"prompt": Tensor("P W", self.start)} if self.kind is None else kind_of(self.kind).tensors(self.settings)
         )

@@ -27,7 +27,7 @@ is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The
 - ``training``: null or ``{"kind": text, "settings": {...}, "tensors": names, sorted}``; the tensors are
   ``training.NAME``.
 - ``origin``: null or ``{"format": text, "details": {...}, "digests": {file: sha256}}``. Of the details two are known,
-  where they are there: ``"notes": [texts]`` for whoever converts the prompt, and ``"partial": text | null``, what of
+  where they are there: ``"notes": [texts]``, which a conversion reports, and ``"partial": text | null``, what of
   its source was left behind.
 - ``digest``: sha256, hexadecimal, over the JSON of ``[description without digest, [[name, dtype, shape], ...]]`` (the
   tensors sorted by name, dtypes in safetensors' words), followed by the bytes of the tensors in that order. Numbers

@@ -186,7 +186,7 @@ def _with_vectors(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Input
 
 
 def given_length(part: InputPrompt) -> int:
-    """How many virtual tokens come to those that the text has already."""
+    """How many virtual tokens are added to those that the text already holds."""
     return 0 if part.template is not None else part.length
 
 

@@ -98,7 +98,7 @@ class Claim:
         weights: bool = False,
         level: Level = "exact",
     ) -> Claim:
-        """The claim with what steps come to in a comparison of these prompts.
+        """The claim with what these steps mean for a comparison of these prompts.
 
         Args:
             prompts: what is compared, to shorten a window by.

@@ -14,7 +14,7 @@ from softbridge.prompt.soft_prompt import SoftPrompt
 
 
 def copied(prompt: SoftPrompt, target: Target) -> SoftPrompt | None:
-    """What a plain copy of the numbers comes to in the target: whatever of them fits, in its own words, untold.
+    """A plain copy of the numbers, run by the target: what fits into its own form, without position_ids.
 
     Other positions, entries and placements are taken for the target's own, gates and what it has no place for are left
     out, and layers that it wants are filled with zeros. None if nothing fits. It is what lowering is there to avoid;

@@ -261,7 +261,7 @@ def compare(a: Recording, b: Recording, *, level: Level = "exact") -> Certificat
 def _certificate(
     sides: tuple[Side, Side], claim: Claim, captures: Sequence[tuple[Capture, Capture]], **known: Any
 ) -> Certificate:
-    """What several pieces of a model come to, together."""
+    """The findings on several pieces of a model, together."""
     found = [judge(one, other, claim) for one, other in captures]
     return Certificate(
         claim=claim,

@@ -1,4 +1,4 @@
-"""From two files to what is run: what their conversions claim, and the two prompts of which it is claimed."""
+"""From two files to what is run: what their conversions claim, and the two prompts that the claim is about."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ Pair = Mapping[Which, Loaded]
 
 
 def read_sides(a: str | Path, b: str | Path, base: BaseModel, claim: Claim | None = None) -> Pair:
-    """The two prompts; that of which the other was made as its conversion read it.
+    """The two prompts; the one that the other was made of is as its conversion read it.
 
     Args:
         a: path of the source.
@@ -183,7 +183,7 @@ def _is_made_of(loaded: Loaded, digests: Mapping[str, str]) -> bool:
 
 
 def _reading(loaded: Loaded, path: str | Path) -> Mapping[str, Any]:
-    """How the files at a path are to be read: as the conversion did that made a prompt of them, if one did."""
+    """How to read the files at a path: as the conversion did that made the other prompt of them, if there was one."""
     if loaded.choice == ALL:
         return {}
     files = files_at(path)

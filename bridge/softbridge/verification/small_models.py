@@ -55,7 +55,7 @@ class Structure:
     heads: tuple[int, int] | None = None
 
     def fit(self, prompt: SoftPrompt) -> SoftPrompt | None:
-        """The prompt as far as these layers see it, or None if they see nothing of it."""
+        """The part of the prompt that these layers see, or None if they see nothing of it."""
         if self.heads is not None:
             return replace(prompt, parts=tuple(_of_heads(part, *self.heads) for part in prompt.parts), training=None)
         if self.layers is None:
