@@ -282,16 +282,12 @@ FAULTS = {
     ),
     "a square weight transposed": fault(
         "gpt2: adapterhub to softbridge, MLP",
-        (
-            "softbridge.methods.parameterisations:_linear_layers",
-            'tensors["hidden.weight"]',
-            'tensors["hidden.weight"].T',
-        ),
+        ("softbridge.methods.parameterisations:_mlp", 'tensors["hidden.weight"]', 'tensors["hidden.weight"].T'),
         adapterhub="it alone evaluates the parameterisation in its file, otherwise",
     ),
     "no activation": fault(
         "gpt2: adapterhub to softbridge, MLP",
-        ("softbridge.methods.parameterisations:_linear_layers", "hidden = function(", "hidden = ("),
+        ("softbridge.methods.parameterisations:_mlp", "hidden = function(", "hidden = ("),
         adapterhub="it alone evaluates the parameterisation in its file, otherwise",
     ),
     # PEFT's files.

@@ -150,7 +150,7 @@ def _certify(
         naive: the source's numbers, copied.
 
     Raises:
-        OutputError: they are not the same.
+        OutputError: source and target are not the same function.
     """
     origin = Origin(made.format.name, digests={name: sha256_of(data) for name, data in content.items()})
     with tempfile.TemporaryDirectory() as scratch:

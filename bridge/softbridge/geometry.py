@@ -157,10 +157,10 @@ def read_geometry(config: Any) -> Geometry:
 
 
 def text_part(config: Any) -> Any:
-    """The part of a configuration that is a text model's: itself, if it is no composite one.
+    """The part of a configuration that is a text model's: itself, if it is not composite.
 
     Raises:
-        BaseModelError: it has several such parts.
+        BaseModelError: the configuration has several text models.
     """
     get_text_config = getattr(config, "get_text_config", None)
     if getattr(config, "is_encoder_decoder", False) or get_text_config is None:

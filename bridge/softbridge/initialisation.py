@@ -194,7 +194,7 @@ def text_cache(model: Any, ids: Tokens, length: int | None = None, *, tokenizer:
 
     Raises:
         ValueError: there are no ids, or one is not in the vocabulary.
-        BaseModelError: no model with weights; it has an encoder; or its cache does not hold keys and values [K, P, D]
+        BaseModelError: `model` has no weights or has an encoder, or its cache does not hold keys and values [K, P, D]
             for every layer that attends.
         EngineError: a prompt is attached.
     """

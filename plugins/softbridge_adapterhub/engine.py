@@ -156,7 +156,7 @@ class AdapterHubEngine:
             adapter: its name there; None: what is active, if that is one prompt, alone or stacked.
 
         Raises:
-            EngineError: no prompt is attached, or what is active is several, one for some rows each; or none.
+            EngineError: no prompt is attached or active, or several are, each for some of the rows.
         """
         if adapter is None and isinstance(getattr(model, _ATTACHMENT, None), _Attachment):
             return self._attached(model)

@@ -258,7 +258,7 @@ def write(
         given: what was read of the head, if it came from AdapterHub's files.
 
     Raises:
-        ValueError: there is no head of such tensors.
+        ValueError: no head of AdapterHub has these tensors.
     """
     counterpart = counterpart_of(document["model_type"], head, given)
     if counterpart is None:

@@ -36,10 +36,10 @@ def running(cache: Any, now: bool) -> None:
 
 
 def check_begun(cache: Any, owner: str, past: int) -> None:
-    """Refuse a cache that holds tokens, and no prompt, or another's: the tokens behind would not see ours.
+    """Refuse a cache that holds tokens without this prompt: the tokens behind would not see it.
 
     Raises:
-        EngineError: no call with the prompt of this owner began it.
+        EngineError: the cache was not begun by a call with the prompt of this owner.
     """
     if past and vars(cache).get(_BEGUN) != owner:
         raise EngineError(
@@ -60,7 +60,7 @@ def check_foreign(cache: Any, past: int) -> None:
     """Refuse a cache that holds a prompt, where the model runs without any.
 
     Raises:
-        EngineError: it is.
+        EngineError: a call with a prompt began the cache.
     """
     if past and _BEGUN in vars(cache):
         raise EngineError(

@@ -203,7 +203,7 @@ def adapter_folder(files: untrusted.Files) -> str:
     """Where in a directory its adapter lies: '', or 'NAME/' if the only one is in a sub-folder.
 
     Raises:
-        CheckpointError: there are several, or softbridge wrote that sub-folder and a manifest belongs to it.
+        CheckpointError: several sub-folders hold adapters, or softbridge wrote the only one and its manifest is there.
     """
     if facts.CONFIG_FILE in files or not (nested := _nested(files)):
         return ""
@@ -235,8 +235,8 @@ def parse(
         written_by: the release that wrote them, if that is known: numbers of old ones may mean something else.
 
     Raises:
-        CheckpointError: they are malformed, incomplete, or do not agree.
-        BaseModelError: they do not say which stack they are for and no geometry was given, or do not fit it.
+        CheckpointError: configuration and tensors are malformed, incomplete, or do not agree.
+        BaseModelError: they do not say which stack they are for, and no geometry was given; or they do not fit it.
     """
     fields = Config.check(config)
     _check_tensors(fields, tensors)

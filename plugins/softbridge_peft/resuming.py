@@ -42,7 +42,7 @@ def resume(model: Any, directory: str | Path) -> Any:
 
     Raises:
         CheckpointError: the files are malformed, or do not hold what trained the prompt.
-        BaseModelError: they do not fit the model.
+        BaseModelError: the files do not fit the model.
     """
     import peft
 
@@ -153,7 +153,7 @@ def resumable(model: Any) -> Any:
         The same model.
 
     Raises:
-        EngineError: it has no soft prompt, or one whose encoder cannot be kept.
+        EngineError: the model has no soft prompt, or one whose parameterisation cannot be kept.
     """
     name, config, _ = _adapter(model, None)
     parameterised = training.encoder_of(config)

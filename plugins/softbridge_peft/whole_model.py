@@ -41,7 +41,7 @@ def taken_apart(state: Mapping[str, Array]) -> tuple[dict[str, Array], dict[str,
     """The tensors of the parameterisation, by its own names, and those of a head, by the names in PEFT's files.
 
     Raises:
-        CheckpointError: it holds several adapters.
+        CheckpointError: the state holds several adapters.
     """
     found = [match for name in state if (match := _ENCODER.fullmatch(name))]
     adapters = sorted({match[1] for match in found})

@@ -82,7 +82,7 @@ class SoftPromptCallback(TrainerCallback):  # type: ignore[misc]
         """Write the checkpoint's prompt once more for each format.
 
         Raises:
-            SoftbridgeError: it was not written, or is another function.
+            SoftbridgeError: the prompt could not be written, or the files are another function.
         """
         if not state.is_world_process_zero:
             return

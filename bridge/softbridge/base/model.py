@@ -61,7 +61,7 @@ class BaseModel:
         """From a `BaseModel`, a transformers model or configuration, a directory, a config.json or a hub id.
 
         Raises:
-            BaseModelError: none of these, or the installed transformers cannot read it, or only a part of it.
+            BaseModelError: `base` is none of these, or the installed transformers reads it not at all or in part.
         """
         if isinstance(base, BaseModel):
             return base
@@ -98,7 +98,7 @@ class BaseModel:
         None where every release does the same, so that nobody has to know: see `softbridge_compat.embedding_scales`.
 
         Raises:
-            BaseModelError: it cannot be measured, and must be known.
+            BaseModelError: the factor matters for this model and cannot be measured.
         """
         if text_part(self.config).model_type not in embedding_scales.MOVED:
             return None

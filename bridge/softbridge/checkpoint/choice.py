@@ -73,7 +73,7 @@ class Choice:
         """The choice of which this is what `dataclasses.asdict` makes.
 
         Raises:
-            ValueError: it is of another form.
+            ValueError: `value` is not a choice as JSON.
         """
         known = {field.name for field in fields(cls)}
         if not isinstance(value, dict) or not value.keys() <= known or not isinstance(value.get("drop", []), list):

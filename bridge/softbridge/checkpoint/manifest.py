@@ -109,7 +109,7 @@ def with_manifest(loaded: Loaded, files: untrusted.Files) -> tuple[Loaded, Mappi
     """What was read, with what the manifest says, and the scales in it, after checking that it belongs to these files.
 
     Raises:
-        CheckpointError: it does not, or is damaged.
+        CheckpointError: the manifest belongs to other files, or is damaged.
     """
     form, prompt = loaded.format, loaded.prompt
     manifest = files.json(MANIFEST)

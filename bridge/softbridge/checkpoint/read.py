@@ -24,7 +24,7 @@ def recognise(files: untrusted.Files) -> Format:
     """The one format that the files are of, judged by their content.
 
     Raises:
-        UnknownFormatError: none recognises them, or more than one does.
+        UnknownFormatError: no format recognises the files, or more than one does.
     """
     matches = [form for form in formats().values() if form.sniff(files)]
     if len(matches) == 1:
@@ -68,7 +68,7 @@ def read(
 
     Raises:
         CheckpointError: the files are malformed, incomplete or hostile, or the download failed.
-        UnknownFormatError: no format recognises them.
+        UnknownFormatError: no format recognises the files.
         BaseModelError: the base model is needed and missing, or the prompt does not fit it.
         SoftbridgeError: `trained_on` is no release, or the files say something else.
     """

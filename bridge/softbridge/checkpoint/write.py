@@ -69,7 +69,7 @@ def prepare(
 
     Raises:
         OutputError: the format does not have this encoding.
-        LoweringError: it cannot hold the prompt.
+        LoweringError: the format cannot hold the prompt.
     """
     if encoding is not None and encoding not in form.encodings:
         raise OutputError(
@@ -114,7 +114,7 @@ def is_file_of(target: Path, content: Mapping[str, bytes]) -> bool:
     """Whether the target names the format's one file rather than a directory.
 
     Raises:
-        OutputError: it names a file of another kind.
+        OutputError: the target has the suffix of a file that this format does not write.
     """
     suffixes = sorted({Path(name).suffix for name in content})
     if target.suffix not in FILE_SUFFIXES:

@@ -24,7 +24,7 @@ def leave_block(base: BaseModel, vectors: Array, first: int) -> Array:
         first: where the first of them stands.
 
     Raises:
-        BaseModelError: there are no weights, or the embedding block is not a module of its own.
+        BaseModelError: the base model has no weights, or its embedding block is not a module of its own.
     """
     import torch
 

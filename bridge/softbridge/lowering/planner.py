@@ -169,7 +169,7 @@ def for_model(prompt: SoftPrompt, base: BaseModel, accept: Collection[str] = CON
     """The prompt with the vectors that make it the same function on the base model as it is run here.
 
     Raises:
-        LoweringError: it is not known what multiplied them, and that is not accepted.
+        LoweringError: the files do not say what multiplied the vectors, and `scale` is not accepted.
     """
     if not prompt.inputs or base.scale is None:
         return prompt

@@ -341,7 +341,7 @@ def build(of: Architecture, small: Miniature) -> Any:
     """The copy, in float64, with large seeded weights.
 
     Raises:
-        BaseModelError: it is larger than what is built, or its layers are not of the kinds that were chosen.
+        BaseModelError: the copy is larger than the limit, or its layers are not of the kinds that were chosen.
         Exception: whatever the class raises that is not built from such a configuration.
     """
     import torch

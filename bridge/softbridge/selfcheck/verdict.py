@@ -149,7 +149,7 @@ class Verdict:
         """The inverse of `to_json`.
 
         Raises:
-            ValueError: it is no verdict, or contradicts itself.
+            ValueError: `value` is not a verdict, or contradicts itself.
         """
         told = _of(dict, value, "verdict")
         verdict = cls(

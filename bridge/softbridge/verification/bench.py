@@ -318,7 +318,7 @@ def common_template(a: SoftPrompt, b: SoftPrompt) -> Template | None:
     """The template of the two, or of the one that has one.
 
     Raises:
-        SoftbridgeError: they have different ones.
+        SoftbridgeError: both have a template, and the two differ.
     """
     first, second = template_of(a), template_of(b)
     if first is not None and second is not None and first.pieces != second.pieces:

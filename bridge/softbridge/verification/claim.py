@@ -159,7 +159,7 @@ class Claim:
         """The claim of which this is what `dataclasses.asdict` makes.
 
         Raises:
-            ValueError: it is of another form.
+            ValueError: `value` is not a claim as JSON.
         """
         if not isinstance(value, dict) or value.keys() != {field.name for field in fields(cls)}:
             raise ValueError(f"{value!r:.80}, not a claim")

@@ -241,7 +241,7 @@ def compare(a: Recording, b: Recording, *, level: Level = "exact") -> Certificat
     """Judge two recordings; the first is the reference. `level` is what counts as the same.
 
     Raises:
-        SoftbridgeError: they are of different probes or models.
+        SoftbridgeError: the recordings are of different probes or models.
     """
     check_same_setting(a, b)
     theirs = {f"{name} (target)": version for name, version in b.versions.items() if a.versions.get(name) != version}

@@ -41,7 +41,7 @@ def verify_again(path: str | Path, base: Any = None) -> Again:
         base: the base model, if it is no longer where the certificate says.
 
     Raises:
-        CheckpointError: it is no certificate of this version, or its files are gone.
+        CheckpointError: the file is not a certificate of a known version, or the files that it names are gone.
         SoftbridgeError: see `softbridge.verify`.
     """
     files = Files(path)

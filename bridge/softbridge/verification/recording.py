@@ -176,7 +176,7 @@ def check_same_setting(a: Recording, b: Recording) -> None:
     """Refuse recordings of different probes or models, or of prompts of which different things are claimed.
 
     Raises:
-        SoftbridgeError: they are.
+        SoftbridgeError: the probes, the models or the claims differ.
     """
     about = [(claim.dtype, claim.choice, claim.made) for claim in (a.claim, b.claim.reversed)]
     if about[0] != about[1]:
@@ -199,7 +199,7 @@ def record_elsewhere(python: str, arguments: Sequence[str], output: Path) -> Rec
     """Run ``softbridge probe`` with another interpreter, and read what it wrote.
 
     Raises:
-        EngineError: it cannot be started, or refuses.
+        EngineError: the interpreter cannot be started, or its probe failed.
     """
     command = [python, "-c", "from softbridge.cli import main; main()", "probe", *arguments, "--output", str(output)]
     try:
