@@ -20,7 +20,6 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import numpy as np
@@ -34,6 +33,7 @@ from softbridge.cloze import IGNORED
 from softbridge.lowering.precision import as_dtype
 from softbridge.plugin.hookspecs import Engine
 from softbridge.prompt.soft_prompt import SoftPrompt
+from softbridge.verification.padding import LENGTHS, make_labels, make_text, pad_text, pad_together, pad_token
 from softbridge.verification.probes import Probe
 from softbridge.verification.run import FLOAT32_LOSS, find_float32_regions
 
@@ -41,16 +41,15 @@ from softbridge.verification.run import FLOAT32_LOSS, find_float32_regions
 Make: TypeAlias = Callable[[], Any]
 Agreement = Literal["same", "close", "loss"]
 
-#: Lengths of the texts. They differ, and the longest is beyond the sliding window of a small model.
-LENGTHS = (9, 6, 4)
-PADS = 3
-ANSWER = 5
 STEPS = 3
 NEW_TOKENS = 4
+
 #: How closely figures agree, relative to the largest number, in float64 and beside a float32 region.
 CLOSE, CLOSE_TO_FLOAT32 = 1e-12, 1e-5
+
 #: A prompt that moves no logit by this part of the largest is not felt.
 FELT = 1e-3
+
 #: A promise that the model itself breaks may be broken this much more with a prompt: other numbers, the same fault.
 EXCUSED = 10.0
 
@@ -235,12 +234,12 @@ def labels(engine: Engine, make: Make, prompt: SoftPrompt | None) -> Iterator[Fi
     texts = [make_text(model, row) for row in range(len(LENGTHS))]
     total, count = 0.0, 0
     for text in texts:
-        aligned, wanted = _aligned(model, _labelled(model, text).logits, _labels(model, text))
+        aligned, wanted = _aligned(model, _labelled(model, text).logits, make_labels(model, text))
         total += float(cross_entropy(aligned, wanted, ignore_index=IGNORED, reduction="sum"))
         count += int((wanted != IGNORED).sum())
     for side in ("right", "left"):
         given = pad_together(model, texts, side)
-        wanted, output = _labels(model, given), _labelled(model, given)
+        wanted, output = make_labels(model, given), _labelled(model, given)
         yield Figure(f"{side}, logits too many", float(output.logits.shape[: wanted.ndim] != wanted.shape), "same")
         yield Figure(f"{side}, loss", abs(float(output.loss) * count / total - 1), "loss")
 
@@ -381,7 +380,7 @@ def _labelled(model: Any, inputs: Mapping[str, Tensor]) -> Any:
     """The output with labels, of which an encoder-decoder makes its decoder's tokens itself."""
     given = {name: value for name, value in inputs.items() if name != "decoder_input_ids"}
     with torch.no_grad():
-        return model(**given, labels=_labels(model, inputs))
+        return model(**given, labels=make_labels(model, inputs))
 
 
 def _gradient(model: Any, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -402,7 +401,7 @@ def _loss(model: Any, inputs: Mapping[str, Tensor]) -> Any:
 
 
 def _of_labels(model: Any, logits: Tensor, inputs: Mapping[str, Tensor]) -> Any:
-    aligned, wanted = _aligned(model, logits, _labels(model, inputs))
+    aligned, wanted = _aligned(model, logits, make_labels(model, inputs))
     return cross_entropy(aligned, wanted, ignore_index=IGNORED)
 
 
@@ -419,7 +418,7 @@ def _aligned(model: Any, logits: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor
 def generate(model: Any, inputs: Mapping[str, Tensor], **settings: Any) -> Tensor:
     """NEW_TOKENS tokens for each row [B, NEW_TOKENS], greedy unless `settings` say otherwise."""
     given = {name: value for name, value in inputs.items() if not name.startswith("decoder")}
-    lengths = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": _pad(model)}
+    lengths = {"min_new_tokens": NEW_TOKENS, "max_new_tokens": NEW_TOKENS, "pad_token_id": pad_token(model)}
     found: Tensor = model.generate(
         **given, do_sample=False, eos_token_id=None, **{"num_beams": 1, **lengths, **settings}
     )
@@ -437,63 +436,6 @@ def greedy(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
 
 
 # ------------------------------------------------------------------------------------------------------- the texts
-
-
-def _ordinary(config: Any) -> Tensor:
-    text = config.get_text_config()
-    special = {getattr(text, name, None) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    return torch.tensor([token for token in range(text.vocab_size) if token not in special])
-
-
-def make_text(model: Any, row: int, length: int | None = None) -> dict[str, Tensor]:
-    """A text [1, T], its mask, and to an encoder-decoder an answer."""
-    ordinary, generator = _ordinary(model.config), torch.Generator().manual_seed(row)
-
-    def draw(count: int) -> Tensor:
-        return ordinary[torch.randint(len(ordinary), (1, count), generator=generator)]
-
-    ids = draw(length or LENGTHS[row])
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    return {**inputs, "decoder_input_ids": draw(ANSWER)} if model.config.is_encoder_decoder else inputs
-
-
-def _labels(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
-    """The tokens, and nothing for pads, or for the first, which an engine may have predicted by a virtual token."""
-    ids = inputs["input_ids"]
-    if "decoder_input_ids" in inputs:
-        return inputs["decoder_input_ids"]
-    if type(model).__name__.endswith("ForSequenceClassification"):
-        return torch.arange(len(ids)).remainder(int(model.config.num_labels))
-    found = ids.masked_fill(inputs["attention_mask"] == 0, IGNORED)
-    first = inputs["attention_mask"].argmax(-1, keepdim=True)
-    return found.scatter(1, first, IGNORED)
-
-
-def _pad(model: Any) -> int:
-    found = getattr(model.config.get_text_config(), "pad_token_id", None)
-    return found if isinstance(found, int) else 0
-
-
-def pad_text(model: Any, inputs: Mapping[str, Tensor], stack: str, side: str) -> dict[str, Tensor]:
-    """A stack's tokens with pads on one side, and their mask."""
-    ids = inputs[f"{stack}input_ids"]
-    pads = (0, PADS) if side == "right" else (PADS, 0)
-    pad = partial(torch.nn.functional.pad, pad=pads)
-    return {f"{stack}input_ids": pad(ids, value=_pad(model)), f"{stack}attention_mask": pad(torch.ones_like(ids))}
-
-
-def pad_together(model: Any, texts: Sequence[Mapping[str, Tensor]], side: str) -> dict[str, Tensor]:
-    """All texts in one batch, padded to the longest."""
-    width = max(text["input_ids"].shape[1] for text in texts)
-    batched = {}
-    for name in texts[0]:
-        rows = []
-        for text in texts:
-            pads = 0 if name.startswith("decoder") else width - text[name].shape[1]
-            value = _pad(model) if name == "input_ids" else 0
-            rows.append(torch.nn.functional.pad(text[name], (0, pads) if side == "right" else (pads, 0), value=value))
-        batched[name] = torch.cat(rows)
-    return batched
 
 
 # --------------------------------------------------------------------------------------------------------- figures

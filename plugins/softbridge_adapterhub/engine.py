@@ -11,29 +11,33 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
-import logging
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 from softbridge.arrays import from_torch, to_torch
 from softbridge.base import BaseModel
-from softbridge.base import cache as caches
 from softbridge.base.head import load_head
 from softbridge.errors import EngineError, Obstacle, SoftbridgeError
 from softbridge.geometry import read_geometry
 from softbridge.lowering.expressible import left_behind
-from softbridge.prompt import InputPrompt, SoftPrompt
+from softbridge.prompt import SoftPrompt
 from softbridge.untrusted import Files
 from softbridge_adapterhub import composition, facts
 from softbridge_adapterhub.adapter import FLAT, Adapter
 from softbridge_adapterhub.format import CAPABILITIES, FORMAT, folder_of
-
-log = logging.getLogger(__name__)
+from softbridge_adapterhub.hooks import (
+    hide_virtual_tokens,
+    holders,
+    make_eager,
+    move_tokens,
+    once,
+    refuse_cache,
+    say_once,
+)
 
 #: The name of the adapter that `attach` adds.
 ADAPTER = "softbridge"
@@ -224,7 +228,7 @@ class AdapterHubEngine:
         import torch
 
         task = BaseModel.resolve(model).task
-        _make_eager(model)
+        make_eager(model)
         adapters.init(model)
         if settings is None:
             config = adapters.PromptTuningConfig(prompt_length=length)
@@ -268,7 +272,7 @@ class _Snapshot:
     """
 
     def __init__(self, model: Any) -> None:
-        holders = {id(holder): holder for holder in _holders(model)}.values()
+        held = {id(holder): holder for holder in holders(model)}.values()
         self.states = [
             (
                 holder,
@@ -278,7 +282,7 @@ class _Snapshot:
                     for name, value in vars(holder).items()
                 },
             )
-            for holder in holders
+            for holder in held
         ]
         self.frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
 
@@ -344,31 +348,24 @@ def _saved(model: Any, name: str) -> SoftPrompt:
             ) from error
 
 
-def _holders(model: Any) -> Iterator[Any]:
-    for module in model.modules():
-        yield module
-        if hasattr(module, "config"):
-            yield module.config
-        if getattr(module, "generation_config", None) is not None:
-            yield module.generation_config
-
-
 def _run(model: Any, prompt: SoftPrompt, put: Callable[[], str]) -> None:
     """Make the model run with the adapter that `put` puts in and names, and with tokens where the prompt has them."""
     import adapters
 
     geometry = read_geometry(model.config)
-    if _make_eager(model):
-        _say("attention is switched to 'eager': AdapterHub's prompt under other implementations is another function")
+    if make_eager(model):
+        say_once(
+            "attention is switched to 'eager': AdapterHub's prompt under other implementations is another function"
+        )
     adapters.init(model)
     model.set_active_adapters(put())
     for part in prompt.inputs:
-        _hide_virtual_tokens(model, part)
+        hide_virtual_tokens(model, part)
     starts = {start for start in prompt.positions.start.values() if start != 0}
     if starts and geometry.model_type in facts.POSITION_INPUTS:
-        _move_tokens(model, *facts.POSITION_INPUTS[geometry.model_type], starts.pop())
-    if geometry.decoder is not None and _cache_is_of_no_use(model):
-        _say(
+        move_tokens(model, *facts.POSITION_INPUTS[geometry.model_type], starts.pop())
+    if geometry.decoder is not None and refuse_cache(model):
+        say_once(
             "the key/value cache is switched off: AdapterHub never fills it on this model, or fails with it, and "
             "decoding would be wrong"
         )
@@ -428,97 +425,5 @@ def _load(model: Any, prompt: SoftPrompt, directory: Path, folder: str) -> str:
             module.to(model.device, model.dtype)
         elif path.endswith(f".prefix_tunings.{name}"):
             for prefix in module.values():
-                prefix.forward = _once(prefix.to(model.device).forward, model.dtype)
+                prefix.forward = once(prefix.to(model.device).forward, model.dtype)
     return name
-
-
-def _once(forward: Callable[[int], tuple[Any, ...]], dtype: Any) -> Callable[[int], tuple[Any, ...]]:
-    """A prefix that is computed for one row and repeated, so that its rounding is the same in every batch."""
-    return lambda rows: tuple(pair.to(dtype).expand(-1, rows, -1, -1, -1) for pair in forward(1))
-
-
-def _make_eager(model: Any) -> bool:
-    """Switch a model to eager attention, and say whether that changed anything.
-
-    Older modelling code picks the attention's class when the model is built: there, too, the class is changed to the
-    eager one that it is derived from.
-    """
-    changed = False
-    for holder in _holders(model):
-        if getattr(holder, "_attn_implementation", None) not in (None, "eager"):
-            holder._attn_implementation = "eager"
-            changed = True
-        if getattr(holder, "attn_implementation", None) == "sdpa":
-            holder.attn_implementation = "eager"
-        if "Sdpa" in type(holder).__name__:
-            holder.__class__ = type(holder).__mro__[1]
-    return changed
-
-
-def _move_tokens(model: Any, suffix: str, argument: int | str, start: int) -> None:
-    """Add `start` to the positions that reach the modules whose name ends in `suffix`."""
-
-    def move(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        if isinstance(argument, int):
-            return (*args[:argument], args[argument] + start, *args[argument + 1 :]), kwargs
-        return args, {**kwargs, argument: kwargs[argument] + start}
-
-    modules = [module for name, module in model.named_modules() if f".{name}".endswith(suffix)]
-    if not modules:
-        raise EngineError(
-            f"a model without any module called '*{suffix}'",
-            "one that receives the tokens' positions",
-            "report this as a defect of softbridge",
-        )
-    for module in modules:
-        module.register_forward_pre_hook(move, with_kwargs=True)
-
-
-def _hide_virtual_tokens(model: Any, part: InputPrompt) -> None:
-    """Let the model take labels, and give logits, of real tokens alone."""
-    import torch
-
-    first = 0 if part.placement == "before-sequence" else 1
-
-    def label(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        labels = kwargs.get("labels")
-        if labels is None or labels.ndim < 2 or labels.is_floating_point():  # of texts
-            return args, kwargs
-        ignored = labels.new_full((len(labels), part.length), -100)
-        return args, {**kwargs, "labels": torch.cat([labels[:, :first], ignored, labels[:, first:]], 1)}
-
-    def drop(module: Any, args: tuple[Any, ...], output: Any) -> Any:
-        logits = getattr(output, "logits", None)
-        if logits is not None and logits.ndim == 3:
-            output.logits = torch.cat([logits[:, :first], logits[:, first + part.length :]], 1)
-        return output
-
-    model.register_forward_pre_hook(label, with_kwargs=True)
-    model.register_forward_hook(drop)
-
-
-def _cache_is_of_no_use(model: Any) -> bool:
-    """Whether a call with a key/value cache fails, or returns one that holds nothing: tried with two tokens."""
-    import torch
-
-    tokens = torch.zeros((1, 2), dtype=torch.long, device=model.device)
-    inputs: dict[str, Any] = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if model.config.is_encoder_decoder:
-        if not model.can_generate():  # a classifier is called once for a text
-            return False
-        # The encoder's input may be no tokens, and is not what this is about.
-        states = torch.zeros((1, 2, model.config.hidden_size), dtype=model.dtype, device=model.device)
-        inputs = {"encoder_outputs": (states,), "decoder_input_ids": tokens}
-    with torch.random.fork_rng(), torch.no_grad():
-        try:
-            past = caches.of(model(**inputs, use_cache=True))
-        except TypeError:  # AdapterHub concatenates tensors to a cache that holds none
-            return True
-    if past is None or isinstance(past, tuple):  # no cache at all, or one of tensors
-        return False
-    return int(past.get_seq_length()) == 0
-
-
-@cache
-def _say(message: str) -> None:
-    log.warning(message)

@@ -9,10 +9,10 @@ from typing import Any
 
 from softbridge.errors import EngineError, Obstacle
 from softbridge.geometry import read_geometry
+from softbridge.lowering.examples import random_input_prompt, random_prefix
 from softbridge.plugin.capabilities import EVERYTHING, Capabilities
 from softbridge.plugin.prompt_bank import Entry, PromptBank
 from softbridge.prompt import SoftPrompt, pack
-from softbridge.testing import random_input_prompt, random_prefix
 from softbridge_native.format import FILE
 
 _CAPABILITIES = replace(EVERYTHING, quantised=True)

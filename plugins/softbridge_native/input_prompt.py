@@ -10,6 +10,9 @@ A stack inside a model of several modalities gets embeddings, in which images ar
 were made of the whole sequence: positions of three dimensions, masks that let the tokens of an image see each other.
 There the model around the stack is given a word of text in the place of each virtual token, and the stack then gets the
 vectors: so all that the model makes is what it makes of so many words more.
+
+The file is longer than others because the hooks of one stack share what is known of a call (`Call`), in the order in
+which the model runs them: they read as one text.
 """
 
 from __future__ import annotations

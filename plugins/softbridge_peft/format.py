@@ -21,7 +21,7 @@ from softbridge import untrusted
 from softbridge.arrays import Array
 from softbridge.checkpoint.manifest import MANIFEST
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
-from softbridge.geometry import Geometry, Site, Stack, StackGeometry, may_be_causal
+from softbridge.geometry import Geometry, Stack, may_be_causal
 from softbridge.lowering.expressible import check_fits
 from softbridge.methods import KINDS, materialise_vectors, rematerialise
 from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
@@ -41,7 +41,8 @@ from softbridge_peft import facts, whole_model
 from softbridge_peft import prompt_encoder as training
 from softbridge_peft.config import Config
 from softbridge_peft.origin import config_of_origin, unused, unused_details
-from softbridge_peft.written_config import config_of, first_site, provision
+from softbridge_peft.prefix_tensors import check_layers, read_prefix, stored_blocks
+from softbridge_peft.written_config import config_of, provision
 
 _FLOATS = ("bfloat16", "float16", "float32", "float64")
 
@@ -246,7 +247,7 @@ def parse(
     part: Part
     others: tuple[InputPrompt, ...] = ()
     if fields.kind == "prefix":
-        part, said = _read_prefix(
+        part, said = read_prefix(
             fields, tensors[facts.PROMPT], "encoder" if stack == "encoder" else "self", geometry, written_by
         )
         beside, advice = unused_details(fields, tensors)
@@ -279,7 +280,7 @@ def parse(
     )
     if geometry is not None:
         check_fits(prompt, geometry)
-        _check_layers(fields, geometry)
+        check_layers(fields, geometry)
     if kept is not None and (why := training.problem(prompt)):
         raise training.refused(why)
     return prompt
@@ -378,98 +379,6 @@ def _stack(fields: Config, geometry: Geometry | None) -> Stack:
     return "decoder" if geometry.encoder is None else "encoder"
 
 
-def _check_layers(fields: Config, geometry: Geometry) -> None:
-    """Refuse a base model of another depth: PEFT prefixes every layer, and records the depth for prompt tuning too."""
-    shape = geometry.site("self" if geometry.is_encoder_decoder and fields.kind == "prefix" else first_site(geometry))
-    if fields.layers is not None and shape is not None and fields.layers != shape.layers:
-        raise BaseModelError(
-            f"the file is for {fields.layers} layers, the base model ({geometry.model_type}) has {shape.layers}",
-            "the base model that the prompt was trained for",
-            fields.remedy,
-        )
-
-
-def _read_prefix(
-    fields: Config, flat: Array, site: Site, geometry: Geometry | None, written_by: Version | None
-) -> tuple[KeyValuePrefix, list[str]]:
-    """The prefix that the release which wrote it hands to the model, and notes on that for the user."""
-    heads, layers = fields.heads or 0, fields.layers or 0
-    family, shape = (None, None) if geometry is None else (geometry.model_type, geometry.site(site))
-    if shape is not None and shape.stateful:
-        raise BaseModelError(
-            f"a prefix by PEFT for {family}, and {facts.STATES}",
-            "a base model whose layers keep keys and values, and nothing else",
-            f"{fields.remedy}; train the prefix with softbridge's native engine, which runs it on this one",
-        )
-    old, notes = peft_releases.scrambles_bloom(written_by), []
-    if geometry is None and old and facts.BLOOM in (fields.name or "").lower():
-        raise BaseModelError(f"a prefix of {fields.name} by an old release of PEFT", "its base model", fields.remedy)
-    if family == facts.BLOOM and old:
-        notes.append("written by a release of PEFT that orders a Bloom prefix otherwise than today's: reordered")
-        return _scrambled(fields, flat, site), notes
-    if family == facts.BLOOM and written_by is None:
-        notes.append(peft_releases.UNKNOWN_BLOOM)
-    stored = KeyValuePrefix.from_flat(site, flat, tuple(range(layers)), heads, (fields.token_dim or 0) // heads)
-    used = {layer: stored.layers[facts.stored_block(layer, layers, fields.submodules)] for layer in range(layers)}
-    if family in facts.FIRST_HEAD and shape is not None and shape.kv_heads == 1 < heads:
-        used = {layer: KeyValue(pair.keys[:1], pair.values[:1]) for layer, pair in used.items()}
-        notes.append(f"heads 1 to {heads - 1} of each layer, which PEFT never used, are left out")
-    if shape is not None:
-        used, said = _cut(used, shape)
-        notes += said
-    return KeyValuePrefix(site, used), notes
-
-
-def _cut(stored: Mapping[int, KeyValue], shape: StackGeometry) -> tuple[dict[int, KeyValue], list[str]]:
-    """What PEFT hands to a model whose layers differ, or attend to each other's keys, and notes for the user.
-
-    A file holds as many heads, and as wide ones, for every layer. A layer takes the first of them, as many as it has,
-    and none where it has more; one that attends to another's keys finds that one's prefix among them (peft_model.py,
-    get_prompt).
-    """
-    sources = shape.sources or tuple(range(shape.layers))
-    if (shape.shapes is None and shape.sources is None) or len(stored) != shape.layers:
-        return dict(stored), []
-    used: dict[int, KeyValue] = {}
-    for layer, source in enumerate(sources):
-        pair, (heads, width) = stored[source], shape.shape(source)
-        if pair.keys.shape[0] >= heads and pair.keys.shape[2] >= width:
-            used[layer] = KeyValue(pair.keys[:heads, :, :width], pair.values[:heads, :, :width])
-    if not used:
-        return dict(stored), []
-    notes = []
-    if shape.shapes is not None:
-        notes.append("of each layer's heads PEFT uses the first, as many and as wide as the layer has")
-    if len(used) < shape.layers:
-        without = sorted(set(range(shape.layers)) - used.keys())
-        notes.append(f"layers {without} have more or wider heads than the file, and no prefix: so PEFT runs it")
-        if 0 in without:
-            notes.append("real tokens stand at 0, as in PEFT's forward, by which it was trained; its generate counts")
-    if shape.sources is not None:
-        shared = [layer for layer, source in enumerate(sources) if layer != source]
-        notes.append(f"layers {shared} attend to the keys of earlier ones, and find their prefix there")
-    return used, notes
-
-
-def _scrambled(fields: Config, flat: Array, site: Site) -> KeyValuePrefix:
-    """A Bloom prefix as old releases read it: keys of all layers first, and theirs in a strange order.
-
-    Such a release swaps heads and virtual tokens of the keys, [P, K, D], and takes the result for [K, D, P] (their
-    bloom_model_postprocess_past_key_value).
-    """
-    length, layers, heads = fields.length, fields.layers or 0, fields.heads or 0
-    blocks = flat.reshape(length, 2 * layers, heads, -1).transpose(1, 0, 2, 3)
-    return KeyValuePrefix(
-        site,
-        {
-            layer: KeyValue(
-                blocks[layer].reshape(heads, -1, length).transpose(0, 2, 1), blocks[layers + layer].transpose(1, 0, 2)
-            )
-            for layer in range(layers)
-        },
-    )
-
-
 def _refusals(part: Part, geometry: Geometry | None) -> list[Obstacle]:
     """What of one part PEFT cannot hold, beyond what the capabilities say."""
     elsewhere = "choose a target that can hold it, such as --to softbridge"
@@ -500,7 +409,7 @@ def _refusals(part: Part, geometry: Geometry | None) -> list[Obstacle]:
     if len({array.dtype for _, array in part.arrays()}) > 1:
         reason = "PEFT holds one precision for all layers"
         found.append(Obstacle("precision", reason, elsewhere, accidental=True))
-    elif composite and _stored_blocks(part) is None:
+    elif composite and stored_blocks(part) is None:
         reason = (
             "PEFT gives decoder layer i of an encoder-decoder model block 2i mod L, so that with an even number of "
             "layers the upper half must repeat the lower, and here it does not"
@@ -511,15 +420,6 @@ def _refusals(part: Part, geometry: Geometry | None) -> list[Obstacle]:
 
 def _fits_float32(array: Array) -> bool:
     return array.dtype.itemsize <= 4 or bool((array.astype(np.float32).astype(array.dtype) == array).all())
-
-
-def _stored_blocks(prefix: KeyValuePrefix) -> dict[int, KeyValue] | None:
-    """Stored block -> its content with two submodules, dead blocks left out, or None if the layers do not allow it."""
-    blocks: dict[int, KeyValue] = {}
-    for layer, pair in prefix.layers.items():
-        if blocks.setdefault(facts.stored_block(layer, len(prefix.layers), 2), pair) != pair:
-            return None
-    return blocks
 
 
 def tensors_of(prompt: SoftPrompt, config: Mapping[str, Any]) -> dict[str, Array]:
@@ -537,7 +437,7 @@ def tensors_of(prompt: SoftPrompt, config: Mapping[str, Any]) -> dict[str, Array
         tensors |= {name: np.concatenate([tensors[name], array], axis=-2) for name, array in rest.items()}
         return {**tensors, **head}
     if twice:
-        blocks = _stored_blocks(part)
+        blocks = stored_blocks(part)
         if blocks is None:
             raise ValueError("the prompt has obstacles")
         dead = tuple(block for block in range(len(part.layers)) if block not in blocks)

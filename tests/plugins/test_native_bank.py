@@ -278,7 +278,7 @@ def test_what_a_bank_does_not_take(tmp_path: Path) -> None:
     bank["gpt2"] = random_input_prompt(read_geometry(tiny_config("gpt2", n_embd=16)), 4)
     running = sb.attach(copy.deepcopy(model), bank)
     ids = torch.randint(3, 96, (2, 4))
-    with pytest.raises(EngineError, match="without a word on which prompts"):
+    with pytest.raises(EngineError, match="no prompt was chosen for its rows"):
         run(running, ids)
     for names, reason in (
         (["a"], "a batch of 2 rows, and 1 names"),

@@ -20,11 +20,10 @@ from softbridge.lowering.planner import for_model, lower
 from softbridge.lowering.steps import Target
 from softbridge.methods import Method
 from softbridge.plugin.hookspecs import Banker, Engine, Insertable, SelfChecking
-from softbridge.plugin.optional import able
+from softbridge.plugin.optional import able, self_checks_wanted
 from softbridge.plugin.prompt_bank import Entry, PromptBank
 from softbridge.plugin.registry import engine_named, engines
 from softbridge.prompt.soft_prompt import SoftPrompt
-from softbridge.selfcheck import wanted
 from softbridge.untested import warn_of_untested
 from softbridge.verification.run import obstacles_of
 
@@ -110,7 +109,7 @@ def attach(
 def _check_itself(engine: Engine, running: Any, asked: bool | None) -> None:
     """Let an engine that can check itself do so, if the caller, or else the environment, wants it."""
     checking = able(engine, SelfChecking)
-    if checking is not None and (wanted() if asked is None else asked):
+    if checking is not None and (self_checks_wanted() if asked is None else asked):
         checking.check_itself(running)
 
 

@@ -7,13 +7,13 @@ from pathlib import Path
 
 from rich.console import Console
 
+from softbridge.base.tiny import tiny_config, tiny_model
 from softbridge.cli.tables import certificate_table, shown, steps_table
 from softbridge.conversion import convert
 from softbridge.errors import EngineError
 from softbridge.plugin.hookspecs import Demonstrating
 from softbridge.plugin.optional import able
 from softbridge.plugin.registry import engine_named, engines
-from softbridge.testing import tiny_config, tiny_model
 from softbridge.verification.certificate import Certificate
 
 STEPS = 20

@@ -13,7 +13,7 @@ from typing import get_args
 import numpy as np
 
 from softbridge.arrays import Array
-from softbridge.geometry import Geometry, Site, Stack
+from softbridge.geometry import Geometry, Site, Stack, stack_of
 from softbridge.lowering.token_positions import native_positions
 from softbridge.methods import (
     MLP,
@@ -27,10 +27,47 @@ from softbridge.methods import (
     rematerialise,
 )
 from softbridge.plugin.capabilities import Capabilities
-from softbridge.prompt.part import Gate, InputPrompt, KeyValuePrefix
-from softbridge.prompt.soft_prompt import SoftPrompt
+from softbridge.prompt.part import Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.prompt.soft_prompt import BaseId, Positions, SoftPrompt
 from softbridge.template import Field, Slot, Template, Verbaliser, Virtual, Words
-from softbridge.testing import random_input_prompt, random_prefix
+
+
+def random_input_prompt(
+    geometry: Geometry, length: int = 5, *, stack: Stack | None = None, seed: int = 0, std: float = 0.8
+) -> SoftPrompt:
+    """An input prompt with random vectors [P, H] of float32, counted."""
+    stack = stack or ("decoder" if geometry.encoder is None else "encoder")
+    vectors = np.random.default_rng(seed).normal(0, std, (length, geometry.input_width)).astype(np.float32)
+    return SoftPrompt((InputPrompt(vectors, stack),), Positions({stack: length}), BaseId(None, geometry))
+
+
+def random_prefix(
+    geometry: Geometry,
+    length: int = 5,
+    *,
+    sites: tuple[Site, ...] | None = None,
+    positions: Positions | None = None,
+    seed: int = 0,
+    std: float = 0.8,
+) -> SoftPrompt:
+    """A prefix with random keys and values of float32 in all layers that attend at some sites, counted by default."""
+    generator = np.random.default_rng(seed)
+    sites = sites or (("encoder",) if geometry.decoder is None else ("self",))
+    parts: list[Part] = []
+    for site in sites:
+        shape = geometry.site(site)
+        if shape is None:
+            raise ValueError(f"{geometry.model_type} has no site {site!r}")
+        layers = {}
+        for layer in geometry.attending(site):
+            kv_heads, head_dim = shape.shape(layer)
+            size = (kv_heads, length, head_dim)
+            keys, values = (generator.normal(0, std, size).astype(np.float32) for _ in range(2))
+            layers[layer] = KeyValue(keys, values)
+        parts.append(KeyValuePrefix(site, layers))
+    start = {stack_of(site): length for site in sites if site != "cross"}
+    return SoftPrompt(tuple(parts), positions or Positions(start), BaseId(None, geometry))
+
 
 #: The length of the prompts. Reasons that name a length name this one.
 LENGTH = 5

@@ -100,7 +100,7 @@ def explanations(source: str, target: str, method: str | None, base: Any) -> lis
 
 def _bases(base: Any) -> dict[str, BaseModel]:
     """What to call it -> base model; one of each of `KINDS` if none is given."""
-    from softbridge.testing import tiny_config
+    from softbridge.base.tiny import tiny_config
 
     if base is None:
         return {name: BaseModel(tiny_config(family)).imagine() for family, name in KINDS.items()}

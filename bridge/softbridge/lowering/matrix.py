@@ -16,7 +16,7 @@ Matrix = Mapping[tuple[str, str, str], Mapping[str, Explanation]]
 
 def matrix() -> Matrix:
     """Every method, from every format to every other, on one small model of each kind of positions."""
-    from softbridge.testing import tiny_config
+    from softbridge.base.tiny import tiny_config
 
     bases = {family: BaseModel(tiny_config(family)).imagine() for family in KINDS}
     return {

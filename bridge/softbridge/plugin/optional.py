@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TypeVar, cast
 
 from softbridge.plugin.hookspecs import Engine, Format
 
 Extra = TypeVar("Extra")
+
+#: The environment variable that switches self-checks off: 0, or false, no, off.
+SWITCH = "SOFTBRIDGE_SELF_CHECK"
 
 
 def able(value: Format | Engine, extra: Callable[..., Extra]) -> Extra | None:
@@ -18,3 +22,8 @@ def able(value: Format | Engine, extra: Callable[..., Extra]) -> Extra | None:
             ``type[Extra]`` would exclude protocols.)
     """
     return cast("Extra", value) if isinstance(value, cast("type", extra)) else None
+
+
+def self_checks_wanted() -> bool:
+    """Whether the environment leaves self-checks on."""
+    return os.environ.get(SWITCH, "1").strip().lower() not in ("0", "false", "no", "off")

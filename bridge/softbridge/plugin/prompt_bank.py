@@ -113,7 +113,7 @@ class PromptBank(Mapping[str, Source]):
         chosen = _ROWS.get().get(id(self))
         if chosen is None:
             raise EngineError(
-                "the model was called without a word on which prompts its rows run with",
+                "the model was called outside `with bank.rows(...)`, so no prompt was chosen for its rows",
                 "the call inside `with bank.rows(names):`",
                 "name the prompts; `bank.rows(None)` runs the model without any",
             )

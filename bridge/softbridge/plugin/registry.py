@@ -128,7 +128,7 @@ def format_named(name: str) -> Format:
     """The format of that name.
 
     Raises:
-        UnknownFormatError: there is none.
+        UnknownFormatError: no installed plugin brings a format of that name.
     """
     return _named(
         name,
@@ -143,7 +143,7 @@ def engine_named(name: str) -> Engine:
     """The engine of that name.
 
     Raises:
-        EngineError: there is none, or it cannot be used in this environment.
+        EngineError: no installed plugin brings an engine of that name, or it cannot be used in this environment.
     """
     engine: Engine = _named(
         name,

@@ -11,16 +11,10 @@ and `verdict` (what it says and where it is kept).
 
 from __future__ import annotations
 
-import os
+from softbridge.plugin.optional import SWITCH
 
-#: What switches self-checks off: 0, or false, no, off.
-SWITCH = "SOFTBRIDGE_SELF_CHECK"
+__all__ = ["SWITCH", "UnprovenWarning"]
 
 
 class UnprovenWarning(UserWarning):
     """An engine could not check itself on the architecture that it runs."""
-
-
-def wanted() -> bool:
-    """Whether the environment leaves self-checks on."""
-    return os.environ.get(SWITCH, "1").strip().lower() not in ("0", "false", "no", "off")

@@ -25,6 +25,7 @@ from softbridge.geometry import Geometry, Site
 from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.template import PLACEHOLDER
+from softbridge.verification.padding import LENGTHS, make_text, pad_text, pad_together
 
 Inputs = Mapping[str, Tensor]
 
@@ -42,7 +43,7 @@ class NotTried(Exception):  # noqa: N818
 
 def texts(model: Any, template: bool = False) -> list[dict[str, Tensor]]:
     """Texts [1, T] of several lengths, with the places of a template's virtual tokens if there is one."""
-    found = [contract.make_text(model, row) for row in range(len(contract.LENGTHS))]
+    found = [make_text(model, row) for row in range(len(LENGTHS))]
     return [_placed(text) for text in found] if template else found
 
 
@@ -92,7 +93,7 @@ def left_generated(model: Any, given: Sequence[Inputs]) -> Iterator[Figure]:
     """What is generated from rows with pads on the left is what is generated from each alone."""
     if not model.config.is_encoder_decoder:  # an encoder is padded on the right, as its own tokenizer does
         alone = torch.cat([contract.generate(model, text) for text in given])
-        together = contract.generate(model, contract.pad_together(model, given, "left"))
+        together = contract.generate(model, pad_together(model, given, "left"))
         yield Figure("generated", float((together != alone).sum()), "same")
 
 
@@ -100,7 +101,7 @@ def _padded(model: Any, inputs: Inputs, side: str) -> Iterator[Figure]:
     expected = said(model, inputs)
     stacks = ("", "decoder_") if "decoder_input_ids" in inputs else ("",)
     for stack in stacks:
-        found = said(model, {**inputs, **contract.pad_text(model, inputs, stack, side)})
+        found = said(model, {**inputs, **pad_text(model, inputs, stack, side)})
         if stack or (len(stacks) == 1 and found.ndim == 3):
             found = found[:, -expected.shape[1] :] if side == "left" else found[:, : expected.shape[1]]
         yield Figure(f"{stack}{side}", contract.distance(found, expected), "close")
@@ -205,7 +206,7 @@ def _among(part: InputPrompt, ids: Tensor, table: nn.Module) -> Tensor:
 def _position_ids(model: Any, first: int, count: int) -> dict[str, Tensor]:
     if "position_ids" not in inspect.signature(model.forward).parameters:
         raise NotTried("its first token cannot be moved by hand: the model takes no position_ids")
-    first += _row(model, contract.make_text(model, 0))
+    first += _row(model, make_text(model, 0))
     return {"position_ids": torch.arange(first, first + count)[None]}
 
 

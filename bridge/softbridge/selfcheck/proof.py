@@ -41,6 +41,7 @@ from softbridge.selfcheck import promises
 from softbridge.selfcheck.miniature import Architecture, Miniature, build, like, miniatures
 from softbridge.selfcheck.promises import NotTried
 from softbridge.selfcheck.verdict import Finding, Key, Measured, Promise, Verdict, decisive, keep, recall
+from softbridge.verification.padding import LENGTHS, make_text, pad_together
 from softbridge.verification.run import find_float32_regions, threads
 
 #: How many copies are tried to build.
@@ -322,12 +323,12 @@ class _Trial:
         def ask(model: Any, given: Sequence[promises.Inputs]) -> Iterator[Figure]:
             texts = [self.texts[0], self.texts[1] if self.template else self.plain[1]]
             if self.gated:
-                texts[1] = contract.make_text(model, 1, contract.LENGTHS[0])
+                texts[1] = make_text(model, 1, LENGTHS[0])
             others = self.running if self.template else contract.with_position_ids(fresh(self.bare))
             names = ["kind", "kind" if self.template else None]
             models = (self.running, others)
             with bank.rows(names):
-                together = promises.said(model, contract.pad_together(model, texts, "right"))
+                together = promises.said(model, pad_together(model, texts, "right"))
             for row, (single, text) in enumerate(zip(models, texts, strict=True)):
                 alone = promises.said(single, text)
                 found = together[row : row + 1]
@@ -336,7 +337,7 @@ class _Trial:
             if self.generates and not self.gated:
                 side = "right" if model.config.is_encoder_decoder else "left"
                 with bank.rows(names):
-                    made = contract.generate(model, contract.pad_together(model, texts, side))
+                    made = contract.generate(model, pad_together(model, texts, side))
                 alone = torch.cat([contract.greedy(single, text) for single, text in zip(models, texts, strict=True)])
                 yield Figure("generated", float((made != alone).sum()), "same")
 
