@@ -314,7 +314,7 @@ FAULTS = {
     "blocks of an encoder-decoder taken in their own order in reading": fault(
         "t5: peft to softbridge",
         (
-            "softbridge_peft.format:_read_prefix",
+            "softbridge_peft.prefix_tensors:read_prefix",
             "stored.layers[facts.stored_block(layer, layers, fields.submodules)]",
             "stored.layers[layer]",
         ),
@@ -322,7 +322,7 @@ FAULTS = {
     "blocks of an encoder-decoder in their own order in writing": fault(
         "t5: softbridge to peft",
         (
-            "softbridge_peft.format:_stored_blocks",
+            "softbridge_peft.prefix_tensors:stored_blocks",
             "facts.stored_block(layer, len(prefix.layers), 2)",
             "layer",
         ),
