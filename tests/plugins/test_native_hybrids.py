@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import strangers
 import torch
-from strangers import EXACT, NEW, P, Seeded, generated, greedy, padded, tokens
+from strangers import NEW, P, Seeded, generated, greedy, padded, tokens
 from torch import Tensor
 from transformers.models.auto import modeling_auto
 
@@ -206,7 +206,7 @@ def test_methods_and_starts_have_the_layers_that_attend(tmp_path: Path) -> None:
 def test_rows_of_a_bank() -> None:
     model, _, prompt = make(PLAIN)
     other = random_prefix(read_geometry(model.config), P + 1, seed=4)
-    ids = tokens(3)
+    ids, close = tokens(3), agreement(model)
     expected = [
         logits(sb.attach(copy.deepcopy(model), one), ids[row : row + 1]) for row, one in enumerate((prompt, other))
     ]
@@ -214,7 +214,7 @@ def test_rows_of_a_bank() -> None:
     bank = PromptBank({"a": prompt, "b": other})
     running = sb.attach(model, bank)
     with bank.rows(["a", "b", None]):
-        assert apart(logits(running, ids), torch.cat(expected)) < EXACT
+        assert apart(logits(running, ids), torch.cat(expected)) <= close
 
 
 @pytest.mark.parametrize("family", ["granitemoehybrid", PLAIN])
