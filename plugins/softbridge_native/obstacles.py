@@ -111,8 +111,8 @@ def _attention_obstacles(prompt: SoftPrompt, model: Any, geometry: Geometry) -> 
             found.append(Obstacle("attention", turns, "use an input prompt"))
         elif len(heard) != layers or any(getattr(m, "layer_idx", -1) not in (None, -1, i) for i, m in numbered.items()):
             reason = (
-                f"{len(heard)} of the {layers} attention layers at the site '{part.site}' of {type(model).__name__} "
-                "dispatch through transformers' attention interface"
+                f"attention layers at the site '{part.site}' of {type(model).__name__}: {layers} by its configuration, "
+                f"{len(heard)} dispatch through transformers' attention interface"
             )
             found.append(
                 Obstacle("attention", reason, "use an input prompt, a toolkit's engine, or other transformers")

@@ -41,6 +41,24 @@ def test_a_model_that_hands_a_cache_on_is_asked_within() -> None:
     (name, cache), *more = caches.handed(T5ForSequenceClassification(config).forward, "held").items()
     assert (name, cache, more) == (caches.argument(T5Model.forward), "held", [])
     assert caches.argument(T5ForSequenceClassification.forward) in (None, name)
+    for name in caches.NAMES:  # also one that is not the newest
+
+        class Inner(torch.nn.Module):
+            forward = {
+                "cache": lambda self, ids, cache=None: None,
+                "past_key_values": lambda self, ids, past_key_values=None: None,
+                "cache_params": lambda self, ids, cache_params=None: None,
+            }[name]
+
+        class Outer(torch.nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.inner = Inner()
+
+            def forward(self, ids: Any, **more: Any) -> Any:
+                return self.inner(ids, **more)
+
+        assert caches.handed(Outer().forward, "held") == {name: "held"}
     assert caches.handed(lambda ids, **kwargs: None, "held") == {caches.NAMES[0]: "held"}
     assert caches.handed(lambda ids: None, None) == {}
 

@@ -99,11 +99,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 #: Family -> why the engine refuses some prefix on it, in some supported transformers.
 UNTELLABLE = "takes no position_ids"
-UNDISPATCHED = "0 of the 2 attention layers .* dispatch"
+UNDISPATCHED = "attention layers .*: 2 by .*, 0 dispatch"
 REFUSALS = {
     **dict.fromkeys(("bert", "roberta", "electra", "t5", "mt5"), (UNDISPATCHED,)),
     "distilbert": (UNDISPATCHED, UNTELLABLE),
-    "albert": (UNDISPATCHED, "1 of the 2 attention layers"),
+    "albert": (UNDISPATCHED, "attention layers .*: 2 by .*, 1 dispatch"),
     "cohere2": ("do not learn where their queries stand",),
 }
 #: One module for all layers, which can hold one prefix only.
