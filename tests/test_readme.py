@@ -34,6 +34,7 @@ from transformers import PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import softbridge as sb
+import softbridge_archive
 from softbridge.base import build
 from softbridge.cli import app
 from softbridge.geometry import read_geometry
@@ -361,6 +362,11 @@ def test_every_command_format_and_engine_is_named() -> None:
     for document in (README, PLUGINS):
         for name in (*formats(), *engines()):
             assert f"| `{name}` |" in document
+
+
+def test_the_archives_table_is_generated() -> None:
+    table = PLUGINS.split("<!-- archive -->\n")[1].split("<!-- end -->")[0]
+    assert table == softbridge_archive.catalogue(), "put softbridge_archive.catalogue() between the two comments"
 
 
 def test_every_protocol_of_a_plugin_is_named() -> None:

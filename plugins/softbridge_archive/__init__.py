@@ -1,14 +1,27 @@
-"""Files of toolkits that are no longer developed: read, and written where that makes sense. One module each."""
+"""Files of toolkits that are no longer developed: read, and written where something still reads them. One module each.
+
+`frame` is what they share. `FORMATS` is the table; `plugins/README.md` has it in words, which a test generates.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from softbridge.plugin.hookspecs import Format, hookimpl
-from softbridge_archive.google import FORMAT
+from softbridge_archive import google
+from softbridge_archive.frame import ArchiveFormat
+
+#: One of each module, in alphabetical order.
+FORMATS: Sequence[ArchiveFormat] = (google.FORMAT,)
 
 
 @hookimpl
 def softbridge_formats() -> Sequence[Format]:
     """The formats of this plugin."""
-    return [FORMAT]
+    return FORMATS
+
+
+def catalogue() -> str:
+    """The table of these formats, in Markdown."""
+    rows = [f"| `{form.name}` | {form.reads} | {form.writes} | {form.proven} |" for form in FORMATS]
+    return "\n".join(["| format | read | written | how it was proven |", "|---|---|---|---|", *rows]) + "\n"

@@ -89,5 +89,5 @@ def test_the_matrix_in_the_document_is_what_the_declarations_generate() -> None:
     assert document.endswith(f"\n\n{generated}"), "run 'softbridge matrix', and end tests/MATRIX.md with its output"
     assert CliRunner().invoke(app, ["matrix"]).output == generated
     rows = json.loads(CliRunner().invoke(app, ["matrix", "--json"]).output)
-    assert len(rows) == len(ALL) * 12 * 4
+    assert len(rows) == len(ALL) * 6 * 4
     assert {row["outcome"] for row in rows} == {"exact", "rounding", "conditional", "impossible"}

@@ -71,6 +71,13 @@ def prepare(
         OutputError: the format does not have this encoding.
         LoweringError: the format cannot hold the prompt.
     """
+    if not form.encodings:
+        written = ", ".join(name for name, other in formats().items() if other.encodings)
+        raise OutputError(
+            f"'{form.name}' is read, and not written: {form.summary}",
+            f"one of {written}",
+            "choose another target format",
+        )
     if encoding is not None and encoding not in form.encodings:
         raise OutputError(
             f"'{form.name}' does not store tensors as '{encoding}'",

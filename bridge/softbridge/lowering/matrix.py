@@ -8,10 +8,17 @@ from itertools import permutations
 from softbridge.base.model import BaseModel
 from softbridge.lowering.examples import METHODS
 from softbridge.lowering.explain import KINDS, Explanation, explain
+from softbridge.plugin.hookspecs import Catalogued
+from softbridge.plugin.optional import able
 from softbridge.plugin.registry import formats
 
 #: (method, source, target) -> family -> what it comes to.
 Matrix = Mapping[tuple[str, str, str], Mapping[str, Explanation]]
+
+
+def rows() -> list[str]:
+    """The formats that the matrix is of: those that have no table of their own."""
+    return [name for name, form in formats().items() if able(form, Catalogued) is None]
 
 
 def matrix() -> Matrix:
@@ -22,7 +29,7 @@ def matrix() -> Matrix:
     return {
         (method, source, target): {family: explain(source, target, method, base=base) for family, base in bases.items()}
         for method in METHODS
-        for source, target in permutations(formats(), 2)
+        for source, target in permutations(rows(), 2)
     }
 
 

@@ -39,7 +39,10 @@ class Format(Protocol):
 
     @property
     def encodings(self) -> Sequence[str]:
-        """How tensors can be stored, the default first: ``safetensors``, ``bin`` (torch's pickle), ``npy``."""
+        """How tensors can be stored, the default first: ``safetensors``, ``bin`` (torch's pickle), ``npy``.
+
+        Empty: files of this format are read, and not written.
+        """
         ...
 
     def sniff(self, files: Files) -> bool:
@@ -127,6 +130,18 @@ class Resumable(Protocol):
     def training_files(self) -> Sequence[str]:
         """Their names. They are left out where that is asked for (``--drop training``)."""
         ...
+
+
+@runtime_checkable
+class Catalogued(Protocol):
+    """What a format can say besides, if its toolkit runs on no transformers of today: its row in a table of its own.
+
+    The matrix of conversions leaves it out: what is read goes wherever the same prompt in `softbridge`'s form goes.
+    """
+
+    reads: str
+    writes: str
+    proven: str
 
 
 @runtime_checkable
@@ -218,7 +233,7 @@ class SelfChecking(Protocol):
 
 
 #: Every protocol that a format, and an engine, may follow besides.
-FORMAT_EXTRAS = (Listing, Resumable)
+FORMAT_EXTRAS = (Listing, Resumable, Catalogued)
 ENGINE_EXTRAS = (Loader, Insertable, Misgenerating, Banker, SelfChecking, Demonstrating)
 
 

@@ -2,27 +2,28 @@
 
 Prompt checkpoints come from strangers, so one package answers for all of them. What it promises:
 
-- no code from a checkpoint is ever executed: pickles are read by torch's restricted unpickler only, and only after
-  their program was walked here as data;
+- no code from a checkpoint is ever executed: no unpickler sees a pickle, its program is walked here as data;
 - nothing is allocated that the file does not really contain: every claim about a size is compared with the bytes that
   are there *before* it is believed (peak memory is at most 8 times a file of tensors; see `LIMIT` for its description);
 - what is malformed is a `CheckpointError`, never another exception, never a guess;
 - no input is modified, and an output appears whole or not at all.
 
-Arrays are NumPy's. torch is imported only where the data of a pickle is read or written, so that looking at files
-stays quick.
+Arrays are NumPy's. torch is imported only where a pickle is written, so that looking at files stays quick.
 
 To read it, in this order: `claims` (what is believed of a file, and what is refused), `headers` (safetensors and .npy),
-`pickles`, `files` (the door to all of them), `content` (bytes that are written) and `output` (how they are written).
+`pickle_walk` and `pickles`, `archives` (files within a file), `files` (the door to all of them), `content` (bytes that
+are written) and `output` (how they are written).
 """
 
 from __future__ import annotations
 
-from softbridge.untrusted.claims import DEPTH, DTYPE_CODES, LIMIT, MEMBERS, is_safe_name, parse_json
+from softbridge.untrusted.claims import DEPTH, DTYPE_CODES, LIMIT, MEMBERS, is_safe_name, parse_json, parse_yaml
 from softbridge.untrusted.content import json_bytes, little_endian, npy_bytes, pickle_bytes, safetensors_bytes
 from softbridge.untrusted.files import Files, Kind
 from softbridge.untrusted.hub import hub_id, located
 from softbridge.untrusted.output import check_vacant, write, write_file
+from softbridge.untrusted.pickle_walk import Foreign
+from softbridge.untrusted.pickles import Stored, pickled
 
 __all__ = [
     "DEPTH",
@@ -30,7 +31,9 @@ __all__ = [
     "LIMIT",
     "MEMBERS",
     "Files",
+    "Foreign",
     "Kind",
+    "Stored",
     "check_vacant",
     "hub_id",
     "is_safe_name",
@@ -39,7 +42,9 @@ __all__ = [
     "located",
     "npy_bytes",
     "parse_json",
+    "parse_yaml",
     "pickle_bytes",
+    "pickled",
     "safetensors_bytes",
     "write",
     "write_file",

@@ -113,13 +113,39 @@ def parse_json(content: bytes, what: str) -> dict[str, Any]:
         raise refusal(f"{what}: JSON nested too deeply to read", f"at most {DEPTH} levels") from error
     except ValueError as error:  # JSONDecodeError, UnicodeDecodeError, a number of more than 4,300 digits
         raise refusal(f"{what}: not readable as JSON: {error}", "a JSON object in UTF-8") from error
+    return _object(value, what, "JSON")
+
+
+def parse_yaml(content: bytes, what: str) -> dict[str, Any]:
+    """The mapping in `content`, of plain values: no object of Python's, no alias (a few can stand for gigabytes).
+
+    Raises:
+        CheckpointError: `content` is no YAML mapping, or has more in it.
+    """
+    import yaml
+
+    most = LIMIT // 64  # a token of one character costs as much as twenty of JSON
+    if len(content) > most:
+        raise refusal(f"{what}: {len(content)} bytes of YAML", f"at most {most}")
+    try:
+        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
+            raise refusal(f"{what}: YAML with an alias", "every value where it belongs")
+        value = yaml.safe_load(content)
+    except RecursionError as error:
+        raise refusal(f"{what}: YAML nested too deeply to read", f"at most {DEPTH} levels") from error
+    except (yaml.YAMLError, ValueError) as error:
+        raise refusal(f"{what}: not readable as YAML: {str(error)[:200]}", "a YAML mapping in UTF-8") from error
+    return _object(value, what, "YAML")
+
+
+def _object(value: Any, what: str, language: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise refusal(f"{what}: JSON of type {type(value).__name__}", "a JSON object")
+        raise refusal(f"{what}: {language} of type {type(value).__name__}", f"a {language} object")
     level: list[Any] = [value]
     for _ in range(DEPTH):
         level = [child for node in level for child in _children(node, what)]
     if level:
-        raise refusal(f"{what}: JSON nested too deeply", f"at most {DEPTH} levels")
+        raise refusal(f"{what}: {language} nested too deeply", f"at most {DEPTH} levels")
     return value
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import zipfile
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from softbridge.arrays import Array
-from softbridge.untrusted.claims import LIMIT, checked_values, parse_json, refusal, short
+from softbridge.untrusted.archives import GZIP, USTAR, members_of
+from softbridge.untrusted.claims import LIMIT, checked_values, parse_json, parse_yaml, refusal, short
 from softbridge.untrusted.headers import NPY, Range, npy_header, safetensors_header
-from softbridge.untrusted.pickles import ZIP, load_pickle, main_member, open_pickle
+from softbridge.untrusted.pickles import ZIP, Pickle, Stored, main_member
 
-Kind = Literal["safetensors", "pickle", "npy", "json", "unknown"]
+Kind = Literal["safetensors", "pickle", "npy", "json", "zip", "tar", "gzip", "unknown"]
 
 
 class Files:
@@ -42,7 +44,7 @@ class Files:
             root = Path(os.path.realpath(self.path))
             self.is_file = root.is_file()
             if self.is_file:
-                self._files = {self.path.name: root}
+                self._files: dict[str, Path | Callable[[], bytes]] = {self.path.name: root}
             elif root.is_dir():
                 self._files = dict(_listed(root))
             else:
@@ -54,14 +56,29 @@ class Files:
                 f"'{self.path}' cannot be opened: {error}", "a checkpoint", "check the path and its permissions"
             ) from error
         self.names = tuple(sorted(self._files))
+        self._trees: dict[str, Any] = {}
 
     def without(self, names: Collection[str]) -> Files:
         """The same without the files of these names, in whatever folder."""
         others = object.__new__(Files)
-        others.path, others.is_file = self.path, self.is_file
+        others.path, others.is_file, others._trees = self.path, self.is_file, self._trees
         others._files = {name: real for name, real in self._files.items() if name.rpartition("/")[2] not in names}
         others.names = tuple(name for name in self.names if name in others._files)
         return others
+
+    def inside(self, name: str) -> Files:
+        """The files in an archive: a zip file, a tar file, or one in gzip. What is used is read into memory."""
+        kind = self.kind(name)
+        with self._open(name) as (_, _, what):
+            place = self._files[name]
+            if kind not in ("zip", "tar", "gzip") or not isinstance(place, Path):
+                raise refusal(f"{what}: its content is {_describe(kind)}", "an archive of files: zip or tar")
+            members = members_of(place, kind, what)
+        within = object.__new__(Files)
+        within.path, within.is_file, within._trees = self.path / name if not self.is_file else self.path, False, {}
+        within._files = dict(members)
+        within.names = tuple(sorted(members))
+        return within
 
     def __contains__(self, name: object) -> bool:
         return name in self._files
@@ -75,17 +92,19 @@ class Files:
                 f"a file {short(name)}",
                 "check that the checkpoint is complete and of the format that was asked for",
             )
-        what = str(self._files[name]) if self.is_file else str(self.path / name)
+        what = str(self.path) if self.is_file else str(self.path / name)
         try:
-            with open(self._files[name], "rb") as stream:
-                yield stream, os.fstat(stream.fileno()).st_size, what
+            with self._reopen(name)() as stream:
+                size = stream.seek(0, os.SEEK_END)
+                stream.seek(0)
+                yield stream, size, what
         except OSError as error:
             raise refusal(f"{what}: cannot be read: {error}", "a readable file", "check its permissions") from error
 
     def kind(self, name: str) -> Kind:
         """What the file is, by its first bytes."""
         with self._open(name) as (stream, size, _):
-            start = stream.read(64)
+            start = stream.read(512)
             # First, because the length of a header can begin like a pickle: 640 is 80 02.
             if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
                 return "safetensors"
@@ -95,17 +114,26 @@ class Files:
                 stream.seek(0)
                 try:
                     with zipfile.ZipFile(stream) as archive:
-                        return "pickle" if main_member(archive) else "unknown"
+                        return "pickle" if main_member(archive) else "zip"
                 except Exception:  # zipfile raises seven kinds of exception on malformed archives
                     return "unknown"
             if start.startswith(b"\x80"):
                 return "pickle"
+            if start[USTAR] == b"ustar":
+                return "tar"
+            if start.startswith(GZIP):
+                return "gzip"
             return "json" if start.lstrip()[:1] == b"{" else "unknown"
 
     def json(self, name: str) -> dict[str, Any]:
         """The JSON object in a file; see `parse_json`."""
         with self._open(name) as (stream, _, what):
             return parse_json(stream.read(LIMIT + 1), what)
+
+    def yaml(self, name: str) -> dict[str, Any]:
+        """The YAML mapping in a file; see `parse_yaml`."""
+        with self._open(name) as (stream, _, what):
+            return parse_yaml(stream.read(LIMIT + 1), what)
 
     def text(self, name: str) -> str:
         """The beginning of a text file, up to `LIMIT` bytes; what is no UTF-8 in it is replaced."""
@@ -123,8 +151,47 @@ class Files:
                     key: checked_values(f"{what}: tensor {short(key)}", r.array(content)) for key, r in ranges.items()
                 }
             if kind == "pickle":
-                return load_pickle(stream.read(size), what)
+                plain = Pickle(stream, size, what, self._reopen(name), plain=True).plain()
+                return {key: tensor.array() for key, tensor in plain.items()}
         raise refusal(f"{what}: its content is {_describe(kind)}", "a safetensors file, or one that torch.save wrote")
+
+    def tree(self, name: str) -> Any:
+        """Everything in a file of tensors, with `Stored` in the place of each: nothing is read but what is used.
+
+        A safetensors file is a dictionary, an .npy file one tensor. What torch.save wrote may be dictionaries and
+        lists, nested (a tuple is a list here), texts and numbers; objects of all other kinds are `Foreign`: their
+        names, and the data that would have made them. Nothing is executed, whatever the file holds.
+        """
+        if name not in self._trees:
+            kind = self.kind(name)
+            with self._open(name) as (stream, size, what):
+                if kind == "pickle":
+                    self._trees[name] = Pickle(stream, size, what, self._reopen(name), plain=False).tree()
+                elif kind == "safetensors":
+                    begin, ranges, _ = safetensors_header(stream, size, what)
+                    self._trees[name] = {key: self._part(name, begin, key, r) for key, r in ranges.items()}
+                elif kind == "npy":
+                    dtype, shape, _ = npy_header(stream, size, what)
+                    self._trees[name] = Stored(dtype.newbyteorder("="), shape, "the array", lambda: self.array(name))
+                else:
+                    raise refusal(f"{what}: its content is {_describe(kind)}", "a file of tensors")
+        return self._trees[name]
+
+    def _part(self, name: str, begin: int, key: str, place: Range) -> Stored:
+        """A tensor of a safetensors file."""
+
+        def read() -> Array:
+            with self._open(name) as (stream, _, what):
+                stream.seek(begin + place.begin)
+                content = _whole(stream, place.end - place.begin, what)
+            alone = Range(place.dtype, place.shape, 0, len(content))
+            return checked_values(f"{what}: tensor {short(key)}", alone.array(content))
+
+        return Stored(place.dtype, place.shape, f"tensor {short(key)}", read)
+
+    def _reopen(self, name: str) -> Callable[[], BinaryIO]:
+        place = self._files[name]
+        return (lambda: place.open("rb")) if isinstance(place, Path) else (lambda: io.BytesIO(place()))
 
     def array(self, name: str) -> Array:
         """The array of an .npy file, in native byte order. Never a pickle."""
@@ -148,8 +215,8 @@ class Files:
                 dtype, shape, _ = npy_header(stream, size, what)
                 return {"": (dtype.name, shape)}
             if kind == "pickle":
-                views = open_pickle(stream.read(size), what)[1]
-                return {key: (view.storage.dtype.name, view.shape) for key, view in views.items()}
+                plain = Pickle(stream, size, what, self._reopen(name), plain=True).plain()
+                return {key: (tensor.dtype.name, tensor.shape) for key, tensor in plain.items()}
         raise refusal(f"{what}: its content is {_describe(kind)}", "a file of tensors")
 
     def metadata(self, name: str) -> dict[str, str]:

@@ -1,0 +1,155 @@
+"""What every format of the archive is: a table of facts, and a function for each thing that it does."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from softbridge import untrusted
+from softbridge.errors import BaseModelError, CheckpointError, Obstacle
+from softbridge.geometry import Geometry, read_geometry
+from softbridge.plugin.capabilities import Capabilities
+from softbridge.prompt import SoftPrompt
+
+Recognise = Callable[[untrusted.Files], bool]
+Read = Callable[[untrusted.Files, "Geometry | None"], SoftPrompt]
+Write = Callable[[SoftPrompt, "Geometry | None"], Mapping[str, bytes]]
+Tell = Callable[[SoftPrompt, "Geometry | None"], Sequence[Obstacle]]
+Advise = Callable[[SoftPrompt, "Geometry | None", int], Sequence[str]]
+
+
+#: What a format can hold that is read only.
+NOTHING = Capabilities()
+
+
+@dataclass(eq=False)
+class ArchiveFormat:
+    """A toolkit's files. Its facts stand in the module that makes it.
+
+    Attributes:
+        name: of the format.
+        summary: what the files are, in a line.
+        files: patterns of the names of the files that are read.
+        recognise: see `Format.sniff`. Two formats never recognise the same files, unless their bytes cannot tell.
+        reader: see `Format.read`.
+        reads, writes, proven: for the table in `plugins/README.md`: which of the toolkit's files are read and written,
+            and what their meaning was compared with.
+        encodings, capabilities, writer, obstacles_of: of what is written; a format without encodings is read only.
+        advise: see `Format.advice`.
+    """
+
+    name: str
+    summary: str
+    files: Sequence[str]
+    recognise: Recognise
+    reader: Read
+    reads: str
+    proven: str
+    writes: str = "-"
+    encodings: Sequence[str] = ()
+    capabilities: Capabilities = NOTHING
+    writer: Write | None = None
+    obstacles_of: Tell = lambda prompt, geometry: ()
+    advise: Advise = lambda prompt, geometry, first: ()
+    engine: str = "native"  # none of these toolkits runs on a transformers of today
+
+    def sniff(self, files: untrusted.Files) -> bool:
+        return self.recognise(files)
+
+    def read(self, files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
+        return self.reader(files, geometry)
+
+    def obstacles(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[Obstacle]:
+        return self.obstacles_of(prompt, geometry)
+
+    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
+        assert self.writer is not None  # nothing is lowered to a format that is read only
+        return self.writer(prompt, geometry)
+
+    def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
+        return self.advise(prompt, geometry, first)
+
+
+def weights(files: untrusted.Files) -> Mapping[str, untrusted.Stored]:
+    """Every tensor of a checkpoint, of one file or of several, by its name; none is read yet.
+
+    Dictionaries in dictionaries are one name: ``state_dict.encoder.weight``.
+
+    Raises:
+        CheckpointError: a file is malformed, or two of them hold tensors of the same name.
+    """
+    found: dict[str, untrusted.Stored] = {}
+    for file in files.names:
+        if files.kind(file) in ("safetensors", "pickle"):
+            for name, tensor in _flat(files.tree(file)):
+                if name in found:
+                    raise CheckpointError(
+                        f"{files.path} holds several tensors {name!r:.80}, one of them in {file}",
+                        "one checkpoint",
+                        "give the path of the one to read",
+                    )
+                found[name] = tensor
+    return found
+
+
+def _flat(node: Any, path: str = "") -> Iterator[tuple[str, untrusted.Stored]]:
+    if isinstance(node, untrusted.Stored):
+        yield path, node
+    elif isinstance(node, (dict, list)):
+        for name, child in node.items() if isinstance(node, dict) else enumerate(node):
+            yield from _flat(child, f"{path}.{name}" if path else str(name))
+
+
+def below(found: Mapping[str, untrusted.Stored], stem: str) -> dict[str, untrusted.Stored]:
+    """Those tensors whose names have ``stem`` before their last words, by these words: stem ``prefix_encoder`` finds
+    ``embedding.weight`` in ``module.prefix_encoder.embedding.weight``. Empty if there is none.
+
+    Args:
+        stem: a regular expression.
+
+    Raises:
+        CheckpointError: the stem stands in several places.
+    """
+    matches = {name: re.fullmatch(rf"((?:.*\.)?(?:{stem}))\.(.+?)", name) for name in found}
+    places = {match[1] for match in matches.values() if match is not None}
+    if len(places) > 1:
+        raise CheckpointError(
+            f"tensors below {', '.join(sorted(places)[:4])}", "those of one prompt", "save that prompt's alone"
+        )
+    return {match[2]: found[name] for name, match in matches.items() if match is not None}
+
+
+def geometry_of(files: untrusted.Files, given: Geometry | None, what: str) -> Geometry:
+    """The base model's geometry: as given, or from the config.json beside the prompt.
+
+    Args:
+        what: what it is needed for, in words.
+
+    Raises:
+        BaseModelError: neither is there, or transformers does not know the family.
+    """
+    geometry = given or _recorded(files)
+    if geometry is None:
+        raise BaseModelError(f"{what}, and nothing that says for which base model", "the base model", "give --base")
+    return geometry
+
+
+def _recorded(files: untrusted.Files) -> Geometry | None:
+    from transformers import CONFIG_MAPPING
+
+    if "config.json" not in files:
+        return None
+    facts = files.json("config.json")
+    kind = facts.get("model_type")
+    if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+        return None
+    try:
+        return read_geometry(CONFIG_MAPPING[kind].from_dict(facts))
+    except Exception as error:  # configuration classes raise what they like
+        raise CheckpointError(
+            f"a config.json of {kind} that transformers cannot read: {str(error)[:120]}",
+            "a configuration",
+            "give --base",
+        ) from error
