@@ -51,11 +51,9 @@ $(CONTRACTS): contract-%: .envs/%/ready $(ENV5)/ready
 	.envs/$*/bin/python $(PYTEST) $$($(ENV5)/bin/python compat/stacks.py tests)
 
 # What other processors run of the same libraries, and one that is none of them (tests/another_processor.py). How many
-# threads there are is another question: it is asked of this processor and of that one. Two workers with two threads
-# each share two cores, so that threads wait asleep.
+# threads there are is another question. Two workers with two threads each share two cores, so that threads wait asleep.
 PROCESSORS := ATEN_CPU_CAPABILITY=default ATEN_CPU_CAPABILITY=avx2 \
-	ONEDNN_MAX_CPU_ISA=AVX2,MKL_ENABLE_INSTRUCTIONS=AVX2 MKL_CBWR=COMPATIBLE SOFTBRIDGE_PROCESSOR=another \
-	OMP_NUM_THREADS=2 OMP_NUM_THREADS=2,SOFTBRIDGE_PROCESSOR=another
+	ONEDNN_MAX_CPU_ISA=AVX2,MKL_ENABLE_INSTRUCTIONS=AVX2 OMP_NUM_THREADS=2 SOFTBRIDGE_PROCESSOR=another
 # All that compare outputs directly. What is left out asks certificates alone, whose bounds test_conversions.py shows, or
 # compares files; PROCESSOR_TESTS=tests is everything.
 PROCESSOR_TESTS ?= tests/plugins tests/bridge tests/compat tests/test_conversions.py tests/test_as_a_user.py \
