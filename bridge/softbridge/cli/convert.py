@@ -13,6 +13,7 @@ from softbridge.checkpoint.choice import DROPPED
 from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
 from softbridge.cli.tables import certificate_table, shown, steps_table
 from softbridge.errors import SoftbridgeError
+from softbridge.lowering.planner import CONDITIONS
 from softbridge.lowering.precision import DTYPES
 
 
@@ -31,7 +32,7 @@ def convert(
     ] = None,
     accept: Annotated[
         list[str] | None,
-        typer.Option("--accept", help="Accept a condition that a refusal named; may be repeated.", metavar="NAME"),
+        one_of(CONDITIONS, "--accept", "Accept a condition that a refusal named; may be repeated."),
     ] = None,
     encoding: Annotated[
         str | None, typer.Option("--encoding", help="How to store tensors; see 'softbridge formats'.", metavar="NAME")
