@@ -109,7 +109,7 @@ def build(config: Any, task: Task, dtype: Any, seed: int) -> Any:
         config._experts_implementation = "eager"  # grouped matrix products know no float64
     try:
         with torch.random.fork_rng(devices=[]):  # the model's own initialisation, which is thrown away
-            model = auto_class(task, config).from_config(config)
+            model = auto_class(task, config).from_config(config, trust_remote_code=False)
     except (ValueError, TypeError, ArithmeticError, AssertionError, RuntimeError) as error:
         raise BaseModelError(
             f"transformers builds no model for {task} from this {config.model_type} configuration: {first_line(error)}",

@@ -6,7 +6,7 @@ Nothing here loads weights unless asked to, and remote code is never trusted on 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -165,7 +165,7 @@ class BaseModel:
 
         try:
             with torch.device("meta"):
-                model = auto_class(task, self.config).from_config(self.small_config())
+                model = auto_class(task, self.config).from_config(self.small_config(), trust_remote_code=False)
         except (SoftbridgeError, ValueError, TypeError, RuntimeError, ArithmeticError):
             return False
         return {name for name, _ in model.named_parameters()} >= self._head.keys()
@@ -211,7 +211,7 @@ class BaseModel:
 
         try:
             with torch.device("meta"):
-                return auto_class(self.task, self.config).from_config(self.small_config())
+                return auto_class(self.task, self.config).from_config(self.small_config(), trust_remote_code=False)
         except (SoftbridgeError, ValueError, TypeError, RuntimeError, ArithmeticError):
             return None
 
@@ -247,7 +247,11 @@ class BaseModel:
             with torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # a head that the checkpoint lacks is drawn anew each time
                 model = auto_class(self.task, self.config).from_pretrained(
-                    self.name, config=copy.deepcopy(self.config), dtype=dtype, attn_implementation="eager"
+                    self.name,
+                    config=copy.deepcopy(self.config),
+                    dtype=dtype,
+                    attn_implementation="eager",
+                    trust_remote_code=False,  # else transformers asks on the terminal
                 )
         except (OSError, ValueError) as error:
             raise BaseModelError(
@@ -290,10 +294,28 @@ def _load_config(base: str, trust_remote_code: bool) -> Any:
             f"there is no '{base}'", "a directory with config.json, a config.json, or a hub id", "check the spelling"
         )
     try:
-        return AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as error:  # configuration classes raise what they like
         raise BaseModelError(
             f"'{base}' cannot be read as a base model: {first_line(error)}",
             "a directory with config.json, a config.json, or a hub id that this machine can reach",
             "check the spelling; download the model's config.json and pass its path",
         ) from error
+    foreign = sorted(_downloads(config))
+    if foreign and not trust_remote_code:
+        raise BaseModelError(
+            f"the configuration of '{base}' asks for {', '.join(foreign)}, which transformers would download and run",
+            "the name of an implementation that transformers brings",
+            "take it out of config.json; or load the model yourself, if you trust its author, and pass the model",
+        )
+    return config
+
+
+def _downloads(config: Any) -> Iterator[str]:
+    """Kernels of the hub, as ``owner/name``, that a configuration or a part of it wants its attention to be."""
+    for name, value in vars(config).items():
+        if "_implementation" in name:
+            asked = value.values() if isinstance(value, dict) else [value]
+            yield from (repr(one)[:80] for one in asked if isinstance(one, str) and "/" in one)
+        elif hasattr(value, "model_type") and hasattr(value, "to_dict"):
+            yield from _downloads(value)

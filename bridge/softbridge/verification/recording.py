@@ -32,6 +32,10 @@ OLDER = (2,)
 _ARRAYS = {name: name for name in ("exact", "rough", "states", "gradient")} | {"turned": "rotated"}
 
 
+#: What another interpreter runs. The current folder, which may be a stranger's checkpoint, is nothing to import from.
+_PROGRAM = "import sys; sys.path[:] = filter(None, sys.path); from softbridge.cli import main; main()"
+
+
 @dataclass(frozen=True)
 class Recording:
     """What one side put out, and on what.
@@ -201,7 +205,7 @@ def record_elsewhere(python: str, arguments: Sequence[str], output: Path) -> Rec
     Raises:
         EngineError: the interpreter cannot be started, or its probe failed.
     """
-    command = [python, "-c", "from softbridge.cli import main; main()", "probe", *arguments, "--output", str(output)]
+    command = [python, "-c", _PROGRAM, "probe", *arguments, "--output", str(output)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

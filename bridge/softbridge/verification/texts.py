@@ -43,7 +43,8 @@ def _tokenized(lines: list[str], base: str) -> list[list[int]]:
     from transformers import AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(Path(base).parent) if base.endswith(".json") else base)
+        folder = str(Path(base).parent) if base.endswith(".json") else base
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks on the terminal
     except Exception as error:  # tokenizers raise what they like
         raise BaseModelError(
             f"the base model '{base}' has no tokenizer: {error!s:.200}",
