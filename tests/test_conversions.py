@@ -18,7 +18,7 @@ import pytest
 
 import softbridge as sb
 from softbridge.base import BaseModel
-from softbridge.errors import EngineError, LoweringError
+from softbridge.errors import BaseModelError, EngineError, LoweringError
 from softbridge.plugin.registry import engines
 from softbridge.prompt import Positions, SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
@@ -39,8 +39,8 @@ FORMATS = ("softbridge", "peft", "adapterhub", "google")
 TABLE = """
                         softbridge  peft        adapterhub  google
                         s p a g     s p a g     s p a g     s p a g
-gpt2      prompt        b b . .     b b . .     . . . .     . . . .
-llama     prompt        b b . .     b b . .     . . . .     . . . .
+gpt2      prompt        b b c .     b b c .     . . . .     . . . .
+llama     prompt        b b e .     b b e .     . . . .     . . . .
 qwen3     prompt        b b . .     b b . .     . . . .     . . . .
 gpt_neox  prompt        b b . .     b b . .     . . . .     . . . .
 bert      prompt        b b c .     b b c .     b . b .     . . . .
@@ -58,6 +58,8 @@ REFUSALS = {
     ("*", "prompt", "adapterhub"): "part",
     ("bert", "prompt", "peft"): "part",
     ("*", "prefix", "google"): "part",
+    ("qwen3", "prompt", "adapterhub"): "family",
+    ("gpt_neox", "prompt", "adapterhub"): "family",
     ("qwen3", "prefix", "adapterhub"): "family",
     ("gpt_neox", "prefix", "adapterhub"): "family",
     ("t5", "prefix", "adapterhub"): "relative-bias",
@@ -97,8 +99,9 @@ def canonical(family: str, method: str, source: str) -> SoftPrompt:
 
 @cache
 def base_of(family: str, method: str) -> BaseModel:
-    """Vectors go behind the embedding block with its weights, and positions are all that matters to the others."""
-    return BaseModel.resolve(tiny_model(family) if (family, method) == ("bert", "prompt") else tiny_config(family))
+    """Vectors go behind the embedding block, and into a cache, with weights; else positions are all that matters."""
+    weighted = method == "prompt" and family in ("bert", "gpt2", "llama")
+    return BaseModel.resolve(tiny_model(family) if weighted else tiny_config(family))
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,11 @@ def test_cell(
     holds = [f for f in FORMATS if cell_of(family, method, f, f) != "."]
     if source not in holds:
         assert outcome == "."
+        if cell_of(family, method, "softbridge", source) != ".":  # what it holds of these vectors is a prefix
+            vectors, bare = canonical(family, method, "softbridge"), tiny_config(family)
+            with pytest.raises(BaseModelError, match="a configuration only"):
+                sb.save(vectors, tmp_path / "source", format=source, base=bare, accept=["positions"])
+            return
         with pytest.raises(LoweringError) as refused:
             sb.save(canonical(family, method, "softbridge"), tmp_path / "source", format=source, base=base)
         assert refusal(family, method, source) in {obstacle.name for obstacle in refused.value.obstacles}
@@ -188,12 +196,14 @@ def test_cell(
     if outcome == "b":
         assert certificate.naive is None
         assert numbers(tmp_path / "target", base) == numbers(directory, base)
+    elif "prefill" in {step.name for step in report.steps}:
+        assert certificate.naive is None, "vectors cannot be copied into a prefix"
     else:
         assert certificate.naive is not None
         assert certificate.naive * certificate.scale > 0.1, "copying as it is must be visibly wrong here"
     faults = {fault.name: fault for fault in certificate.faults}
     expected = {"dropped", "shifted by one position"}
-    if method == "prefix":
+    if method == "prefix" or "prefill" in {step.name for step in report.steps}:
         expected |= {"keys and values swapped", "two layers swapped"}
     assert set(faults) == expected
     for fault in faults.values():

@@ -46,12 +46,11 @@ ELSEWHERE = {name for name in FORMATS if engines()[format_named(name).engine].un
 
 @cache
 def base_of(family: str) -> BaseModel:
-    """With weights where they move a prompt: vectors go behind an encoder's embedding block with them."""
+    """With weights where they move a prompt: behind an encoder's embedding block, or into a decoder's cache."""
     import torch
 
-    return BaseModel.resolve(
-        tiny_model(family, torch.float32, num_labels=2) if family == "bert" else tiny_config(family)
-    )
+    labels = {"num_labels": 2} if family == "bert" else {}
+    return BaseModel.resolve(tiny_config(family) if family == "t5" else tiny_model(family, torch.float32, **labels))
 
 
 @pytest.fixture(autouse=True, scope="module")

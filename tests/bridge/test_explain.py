@@ -77,7 +77,8 @@ def test_the_command(tmp_path: Path) -> None:
     rows = json.loads(CliRunner().invoke(app, [*arguments, "--json"]).output)
     outcomes = {row["method"]: row["outcome"] for row in rows}
     assert outcomes.keys() == ALL.keys()
-    assert outcomes["prompt-tuning"] == "impossible"
+    assert outcomes["prompt-tuning"] == "rounding"
+    assert outcomes["prefix-tuning-gated"] == "impossible"
     assert outcomes["prefix-tuning"] == "rounding"
     assert CliRunner().invoke(app, ["explain", "--from", "peft", "--to", "onnx"]).exit_code == 2
 

@@ -141,6 +141,11 @@ class BaseModel:
         """A copy that answers with random weights, for planning a conversion without loading any."""
         return self if self._imagined else self._imagination
 
+    @property
+    def imagined(self) -> bool:
+        """Whether the weights are random ones, and the numbers that they give nobody's."""
+        return self._imagined
+
     @cached_property
     def _imagination(self) -> BaseModel:
         return BaseModel(self.config, self.name, head=self._head, imagined=True)

@@ -22,6 +22,7 @@ from softbridge.lowering.expressible import (
     check_whole,
 )
 from softbridge.lowering.precision import round_numbers
+from softbridge.lowering.prefill import prefill
 from softbridge.lowering.scale import rescale
 from softbridge.lowering.steps import Option, Pass, Step, Target, with_part
 from softbridge.lowering.token_positions import check_relative_bias, check_window, move_start
@@ -96,6 +97,7 @@ PASSES: tuple[Pass, ...] = (
     rescale,
     _placement,
     _entry,
+    prefill,
     check_parts,
     check_gates,
     check_layers,

@@ -43,6 +43,10 @@ def rounded_to(steps: Sequence[Step], asked: str | None) -> str | None:
     return asked if any(step.name == "narrow" for step in steps) else None
 
 
+#: Steps that run numbers through the base model, or a piece of it: what comes out depends on its weights.
+RUN = frozenset({"entry", "prefill"})
+
+
 @dataclass(frozen=True)
 class Claim:
     """In which sense two prompts are the same function.
@@ -113,7 +117,7 @@ class Claim:
             self,
             conditions=conditions,
             rounded=rounded,
-            weights=weights or "entry" in rounded,  # what the embedding block makes of vectors depends on them
+            weights=weights or bool(RUN.intersection(rounded)),
             window=None if "window" in conditions else longest + LENGTHS[0] // 2,
             level=level,
         )
@@ -131,8 +135,8 @@ class Claim:
 
     @property
     def moved(self) -> bool:
-        """Whether the embedding block lies between the vectors of the two."""
-        return "entry" in self.rounded
+        """Whether a piece of the model lies between the numbers of the two: its embedding block, or all of it."""
+        return bool(RUN.intersection(self.rounded))
 
     @property
     def computed(self) -> bool:

@@ -109,7 +109,7 @@ def _training(a: Capture, b: Capture, claim: Claim) -> list[Figure]:
         return figures
     note = ""
     if claim.moved:
-        note = "the embedding block lies between the two, and their gradients are not each other's"
+        note = "a piece of the model lies between the two, and their gradients are not each other's"
     elif a.repeats or b.repeats:
         note = "layers share their numbers, and what a toolkit does with that in training is not compared"
     size = max(float(np.abs(array).max()) for array in ours.values()) or 1.0
