@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from softbridge.attachment.attach import reference as reference
     from softbridge.attachment.attached import extract as extract
     from softbridge.attachment.trainer_callback import SoftPromptCallback as SoftPromptCallback
+    from softbridge.baking import bake as bake
     from softbridge.base.model import BaseModel as BaseModel
     from softbridge.checkpoint.inspect import inspect as inspect
     from softbridge.checkpoint.read import load as load
@@ -61,6 +62,7 @@ _HOME = {
     "reference": "attachment.attach",
     "PromptBank": "plugin.prompt_bank",
     "BaseModel": "base",
+    "bake": "baking",
     "convert": "conversion",
     "explain": "lowering.explain",
     "inspect": "checkpoint.inspect",
