@@ -62,7 +62,7 @@ class AdapterHubEngine:
 
     name = "adapterhub"
     summary = "AdapterHub's package `adapters`, unmodified"
-    capabilities = replace(CAPABILITIES, left_pads=False)
+    capabilities = replace(CAPABILITIES, left_pads=False, evaluates=frozenset({"mlp"}))
 
     def unavailable(self) -> str | None:
         # Once imported, the package has no spec to be found.

@@ -60,8 +60,8 @@ CONFIGS: Mapping[str, Callable[[], Any]] = {
 
 @cache
 def base_of(name: str) -> BaseModel:
-    """Vectors go behind BERT's embedding block with its weights; of the others the structure is all that is needed."""
-    return BaseModel.resolve(tiny_model(name) if name == "bert" else CONFIGS[name]())
+    """With weights where they move vectors: behind BERT's embedding block, into a decoder's cache."""
+    return BaseModel.resolve(tiny_model(name) if name in ("bert", "gpt2", "llama") else CONFIGS[name]())
 
 
 def made(method: str, base: BaseModel, source: str) -> SoftPrompt:
