@@ -1,4 +1,4 @@
-"""Gates of the native engine against AdapterHub, run here; for its numbers elsewhere see test_adapterhub_elsewhere.py.
+"""Gates of the native engine against AdapterHub, run here; for its numbers elsewhere see test_adapterhub_golden.py.
 
 A gate is a mean over whatever is in the call, so it depends on pads and on a cache. That is the toolkit's function.
 """

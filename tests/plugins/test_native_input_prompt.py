@@ -482,7 +482,7 @@ def test_after_the_block_padding_does_not_matter(family: str, placement: str) ->
 @pytest.mark.parametrize("placement", ["before-sequence", "after-first-token"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "albert"])
 def test_after_the_block_is_adapterhub(family: str, placement: str) -> None:
-    """States of every token. (What AdapterHub's classifiers make of them: test_adapterhub_elsewhere.py.)"""
+    """States of every token. (What AdapterHub's classifiers make of them: test_adapterhub_golden.py.)"""
     pytest.importorskip("adapters")
     maker = runpy.run_path(str(Path(__file__).parent.parent / "golden" / "make_adapterhub.py"))
     model = small_encoder(family)
