@@ -157,7 +157,7 @@ def test_no_filling_of_a_layer_is_neutral() -> None:
         assert float((logits(filled) - right).abs().max()) > 0.1, scale
 
 
-def test_other_tasks_are_not_left_behind_in_silence(tmp_path: Path) -> None:
+def test_other_tasks_are_not_left_behind_silently(tmp_path: Path) -> None:
     config = tiny_config("gpt2")
     prompt = METHODS["multitask-prompt-tuning"](base("gpt2").geometry)
     sb.save(prompt, tmp_path / "all", format="softbridge", base=config)

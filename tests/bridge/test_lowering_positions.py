@@ -37,7 +37,7 @@ def obstacles(error: pytest.ExceptionInfo[LoweringError]) -> dict[str, bool]:
     return {obstacle.name: obstacle.acceptable for obstacle in error.value.obstacles}
 
 
-def test_rotary_keys_are_turned_values_are_not_and_there_and_back_is_the_same() -> None:
+def test_rotary_keys_are_rotated_values_are_not_and_there_and_back_is_the_same() -> None:
     model = base("llama")
     prompt = random_prefix(model.geometry, length=6)
     lowering = lower(prompt, Target("x", UNCOUNTED, model))
@@ -129,7 +129,7 @@ def test_frequencies_that_depend_on_the_length_are_a_condition() -> None:
     assert obstacles(refused) == {"length": True}
 
 
-def test_turned_keys_leave_their_reparameterisation_behind() -> None:
+def test_rotated_keys_leave_their_parameterisation_behind() -> None:
     model = base("llama")
     prompt = replace(random_prefix(model.geometry), training=Training("mlp", {}, {"w": np.ones(3)}))
     lowering = lower(prompt, Target("x", UNCOUNTED, model))
@@ -153,7 +153,7 @@ def test_input_prompts_are_counted_in_the_sequence_and_nobody_can_tell_otherwise
             with pytest.raises(LoweringError) as refused:
                 lower(prompt, Target("x", able, model), accept=["positions"])
             assert obstacles(refused) == {"positions": False}
-        else:  # the whole sequence moves: nothing turns, nothing changes
+        else:  # the whole sequence moves: nothing is rotated, nothing changes
             lowering = lower(prompt, Target("x", able, model))
             assert [(step.name, step.exactness) for step in lowering.steps] == [("positions", "exact")]
             assert lowering.prompt.parts == prompt.parts
@@ -170,7 +170,7 @@ def test_a_window_shorter_than_the_prefix_is_no_condition() -> None:
     assert obstacles(refused) == {"window": False}
 
 
-def test_rotary_keys_are_turned_rather_than_told() -> None:
+def test_rotary_keys_are_rotated_rather_than_told() -> None:
     """Both ways are right; the one that burdens nobody is taken."""
     model = base("llama")
     able = replace(PREFIX, prefix_start="zero")

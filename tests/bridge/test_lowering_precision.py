@@ -126,7 +126,7 @@ def test_widening_is_exact(tmp_path: Path) -> None:
     assert [(step.name, step.exactness) for step in lowering.steps] == [("dtype", "exact")]
 
 
-def test_what_was_turned_and_rounded_is_certified_before_the_rounding(tmp_path: Path) -> None:
+def test_what_was_rotated_and_rounded_is_certified_before_the_rounding(tmp_path: Path) -> None:
     config = tiny_config("llama")
     sb.save(random_prefix(base("llama").geometry), tmp_path / "wide", format="softbridge", base=config)
     report = sb.convert(tmp_path / "wide", tmp_path / "out", "adapterhub", base=config, dtype="bfloat16", verify=True)
