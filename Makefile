@@ -27,6 +27,8 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
+# What is compiled is kept, whatever the caller's shell says: pytest writes every assertion anew, for seconds a worker.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: test test-stacks test-processors test-long test-slow test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
 

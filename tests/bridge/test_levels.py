@@ -111,7 +111,7 @@ def test_where_two_sides_part_is_named(family: str) -> None:
     prompt = prefix_of(family)
     stack = "encoder" if family == "bert" else "decoder"
     for layer, what in ((0, "values"), (1, "keys"), (LAYERS - 1, "values")):
-        certificate = certify(prompt, faulty(prompt, layer, what), family)
+        certificate = certify(prompt, faulty(prompt, layer, what), family, "float64")
         parted = certificate.parted
         assert certificate.verdict == "different"
         assert parted is not None
