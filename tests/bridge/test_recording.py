@@ -20,6 +20,8 @@ from softbridge.testing import random_prefix, tiny_config
 from softbridge.verification import Certificate, compare, probe, proof, verify
 from softbridge.verification.recording import Recording, pack, unpack
 
+pytestmark = pytest.mark.usefixtures("remembered_runs")
+
 #: The interpreter of the other stack's environment, which `make test` names; else this one, in a process of its own.
 OTHER = os.environ.get("SOFTBRIDGE_OTHER_PYTHON", sys.executable)
 
