@@ -88,7 +88,7 @@ def test_what_is_proven_elsewhere_is_there() -> None:
     text = Path(__file__).with_name("test_conversions.py").read_text()
     for family in KINDS:
         for method in PROVEN:
-            row = rf"^{family} +{method.removesuffix('-tuning')}( +[bce.]){{{len(FORMATS) ** 2}}}$"
+            row = rf"^{family} +{method.removesuffix('-tuning')}( +[bce.])+$"
             assert re.search(row, text, re.MULTILINE), (family, method)
 
 
