@@ -27,6 +27,8 @@ export HF_HUB_OFFLINE := 1
 export HF_HUB_DISABLE_TELEMETRY := 1
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export TOKENIZERS_PARALLELISM := false
+# What is compiled is kept, whatever the caller's shell says: pytest writes every assertion anew, for seconds a worker.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: test test-stacks test-processors test-long test-slow test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
 
@@ -72,8 +74,8 @@ test-long: export OMP_NUM_THREADS := 1
 test-long: export SOFTBRIDGE_PROFILE := long
 test-long: $(ENV4)/ready $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST) tests/bridge/test_untrusted_reading.py tests/bridge/test_container.py \
-		tests/plugins/test_native_selfcheck.py tests/plugins/test_native_kernels.py tests/bridge/test_claim.py \
-		tests/test_false_alarms.py
+		tests/plugins/test_native_selfcheck.py tests/plugins/test_native_flex_and_flash.py tests/bridge/test_claim.py \
+		tests/plugins/test_native_calls.py tests/test_false_alarms.py
 	$(ENV4)/bin/python $(PYTEST) tests/test_false_alarms.py tests/bridge/test_claim.py
 
 # Resumable: make test-strangers ONLY='causal llama' or RESUME=--resume

@@ -1,14 +1,16 @@
 """Two profiles for hypothesis: a quick one that is the same every time, and SOFTBRIDGE_PROFILE=long to go looking.
 
 SOFTBRIDGE_PROCESSOR=another sums otherwise than this processor does; see another_processor.py.
-And a memory of what ran, for tests that compare many pairs of few sides.
+And a memory of what ran, for tests that compare many pairs of few sides: a folder that lasts as long as the session.
 """
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import inspect
 import os
+import pickle
 import runpy
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -38,21 +40,28 @@ os.environ.setdefault("SOFTBRIDGE_SELF_CHECK", "0")
 _VERDICTS = tempfile.TemporaryDirectory(prefix="softbridge-self-check-")
 os.environ["SOFTBRIDGE_SELF_CHECK_FOLDER"] = _VERDICTS.name
 
-#: Runs that are remembered at most, the latest: some 100 kB each.
-REMEMBERED = 300
+
+def pytest_collection_finish() -> None:
+    """Spare each full collection of garbage the walk through all that was imported."""
+    gc.collect()
+    gc.freeze()
+
+
+# One folder for all workers, made by the process that starts them.
+if "SOFTBRIDGE_TEST_RUNS" not in os.environ:
+    _RUNS = tempfile.TemporaryDirectory(prefix="softbridge-test-runs-")
+    os.environ["SOFTBRIDGE_TEST_RUNS"] = _RUNS.name
 
 
 @pytest.fixture(scope="module")
 def remembered_runs() -> Iterator[None]:
-    """Run each side of a comparison once, however many others it is compared with.
+    """Run each side of a comparison once, however many others it is compared with, in whichever module and worker.
 
     A run is a function of what it is given, and all of that is the key: the model down to its weights, the probes, the
     engine, the prompt as it was read, and the bytes of the files for the toolkit's own loader. Whatever a conversion
-    gets wrong is another key, and is run.
+    gets wrong is another key, and is run. Modules that put faults into what runs must not use this.
     """
     from softbridge.verification.bench import Bench
-
-    known: dict[Any, Any] = {}
 
     def once(run: Callable[..., Any]) -> Callable[..., Any]:
         arguments = inspect.signature(run)
@@ -61,20 +70,24 @@ def remembered_runs() -> Iterator[None]:
             given = arguments.bind(*args, **settings)
             given.apply_defaults()
             more = {probe.name for probe in given.arguments.pop("more", ())}  # what ran them did for less, too
-            key = (run, *(_told(value) for value in given.arguments.values()))
-            found = known.pop(key, None)
-            if found is None or (more and not more <= found[0].keys()):
-                found = run(*args, **settings)
-            known[key] = found
-            if len(known) > REMEMBERED:
-                del known[next(iter(known))]
+            key = repr((run.__name__, *(_told(value) for value in given.arguments.values())))
+            kept = Path(os.environ["SOFTBRIDGE_TEST_RUNS"], hashlib.sha256(key.encode()).hexdigest())
+            ran, found = pickle.loads(kept.read_bytes()) if kept.exists() else (None, None)
+            if ran is None or not more <= ran:
+                ran, found = more, run(*args, **settings)
+                written = kept.with_suffix(f".{os.getpid()}")
+                written.write_bytes(pickle.dumps((ran, found)))
+                written.replace(kept)
+            for name in ran - more:
+                del found[0][name]
             return found
 
         return remembered
 
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("own", "other", "gradient"):
+        for name in ("own", "other", "without", "gradient"):
             patch.setattr(Bench, name, once(getattr(Bench, name)))
+        patch.setattr(Bench, "float32_regions", property(once(Bench.float32_regions.func)))
         yield
 
 

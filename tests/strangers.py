@@ -63,7 +63,7 @@ from softbridge.verification.run import find_float32_regions
 #: Virtual and real tokens, and new ones.
 P, T, NEW = 3, 7, 5
 #: Relative to the largest logit: in float64; beside a float32 region in the model; where it knows no float64.
-EXACT, ISLAND, SINGLE = 1e-12, 1e-5, 1e-4
+EXACT, FLOAT32, SINGLE = 1e-12, 1e-5, 1e-4
 #: A prompt that moves no logit by this part of the largest shows nothing.
 FELT = 1e-3
 #: More parameters than this are not small.
@@ -281,7 +281,7 @@ class Seeded(Hand):
 
     def _one_by_one(self, ids: Tensor, cache: Any) -> Tensor:
         """Token by token: some models that keep states go on from their cache in no other way."""
-        if self.apart > ISLAND:
+        if self.apart > FLOAT32:
             raise ArithmeticError(f"the bare model reads on token by token otherwise than at once, by {self.apart:.1e}")
         return self._read(copy.deepcopy(self.model), ids, cache, P)
 
@@ -337,7 +337,7 @@ class Overwritten(Hand):
 
     def _twice(self, ids: Tensor, more: dict[str, Any], run: Callable[..., Tensor]) -> Tensor:
         one, other = (run(ids, tokens(len(ids), P, seed), more) for seed in (5, 6))
-        if _difference(one, other) > ISLAND:
+        if _difference(one, other) > FLOAT32:
             raise ArithmeticError("the tokens in front show elsewhere than in keys and values")
         return one
 
@@ -594,9 +594,9 @@ def _bound(model: Any) -> float:
         return SINGLE
     probe = Probe("alone", {name: value.numpy() for name, value in _text(model).items()}, np.ones((1, 1), bool))
     try:
-        return ISLAND if find_float32_regions(model, probe) else EXACT
+        return FLOAT32 if find_float32_regions(model, probe) else EXACT
     except Exception:  # it has logits of another name
-        return ISLAND
+        return FLOAT32
 
 
 def _compare(cell: Cell, model: Any, geometry: Geometry, prompt: SoftPrompt, bare: Tensor, judge: Judge) -> None:
@@ -643,10 +643,10 @@ def _naturally(model: Any, geometry: Geometry, judge: Judge) -> None:
     except Exception as error:
         judge.figures["natural"] = f"not judged: by hand {_told(error)}"
         return
-    if not own <= max(judge.bound, ISLAND):  # a text leaves more behind than keys and values
+    if not own <= max(judge.bound, FLOAT32):  # a text leaves more behind than keys and values
         judge.figures["natural"] = f"not judged: by hand it differs by {own:.1e}"
         return
-    with judge.within(max(judge.bound, ISLAND)):  # keys and values are stored in float32
+    with judge.within(max(judge.bound, FLOAT32)):  # keys and values are stored in float32
         judge.close(
             "natural", lambda: expected, lambda: _scores(sb.attach(copy.deepcopy(model), prompt), input_ids=rest)
         )
@@ -740,7 +740,7 @@ def _generation(
             continue
         written = torch.cat([start if crossed else ids, expected[:, :-1]], dim=1)
         apart = _difference(steps_of(plain)(written)[:, -NEW:], generated(model, given, cached, True))
-        if not torch.equal(own, expected) or apart > ISLAND:  # tokens may agree by chance
+        if not torch.equal(own, expected) or apart > FLOAT32:  # tokens may agree by chance
             judge.figures[name] = f"not judged: the bare model's logits, token by token, differ by {apart:.1e}"
             continue
         steps = steps_of(lambda text, decoder: hand.scores(text, True, decoder))

@@ -8,6 +8,7 @@ one can be run.
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterator
 from functools import cache, partial
@@ -40,6 +41,8 @@ pytestmark = pytest.mark.usefixtures("remembered_runs")
 
 FORMATS = ("softbridge", "peft", "adapterhub")
 PAIRS = [(source, target) for source in FORMATS for target in FORMATS if source != target]
+#: Of these test_conversions.py proves the same cells, on files that the toolkits wrote: here they are converted only.
+PROVEN = ("prompt-tuning", "prefix-tuning")
 #: Whose toolkit is not installed: what it computes is proven on the stack that has it.
 ELSEWHERE = {name for name in FORMATS if engines()[format_named(name).engine].unavailable() is not None}
 
@@ -80,6 +83,15 @@ def test_the_matrix_is_whole() -> None:
     assert len(KINDS) * len(METHODS) * len(PAIRS) == 4 * 11 * 6
 
 
+def test_what_is_proven_elsewhere_is_there() -> None:
+    """And by what is explained here, says bridge/test_explain.py."""
+    text = Path(__file__).with_name("test_conversions.py").read_text()
+    for family in KINDS:
+        for method in PROVEN:
+            row = rf"^{family} +{method.removesuffix('-tuning')}( +[bce.])+$"
+            assert re.search(row, text, re.MULTILINE), (family, method)
+
+
 def prove(claim: Explanation, family: str, directory: Path) -> None:
     base = base_of(family)
     source, target = directory / claim.source, directory / f"{claim.source}-{claim.target}"
@@ -104,13 +116,15 @@ def prove(claim: Explanation, family: str, directory: Path) -> None:
             sb.convert(source, target, claim.target, base=base)
         assert {o.name for o in refused.value.obstacles} == set(conditions)
         assert not target.exists()
-    report = sb.convert(source, target, claim.target, base=base, accept=conditions, verify=True)
-    certificate = report.certificate
-    assert certificate is not None
-    where = f"{claim.method} {claim.source} -> {claim.target} on {family}: {certificate.summary()}"
-    assert certificate.same, where
-    assert [(fault.name, fault.noticed) for fault in certificate.faults] == [("dropped", True)], where
+    proven = claim.method in PROVEN
+    report = sb.convert(source, target, claim.target, base=base, accept=conditions, verify=not proven)
+    where = f"{claim.method} {claim.source} -> {claim.target} on {family}"
     assert {step.name for step in report.steps} >= {step.name for step in claim.steps}, where
+    if not proven:
+        certificate = report.certificate
+        assert certificate is not None
+        assert certificate.same, f"{where}: {certificate.summary()}"
+        assert [(fault.name, fault.noticed) for fault in certificate.faults] == [("dropped", True)], where
     if conditions:
         unmet(claim, conditions, source, target, base)
 

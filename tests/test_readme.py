@@ -249,19 +249,24 @@ def test_what_is_not_run_exists() -> None:
 # --- the example plugin ----------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def installed(place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example plugin, built and installed as a distribution of its own; the folder that it is in."""
-    source, site = place / "source", place / "site"
-    source.mkdir()
+    source, site = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("site")
     for block in blocks("python", "toml"):
         if block.file is not None:
             (source / block.file).write_text(block.text)
     assert {path.name for path in source.iterdir()} == {"pyproject.toml", "softbridge_plain.py", "softbridge_embeds.py"}
     pip = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--target"]
     subprocess.run([*pip, str(site), str(source)], check=True, capture_output=True)
-    monkeypatch.syspath_prepend(site)
     return site
+
+
+@pytest.fixture
+def installed(built: Path, place: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same, on the path, beside the files that the documents name."""
+    monkeypatch.syspath_prepend(built)
+    return built
 
 
 #: A prompt is converted into the example's format, and verified by its engine; then by the engine with a fault.

@@ -13,6 +13,7 @@ import importlib.util
 import math
 import re
 from collections import Counter
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import softbridge as sb
+from softbridge.base.build import fresh
 from softbridge.plugin.registry import engines
 from softbridge_compat import peft_defects
 
@@ -55,9 +57,14 @@ def held_out() -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     return dict(tokenizer(list(texts), padding=True, return_tensors="pt")), torch.tensor(labels)
 
 
+@cache
+def _loaded() -> Any:
+    return AutoModelForSequenceClassification.from_pretrained(folder(), num_labels=len(CLASSES)).eval()
+
+
 def model() -> Any:
-    loaded = AutoModelForSequenceClassification.from_pretrained(folder(), num_labels=len(CLASSES))
-    return loaded.eval()
+    """A model that nobody has touched, read once."""
+    return fresh(_loaded())
 
 
 def logits(running: Any, batch: dict[str, torch.Tensor]) -> torch.Tensor:

@@ -48,9 +48,9 @@ def test_the_head_that_a_prompt_brings_is_the_one_that_is_run(task: str, tmp_pat
     certificate = sb.verify(tmp_path / "theirs", tmp_path / "ours", base=base)
     assert certificate.same, certificate.to_json()
     # With the classes in another order it is another function.
-    turned = replace(prompt, head={name: array[::-1] for name, array in prompt.head.items()})
-    sb.save(turned, tmp_path / "turned", format="softbridge", base=base)
-    assert not sb.verify(tmp_path / "theirs", tmp_path / "turned", base=base).same
+    reversed_head = replace(prompt, head={name: array[::-1] for name, array in prompt.head.items()})
+    sb.save(reversed_head, tmp_path / "reversed", format="softbridge", base=base)
+    assert not sb.verify(tmp_path / "theirs", tmp_path / "reversed", base=base).same
 
 
 def test_the_class_of_the_model_decides_between_heads_of_one_name() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from dataclasses import replace
+from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -38,6 +39,11 @@ def prefix_of(family: str) -> SoftPrompt:
     return random_prefix(BaseModel(tiny_config(family)).geometry)
 
 
+@cache
+def same_sides() -> Certificate:
+    return certify(prefix_of("gpt2"), prefix_of("gpt2"))
+
+
 def faulty(prompt: SoftPrompt, layer: int, what: str = "keys", factor: float = 1.01) -> SoftPrompt:
     """The last part with one layer's keys or values off."""
     *others, part = prompt.parts
@@ -64,7 +70,7 @@ def test_what_the_working_precision_rounds_anyway_is_a_level_of_its_own() -> Non
 
 
 def test_a_level_is_asked_for_and_only_what_reaches_it_is_the_same() -> None:
-    right = certify(prefix_of("gpt2"), prefix_of("gpt2"))
+    right = same_sides()
     apart = replace(right, figures=tuple(replace(one, float64=1e-13) for one in right.figures))
     verdicts: list[tuple[Certificate, str]] = [(right, "bitwise"), (apart, "exact")]
     verdicts.append((replace(apart, bound=1e-14), "rounding"))
@@ -76,7 +82,7 @@ def test_a_level_is_asked_for_and_only_what_reaches_it_is_the_same() -> None:
 
 
 def test_a_noise_floor_that_a_missing_prompt_would_pass_measures_nothing() -> None:
-    right = certify(prefix_of("gpt2"), prefix_of("gpt2"))
+    right = same_sides()
     beyond = replace(right, figures=tuple(replace(one, float64=1e-3, working=1e-3) for one in right.figures))
     assert replace(beyond, yardstick=2e-3).verdict == "rounding"
     assert replace(beyond, yardstick=5e-4).verdict == "different"
@@ -87,7 +93,7 @@ def test_a_noise_floor_that_a_missing_prompt_would_pass_measures_nothing() -> No
 
 
 def test_what_the_first_text_does_not_show_has_no_place() -> None:
-    right = certify(prefix_of("gpt2"), prefix_of("gpt2"))
+    right = same_sides()
     tokens = [replace(one, float64=1.0, working=1.0) if one.probe == "greedy" else one for one in right.figures]
     decodes = replace(right, figures=tuple(tokens))
     assert decodes.verdict == "different"
@@ -111,7 +117,7 @@ def test_where_two_sides_part_is_named(family: str) -> None:
     prompt = prefix_of(family)
     stack = "encoder" if family == "bert" else "decoder"
     for layer, what in ((0, "values"), (1, "keys"), (LAYERS - 1, "values")):
-        certificate = certify(prompt, faulty(prompt, layer, what), family)
+        certificate = certify(prompt, faulty(prompt, layer, what), family, "float64")
         parted = certificate.parted
         assert certificate.verdict == "different"
         assert parted is not None
@@ -268,7 +274,7 @@ def test_a_page_is_whole_needs_nothing_and_runs_nothing() -> None:
 
 
 def test_what_is_no_number_is_drawn_at_the_edge() -> None:
-    certificate = certify(prefix_of("gpt2"), prefix_of("gpt2"))
+    certificate = same_sides()
     ends = [float("nan"), float("inf"), 1e300, 0.0, 1e-300]
     layers = tuple(Layer("decoder", number, "output", value) for number, value in enumerate(ends))
     drawn = Page(page(replace(certificate, layers=layers)))

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -16,8 +17,10 @@ from softbridge.cli.console import app
 from softbridge.errors import CheckpointError, EngineError, SoftbridgeError
 from softbridge.plugin.registry import engines
 from softbridge.testing import random_prefix, tiny_config
-from softbridge.verification import Certificate, compare, probe, verify
-from softbridge.verification.recording import pack, unpack
+from softbridge.verification import Certificate, compare, probe, proof, verify
+from softbridge.verification.recording import Recording, pack, unpack
+
+pytestmark = pytest.mark.usefixtures("remembered_runs")
 
 #: The interpreter of the other stack's environment, which `make test` names; else this one, in a process of its own.
 OTHER = os.environ.get("SOFTBRIDGE_OTHER_PYTHON", sys.executable)
@@ -65,16 +68,27 @@ def test_another_prompt_is_different_and_other_probes_are_refused(files: Path) -
         compare(here, probe(files / "peft", base=base, dtype="bfloat16"))
 
 
-def test_one_side_in_another_environment(files: Path) -> None:
+def test_one_side_in_another_environment(files: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """AdapterHub's side where AdapterHub is, if this run was told; our own where it is not."""
-    base = str(files / "base")
+    base, recorded = files / "base" / "config.json", []
+    elsewhere = proof.record_elsewhere
+
+    def kept(*asked: Any) -> Recording:
+        recorded.append(elsewhere(*asked))
+        return recorded[-1]
+
+    monkeypatch.setattr(proof, "record_elsewhere", kept)
     there = "adapterhub" if engines()["adapterhub"].unavailable() is not None and sys.executable != OTHER else "peft"
     other = "peft" if there == "adapterhub" else "softbridge"
-    certificate = verify(files / other, files / there, base=base, python={there: OTHER})
-    assert certificate.same, certificate.summary()
-    assert certificate.target.engine == there
-    assert all(fault.noticed for fault in certificate.faults)
-    assert verify(files / "other", files / there, base=base, python={there: OTHER}).verdict == "different"
+    words = ["--base", str(base), "--python", f"{there}={OTHER}", "--json"]
+    done = CliRunner().invoke(app, ["verify", str(files / other), str(files / there), *words])
+    assert done.exit_code == 0, done.output
+    certificate = json.loads(done.output)
+    assert certificate["verdict"] in ("bitwise", "exact")
+    assert certificate["target"]["engine"] == there
+    assert all(fault["noticed"] for fault in certificate["faults"])
+    (other_side,) = recorded
+    assert compare(probe(files / "other", base=base, against=files / there), other_side).verdict == "different"
 
 
 def test_the_commands(files: Path, tmp_path: Path) -> None:
@@ -90,19 +104,6 @@ def test_the_commands(files: Path, tmp_path: Path) -> None:
     assert (
         CliRunner().invoke(app, ["compare", names[0], str(files / "peft" / "adapter_model.safetensors")]).exit_code == 2
     )
-    result = CliRunner().invoke(
-        app,
-        [
-            "verify",
-            str(files / "peft"),
-            str(files / "softbridge"),
-            *base,
-            "--python",
-            f"native={sys.executable}",
-            "--json",
-        ],
-    )
-    assert json.loads(result.output)["verdict"] in ("bitwise", "exact")
     for words in (["--python", "native"], ["--python", "adapterhub=x"]):
         done = CliRunner().invoke(app, ["verify", str(files / "peft"), str(files / "softbridge"), *base, *words])
         assert done.exit_code == 2, done.output

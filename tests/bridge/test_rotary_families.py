@@ -90,7 +90,7 @@ UNCOUNTED = Capabilities(prefix_sites=frozenset({"self"}), prefix_start="zero", 
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES)
-def test_turned_keys_are_the_same_function(family: str, changes: dict[str, Any]) -> None:
+def test_rotated_keys_are_the_same_function(family: str, changes: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
     base = BaseModel(AutoConfig.for_model(family, **{**SIZES, **changes}))
@@ -104,6 +104,7 @@ def test_turned_keys_are_the_same_function(family: str, changes: dict[str, Any])
         Subject("rotated", lowering.prompt, "native"),
         base,
         naive=naive,
+        dtype="float64",  # which alone decides
         claim=Claim(conditions=("window", "length")),
     )
     print(certificate.summary())

@@ -88,7 +88,7 @@ def test_what_is_not_judged_does_not_count(prefix: SoftPrompt) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "islands"),
+    ("family", "regions"),
     [
         ("gpt2", set()),
         ("bert", set()),
@@ -98,12 +98,12 @@ def test_what_is_not_judged_does_not_count(prefix: SoftPrompt) -> None:
         ("t5", {"T5LayerNorm", "T5Attention", "T5Stack"}),  # whose softmax is one on transformers 4 only
     ],
 )
-def test_float32_islands_are_found_by_looking(family: str, islands: set[str]) -> None:
+def test_float32_regions_are_found_by_looking(family: str, regions: set[str]) -> None:
     model = tiny_model(family)
     base = BaseModel.resolve(model)
     found = find_float32_regions(model, make_probes(base.geometry, model.config, 0, base.task)[0])
-    assert set(found) <= islands
-    assert bool(found) == bool(islands)
+    assert set(found) <= regions
+    assert bool(found) == bool(regions)
 
 
 def test_a_prompt_that_no_engine_can_run_is_refused_with_every_reason() -> None:

@@ -114,7 +114,7 @@ BUILT_IN = r"attention: NotImplementedError: .* takes no other attention once it
 LEFT = (r"padding: (decoder_)?left", r"labels: left, loss")
 OWN: dict[str, tuple[str, ...]] = {
     "gpt_oss": (NOT_OFFERED,),
-    # Without a word, its sdpa attention leaves the soft cap of the scores out (transformers 4).
+    # Its sdpa attention silently leaves the soft cap of the scores out (transformers 4).
     "gemma2": (NOT_OFFERED, "attention: sdpa, "),
     **dict.fromkeys(("bert", "roberta", "albert", "electra"), (BUILT_IN,)),
     "distilbert": (*LEFT, BUILT_IN),

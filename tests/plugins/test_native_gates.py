@@ -1,4 +1,4 @@
-"""Gates of the native engine against AdapterHub, run here; for its numbers elsewhere see test_adapterhub_elsewhere.py.
+"""Gates of the native engine against AdapterHub, run here; for its numbers elsewhere see test_adapterhub_golden.py.
 
 A gate is a mean over whatever is in the call, so it depends on pads and on a cache. That is the toolkit's function.
 """
@@ -66,8 +66,8 @@ def test_is_adapterhub(family: str, case: str, maker: Any) -> None:
     ours, toolkit = attached(model, prompt), maker["with_adapterhub"](model, prompt)
     wrong = {"no gates": attached(model, changed(prompt, lambda gate: None))}
     if case == "own":
-        turned = changed(prompt, lambda gate: replace(gate, weight=gate.weight[::-1], bias=gate.bias[::-1]))
-        wrong["keys' for values'"] = attached(model, turned)
+        reversed_gates = changed(prompt, lambda gate: replace(gate, weight=gate.weight[::-1], bias=gate.bias[::-1]))
+        wrong["keys' for values'"] = attached(model, reversed_gates)
     for given in (inputs, maker["padded"](inputs, mask)):
         queries = given.get("decoder_attention_mask", given.get("attention_mask"))
         keep = slice(None) if queries is None else queries.bool()

@@ -118,7 +118,7 @@ def test_padding_changes_nothing_where_it_changes_nothing_in_the_bare_model(fami
     def both(of: Any) -> tuple[Tensor, Tensor]:
         return strangers.real(logits(of, rows, attention_mask=mask), 2, left, ids.shape[1]), logits(of, ids)
 
-    bound, own = strangers.ISLAND, apart(*both(model))
+    bound, own = strangers.FLOAT32, apart(*both(model))
     if own != own:  # what sees nothing has a softmax of the lowest float64, in float32: no number
         bound, own = strangers.SINGLE, apart(*both(model.float()))
     if own > bound:
@@ -139,12 +139,12 @@ def test_loss_and_gradient_are_those_by_hand() -> None:
     ours = running(input_ids=ids).logits
     for scores in (hand, ours):
         torch.nn.functional.cross_entropy(scores[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
-    assert apart(ours, hand) < strangers.ISLAND
+    assert apart(ours, hand) < strangers.FLOAT32
     layers = running.softbridge.parts[0].layers
     found = {n: (layers[str(n)].keys.grad, layers[str(n)].values.grad) for n in leaves}
     for n, (keys, values) in leaves.items():
-        assert apart(found[n][0], keys.grad) < strangers.ISLAND
-        assert apart(found[n][1], values.grad) < strangers.ISLAND
+        assert apart(found[n][0], keys.grad) < strangers.FLOAT32
+        assert apart(found[n][1], values.grad) < strangers.FLOAT32
         assert apart(found[n][0], values.grad) > 0.1
     assert apart(found[1][0], leaves[3][0].grad) > 0.1
     assert all(parameter.grad is None for name, parameter in running.named_parameters() if "softbridge" not in name)
@@ -258,7 +258,7 @@ def test_keys_turn_where_a_model_has_them() -> None:
     )
     uncounted = replace(prompt, parts=(part,), positions=replace(prompt.positions, start={"decoder": 0}))
     counted, found = (logits(sb.attach(copy.deepcopy(model), one), tokens()) for one in (prompt, uncounted))
-    assert apart(found, counted) < strangers.ISLAND
+    assert apart(found, counted) < strangers.FLOAT32
     plain = replace(prompt, positions=replace(prompt.positions, start={"decoder": 0}))
     assert apart(logits(sb.attach(model, plain), tokens()), counted) > 1e-3
 
@@ -276,7 +276,7 @@ def test_a_cache_of_its_own_that_cannot_begin_with_keys() -> None:
     held.linear_cache = [None] * geometry.decoder.layers
     expected = logits(model, ids, use_cache=True, **caches.handed(model.forward, held))
     running = sb.attach(copy.deepcopy(model), prompt)
-    assert apart(logits(running, ids), expected) < strangers.ISLAND
+    assert apart(logits(running, ids), expected) < strangers.FLOAT32
     assert apart(logits(model, ids), expected) > 0.1
     given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     written = generated(running, given, True)

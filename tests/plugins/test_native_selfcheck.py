@@ -471,6 +471,18 @@ def test_of_what_a_verdict_is_a_function(builds: list[str]) -> None:
     assert check(rms_norm_eps=1e-3) == 1
 
 
+@pytest.fixture(scope="module")
+def verdict_file(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, bytes]:
+    """The name and the content of the file in which the verdict of one check is kept."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SWITCH, "1")
+        patch.setenv(FOLDER, str(tmp_path_factory.mktemp("checked") / "verdicts"))
+        kept.forget()
+        called(attached("gpt2", "input"))
+        (path,) = folder().glob("*.json")
+        return path.name, path.read_bytes()
+
+
 @pytest.mark.parametrize(
     "spoil",
     [
@@ -487,16 +499,20 @@ def test_of_what_a_verdict_is_a_function(builds: list[str]) -> None:
         lambda path: (path.unlink(), path.mkdir()),
     ],
 )
-def test_what_is_malformed_is_passed_over(spoil: Any, builds: list[str]) -> None:
+def test_what_is_malformed_is_passed_over(spoil: Any, verdict_file: tuple[str, bytes], builds: list[str]) -> None:
+    name, content = verdict_file
+    path = folder() / name
+    path.parent.mkdir()
+    path.write_bytes(content)
     called(attached("gpt2", "input"))
-    (path,) = folder().glob("*.json")
+    assert builds == []
     spoil(path)
     kept.forget()
     called(attached("gpt2", "input"))
-    assert len(builds) == 2
+    assert len(builds) == 1
     kept.forget()
     called(attached("gpt2", "input"))  # and written anew, if it is no folder
-    assert len(builds) == (3 if path.is_dir() else 2)
+    assert len(builds) == (2 if path.is_dir() else 1)
 
 
 def change(path: Path, how: Any) -> None:

@@ -53,7 +53,7 @@ PREFIXED = ["gpt2", "llama", "qwen3", "gpt_neox", *(["bert"] if CLASSIFIES else 
 #: Everything that PEFT offers: context-aware prompts are for causal language models alone.
 CASES = [
     (family, method)
-    for family in ("llama", "bert", "t5")  # all others: test_peft_table.py
+    for family in ("llama", "bert", "t5")  # all others: test_peft_architectures.py
     for method in METHODS + FURTHER
     if method != "context-aware" or family not in ("bert", "t5")
     if (family, method) not in UNTRAINED

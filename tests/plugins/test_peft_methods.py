@@ -51,7 +51,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning"),
 ]
 
-FAMILIES = ("gpt2", "llama", "bert", "t5")  # all others: test_peft_table.py
+FAMILIES = ("gpt2", "llama", "bert", "t5")  # all others: test_peft_architectures.py
 #: Method -> the parameterisation that PEFT throws away, or keeps in its own file.
 THROWN = {
     "p-tuning": "p-tuning-mlp",

@@ -447,12 +447,12 @@ def test_after_the_block_padding_does_not_matter(family: str, placement: str) ->
     prompt = make_prompt(model, placement, "after")
     texts = [tokens()[0], tokens()[1][:4]]
     (part,) = prompt.inputs
-    turned = replace(prompt, parts=(replace(part, vectors=-part.vectors),))
+    negated = replace(prompt, parts=(replace(part, vectors=-part.vectors),))
     # These two count pads on the left, with or without a prompt: their callers cannot, or need not, tell positions.
     sides = ("right",) if family in ("distilbert", "mpnet") else ("right", "left")
     for implementation in ("eager", "sdpa") if model._supports_sdpa else ("eager",):
         running = under(model, implementation)
-        ours, wrong = attached(running, prompt), attached(running, turned)
+        ours, wrong = attached(running, prompt), attached(running, negated)
         with torch.no_grad():
             alone = [ours(torch.tensor([text])).logits[0] for text in texts]
             for side in sides:
@@ -482,7 +482,7 @@ def test_after_the_block_padding_does_not_matter(family: str, placement: str) ->
 @pytest.mark.parametrize("placement", ["before-sequence", "after-first-token"])
 @pytest.mark.parametrize("family", ["bert", "roberta", "electra", "albert"])
 def test_after_the_block_is_adapterhub(family: str, placement: str) -> None:
-    """States of every token. (What AdapterHub's classifiers make of them: test_adapterhub_elsewhere.py.)"""
+    """States of every token. (What AdapterHub's classifiers make of them: test_adapterhub_golden.py.)"""
     pytest.importorskip("adapters")
     maker = runpy.run_path(str(Path(__file__).parent.parent / "golden" / "make_adapterhub.py"))
     model = small_encoder(family)

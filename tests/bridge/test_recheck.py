@@ -16,6 +16,8 @@ from softbridge.errors import CheckpointError
 from softbridge.testing import random_prefix, tiny_config
 from softbridge.verification.recheck import verify_again
 
+pytestmark = pytest.mark.usefixtures("remembered_runs")
+
 
 @pytest.fixture
 def certified(tmp_path: Path) -> Path:

@@ -124,11 +124,11 @@ def by_hand() -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
 
 
 def wrong_ones(prompt: SoftPrompt) -> Iterator[tuple[str, SoftPrompt]]:
-    """Neighbours with other numbers: entering elsewhere, turned round, without gates, or in another layer."""
+    """Neighbours with other numbers: entering elsewhere, negated, without gates, or in another layer."""
     for part in prompt.inputs:
         start = Positions({part.stack: part.length})
         yield "before", replace(prompt, parts=(replace(part, entry="before"),), positions=start)
-        yield "turned", replace(prompt, parts=(replace(part, vectors=-part.vectors),))
+        yield "negated", replace(prompt, parts=(replace(part, vectors=-part.vectors),))
     if any(part.gated for part in prompt.prefixes):
         yield "no gates", with_pairs(prompt, lambda pair: replace(pair, gate=None))
         yield (

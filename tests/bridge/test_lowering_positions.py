@@ -1,24 +1,22 @@
-"""The passes of lowering: what each does to the numbers, what it says of itself, and that every obstacle is named."""
+"""Lowering of positions: keys are rotated, callers are told, or it is refused: with every condition and its bound."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-import softbridge as sb
 from softbridge.base import BaseModel
-from softbridge.errors import BaseModelError, LoweringError, SoftbridgeError
-from softbridge.lowering.planner import lower
-from softbridge.lowering.precision import as_dtype
+from softbridge.errors import LoweringError
+from softbridge.lowering.planner import lower, plan
 from softbridge.lowering.steps import Target
 from softbridge.lowering.token_positions import native_positions
 from softbridge.plugin.capabilities import EVERYTHING, Capabilities
-from softbridge.prompt import KeyValue, KeyValuePrefix, Positions, Training, digest_of
+from softbridge.prompt import Positions, Training
 from softbridge.testing import TINY, random_input_prompt, random_prefix, tiny_config
 
+PREFIX = Capabilities(prefix_sites=frozenset({"self", "encoder", "cross"}))
 COUNTED = Capabilities(
     prefix_sites=frozenset({"self", "encoder"}), prefix_start="counted", relative_bias="plain", window="slides"
 )
@@ -39,15 +37,7 @@ def obstacles(error: pytest.ExceptionInfo[LoweringError]) -> dict[str, bool]:
     return {obstacle.name: obstacle.acceptable for obstacle in error.value.obstacles}
 
 
-def test_everything_is_expressible_in_the_canonical_form() -> None:
-    for family in ("llama", "t5"):
-        prompt = random_prefix(base(family).geometry)
-        lowering = lower(prompt, Target("softbridge", EVERYTHING))
-        assert lowering.prompt == prompt
-        assert lowering.steps == ()
-
-
-def test_rotary_keys_are_turned_values_are_not_and_there_and_back_is_the_same() -> None:
+def test_rotary_keys_are_rotated_values_are_not_and_there_and_back_is_the_same() -> None:
     model = base("llama")
     prompt = random_prefix(model.geometry, length=6)
     lowering = lower(prompt, Target("x", UNCOUNTED, model))
@@ -139,34 +129,7 @@ def test_frequencies_that_depend_on_the_length_are_a_condition() -> None:
     assert obstacles(refused) == {"length": True}
 
 
-def test_every_obstacle_is_named_at_once() -> None:
-    model = base("t5")
-    prompt = random_prefix(model.geometry, sites=("cross", "self"))
-    prompt = replace(
-        prompt,
-        parts=(*prompt.parts, *random_input_prompt(model.geometry).parts),
-        positions=Positions({"encoder": 5, "decoder": 5}),
-        head={"a": np.ones(2)},
-    )
-    with pytest.raises(LoweringError) as refused:
-        lower(prompt, Target("x", replace(COUNTED, relative_bias="skewed", model_types=frozenset({"bert"})), model))
-    assert set(obstacles(refused)) == {"family", "part", "head", "relative-bias"}
-    assert len(refused.value.obstacles) == 5
-    assert all(obstacle.reason in str(refused.value) for obstacle in refused.value.obstacles)
-
-
-def test_what_cannot_be_kept_is_said() -> None:
-    model = base("gpt2")
-    training = Training("mlp", {}, {"w": np.ones(3)})
-    prompt = replace(random_prefix(model.geometry), training=training)
-    ejected = lower(prompt, Target("x", COUNTED, model))
-    assert [(step.name, step.exactness) for step in ejected.steps] == [("eject", "exact")]
-    assert ejected.prompt.training is None
-    kept = lower(prompt, Target("x", UNCOUNTED, model), accept=["positions"])
-    assert kept.prompt.training == training
-
-
-def test_turned_keys_leave_their_reparameterisation_behind() -> None:
+def test_rotated_keys_leave_their_parameterisation_behind() -> None:
     model = base("llama")
     prompt = replace(random_prefix(model.geometry), training=Training("mlp", {}, {"w": np.ones(3)}))
     lowering = lower(prompt, Target("x", UNCOUNTED, model))
@@ -174,40 +137,11 @@ def test_turned_keys_leave_their_reparameterisation_behind() -> None:
     assert lowering.prompt.training is None
 
 
-def test_the_base_model_is_asked_for_only_where_it_is_needed() -> None:
-    prompt = random_prefix(base("llama").geometry)
-    assert lower(prompt, Target("x", COUNTED)).prompt == prompt
-    with pytest.raises(BaseModelError, match="--base"):
-        lower(prompt, Target("x", UNCOUNTED))
-
-
-def test_a_prompt_for_another_base_is_refused_with_every_mismatch() -> None:
-    prompt = random_prefix(base("llama").geometry)
-    with pytest.raises(BaseModelError) as refused:
-        lower(prompt, Target("x", COUNTED, base("qwen3", num_hidden_layers=2)))
-    assert "2 key/value heads of size 8 in layer 0, the model has 2 of size 12" in refused.value.found
-    assert "layer 2, the model has 2 layers" in refused.value.found
-    with pytest.raises(BaseModelError, match="'self', which bert lacks"):
-        lower(prompt, Target("x", COUNTED, base("bert")))
-
-
 def test_native_positions_are_the_toolkits_own() -> None:
     prompt = random_prefix(base("t5").geometry, length=4, sites=("encoder", "self"))
     assert native_positions(prompt, COUNTED) == Positions({"encoder": 4, "decoder": 4}, "plain", "slides")
     assert native_positions(prompt, UNCOUNTED) == Positions({"encoder": 0, "decoder": 0}, "skewed", "pinned")
     assert native_positions(prompt, EVERYTHING) == prompt.positions
-
-
-def test_nothing_is_changed_in_place() -> None:
-    model = base("llama")
-    prompt = random_prefix(model.geometry)
-    before = digest_of(prompt)
-    lower(prompt, Target("x", UNCOUNTED, model))
-    assert digest_of(prompt) == before
-    part = prompt.prefix("self")
-    assert isinstance(part, KeyValuePrefix)
-    with pytest.raises(ValueError, match="read-only"):
-        part.layers[0].keys[0, 0, 0] = 1
 
 
 def test_input_prompts_are_counted_in_the_sequence_and_nobody_can_tell_otherwise() -> None:
@@ -219,29 +153,11 @@ def test_input_prompts_are_counted_in_the_sequence_and_nobody_can_tell_otherwise
             with pytest.raises(LoweringError) as refused:
                 lower(prompt, Target("x", able, model), accept=["positions"])
             assert obstacles(refused) == {"positions": False}
-        else:  # the whole sequence moves: nothing turns, nothing changes
+        else:  # the whole sequence moves: nothing is rotated, nothing changes
             lowering = lower(prompt, Target("x", able, model))
             assert [(step.name, step.exactness) for step in lowering.steps] == [("positions", "exact")]
             assert lowering.prompt.parts == prompt.parts
             assert lowering.prompt.positions.start == {"decoder": 5}
-
-
-def test_narrow_keys_are_widened_before_they_are_rotated() -> None:
-    import ml_dtypes
-
-    model = base("llama")
-    prompt = random_prefix(model.geometry)
-    part = prompt.prefixes[0]
-    narrow = {
-        layer: KeyValue(pair.keys.astype(ml_dtypes.bfloat16), pair.values.astype(ml_dtypes.bfloat16))
-        for layer, pair in part.layers.items()
-    }
-    prompt = replace(prompt, parts=(KeyValuePrefix("self", narrow),))
-    rotated = lower(prompt, Target("x", UNCOUNTED, model)).prompt.prefixes[0]
-    back = lower(lower(prompt, Target("x", UNCOUNTED, model)).prompt, Target("y", COUNTED, model)).prompt.prefixes[0]
-    for layer, pair in rotated.layers.items():
-        assert pair.keys.dtype == pair.values.dtype == np.float32
-        assert np.abs(back.layers[layer].keys - narrow[layer].keys.astype(np.float32)).max() < 1e-6
 
 
 def test_a_window_shorter_than_the_prefix_is_no_condition() -> None:
@@ -254,44 +170,13 @@ def test_a_window_shorter_than_the_prefix_is_no_condition() -> None:
     assert obstacles(refused) == {"window": False}
 
 
-def test_unknown_conditions_are_refused() -> None:
-    with pytest.raises(SoftbridgeError, match="no condition is called 'nonsense'"):
-        lower(random_prefix(base("llama").geometry), Target("x", COUNTED), accept=["nonsense"])
-
-
-def test_what_a_target_would_round_is_a_condition_with_its_error() -> None:
-    model = base("gpt2")
-    prompt = as_dtype(random_prefix(model.geometry), np.dtype(np.float64))
-    short = replace(COUNTED, dtypes=frozenset({"float32"}))
-    fits = lower(prompt, Target("x", short, model))
-    assert [(step.name, step.exactness) for step in fits.steps] == [("dtype", "exact")]
-    assert {array.dtype for _, array in fits.prompt.arrays()} == {np.dtype(np.float32)}
-    thirds = replace(
-        prompt,
-        parts=(
-            KeyValuePrefix("self", {n: KeyValue(p.keys / 3, p.values) for n, p in prompt.prefixes[0].layers.items()}),
-        ),
-    )
-    with pytest.raises(LoweringError, match=r"by \d\.\de-08 of themselves") as refused:
-        lower(thirds, Target("x", short, model))
-    assert obstacles(refused) == {"dtype": True}
-    rounded = lower(thirds, Target("x", short, model), accept=["dtype"])
-    assert [(step.name, step.exactness) for step in rounded.steps] == [("dtype", "conditional")]
-
-
-def test_a_rounding_that_was_accepted_is_the_only_difference(tmp_path: Path) -> None:
-    config = tiny_config("gpt2")
-    prompt = as_dtype(random_prefix(BaseModel(config).geometry), np.dtype(np.float64))
-    layers = {n: KeyValue(p.keys / 3, p.values) for n, p in prompt.prefixes[0].layers.items()}
-    sb.save(replace(prompt, parts=(KeyValuePrefix("self", layers),)), tmp_path / "a", format="softbridge", base=config)
-    with pytest.raises(LoweringError, match="--accept dtype"):
-        sb.convert(tmp_path / "a", tmp_path / "b", "peft", base=config)
-    report = sb.convert(tmp_path / "a", tmp_path / "b", "peft", base=config, accept=["dtype"], verify=True)
-    assert report.certificate is not None
-    assert report.certificate.verdict == "bitwise"
-    assert report.certificate.conditions == ("dtype",)
-    assert report.certificate.claim.dtype == "float32"
-    assert report.certificate.source.path == str(tmp_path / "a")
-    assert sb.verify(tmp_path / "a", tmp_path / "b", base=config).conditions == ("dtype",)
-    (tmp_path / "b" / "softbridge.json").unlink()
-    assert not sb.verify(tmp_path / "a", tmp_path / "b", base=config).same, "the rounding is seen if nobody accepted it"
+def test_rotary_keys_are_rotated_rather_than_told() -> None:
+    """Both ways are right; the one that burdens nobody is taken."""
+    model = base("llama")
+    able = replace(PREFIX, prefix_start="zero")
+    found = plan(random_prefix(model.geometry), Target("t", able, model))
+    assert [step.name for step in found.steps] == ["rotate"]
+    untellable = replace(able, positions_told=False)
+    assert [step.name for step in plan(random_prefix(model.geometry), Target("t", untellable, model)).steps] == [
+        "rotate"
+    ]
