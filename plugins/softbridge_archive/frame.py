@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from softbridge import untrusted
+from softbridge.arrays import Array
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
-from softbridge.geometry import Geometry, read_geometry
+from softbridge.geometry import Geometry, Site, read_geometry
+from softbridge.methods import materialise, materialise_vectors
 from softbridge.plugin.capabilities import Capabilities
-from softbridge.prompt import SoftPrompt
+from softbridge.prompt import KeyValuePrefix, SoftPrompt, Training
+from softbridge.prompt.values import Json, json_object
 
 Recognise = Callable[[untrusted.Files], bool]
 Read = Callable[[untrusted.Files, "Geometry | None"], SoftPrompt]
@@ -19,6 +23,9 @@ Write = Callable[[SoftPrompt, "Geometry | None"], Mapping[str, bytes]]
 Tell = Callable[[SoftPrompt, "Geometry | None"], Sequence[Obstacle]]
 Advise = Callable[[SoftPrompt, "Geometry | None", int], Sequence[str]]
 
+
+#: Evaluating a parameterisation makes at most so many numbers for each that it has.
+GROWTH = 8
 
 #: What a format can hold that is read only.
 NOTHING = Capabilities()
@@ -83,7 +90,7 @@ def weights(files: untrusted.Files) -> Mapping[str, untrusted.Stored]:
     found: dict[str, untrusted.Stored] = {}
     for file in files.names:
         if files.kind(file) in ("safetensors", "pickle"):
-            for name, tensor in _flat(files.tree(file)):
+            for name, tensor in named(files.tree(file)).items():
                 if name in found:
                     raise CheckpointError(
                         f"{files.path} holds several tensors {name!r:.80}, one of them in {file}",
@@ -92,6 +99,19 @@ def weights(files: untrusted.Files) -> Mapping[str, untrusted.Stored]:
                     )
                 found[name] = tensor
     return found
+
+
+def names(files: untrusted.Files) -> Collection[str]:
+    """The names of `weights`; none where something is malformed, which is for the reader to say."""
+    try:
+        return weights(files).keys()
+    except CheckpointError:
+        return ()
+
+
+def named(tree: Any) -> dict[str, untrusted.Stored]:
+    """Every tensor of what `Files.tree` gave, by its name."""
+    return dict(_flat(tree))
 
 
 def _flat(node: Any, path: str = "") -> Iterator[tuple[str, untrusted.Stored]]:
@@ -119,6 +139,51 @@ def below(found: Mapping[str, untrusted.Stored], stem: str) -> dict[str, untrust
             f"tensors below {', '.join(sorted(places)[:4])}", "those of one prompt", "save that prompt's alone"
         )
     return {match[2]: found[name] for name, match in matches.items() if match is not None}
+
+
+def plain(facts: Any, names: Iterable[str]) -> dict[str, Json]:
+    """Those facts of a file that JSON can say, for `Origin.details`: of these names, where they are there."""
+    found: dict[str, Json] = {}
+    for name in names:
+        if isinstance(facts, Mapping) and name in facts:
+            with suppress(ValueError):
+                found |= json_object({name: facts[name]}, name)
+    return found
+
+
+def made_prefix(training: Training, site: Site, geometry: Geometry) -> KeyValuePrefix:
+    """What a parameterisation makes for every layer of a site.
+
+    Raises:
+        CheckpointError: its tensors are not those of the parameterisation, or not for this base model.
+        BaseModelError: the base model does not have the site.
+    """
+    shape, layers = geometry.site(site), geometry.attending(site)
+    assert shape is not None  # it attends
+    with _evaluating(training):
+        return materialise(training, site, layers, shape.kv_heads, shape.head_dim)
+
+
+def made_vectors(training: Training) -> Array:
+    """The vectors [P, H] that a parameterisation makes. Raises `CheckpointError`, as above."""
+    with _evaluating(training):
+        return materialise_vectors(training)
+
+
+@contextmanager
+def _evaluating(training: Training) -> Iterator[None]:
+    rows = max((len(a) for name, a in training.tensors.items() if name.endswith("embedding") and a.ndim), default=0)
+    widths = [max(array.shape, default=0) for name, array in training.tensors.items() if not name.endswith("embedding")]
+    if rows * max(widths, default=0) > GROWTH * sum(array.size for array in training.tensors.values()):
+        raise CheckpointError(
+            f"a parameterisation that makes far more than it is: {training!r:.200}",
+            f"at most {GROWTH} times as many numbers",
+            "check the file",
+        )
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # RuntimeError: torch lacks the operation for the dtype
+        raise CheckpointError(str(error), "the tensors of one parameterisation", "check the file, and --base") from error
 
 
 def geometry_of(files: untrusted.Files, given: Geometry | None, what: str) -> Geometry:
