@@ -183,7 +183,9 @@ def _evaluating(training: Training) -> Iterator[None]:
     try:
         yield
     except (ValueError, RuntimeError) as error:  # RuntimeError: torch lacks the operation for the dtype
-        raise CheckpointError(str(error), "the tensors of one parameterisation", "check the file, and --base") from error
+        raise CheckpointError(
+            str(error), "the tensors of one parameterisation", "check the file, and --base"
+        ) from error
 
 
 def geometry_of(files: untrusted.Files, given: Geometry | None, what: str) -> Geometry:
