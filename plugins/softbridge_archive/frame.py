@@ -11,11 +11,12 @@ from typing import Any
 from softbridge import untrusted
 from softbridge.arrays import Array
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
-from softbridge.geometry import Geometry, Site, read_geometry
+from softbridge.geometry import Geometry, Site, Stack, read_geometry
 from softbridge.methods import materialise, materialise_vectors
 from softbridge.plugin.capabilities import Capabilities
-from softbridge.prompt import KeyValuePrefix, SoftPrompt, Training
+from softbridge.prompt import InputPrompt, KeyValuePrefix, Positions, SoftPrompt, Training
 from softbridge.prompt.values import Json, json_object
+from softbridge.template import Template
 
 Recognise = Callable[[untrusted.Files], bool]
 Read = Callable[[untrusted.Files, "Geometry | None"], SoftPrompt]
@@ -109,17 +110,49 @@ def names(files: untrusted.Files) -> Collection[str]:
         return ()
 
 
+def saved(files: untrusted.Files, is_it: Callable[[Mapping[Any, Any]], bool]) -> dict[str, Mapping[Any, Any]]:
+    """The dictionaries that torch.save wrote and that pass the test, by the names of their files. Never raises."""
+    found: dict[str, Mapping[Any, Any]] = {}
+    for name in files.names:
+        with suppress(CheckpointError):  # of a file that is none of ours
+            tree = files.tree(name) if files.kind(name) == "pickle" else None
+            if isinstance(tree, dict) and is_it(tree):
+                found[name] = tree
+    return found
+
+
+def the_one(found: Mapping[str, Any], files: untrusted.Files, what: str) -> Any:
+    """The one thing that was found.
+
+    Raises:
+        CheckpointError: nothing was found, or several things.
+    """
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{files.path} holds {len(found)} times {what}", "one prompt", "give the path of one file"
+        )
+    return next(iter(found.values()))
+
+
 def named(tree: Any) -> dict[str, untrusted.Stored]:
-    """Every tensor of what `Files.tree` gave, by its name."""
-    return dict(_flat(tree))
+    """Every tensor of what `Files.tree` gave, by its name.
 
-
-def _flat(node: Any, path: str = "") -> Iterator[tuple[str, untrusted.Stored]]:
-    if isinstance(node, untrusted.Stored):
-        yield path, node
-    elif isinstance(node, (dict, list)):
-        for name, child in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _flat(child, f"{path}.{name}" if path else str(name))
+    Raises:
+        CheckpointError: the names would be longer than a file's description may be: lists that hold one another.
+    """
+    found: dict[str, untrusted.Stored] = {}
+    todo, room = [("", tree)], untrusted.LIMIT
+    while todo:
+        path, node = todo.pop()
+        if isinstance(node, untrusted.Stored):
+            found[path] = node
+        elif isinstance(node, (dict, list)):
+            for name, child in node.items() if isinstance(node, dict) else enumerate(node):
+                todo.append((f"{path}.{name}" if path else str(name), child))
+                room -= len(todo[-1][0]) + 1
+                if room < 0:
+                    raise CheckpointError("names without end", "a checkpoint of tensors", "save the prompt's alone")
+    return found
 
 
 def below(found: Mapping[str, untrusted.Stored], stem: str) -> dict[str, untrusted.Stored]:
@@ -185,6 +218,61 @@ def _evaluating(training: Training) -> Iterator[None]:
     except (ValueError, RuntimeError) as error:  # RuntimeError: torch lacks the operation for the dtype
         raise CheckpointError(
             str(error), "the tensors of one parameterisation", "check the file, and --base"
+        ) from error
+
+
+def renamed(tensors: Mapping[str, untrusted.Stored], beginnings: Mapping[str, str]) -> dict[str, Array]:
+    """Tensors by our names, read. One whose name has none of the beginnings keeps it; evaluating then complains.
+
+    Args:
+        beginnings: of their names -> of ours.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        theirs = next((known for known in beginnings if name.startswith(known)), "")
+        found[beginnings.get(theirs, "") + name.removeprefix(theirs)] = tensor.array()
+    return found
+
+
+def infilled(vectors: Array, stack: Stack, template: Template) -> tuple[InputPrompt, Positions]:
+    """Vectors among the words of a template, and where the row stands that holds both.
+
+    Raises:
+        CheckpointError: the template has not as many virtual tokens.
+    """
+    if template.length != len(vectors):
+        raise CheckpointError(
+            f"{len(vectors)} vectors, and a template of {template.length} virtual tokens",
+            "as many of the one as of the other",
+            "check the file, and the template",
+        )
+    return InputPrompt(vectors, stack, placement="template", template=template), Positions({stack: 0})
+
+
+#: A template, as `Template.to_json` has it, that a caller puts beside a prompt whose files do not say where it stands.
+TEMPLATE = "template.json"
+
+
+def template_beside(files: untrusted.Files, what: str) -> Template:
+    """Where the vectors of a prompt stand, which its own files do not say.
+
+    Args:
+        what: what needs it, in words.
+
+    Raises:
+        CheckpointError: nobody says it.
+    """
+    if TEMPLATE not in files:
+        raise CheckpointError(
+            f"{what}, and nothing that says where its virtual tokens stand",
+            f"a folder with {TEMPLATE} beside it: softbridge.template.Template.to_json(), as JSON",
+            "write the template with which the prompt was trained, and give the folder",
+        )
+    try:
+        return Template.from_json(files.json(TEMPLATE))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{TEMPLATE}: {error}", "a template", "see softbridge.template.Template.to_json"
         ) from error
 
 

@@ -305,10 +305,6 @@ KINDS: Mapping[str, Kind] = {
     ),
 }
 
-#: The tensors that the kind ``mlp`` of two layers has for each site.
-MLP_TENSORS = tuple(_mlp_tensors({}))
-
-
 def _text(settings: Settings, name: str, default: str) -> str:
     value = settings.get(name, default)
     if not isinstance(value, str):
@@ -335,6 +331,10 @@ def _count(settings: Settings, name: str, least: int = 1, most: int = MOST_LAYER
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name}: a whole number from {least} to {most}, not {value!r:.80}")
     return value
+
+
+#: The tensors that the kind ``mlp`` of two layers has for each site.
+MLP_TENSORS = tuple(_mlp_tensors({}))
 
 
 def kind_of(name: str) -> Kind:
