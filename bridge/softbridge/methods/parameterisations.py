@@ -305,6 +305,7 @@ KINDS: Mapping[str, Kind] = {
     ),
 }
 
+
 def _text(settings: Settings, name: str, default: str) -> str:
     value = settings.get(name, default)
     if not isinstance(value, str):
