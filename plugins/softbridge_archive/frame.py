@@ -10,7 +10,7 @@ from typing import Any
 
 from softbridge import untrusted
 from softbridge.arrays import Array
-from softbridge.errors import BaseModelError, CheckpointError, Obstacle
+from softbridge.errors import BaseModelError, CheckpointError, Obstacle, few
 from softbridge.geometry import Geometry, Site, Stack, read_geometry
 from softbridge.methods import materialise, materialise_vectors
 from softbridge.plugin.capabilities import Capabilities
@@ -26,7 +26,7 @@ Advise = Callable[[SoftPrompt, "Geometry | None", int], Sequence[str]]
 
 
 #: Evaluating a parameterisation makes at most so many numbers for each that it has.
-GROWTH = 8
+GROWTH = 32
 
 #: What a format can hold that is read only.
 NOTHING = Capabilities()
@@ -172,6 +172,11 @@ def below(found: Mapping[str, untrusted.Stored], stem: str) -> dict[str, untrust
             f"tensors below {', '.join(sorted(places)[:4])}", "those of one prompt", "save that prompt's alone"
         )
     return {match[2]: found[name] for name, match in matches.items() if match is not None}
+
+
+def unread(names: Collection[str]) -> tuple[str, ...]:
+    """For `Origin.notes`: the names of tensors that are not the prompt's, and change nothing of what it computes."""
+    return (f"not read: {len(names)} tensors that are not the prompt's ({few(sorted(names))})",) if names else ()
 
 
 def plain(facts: Any, names: Iterable[str]) -> dict[str, Json]:

@@ -1,21 +1,20 @@
 """XiangLi1999/PrefixTuning (Li & Liang 2021, arXiv 2101.00190): prefixes of GPT-2 and of BART, with what trained them.
 
-A folder of `save_pretrained`: the base model's configuration, with the prefix's own settings among its fields, and the
-prefix alone as weights. Of GPT-2 (`gpt2/train_control.py`) that is ``wte`` [P, H] and an MLP ``control_trans``, with
-tanh between its two linear layers, or three (`deep_param`). Or there is no MLP (`init_shallow`), and ``control_trans``
-is the result itself, [P·2·L·K·D]; where it began as the keys and values of words, it is as the cache of the time had
-them: [2·L, 1, K, P, D]. BART (`seq2seq/prefixTuning.py`) has an embedding and an MLP for each of three sites. GPT-2
-takes the prefix as its past, so that real tokens stand at P, P + 1, ...; BART within attention, and its tokens stand
-where they would without it. Nothing masks a prefix.
+A folder of `save_pretrained`: the base model's configuration, with the prefix's settings in it, and the prefix as
+weights. GPT-2 (`gpt2/train_control.py`): ``wte`` [P, H] and an MLP ``control_trans``, with tanh between two linear
+layers, or three (`deep_param`). Without an MLP (`init_shallow`) ``control_trans`` is its result, [P·2·L·K·D]; or, where
+it began as the keys and values of words, what the cache of the time held: [2·L, 1, K, P, D]. BART
+(`seq2seq/prefixTuning.py`): an embedding and an MLP for each of three sites. GPT-2 takes the prefix as its past, and
+real tokens stand at P, P + 1, ...; BART takes it within attention, and its tokens stand where they would without it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from softbridge import untrusted
-from softbridge.errors import BaseModelError, CheckpointError, few
+from softbridge.errors import BaseModelError, CheckpointError
 from softbridge.geometry import Geometry, Site, stack_of
 from softbridge.methods import KINDS
 from softbridge.prompt import Array, BaseId, KeyValuePrefix, Origin, Positions, SoftPrompt, Training
@@ -29,10 +28,7 @@ NETWORKS: Mapping[Site, tuple[str, str]] = {
 }
 FLAT = "control_trans"
 #: What a configuration says of the prefix.
-SETTINGS = (
-    *("_my_arg_tune_mode", "_my_arg_task_mode", "_my_arg_control", "optim_prefix", "preseqlen", "format_mode"),
-    *("prefix_dropout", "lowdata", "init_random", "init_shallow", "init_shallow_word", "mid_dim", "use_prefix"),
-)
+SETTINGS = ("_my_arg_tune_mode", "_my_arg_task_mode", "preseqlen", "mid_dim", "format_mode", "lowdata", "init_shallow")
 
 
 def sniff(files: untrusted.Files) -> bool:
@@ -47,57 +43,50 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     facts = files.json("config.json") if "config.json" in files else {}
     found = frame.weights(files)
     sites = [site for site, (_, mlp) in NETWORKS.items() if any(name.split(".")[0] == mlp for name in found)]
-    if facts.get("use_infix") or ("wte2.weight" in found and "cross" not in sites):
-        raise _refused("an infix: keys and values between source and target, too, where no prefix stands")
     layers = 3 if f"{FLAT}.4.weight" in found else 2
     last = found.get(f"{FLAT}.{2 * layers - 2}.weight")
+    if facts.get("use_infix") or ("wte2.weight" in found and "cross" not in sites):
+        raise _refused("an infix: keys and values between source and target, where no prefix stands")
     if last is not None and last.shape[:1] == (geometry.hidden,):
         raise _refused("vectors that the base model itself turns into keys and values (PrefixEmbTuning)")
     if set(sites) != {site for site in NETWORKS if geometry.site(site) is not None}:
-        raise BaseModelError(
-            f"prefixes at the sites {', '.join(sites)}", f"those of {geometry.model_type}", "check --base"
-        )
-    used, training = {FLAT}, None
+        theirs = f"those of {geometry.model_type}"
+        raise BaseModelError(f"prefixes at the sites {', '.join(sites)}", theirs, "check --base")
+    ours = [name for name in found if name.split(".")[0] in {stem for site in sites for stem in NETWORKS[site]}]
     if FLAT in found:
-        parts = [_shallow(found[FLAT].array(), facts.get("preseqlen"), geometry)]
+        training, parts = None, [_shallow(found[FLAT].array(), facts.get("preseqlen"), geometry)]
     else:
-        theirs = {key: name for site in sites for name, key in _names(site, layers).items()}
+        names = dict(pair for site in sites for pair in _names(site, layers))  # others keep theirs, and are unexpected
         settings = {"non_linearity": "tanh", "layers": layers, "dropout": facts.get("prefix_dropout") or 0.0}
-        tensors = {theirs[key]: tensor.array() for key, tensor in found.items() if key in theirs}
-        training, used = Training("mlp", settings, tensors), set(theirs)
+        training = Training("mlp", settings, {names.get(name, name): found[name].array() for name in ours})
         parts = [frame.made_prefix(training, site, geometry) for site in sites]
-    others = sorted(found.keys() - used)
-    strange = [name for name in others if name.startswith(FLAT)]
-    if strange:
-        raise CheckpointError(f"tensors {few(strange)}", "an MLP of two or three linear layers", "check the file")
-    counted = not geometry.is_encoder_decoder
-    start = {stack_of(part.site): part.length if counted else 0 for part in parts if part.site != "cross"}
+    start = {stack_of(p.site): 0 if geometry.is_encoder_decoder else p.length for p in parts if p.site != "cross"}
     mode = facts.get("_my_arg_tune_mode", "prefixtune")
-    trained = "" if mode == "prefixtune" else f"the base model was trained, too ({mode!r:.40}): load that one"
-    notes = (f"not read: {len(others)} tensors that are not the prefix's ({few(others)})",) if others else ()
-    origin = Origin("prefixtuning", frame.plain(facts, SETTINGS), notes=notes, partial=trained)
+    partial = "" if mode == "prefixtune" else f"the base model was trained, too ({mode!r:.40}): load that one"
+    notes = frame.unread(found.keys() - set(ours))
+    origin = Origin("prefixtuning", frame.plain(facts, SETTINGS), notes=notes, partial=partial)
     return SoftPrompt(tuple(parts), Positions(start), BaseId(None, geometry), training=training, origin=origin)
 
 
-def _names(site: Site, layers: int) -> dict[str, str]:
-    """Our names of a site's tensors -> theirs."""
+def _names(site: Site, layers: int) -> Iterator[tuple[str, str]]:
+    """Their names of a site's tensors, and ours."""
     embedding, mlp = NETWORKS[site]
     theirs = [f"{mlp}.{2 * layer}.{name}" for layer in range(layers) for name in ("weight", "bias")]
-    ours = KINDS["mlp"].tensors({"layers": layers})
-    return dict(zip((f"{site}.{name}" for name in ours), [f"{embedding}.weight", *theirs], strict=True))
+    ours = KINDS["mlp"].tensors({"layers": layers})  # in the same order
+    return zip([f"{embedding}.weight", *theirs], (f"{site}.{name}" for name in ours), strict=True)
 
 
 def _shallow(numbers: Array, length: object, geometry: Geometry) -> KeyValuePrefix:
     shape, layers = geometry.site("self"), geometry.attending("self")
     assert shape is not None  # it attends
-    row, found = (2 * len(layers), shape.kv_heads, shape.head_dim), f"{list(numbers.shape)} of {numbers.dtype}"
+    row, found = (2 * len(layers), shape.kv_heads, shape.head_dim), f"{FLAT} {list(numbers.shape)} of {numbers.dtype}"
     if numbers.ndim == 5 and numbers.shape[1] == 1:
         numbers = numbers[:, 0].transpose(2, 0, 1, 3)
     elif numbers.ndim == 1 and numbers.size % math.prod(row) == 0 and length in (None, numbers.size // math.prod(row)):
         numbers = numbers.reshape(-1, *row)
     if numbers.shape[1:] != row or not numbers.size or numbers.dtype.kind in "iub":
-        expected = f"[{length or 'P'} · {' · '.join(map(str, row))}] of {geometry.model_type}, or those of words"
-        raise CheckpointError(f"{FLAT} {found}", f"keys and values {expected:.200}", "check the file, and --base")
+        expected = f"keys and values [{length!r:.40} · {' · '.join(map(str, row))}], or those of words"
+        raise CheckpointError(found, expected, "check the file, and --base")
     return KeyValuePrefix.from_flat("self", numbers, layers, shape.kv_heads, shape.head_dim)
 
 

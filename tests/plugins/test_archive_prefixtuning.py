@@ -6,6 +6,7 @@ seeded by hand, for BART attention that is computed by hand, with keys and value
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -13,27 +14,37 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, DynamicCache
 
 import softbridge as sb
-from softbridge.arrays import to_torch
+from softbridge import untrusted
 from softbridge.base import build
 from softbridge.base import cache as caches
-from softbridge.errors import BaseModelError, CheckpointError, SoftbridgeError
+from softbridge.errors import BaseModelError, CheckpointError, SoftbridgeError, UnknownFormatError
 from softbridge.methods import rematerialise
 from softbridge.prompt import SoftPrompt
 from softbridge.testing import agreement, apart, tiny_config, tiny_model
+from softbridge_archive import prefixtuning
 
 P, MID, T, S = 5, 7, 6, 8
 FAR = 0.05
 BART = {
-    **{"vocab_size": 96, "d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "max_position_embeddings": 64},
-    **{"encoder_attention_heads": 4, "decoder_attention_heads": 4, "encoder_ffn_dim": 40, "decoder_ffn_dim": 40},
-    **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "decoder_start_token_id": 2},
+    "vocab_size": 96,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "max_position_embeddings": 64,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 40,
+    "decoder_ffn_dim": 40,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+    "decoder_start_token_id": 2,
 }
 #: Keys and values of every layer: [2·L, K, P, D], a key before a value.
 Blocks = Tensor
@@ -59,7 +70,7 @@ def mlp(
     """The state of an embedding and of its MLP, large enough for keys and values of standard deviation 1."""
     torch.manual_seed(seed)
     sizes = [width, *[MID] * (layers - 1), output]
-    linears = [nn.Linear(*pair) for pair in zip(sizes, sizes[1:], strict=False)]
+    linears = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
     modules = [module for linear in linears for module in (linear, nn.Tanh())][:-1]
     network = nn.ModuleDict({embedding: nn.Embedding(P, width), name: nn.Sequential(*modules)})
     for parameter in network[name].parameters():
@@ -110,7 +121,7 @@ def bart_state(layers: int, dtype: torch.dtype = torch.float64) -> dict[str, Ten
 
 
 def folder(path: Path, config: Any, state: Mapping[str, Tensor], **said: Any) -> Path:
-    """What `save_pretrained` of the prefix writes: the base model's configuration with its own settings, and weights."""
+    """What `save_pretrained` writes: the base model's configuration with the prefix's settings, and weights."""
     path.mkdir()
     told = {"preseqlen": P, "mid_dim": MID, "prefix_dropout": 0.1, "use_infix": False, "optim_prefix": True, **said}
     (path / "config.json").write_text(json.dumps({**config.to_dict(), **told}))
@@ -183,7 +194,8 @@ def test_gpt2_computes_what_a_seeded_cache_does(kind: str, tmp_path: Path) -> No
     ]
     assert min(apart(other, expected) for other in wrong) > FAR
     if kind in ("mlp", "deep"):
-        assert prompt.training is not None and prompt.training.settings["dropout"] == 0.1
+        assert prompt.training is not None
+        assert prompt.training.settings["dropout"] == 0.1
         assert rematerialise(prompt) == prompt
     else:
         assert prompt.training is None
@@ -307,7 +319,8 @@ def test_a_prefix_of_gpt2_runs_in_peft(kind: str, tmp_path: Path) -> None:
     pytest.importorskip("peft")
     source = gpt2_folder(tmp_path / "saved", kind, torch.float32)
     report = sb.convert(source, tmp_path / "peft", "peft", base=tiny_config("gpt2"), verify=True)
-    assert report.certificate is not None and report.certificate.same
+    assert report.certificate is not None
+    assert report.certificate.same
     back = sb.load(tmp_path / "peft", base=tiny_config("gpt2"))
     read = sb.load(source)
     assert back.parts == read.parts
@@ -318,12 +331,13 @@ def test_barts_three_prefixes_run_in_adapterhub(tmp_path: Path) -> None:
     pytest.importorskip("adapters")
     source = bart_folder(tmp_path / "saved", 2, torch.float32)
     report = sb.convert(source, tmp_path / "adapterhub", "adapterhub", base=bart_config(), verify=True)
-    assert report.certificate is not None and report.certificate.same
+    assert report.certificate is not None
+    assert report.certificate.same
     back = sb.load(tmp_path / "adapterhub", base=bart_config())
     assert {part.site: part for part in back.prefixes} == {part.site: part for part in sb.load(source).prefixes}
 
 
-# --- what is refused, and what is told ---------------------------------------------------------------------------------
+# --- what is refused, and what is told --------------------------------------------------------------------------------
 
 
 def test_what_is_not_the_prefix_is_named(tmp_path: Path) -> None:
@@ -335,7 +349,7 @@ def test_what_is_not_the_prefix_is_named(tmp_path: Path) -> None:
     prompt = sb.load(folder(tmp_path / "saved", tiny_config("gpt2"), state))
     assert prompt.origin is not None
     assert prompt.origin.notes == (
-        "not read: 2 tensors that are not the prefix's (transformer.h.0.ln_1.bias, transformer.h.0.ln_1.weight)",
+        "not read: 2 tensors that are not the prompt's (transformer.h.0.ln_1.bias, transformer.h.0.ln_1.weight)",
     )
     assert prompt.origin.partial == ""
     assert prompt.origin.details["mid_dim"] == MID
@@ -366,7 +380,7 @@ def changed(kind: str, **tensors: Tensor | None) -> dict[str, Tensor]:
             lambda: changed("mlp", control_trans__4__bias=torch.ones(9)),
             {},
             CheckpointError,
-            "tensors control_trans.4.bias",
+            "unexpected control_trans.4.bias",
         ),
         (lambda: changed("mlp", wte2__weight=torch.ones(5, 32)), {}, CheckpointError, "an infix"),
         (lambda: changed("mlp"), {"use_infix": True}, CheckpointError, "an infix"),
@@ -393,7 +407,8 @@ def test_what_does_not_fit_is_refused(
     saved = folder(tmp_path / "saved", tiny_config("gpt2"), state(), **said)
     with pytest.raises(error, match=found) as refused:
         sb.load(saved)
-    assert refused.value.expected and refused.value.remedy
+    assert refused.value.expected
+    assert refused.value.remedy
 
 
 def test_it_says_that_it_needs_the_base(tmp_path: Path) -> None:
@@ -411,3 +426,32 @@ def test_a_small_file_makes_no_large_prefix(tmp_path: Path) -> None:
     state["wte.weight"] = torch.ones(200_000, 1)
     with pytest.raises(CheckpointError, match="far more than it is"):
         sb.load(folder(tmp_path / "saved", tiny_config("gpt2"), state))
+
+
+def test_other_files_are_not_taken_for_it(tmp_path: Path) -> None:
+    """OpenPrompt's template and OpenDelta's prefix hold the same network; a base model and an optimiser hold none."""
+    network = gpt2_state("mlp")
+    others: list[dict[str, Any]] = [
+        {**network, "input_tokens": torch.arange(P)},
+        {f"transformer.h.0.attn.reparams.{name}": tensor for name, tensor in network.items()},
+        {f"prompt_model.template.{name}": tensor for name, tensor in network.items()},
+        model_of("gpt2").transformer.state_dict(),
+        {"state": {0: {"exp_avg": torch.ones(3, 32)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+    ]
+    for number, content in enumerate(others):
+        torch.save(content, tmp_path / f"{number}.bin")
+        assert not prefixtuning.sniff(untrusted.Files(tmp_path / f"{number}.bin"))
+    with pytest.raises(UnknownFormatError, match="no known format"):
+        sb.load(folder(tmp_path / "base", tiny_config("gpt2"), model_of("gpt2").state_dict()))
+
+
+def test_lists_that_hold_one_another_end(tmp_path: Path) -> None:
+    """Fifty lists, each twice in the next: as a tree they would have 2^50 leaves."""
+    nested: Any = torch.ones(2)
+    for _ in range(50):
+        nested = [nested, nested]
+    torch.save({"control_trans": nested}, tmp_path / "nested.pt")
+    with pytest.raises(UnknownFormatError):
+        sb.load(tmp_path / "nested.pt")
+    with pytest.raises(CheckpointError, match="names without end"):
+        sb.load(tmp_path / "nested.pt", format="prefixtuning", base=tiny_config("gpt2"))

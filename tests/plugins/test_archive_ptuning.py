@@ -6,7 +6,6 @@ Files are made by encoders that are built here as that program builds them, with
 from __future__ import annotations
 
 import argparse
-import copy
 import datetime
 import json
 from collections.abc import Callable
@@ -14,20 +13,20 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig
 
 import softbridge as sb
-from softbridge.arrays import to_torch
+from softbridge import untrusted
 from softbridge.base import build
-from softbridge.errors import BaseModelError, CheckpointError, LoweringError, SoftbridgeError
+from softbridge.errors import BaseModelError, CheckpointError, LoweringError
 from softbridge.methods import rematerialise
 from softbridge.prompt import SoftPrompt
 from softbridge.template import Field, Slot, Template, Virtual, Words
 from softbridge.testing import TINY, agreement, apart, tiny_config
+from softbridge_archive import ptuning, ptuning_fewshot
 
 FAR = 0.05
 HEAD = [50, 51, 52]
@@ -101,14 +100,26 @@ def lama_encoder(model: str = "bert-base-cased", dtype: torch.dtype = torch.floa
 def lama_file(path: Path, model: str = "bert-base-cased", dtype: torch.dtype = torch.float64, **said: Any) -> Path:
     """As `cli.py` writes it."""
     arguments = {
-        **{"relation_id": "P19", "model_name": model, "template": (3, 2, 1), "lr": 1e-5, "lstm_dropout": 0.25},
-        **{"use_lm_finetune": False, "use_original_template": False, "vocab_strategy": "shared", "seed": 34},
-        **{"device": torch.device("cpu"), "out_dir": "/somewhere"},
+        "relation_id": "P19",
+        "model_name": model,
+        "template": (3, 2, 1),
+        "lr": 1e-5,
+        "lstm_dropout": 0.25,
+        "use_lm_finetune": False,
+        "use_original_template": False,
+        "vocab_strategy": "shared",
+        "seed": 34,
+        "device": torch.device("cpu"),
+        "out_dir": "/somewhere",
     }
     checkpoint = {
         "embedding": lama_encoder(model, dtype).state_dict(),
-        **{"dev_hit@1": 0.5, "test_hit@1": 0.25, "test_size": 944, "ckpt_name": "epoch_3_dev_50.0_test_25.0.ckpt"},
-        **{"time": datetime.datetime(2021, 3, 18, 12, 30), "args": argparse.Namespace(**{**arguments, **said})},
+        "dev_hit@1": 0.5,
+        "test_hit@1": 0.25,
+        "test_size": 944,
+        "ckpt_name": "epoch_3_dev_50.0_test_25.0.ckpt",
+        "time": datetime.datetime(2021, 3, 18, 12, 30),
+        "args": argparse.Namespace(**{**arguments, **said}),
     }
     torch.save(checkpoint, path)
     return path
@@ -197,7 +208,8 @@ def test_lama_computes_what_the_row_by_hand_does(name: str, tmp_path: Path) -> N
     answer = [MASK] if family == "gpt2" else []  # what stands in the slot of a causal model it does not see
     check(family, prompt, [*row, *answer], row_of(prompt, head=HEAD), lama_encoder(name)())
     assert prompt.base.name == name
-    assert prompt.training is not None and prompt.training.settings["dropout"] == 0.25
+    assert prompt.training is not None
+    assert prompt.training.settings["dropout"] == 0.25
     assert rematerialise(prompt) == prompt
 
 
@@ -208,7 +220,8 @@ def test_fewshot_computes_what_the_row_by_hand_does(kind: str, family: str, tmp_
     check(family, prompt, PATTERN_ROW, row_of(prompt, premise=HEAD), fewshot_encoder(kind, family)())
     assert rematerialise(prompt) == prompt
     assert prompt.base.name == f"{family}-base"
-    assert prompt.origin is not None and prompt.origin.details["task_name"] == "rte"
+    assert prompt.origin is not None
+    assert prompt.origin.details["task_name"] == "rte"
 
 
 @torch.no_grad()
@@ -227,7 +240,8 @@ def test_it_is_kept_whole_in_the_canonical_form(tmp_path: Path) -> None:
     sb.convert(source, tmp_path / "out", "softbridge", base=model_of("bert"))
     back, read = sb.load(tmp_path / "out"), sb.load(source, base=model_of("bert"))
     assert back == read
-    assert back.origin is not None and back.origin.details["dev_hit@1"] == 0.5
+    assert back.origin is not None
+    assert back.origin.details["dev_hit@1"] == 0.5
     assert "out_dir" not in back.origin.details
 
 
@@ -255,7 +269,7 @@ def test_the_encoder_goes_on_training(tmp_path: Path) -> None:
         sb.detach(model)
 
 
-# --- what is refused, and what is told ---------------------------------------------------------------------------------
+# --- what is refused, and what is told --------------------------------------------------------------------------------
 
 
 def test_what_the_files_lack_is_asked_for(tmp_path: Path) -> None:
@@ -340,7 +354,8 @@ def twice(path: Path) -> Path:
 def test_what_does_not_fit_is_refused(make: Callable[[Path], Path], found: str, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=found) as refused:
         sb.load(make(tmp_path))
-    assert refused.value.expected and refused.value.remedy
+    assert refused.value.expected
+    assert refused.value.remedy
 
 
 def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
@@ -356,17 +371,18 @@ def test_nothing_in_a_checkpoint_is_executed(tmp_path: Path) -> None:
 
 def test_other_files_are_not_taken_for_it(tmp_path: Path) -> None:
     encoder = lama_encoder()
-    for number, content in enumerate(
-        (
-            encoder.state_dict(),  # it does not say where its vectors stand
-            {"embedding": encoder.state_dict()},
-            {"embedding": torch.ones(6, 32), "args": argparse.Namespace()},
-            {"prompt_embeddings": torch.ones(3, 32), "mlp": {}},
-            {"prompt_embeddings": torch.ones(3, 32)},
-            {**fewshot_encoder("mlp").state(), "epoch": 3},
-        )
-    ):
+    others = (
+        encoder.state_dict(),  # it does not say where its vectors stand
+        {"embedding": encoder.state_dict()},
+        {"embedding": torch.ones(6, 32), "args": argparse.Namespace()},
+        {"prompt_embeddings": torch.ones(3, 32), "mlp": {}},
+        {"prompt_embeddings": torch.ones(3, 32)},
+        {**fewshot_encoder("mlp").state(), "epoch": 3},
+        {"state": {0: {"exp_avg": torch.ones(3, 32)}}, "param_groups": [{"lr": 0.1, "params": [0]}]},
+        model_of("bert").state_dict(),
+    )
+    for number, content in enumerate(others):
         torch.save(content, tmp_path / f"{number}.pth")
-        with pytest.raises(CheckpointError, match="no known format|not|neither") as refused:
-            sb.load(tmp_path / f"{number}.pth")
-        assert "ptuning" not in str(refused.value).split("expected")[0]
+        files = untrusted.Files(tmp_path / f"{number}.pth")
+        assert not ptuning.sniff(files)
+        assert not ptuning_fewshot.sniff(files)
