@@ -101,5 +101,5 @@ FORMAT = frame.ArchiveFormat(
     recognise=sniff,
     reader=read,
     reads="GPT-2: MLP of two or three layers, flat, from words; BART: three sites; the MLP is kept for training",
-    proven="GPT-2: a cache seeded by hand; BART: keys and values put in front by hand within attention",
+    proven="GPT-2: a cache seeded by hand; BART: keys and values put in front by hand within attention, and AdapterHub",
 )

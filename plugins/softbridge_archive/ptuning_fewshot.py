@@ -70,5 +70,5 @@ FORMAT = frame.ArchiveFormat(
     recognise=sniff,
     reader=read,
     reads="`embeddings.pth` (LSTM or MLP), with a `template.json` that says where its vectors stand",
-    proven="word embeddings with the vectors put among them by hand, on BERT",
+    proven="word embeddings with the vectors put among them by hand, on BERT and ALBERT",
 )
