@@ -4,7 +4,8 @@
 only the data are read (`LAMA/cli.py`). The encoder (`LAMA/p_tuning/prompt_encoder.py`) is an LSTM of two layers, H/2 in
 each direction, and two linear layers. The arguments hold the template (a, b, c), numbers of virtual tokens v: BERT and
 RoBERTa read ``[CLS] v·a [MASK] v·b head v·c [SEP]``, with a full stop where c is 0; GPT reads ``v·a head v·b`` and goes
-on with the answer. The vectors stand in the place of word embeddings, and are counted like words.
+on with the answer. ``head`` is a text, tokenised behind a space; the vectors stand in the place of word embeddings, and
+are counted like words.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     said = frame.plain(facts, ARGUMENTS)
     if facts.get("use_original_template"):
         raise _refused("a template of words alone (use_original_template)", "virtual tokens")
-    model = facts.get("model_name")
+    model = said.get("model_name")
     if not isinstance(model, str):
         raise _refused(f"arguments that do not name the model: {said!r:.200}", "those of LAMA/cli.py")
     causal = "gpt" in model or "megatron" in model
@@ -58,7 +59,7 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     settings = {"layers": 2, "dropout": dropout, "non_linearity": "relu"}
     training = Training("p-tuning-lstm", settings, frame.renamed(frame.named(tree["embedding"]), NAMES))
     vectors = frame.made_vectors(training)
-    template = _template(said.get("template"), model, causal)
+    template = _template(said.get("template"), model, causal, files)
     part, positions = frame.infilled(vectors, "decoder" if causal else "encoder", template)
     tuned = bool(facts.get("use_lm_finetune"))  # then it is not halved
     partial = "the language model was trained, too (use_lm_finetune), and is not in the file" if tuned else ""
@@ -67,7 +68,7 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     return SoftPrompt((part,), positions, BaseId(model, geometry), training=training, origin=origin)
 
 
-def _template(counts: Json, model: str, causal: bool) -> Template:
+def _template(counts: Json, model: str, causal: bool, files: untrusted.Files) -> Template:
     told = isinstance(counts, list) and len(counts) == 3 and all(type(count) is int and count >= 0 for count in counts)
     if not isinstance(counts, list) or not told or not any(counts[: 2 if causal else 3]):
         raise _refused(f"arguments with the template {counts!r:.80}", "three numbers of virtual tokens")
@@ -76,7 +77,7 @@ def _template(counts: Json, model: str, causal: bool) -> Template:
         return Template((*before, Field("head"), *between, Slot()))
     tokens = TOKENS.get(model.rstrip("/").rpartition("/")[2])
     if tokens is None:
-        raise _refused(f"the model {model!r:.80}, whose tokens are not known here", f"one of {', '.join(TOKENS)}")
+        return frame.template_beside(files, f"a prompt for {model!r:.80}, whose tokens are not known here")
     first, last, stop = tokens
     end = (*behind, Words((last,))) if behind else (Words((stop, last)),)
     return Template((Words((first,)), *before, Slot(), *between, Field("head"), *end))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -233,6 +234,31 @@ def test_without_a_third_group_bert_reads_a_full_stop(tmp_path: Path) -> None:
     prompt = sb.load(saved)
     row = [101, -1, -1, -1, MASK, -1, -1, *HEAD, 119, 102]
     check("bert", prompt, row, row_of(prompt, head=HEAD), encoder())
+
+
+@torch.no_grad()
+def test_a_model_that_lama_does_not_know_needs_a_template(tmp_path: Path) -> None:
+    row = [7, -1, -1, MASK, -1, *HEAD, -1, -1, -1]
+    template = Template((Words((7,)), Virtual(2), Slot(), Virtual(1), Field("head"), Virtual(3)))
+    lama_file(tmp_path / "epoch.ckpt", model_name="/models/bert-base-klingon")
+    with pytest.raises(
+        CheckpointError, match=r"bert-base-klingon', whose tokens are not known here(.|\n)*template\.json"
+    ):
+        sb.load(tmp_path)
+    (tmp_path / "template.json").write_text(json.dumps(template.to_json()))
+    prompt = sb.load(tmp_path)
+    check("bert", prompt, row, row_of(prompt, head=HEAD), lama_encoder()())
+    lama_file(tmp_path / "epoch.ckpt", model_name="/models/bert-base-cased")
+    assert row_of(sb.load(tmp_path), head=HEAD) == ROWS["bert-base-cased"][1]
+
+
+@torch.no_grad()
+def test_what_an_old_torch_saved_is_read(tmp_path: Path) -> None:
+    saved = lama_file(tmp_path / "epoch.ckpt")
+    expected = sb.load(saved)
+    torch.save(torch.load(saved, weights_only=False), saved, _use_new_zipfile_serialization=False)
+    assert not zipfile.is_zipfile(saved)
+    assert sb.load(saved) == expected
 
 
 def test_it_is_kept_whole_in_the_canonical_form(tmp_path: Path) -> None:
