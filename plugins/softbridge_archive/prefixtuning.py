@@ -1,11 +1,11 @@
 """XiangLi1999/PrefixTuning (Li & Liang 2021, arXiv 2101.00190): prefixes of GPT-2 and of BART, with what trained them.
 
-A folder of `save_pretrained`: the base model's configuration, with the prefix's settings in it, and the prefix as
-weights. GPT-2 (`gpt2/train_control.py`): ``wte`` [P, H] and an MLP ``control_trans``, with tanh between two linear
-layers, or three (`deep_param`). Without an MLP (`init_shallow`) ``control_trans`` is its result, [P·2·L·K·D]; or, where
-it began as the keys and values of words, what the cache of the time held: [2·L, 1, K, P, D]. BART
-(`seq2seq/prefixTuning.py`): an embedding and an MLP for each of three sites. GPT-2 takes the prefix as its past, and
-real tokens stand at P, P + 1, ...; BART takes it within attention, and its tokens stand where they would without it.
+A folder of `save_pretrained`: the base model's configuration, with the prefix's settings in it, and the prefix. GPT-2
+(`gpt2/train_control.py`): ``wte`` [P, H] and an MLP ``control_trans``, with tanh between two linear layers, or three
+(`deep_param`). Without an MLP (`init_shallow`) ``control_trans`` is its result, [P·2·L·K·D]; or, where it began as the
+keys and values of words, what the cache of the time held: [2·L, 1, K, P, D]. BART (`seq2seq/prefixTuning.py`): an
+embedding and an MLP for each of three sites. GPT-2 takes the prefix as its past: real tokens stand at P, P + 1, ...
+BART takes it within attention, and its tokens stand where they would without it.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     found = frame.weights(files)
     sites = [site for site, (_, mlp) in NETWORKS.items() if any(name.split(".")[0] == mlp for name in found)]
     layers = 3 if f"{FLAT}.4.weight" in found else 2
-    last = found.get(f"{FLAT}.{2 * layers - 2}.weight")
+    last, why = found.get(f"{FLAT}.{2 * layers - 2}.weight"), ""
     if facts.get("use_infix") or ("wte2.weight" in found and "cross" not in sites):
-        raise _refused("an infix: keys and values between source and target, where no prefix stands")
-    if last is not None and last.shape[:1] == (geometry.hidden,):
-        raise _refused("vectors that the base model itself turns into keys and values (PrefixEmbTuning)")
+        why = "an infix: keys and values between source and target, where no prefix stands"
+    elif last is not None and last.shape[:1] == (geometry.hidden,):
+        why = "vectors that the base model itself turns into keys and values (PrefixEmbTuning)"
+    if why:
+        raise CheckpointError(why, "keys and values in front of the text", "train it anew as a prefix")
     if set(sites) != {site for site in NETWORKS if geometry.site(site) is not None}:
-        theirs = f"those of {geometry.model_type}"
-        raise BaseModelError(f"prefixes at the sites {', '.join(sites)}", theirs, "check --base")
+        raise BaseModelError(f"prefixes at sites {', '.join(sites)}", f"those of {geometry.model_type}", "check --base")
     ours = [name for name in found if name.split(".")[0] in {stem for site in sites for stem in NETWORKS[site]}]
     if FLAT in found:
         training, parts = None, [_shallow(found[FLAT].array(), facts.get("preseqlen"), geometry)]
@@ -61,7 +62,7 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
         training = Training("mlp", settings, {names.get(name, name): found[name].array() for name in ours})
         parts = [frame.made_prefix(training, site, geometry) for site in sites]
     start = {stack_of(p.site): 0 if geometry.is_encoder_decoder else p.length for p in parts if p.site != "cross"}
-    mode = facts.get("_my_arg_tune_mode", "prefixtune")
+    mode = facts.get("_my_arg_tune_mode") or "prefixtune"
     partial = "" if mode == "prefixtune" else f"the base model was trained, too ({mode!r:.40}): load that one"
     notes = frame.unread(found.keys() - set(ours))
     origin = Origin("prefixtuning", frame.plain(facts, SETTINGS), notes=notes, partial=partial)
@@ -88,10 +89,6 @@ def _shallow(numbers: Array, length: object, geometry: Geometry) -> KeyValuePref
         expected = f"keys and values [{length!r:.40} · {' · '.join(map(str, row))}], or those of words"
         raise CheckpointError(found, expected, "check the file, and --base")
     return KeyValuePrefix.from_flat("self", numbers, layers, shape.kv_heads, shape.head_dim)
-
-
-def _refused(what: str) -> CheckpointError:
-    return CheckpointError(what, "keys and values in front of the text", "train it anew as a prefix")
 
 
 FORMAT = frame.ArchiveFormat(
