@@ -25,7 +25,7 @@ from softbridge.base import build
 from softbridge.base import cache as caches
 from softbridge.errors import BaseModelError, CheckpointError, SoftbridgeError, UnknownFormatError
 from softbridge.methods import rematerialise
-from softbridge.prompt import SoftPrompt
+from softbridge.prompt import KeyValuePrefix, SoftPrompt
 from softbridge.testing import agreement, apart, tiny_config, tiny_model
 from softbridge_archive import prefixtuning
 
@@ -162,6 +162,13 @@ def with_past(blocks: Blocks | None, shift: int = 0) -> Tensor:
     return model(input_ids=ids, position_ids=places, **caches.handed(model.forward, past)).logits
 
 
+def check_rows(prefix: KeyValuePrefix, blocks: Blocks) -> None:
+    """Virtual token by virtual token: attention does not know their order."""
+    for layer, pair in prefix.layers.items():
+        assert apart(pair.keys, blocks[2 * layer]) <= 1e-12
+        assert apart(pair.values, blocks[2 * layer + 1]) <= 1e-12
+
+
 def run(family: str, prompt: SoftPrompt, **inputs: Tensor) -> Tensor:
     """In the native engine."""
     model = model_of(family)
@@ -179,6 +186,7 @@ def test_gpt2_computes_what_a_seeded_cache_does(kind: str, tmp_path: Path) -> No
     prompt = sb.load(gpt2_folder(tmp_path / "saved", kind))
     assert prompt.positions.start == {"decoder": P}, "GPT-2 counts its past"
     model, blocks = model_of("gpt2"), gpt2_blocks(gpt2_state(kind))
+    check_rows(prompt.prefixes[0], blocks)
     expected = with_past(blocks)
     found = run("gpt2", prompt, input_ids=ids_of(T, 0))
     bound = agreement(model, input_ids=ids_of(T, 0))
@@ -282,6 +290,8 @@ def test_bart_computes_what_attention_by_hand_does(layers: int, tmp_path: Path) 
     assert prompt.positions.start == {"decoder": 0, "encoder": 0}, "BART's tokens stand where they would without it"
     state = bart_state(layers)
     blocks = {site: blocks_of(rows_of(state, *names), 4) for site, names in SITES.items()}
+    for prefix in prompt.prefixes:
+        check_rows(prefix, blocks[prefix.site])
     expected, model = bart_logits(blocks), model_of("bart")
     bound = agreement(model, **bart_inputs())
     assert apart(bart_logits({}), model(**bart_inputs()).logits) <= bound, "the attention by hand is BART's own"
