@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 import softbridge as sb
+import softbridge_archive
 from softbridge.plugin.registry import engines, formats, owners
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -117,6 +118,7 @@ def test_the_guard_sees_a_heavy_import() -> None:
 
 
 def test_what_is_installed_comes_in_by_entry_point() -> None:
-    assert set(formats()) == {"adapterhub", "google", "peft", "softbridge"}
+    archived = {form.name for form in softbridge_archive.FORMATS}
+    assert set(formats()) == {"adapterhub", "peft", "softbridge", *archived}
     assert set(engines()) == {"adapterhub", "native", "peft"}
     assert owners()["softbridge_formats"]["google"] == "archive"

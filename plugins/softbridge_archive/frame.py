@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 from softbridge import untrusted
-from softbridge.errors import BaseModelError, CheckpointError, Obstacle
-from softbridge.geometry import Geometry, read_geometry
+from softbridge.arrays import Array
+from softbridge.errors import BaseModelError, CheckpointError, Obstacle, few
+from softbridge.geometry import Geometry, Site, Stack, read_geometry
+from softbridge.methods import materialise, materialise_vectors
 from softbridge.plugin.capabilities import Capabilities
-from softbridge.prompt import SoftPrompt
+from softbridge.prompt import InputPrompt, KeyValuePrefix, Positions, SoftPrompt, Training
+from softbridge.prompt.values import Json, json_object
+from softbridge.template import Template
 
 Recognise = Callable[[untrusted.Files], bool]
 Read = Callable[[untrusted.Files, "Geometry | None"], SoftPrompt]
@@ -19,6 +24,9 @@ Write = Callable[[SoftPrompt, "Geometry | None"], Mapping[str, bytes]]
 Tell = Callable[[SoftPrompt, "Geometry | None"], Sequence[Obstacle]]
 Advise = Callable[[SoftPrompt, "Geometry | None", int], Sequence[str]]
 
+
+#: Evaluating a parameterisation makes at most so many numbers for each that it has.
+GROWTH = 32
 
 #: What a format can hold that is read only.
 NOTHING = Capabilities()
@@ -83,7 +91,7 @@ def weights(files: untrusted.Files) -> Mapping[str, untrusted.Stored]:
     found: dict[str, untrusted.Stored] = {}
     for file in files.names:
         if files.kind(file) in ("safetensors", "pickle"):
-            for name, tensor in _flat(files.tree(file)):
+            for name, tensor in named(files.tree(file)).items():
                 if name in found:
                     raise CheckpointError(
                         f"{files.path} holds several tensors {name!r:.80}, one of them in {file}",
@@ -94,12 +102,57 @@ def weights(files: untrusted.Files) -> Mapping[str, untrusted.Stored]:
     return found
 
 
-def _flat(node: Any, path: str = "") -> Iterator[tuple[str, untrusted.Stored]]:
-    if isinstance(node, untrusted.Stored):
-        yield path, node
-    elif isinstance(node, (dict, list)):
-        for name, child in node.items() if isinstance(node, dict) else enumerate(node):
-            yield from _flat(child, f"{path}.{name}" if path else str(name))
+def names(files: untrusted.Files) -> Collection[str]:
+    """The names of `weights`; none where something is malformed, which is for the reader to say."""
+    try:
+        return weights(files).keys()
+    except CheckpointError:
+        return ()
+
+
+def saved(files: untrusted.Files, is_it: Callable[[Mapping[Any, Any]], bool]) -> dict[str, Mapping[Any, Any]]:
+    """The dictionaries that torch.save wrote and that pass the test, by the names of their files. Never raises."""
+    found: dict[str, Mapping[Any, Any]] = {}
+    for name in files.names:
+        with suppress(CheckpointError):  # of a file that is none of ours
+            tree = files.tree(name) if files.kind(name) == "pickle" else None
+            if isinstance(tree, dict) and is_it(tree):
+                found[name] = tree
+    return found
+
+
+def the_one(found: Mapping[str, Any], files: untrusted.Files, what: str) -> Any:
+    """The one thing that was found.
+
+    Raises:
+        CheckpointError: nothing was found, or several things.
+    """
+    if len(found) != 1:
+        raise CheckpointError(
+            f"{files.path} holds {len(found)} times {what}", "one prompt", "give the path of one file"
+        )
+    return next(iter(found.values()))
+
+
+def named(tree: Any) -> dict[str, untrusted.Stored]:
+    """Every tensor of what `Files.tree` gave, by its name.
+
+    Raises:
+        CheckpointError: the names would be longer than a file's description may be: lists that hold one another.
+    """
+    found: dict[str, untrusted.Stored] = {}
+    todo, room = [("", tree)], untrusted.LIMIT
+    while todo:
+        path, node = todo.pop()
+        if isinstance(node, untrusted.Stored):
+            found[path] = node
+        elif isinstance(node, (dict, list)):
+            for name, child in node.items() if isinstance(node, dict) else enumerate(node):
+                todo.append((f"{path}.{name}" if path else str(name), child))
+                room -= len(todo[-1][0]) + 1
+                if room < 0:
+                    raise CheckpointError("names without end", "a checkpoint of tensors", "save the prompt's alone")
+    return found
 
 
 def below(found: Mapping[str, untrusted.Stored], stem: str) -> dict[str, untrusted.Stored]:
@@ -119,6 +172,113 @@ def below(found: Mapping[str, untrusted.Stored], stem: str) -> dict[str, untrust
             f"tensors below {', '.join(sorted(places)[:4])}", "those of one prompt", "save that prompt's alone"
         )
     return {match[2]: found[name] for name, match in matches.items() if match is not None}
+
+
+def unread(names: Collection[str]) -> tuple[str, ...]:
+    """For `Origin.notes`: the names of tensors that are not the prompt's, and change nothing of what it computes."""
+    return (f"not read: {len(names)} tensors that are not the prompt's ({few(sorted(names))})",) if names else ()
+
+
+def plain(facts: Any, names: Iterable[str]) -> dict[str, Json]:
+    """Those facts of a file that JSON can say, for `Origin.details`: of these names, where they are there."""
+    found: dict[str, Json] = {}
+    for name in names:
+        if isinstance(facts, Mapping) and name in facts:
+            with suppress(ValueError):
+                found |= json_object({name: facts[name]}, name)
+    return found
+
+
+def made_prefix(training: Training, site: Site, geometry: Geometry) -> KeyValuePrefix:
+    """What a parameterisation makes for every layer of a site.
+
+    Raises:
+        CheckpointError: its tensors are not those of the parameterisation, or not for this base model.
+        BaseModelError: the base model does not have the site.
+    """
+    shape, layers = geometry.site(site), geometry.attending(site)
+    assert shape is not None  # it attends
+    with _evaluating(training):
+        return materialise(training, site, layers, shape.kv_heads, shape.head_dim)
+
+
+def made_vectors(training: Training) -> Array:
+    """The vectors [P, H] that a parameterisation makes. Raises `CheckpointError`, as above."""
+    with _evaluating(training):
+        return materialise_vectors(training)
+
+
+@contextmanager
+def _evaluating(training: Training) -> Iterator[None]:
+    rows = max((len(a) for name, a in training.tensors.items() if name.endswith("embedding") and a.ndim), default=0)
+    widths = [max(array.shape, default=0) for name, array in training.tensors.items() if not name.endswith("embedding")]
+    if rows * max(widths, default=0) > GROWTH * sum(array.size for array in training.tensors.values()):
+        raise CheckpointError(
+            f"a parameterisation that makes far more than it is: {training!r:.200}",
+            f"at most {GROWTH} times as many numbers",
+            "check the file",
+        )
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # RuntimeError: torch lacks the operation for the dtype
+        raise CheckpointError(
+            str(error), "the tensors of one parameterisation", "check the file, and --base"
+        ) from error
+
+
+def renamed(tensors: Mapping[str, untrusted.Stored], beginnings: Mapping[str, str]) -> dict[str, Array]:
+    """Tensors by our names, read. One whose name has none of the beginnings keeps it; evaluating then complains.
+
+    Args:
+        beginnings: of their names -> of ours.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        theirs = next((known for known in beginnings if name.startswith(known)), "")
+        found[beginnings.get(theirs, "") + name.removeprefix(theirs)] = tensor.array()
+    return found
+
+
+def infilled(vectors: Array, stack: Stack, template: Template) -> tuple[InputPrompt, Positions]:
+    """Vectors among the words of a template, and where the row stands that holds both.
+
+    Raises:
+        CheckpointError: the template has not as many virtual tokens.
+    """
+    if template.length != len(vectors):
+        raise CheckpointError(
+            f"{len(vectors)} vectors, and a template of {template.length} virtual tokens",
+            "as many of the one as of the other",
+            "check the file, and the template",
+        )
+    return InputPrompt(vectors, stack, placement="template", template=template), Positions({stack: 0})
+
+
+#: A template, as `Template.to_json` has it, that a caller puts beside a prompt whose files do not say where it stands.
+TEMPLATE = "template.json"
+
+
+def template_beside(files: untrusted.Files, what: str) -> Template:
+    """Where the vectors of a prompt stand, which its own files do not say.
+
+    Args:
+        what: what needs it, in words.
+
+    Raises:
+        CheckpointError: nobody says it.
+    """
+    if TEMPLATE not in files:
+        raise CheckpointError(
+            f"{what}, and nothing that says where its virtual tokens stand",
+            f"a folder with {TEMPLATE} beside it: softbridge.template.Template.to_json(), as JSON",
+            "write the template with which the prompt was trained, and give the folder",
+        )
+    try:
+        return Template.from_json(files.json(TEMPLATE))
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{TEMPLATE}: {error}", "a template", "see softbridge.template.Template.to_json"
+        ) from error
 
 
 def geometry_of(files: untrusted.Files, given: Geometry | None, what: str) -> Geometry:

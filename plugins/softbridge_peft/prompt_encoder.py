@@ -61,7 +61,8 @@ def described(training: Training, part: Part) -> tuple[str, dict[str, Any]] | No
                 }
         case "mlp" if settings.get("non_linearity", "tanh") == "tanh" and isinstance(part, KeyValuePrefix):
             kv_heads, _, head_dim = part.layers[0].keys.shape
-            if shapes["embedding"][1] == kv_heads * head_dim and not settings.get("dropout"):
+            deep = settings.get("layers", 2) != 2
+            if shapes["embedding"][1] == kv_heads * head_dim and not deep and not settings.get("dropout"):
                 return facts.PREFIX_TUNING, {"prefix_projection": True, "encoder_hidden_size": shapes["hidden.bias"][0]}
     return None
 

@@ -95,6 +95,22 @@ def test_equals_the_parameterisation_written_out() -> None:
     np.testing.assert_allclose(prefix.flat(), by_hand(given), atol=1e-14)
 
 
+@pytest.mark.parametrize("layers", [3, 4])
+def test_an_mlp_of_more_layers_equals_it_written_out(layers: int) -> None:
+    given, generator = training(), np.random.default_rng(4)
+    more = {f"self.hidden.{n}.weight": generator.normal(size=(M, M)) for n in range(1, layers - 1)}
+    more |= {name.replace("weight", "bias"): generator.normal(size=M) for name in more}
+    deep = replace(given, settings={**given.settings, "layers": layers}, tensors={**given.tensors, **more})
+    found = materialise(deep, "self", LAYERS, K, D).flat()
+    t = deep.tensors
+    rows = np.tanh(t["self.embedding"] @ t["self.hidden.weight"].T + t["self.hidden.bias"])
+    for n in range(1, layers - 1):
+        rows = np.tanh(rows @ t[f"self.hidden.{n}.weight"].T + t[f"self.hidden.{n}.bias"])
+    np.testing.assert_allclose(found, rows @ t["self.output.weight"].T + t["self.output.bias"], atol=1e-14)
+    assert difference(found, by_hand(given)) > 0.1
+    assert trained(deep) == set(deep.tensors)
+
+
 def test_another_activation_is_another_prefix() -> None:
     relu = materialise(training(non_linearity="relu"), "self", LAYERS, K, D).flat()
     np.testing.assert_allclose(relu, by_hand(training(), lambda x: np.maximum(x, 0)), atol=1e-14)

@@ -120,15 +120,26 @@ def _linear(name: str, rows: str, columns: str) -> dict[str, Tensor]:
     }
 
 
+def _mlp_hidden(settings: Settings) -> list[str]:
+    """The names of the linear layers before the last."""
+    layers = _count({"layers": 2, **settings}, "layers", least=2)
+    return ["hidden", *(f"hidden.{number}" for number in range(1, layers - 1))]
+
+
 def _mlp_tensors(settings: Settings) -> dict[str, Tensor]:
-    return {"embedding": Tensor("P E"), **_linear("hidden", "M", "E"), **_linear("output", "W", "M")}
+    tensors = {"embedding": Tensor("P E")}
+    for number, name in enumerate(_mlp_hidden(settings)):
+        tensors.update(_linear(name, "M", "M" if number else "E"))
+    return {**tensors, **_linear("output", "W", "M")}
 
 
 def _mlp(settings: Settings, tensors: Mapping[str, torch.Tensor], train: bool) -> torch.Tensor:
     from torch.nn.functional import dropout, linear
 
     function = activation(_text(settings, "non_linearity", "tanh"))
-    hidden = function(linear(tensors["embedding"][None], tensors["hidden.weight"], tensors["hidden.bias"]))
+    hidden = tensors["embedding"][None]
+    for name in _mlp_hidden(settings):
+        hidden = function(linear(hidden, tensors[f"{name}.weight"], tensors[f"{name}.bias"]))
     flat = linear(hidden, tensors["output.weight"], tensors["output.bias"])[0]
     return dropout(flat, _rate(settings), train)
 
@@ -250,8 +261,9 @@ def _cartridge(settings: Settings, tensors: Mapping[str, torch.Tensor], train: b
 
 KINDS: Mapping[str, Kind] = {
     "mlp": Kind(
-        "prefix tuning (Li & Liang 2021): a two-layer MLP over a small embedding. non_linearity: transformers' "
-        "name of an activation, or leakyrelu (tanh); dropout: rate, on keys and values, in training only (0)",
+        "prefix tuning (Li & Liang 2021): an MLP over a small embedding. layers: linear layers, with an activation "
+        "between them (2); non_linearity: transformers' name of an activation, or leakyrelu (tanh); dropout: rate, on "
+        "keys and values, in training only (0)",
         _mlp_tensors,
         _mlp,
         per_site=True,
@@ -293,9 +305,6 @@ KINDS: Mapping[str, Kind] = {
     ),
 }
 
-#: The tensors that the kind ``mlp`` has for each site.
-MLP_TENSORS = tuple(_mlp_tensors({}))
-
 
 def _text(settings: Settings, name: str, default: str) -> str:
     value = settings.get(name, default)
@@ -323,6 +332,10 @@ def _count(settings: Settings, name: str, least: int = 1, most: int = MOST_LAYER
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{name}: a whole number from {least} to {most}, not {value!r:.80}")
     return value
+
+
+#: The tensors that the kind ``mlp`` of two layers has for each site.
+MLP_TENSORS = tuple(_mlp_tensors({}))
 
 
 def kind_of(name: str) -> Kind:
