@@ -109,7 +109,8 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     sb.save(
         MultitaskPromptTuning(2, length=4).initialise(geometry, seed=0), "peft_multitask", format="peft", base=llama
     )
-    sb.save(random_input_prompt(geometry), "prompts/sst2", format="peft", base=llama)
+    for name in ("prompts/sst2", "peft_prompt"):
+        sb.save(random_input_prompt(geometry), name, format="peft", base=llama)
     sb.save(prefix, "prompts/xsum", format="softbridge", base=llama)
     sb.save(random_input_prompt(t5), "sst2.npy", format="google", base=tiny_config("t5"))
     skewed = Positions({"decoder": 0}, "skewed", "pinned")

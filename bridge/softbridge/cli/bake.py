@@ -50,7 +50,7 @@ def bake(
         print_json({**vars(made), "path": str(made.path)})
         return
     console = printer()
-    console.print(shown(f"{base} with {', '.join(made.tokens)} in its vocabulary -> {made.path}"))
+    console.print(shown(f"{base} with {', '.join(made.tokens)} in its vocabulary -> {made.path}/"))
     for name, tokens in made.tokens.items():
         first, last = made.ids[name][0], made.ids[name][-1]
         what = f"{''.join(tokens)[:60]}{' ...' if len(''.join(tokens)) > 60 else ''}"

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -106,13 +107,32 @@ def quiet() -> Iterator[None]:
     logging.disable(logging.WARNING)
     shows = sys.stderr.isatty()
     try:
-        with warnings.catch_warnings(), watching(_tell) if shows else nullcontext():
+        with warnings.catch_warnings(), watching(_tell) if shows else _no_bars():
             warnings.simplefilter("ignore")
             yield
     finally:
         logging.disable(before)
         if shows:
             _tell("")
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """Let transformers draw no progress bar, be it imported already or not: nobody watches."""
+    name, said = "HF_HUB_DISABLE_PROGRESS_BARS", sys.modules.get("transformers.utils.logging")
+    before, drawing = os.environ.get(name), said is not None and said.is_progress_bar_enabled()
+    os.environ[name] = "1"
+    if said is not None and drawing:
+        said.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = before
+        if said is not None and drawing:
+            said.enable_progress_bar()
 
 
 def _tell(line: str) -> None:

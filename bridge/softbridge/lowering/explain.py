@@ -57,12 +57,19 @@ def explain(source: str, target: str, method: str, *, base: Any) -> Explanation:
     Raises:
         UnknownFormatError: no installed format has this name.
         BaseModelError: the base model cannot be read.
-        SoftbridgeError: `method` is not one of `softbridge.methods.METHODS`.
+        SoftbridgeError: `method` is not one of `softbridge.methods.METHODS`, or a format is read only.
     """
     if method not in METHODS:
         raise SoftbridgeError(f"no method is called '{method}'", f"one of {', '.join(METHODS)}", "check the spelling")
-    resolved = BaseModel.resolve(base).imagine()
     read, written = format_named(source), format_named(target)
+    for form in (read, written):
+        if not form.encodings:
+            raise SoftbridgeError(
+                f"'{form.name}' is read, and not written, and what a file of it holds depends on the file",
+                "formats that are written",
+                "say --from softbridge: what was read is a prompt like any other",
+            )
+    resolved = BaseModel.resolve(base).imagine()
     prompt = example(method, resolved.geometry, read.capabilities)
     held = plan(prompt, Target(source, read.capabilities, resolved), read.obstacles)
     lacking = tuple(obstacle for obstacle in _refusing(held.obstacles) if not obstacle.accidental)

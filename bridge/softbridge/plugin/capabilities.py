@@ -37,7 +37,7 @@ class Capabilities:
         left_pads: whether pads on the left of a row leave its results as they are.
         trains_through: kinds of parameterisation that an engine trains a prompt through, or None for any. It trains the
             prompt's own numbers in any case.
-        evaluates: kinds of parameterisation that an engine evaluates when it runs a prompt that has one, in the dtype in
+        evaluates: kinds of parameterisation that an engine evaluates when it runs a prompt, in the dtype in
             which its tensors are stored, or None for any. In float32 another processor, or another number of threads,
             then makes another last bit.
         quantised: whether transformers' trainer takes what an engine makes of a quantised base model.
