@@ -8,11 +8,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softbridge.plugin.hookspecs import Format, hookimpl
-from softbridge_archive import google, prefixtuning, ptuning, ptuning_fewshot
+from softbridge_archive import google, opendelta, openprompt, prefixtuning, ptuning, ptuning_fewshot
 from softbridge_archive.frame import ArchiveFormat
 
 #: One of each module, in alphabetical order.
-FORMATS: Sequence[ArchiveFormat] = (google.FORMAT, prefixtuning.FORMAT, ptuning.FORMAT, ptuning_fewshot.FORMAT)
+FORMATS: Sequence[ArchiveFormat] = (
+    google.FORMAT,
+    opendelta.FORMAT,
+    openprompt.FORMAT,
+    openprompt.BEFORE,
+    openprompt.AFTER,
+    prefixtuning.FORMAT,
+    ptuning.FORMAT,
+    ptuning_fewshot.FORMAT,
+)
 
 
 @hookimpl

@@ -13,6 +13,7 @@ from softbridge.arrays import Array
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle, few
 from softbridge.geometry import Geometry, Site, Stack, read_geometry
 from softbridge.methods import materialise, materialise_vectors
+from softbridge.methods.parameterisations import eject
 from softbridge.plugin.capabilities import Capabilities
 from softbridge.prompt import InputPrompt, KeyValuePrefix, Positions, SoftPrompt, Training
 from softbridge.prompt.values import Json, json_object
@@ -103,11 +104,13 @@ def weights(files: untrusted.Files) -> Mapping[str, untrusted.Stored]:
 
 
 def names(files: untrusted.Files) -> Collection[str]:
-    """The names of `weights`; none where something is malformed, which is for the reader to say."""
-    try:
-        return weights(files).keys()
-    except CheckpointError:
-        return ()
+    """The names of every tensor. Of a file that is malformed there is none, which is for the reader to say."""
+    found: set[str] = set()
+    for file in files.names:
+        with suppress(CheckpointError):
+            if files.kind(file) in ("safetensors", "pickle"):
+                found |= named(files.tree(file)).keys()
+    return found
 
 
 def saved(files: untrusted.Files, is_it: Callable[[Mapping[Any, Any]], bool]) -> dict[str, Mapping[Any, Any]]:
@@ -206,6 +209,31 @@ def made_vectors(training: Training) -> Array:
     """The vectors [P, H] that a parameterisation makes. Raises `CheckpointError`, as above."""
     with _evaluating(training):
         return materialise_vectors(training)
+
+
+def made_rows(training: Training, site: Site) -> Array:
+    """The rows [P, W] that a parameterisation makes for a site, of whatever layers. Raises `CheckpointError`."""
+    with _evaluating(training):
+        return eject(training, site)
+
+
+def matrix(tensor: untrusted.Stored, first: int = 0) -> Array:
+    """The rows of a tensor that must have two axes, both of some length, and floating-point numbers.
+
+    Args:
+        first: row that is read; those before it are none of the prompt's.
+
+    Raises:
+        CheckpointError: it is another.
+    """
+    floating = tensor.dtype.kind == "f" or tensor.dtype.name == "bfloat16"
+    if len(tensor.shape) != 2 or tensor.shape[0] <= first or not tensor.shape[1] or not floating:
+        raise CheckpointError(
+            f"{tensor.name}: {list(tensor.shape)} of {tensor.dtype.name}",
+            f"a floating-point matrix of at least {first + 1} rows",
+            "check that the file is complete and what its toolkit wrote",
+        )
+    return tensor.array()[first:]
 
 
 @contextmanager

@@ -88,7 +88,7 @@ def _task(prompt: SoftPrompt, geometry: Geometry | None) -> str:
         )
     if geometry.is_encoder_decoder:
         return facts.SEQ_2_SEQ_LM
-    if geometry.encoder is None:
+    if geometry.encoder is None and not prompt.head:
         return facts.CAUSAL_LM
     if prompt.base.task in facts.TASK_OF_HEAD:
         return facts.TASK_OF_HEAD[prompt.base.task]
