@@ -266,6 +266,28 @@ def _asked(stack: Any) -> str | None:
     return "makes something else of tokens that are given as embeddings" if apart > 1e-2 * size else None
 
 
+def looks_up(stack: Any) -> str | None:
+    """Why the output of its word embedding is not all that a stack knows of a token, or None if it is.
+
+    Asked of a stack that takes token ids alone, with two words: one's embedding is given in the place of the other's.
+    """
+    words = stack.get_input_embeddings()
+    own = some_token(stack)
+    other = torch.full_like(own, words.num_embeddings - 1)
+    try:
+        expected = one_token(stack, other)[0]
+        with torch.no_grad():
+            row = words(other)
+        handle = words.register_forward_hook(lambda module, args, output: row)
+        try:
+            found = one_token(stack, own)[0]
+        finally:
+            handle.remove()
+    except Exception as error:  # foreign code
+        return f"cannot be run with another embedding ({type(error).__name__})"
+    return None if expected.is_meta or torch.equal(found, expected) else "knows a word by more than its embedding"
+
+
 def knows_pads(stack: Any) -> bool:
     """Whether a stack finds by their token ids which tokens are pads, and counts others without them (M2M-100's).
 
