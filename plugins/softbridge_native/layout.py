@@ -149,7 +149,7 @@ def places_of(vectors: Inserted, kwargs: Mapping[str, Any], past: int) -> Tensor
             f"'input_ids' with {PLACEHOLDER} in the places of the virtual tokens",
             "fill the template (softbridge.template.Template.fill) and pass the token ids",
         )
-    virtual = ids == PLACEHOLDER
+    virtual: Tensor = ids == PLACEHOLDER
     expected = 0 if past else vectors.lengths
     wrong = virtual.sum(-1, keepdim=True) != expected
     if torch.compiler.is_compiling():  # a graph has no words for it
