@@ -2,10 +2,9 @@
 
 `cartridges/cache.py`, `TrainableCache.save`: torch.save of four lists with a tensor [1, K, P, D] for each layer,
 ``fixed_keys`` and ``fixed_values`` of the first tokens, which stay as they were, and ``trainable_keys`` and
-``trainable_values`` of those behind. They are ParameterLists, which are read as data; softbridge writes plain lists,
-which can be indexed alike. They stand in the cache as they are, behind any rotation, and real tokens count from P.
-Nothing names the base model. No file of the toolkit's was at hand: ``frozen_...`` is taken for ``fixed_...``, and where
-nothing is fixed these may be empty, of no tokens, None, or absent.
+``trainable_values`` of those behind. They are ParameterLists, read as data; written are plain lists, which index alike. They
+stand in the cache as they are, behind any rotation, and real tokens count from P. No file of the toolkit's was at hand:
+``frozen_...`` is taken for ``fixed_...``, and where nothing is fixed these may be empty, of no tokens, None, or absent.
 """
 
 from __future__ import annotations
@@ -33,9 +32,8 @@ def sniff(files: untrusted.Files) -> bool:
 
 def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     """See `Format.read`."""
-    tree = dictionary(files, only(files))
     try:
-        (keys, ahead), (values, beside) = (_half(files, tree, half) for half in HALVES)
+        (keys, ahead), (values, beside) = (_half(files, dictionary(files, only(files)), half) for half in HALVES)
         (frozen,) = ahead | beside
         part = KeyValuePrefix("self", {n: KeyValue(*pair) for n, pair in enumerate(zip(keys, values, strict=True))})
     except ValueError as error:
