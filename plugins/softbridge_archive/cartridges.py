@@ -2,7 +2,7 @@
 
 `cartridges/cache.py`, `TrainableCache.save`: torch.save of four lists with a tensor [1, K, P, D] for each layer,
 ``fixed_keys`` and ``fixed_values`` of the first tokens, which stay as they were, and ``trainable_keys`` and
-``trainable_values`` of those behind. They are ParameterLists, read as data; written are plain lists, which index alike. They
+``trainable_values`` of those behind. They are ParameterLists, read as data; written are plain lists. They
 stand in the cache as they are, behind any rotation, and real tokens count from P. No file of the toolkit's was at hand:
 ``frozen_...`` is taken for ``fixed_...``, and where nothing is fixed these may be empty, of no tokens, None, or absent.
 """
