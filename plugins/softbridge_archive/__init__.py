@@ -8,12 +8,29 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softbridge.plugin.hookspecs import Format, hookimpl
-from softbridge_archive import google, opendelta, openprompt, prefixtuning, ptuning, ptuning_fewshot
+from softbridge_archive import (
+    a1111,
+    cartridges,
+    google,
+    koboldai,
+    mkultra,
+    opendelta,
+    openprompt,
+    prefixtuning,
+    ptuning,
+    ptuning_fewshot,
+    sdxl,
+    textual_inversion,
+)
 from softbridge_archive.frame import ArchiveFormat
 
 #: One of each module, in alphabetical order.
 FORMATS: Sequence[ArchiveFormat] = (
+    a1111.FORMAT,
+    cartridges.FORMAT,
     google.FORMAT,
+    koboldai.FORMAT,
+    mkultra.FORMAT,
     opendelta.FORMAT,
     openprompt.FORMAT,
     openprompt.BEFORE,
@@ -21,6 +38,8 @@ FORMATS: Sequence[ArchiveFormat] = (
     prefixtuning.FORMAT,
     ptuning.FORMAT,
     ptuning_fewshot.FORMAT,
+    sdxl.FORMAT,
+    textual_inversion.FORMAT,
 )
 
 

@@ -8,8 +8,11 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from softbridge import untrusted
-from softbridge.arrays import Array
+from softbridge.arrays import BFLOAT16, Array
+from softbridge.checkpoint.manifest import CERTIFICATE, MANIFEST
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle, few
 from softbridge.geometry import Geometry, Site, Stack, read_geometry
 from softbridge.methods import materialise, materialise_vectors
@@ -21,7 +24,7 @@ from softbridge.template import Template
 
 Recognise = Callable[[untrusted.Files], bool]
 Read = Callable[[untrusted.Files, "Geometry | None"], SoftPrompt]
-Write = Callable[[SoftPrompt, "Geometry | None"], Mapping[str, bytes]]
+Write = Callable[..., Mapping[str, bytes]]
 Tell = Callable[[SoftPrompt, "Geometry | None"], Sequence[Obstacle]]
 Advise = Callable[[SoftPrompt, "Geometry | None", int], Sequence[str]]
 
@@ -45,7 +48,8 @@ class ArchiveFormat:
         reader: see `Format.read`.
         reads, writes, proven: for the table in `plugins/README.md`: which of the toolkit's files are read and written,
             and what their meaning was compared with.
-        encodings, capabilities, writer, obstacles_of: of what is written; a format without encodings is read only.
+        encodings, capabilities, writer, obstacles_of: of what is written; a format without encodings is read only. The
+            writer is given the prompt and the geometry, and the encoding where there are several.
         advise: see `Format.advice`.
     """
 
@@ -65,7 +69,10 @@ class ArchiveFormat:
     engine: str = "native"  # none of these toolkits runs on a transformers of today
 
     def sniff(self, files: untrusted.Files) -> bool:
-        return self.recognise(files)
+        try:
+            return self.recognise(files)
+        except CheckpointError:  # what is malformed is of no format, and reading it by name says why
+            return False
 
     def read(self, files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
         return self.reader(files, geometry)
@@ -75,7 +82,8 @@ class ArchiveFormat:
 
     def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
         assert self.writer is not None  # nothing is lowered to a format that is read only
-        return self.writer(prompt, geometry)
+        which = (encoding or self.encodings[0],) if len(self.encodings) > 1 else ()
+        return self.writer(prompt, geometry, *which)
 
     def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
         return self.advise(prompt, geometry, first)
@@ -307,6 +315,72 @@ def template_beside(files: untrusted.Files, what: str) -> Template:
         raise CheckpointError(
             f"{TEMPLATE}: {error}", "a template", "see softbridge.template.Template.to_json"
         ) from error
+
+
+def alone(files: untrusted.Files) -> str | None:
+    """The name of the one file that is there beside softbridge's own, or None."""
+    others = set(files.names) - {MANIFEST, CERTIFICATE}
+    return others.pop() if len(others) == 1 else None
+
+
+def only(files: untrusted.Files) -> str:
+    """As `alone`.
+
+    Raises:
+        CheckpointError: there are others, or none.
+    """
+    name = alone(files)
+    if name is None:
+        held = ", ".join(files.names[:6]) or "nothing"
+        raise CheckpointError(f"{files.path} holds {held}", "one file", "give the path of the file itself")
+    return name
+
+
+def dictionary(files: untrusted.Files, name: str | None) -> Mapping[str, Any]:
+    """What a file of tensors holds (see `Files.tree`), if that is a dictionary; else an empty one.
+
+    Raises:
+        CheckpointError: the file is malformed.
+    """
+    tree = files.tree(name) if name is not None and files.kind(name) in ("safetensors", "pickle") else None
+    return tree if isinstance(tree, dict) else {}
+
+
+#: torch's own containers of parameters, which a pickle has as objects: torch/nn/modules/container.py.
+_CONTAINERS = frozenset(f"torch.nn.modules.container Parameter{kind}" for kind in ("List", "Dict"))
+
+
+def contained(node: Any) -> dict[str, untrusted.Stored] | None:
+    """The tensors of a dictionary, a list, or a ParameterDict or ParameterList of torch's; None if it is none of these.
+
+    A list's are called 0, 1, ...
+    """
+    if isinstance(node, untrusted.Foreign) and node.name in _CONTAINERS and isinstance(node.state, dict):
+        node = node.state.get("_parameters")
+    pairs = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
+    found = {str(name): one for name, one in pairs if isinstance(one, untrusted.Stored)}
+    return found if isinstance(node, (dict, list)) and len(found) == len(node) else None
+
+
+def is_floating(dtype: np.dtype[Any]) -> bool:
+    """Whether numbers of this dtype are a prompt's."""
+    return dtype.kind == "f" or dtype == BFLOAT16
+
+
+def vectors_of(tensor: untrusted.Stored) -> Array:
+    """The vectors [P, H] in a tensor [P, H], [1, P, H] or [H].
+
+    Raises:
+        CheckpointError: it has another shape, or no floating-point numbers.
+    """
+    shape = tensor.shape[1:] if len(tensor.shape) == 3 and tensor.shape[0] == 1 else tensor.shape
+    if len(shape) not in (1, 2) or 0 in shape or not is_floating(tensor.dtype):
+        raise CheckpointError(
+            f"{tensor.name}: {list(tensor.shape)} of {tensor.dtype.name}",
+            "floating-point vectors [P, H]",
+            "check that this is a prompt's file",
+        )
+    return tensor.array().reshape(-1, shape[-1])
 
 
 def geometry_of(files: untrusted.Files, given: Geometry | None, what: str) -> Geometry:

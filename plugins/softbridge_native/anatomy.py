@@ -82,6 +82,11 @@ def has_tokens(stack: Any) -> bool:
         return False
 
 
+def takes_embeddings(stack: Any) -> bool:
+    """Whether a stack can be given embeddings in the place of token ids."""
+    return "inputs_embeds" in inspect.signature(stack.forward).parameters
+
+
 def looks_back(stack: Any) -> bool:
     """Whether the stack has further embeddings, of each layer, and finds token ids for them in the embeddings given."""
     look = getattr(stack, "get_per_layer_inputs", None) if getattr(stack, "hidden_size_per_layer_input", 0) else None

@@ -349,11 +349,11 @@ def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[St
         table, places = position_table(stack), injected.places(name)
         if table is not None and places and not tellable(stack):
             handles.append(table.register_forward_pre_hook(Shift(table, places, off).before, with_kwargs=True))
-        around = Circumstances(implementation, crossed, pools, injected.shows, off, injected.owner)
+        around = Circumstances(implementation, crossed, pools, injected.shows, off, injected.owner, word(model.config))
         around = replace(around, knows_pads=name in pads, prefixed=prefixed)
         outer = outer_of(model, geometry)
         if outer is not None:
-            around = replace(around, word=word(model.config), counts_pads=counts_pads(outer, stack))
+            around = replace(around, counts_pads=counts_pads(outer, stack))
         hooks = injected.hooks(name, stack, around)
         if outer is not None:
             hooks.surround(outer, hook(outer))

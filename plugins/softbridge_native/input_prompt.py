@@ -31,7 +31,7 @@ from softbridge.errors import EngineError
 from softbridge.geometry import Site, Stack
 from softbridge.prompt import InputPrompt, Placement
 from softbridge_native import tables
-from softbridge_native.anatomy import padding_row, position_offset
+from softbridge_native.anatomy import padding_row, position_offset, takes_embeddings
 from softbridge_native.cache_view import READ, begin, check_begun, check_foreign, full_length, hide, hides, running
 from softbridge_native.call import Entry as Opened
 from softbridge_native.call import Own
@@ -44,7 +44,7 @@ from softbridge_native.call_checks import (
     kept_within,
     ready_made,
 )
-from softbridge_native.layout import Inserted, Layout, counted, fill, given_tokens, layout, left_pads, take
+from softbridge_native.layout import Inserted, Layout, counted, filled, given_tokens, layout, left_pads, places_of, take
 from softbridge_native.parameterisation import Making
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Circumstances:
     shows: Callable[[], bool]
     off: Callable[[nn.Module], bool]
     owner: str
-    word: int = 0
+    word: int
     counts_pads: bool = False
     knows_pads: bool = False
     prefixed: bool = False
@@ -158,6 +158,7 @@ class Call:
         vectors: its input prompt, or None.
         start: where its first real token stands, in each row [B, 1] or in all; see `Positions`.
         layout: where the virtual tokens stand that were put into its sequence, or None.
+        places: those of a template's virtual tokens [B, T], if the word embedding has to fill them, or None.
         width: P + T.
         cache: its cache, or None.
         outer: what the model around it was called with, if there is one, until the stack runs.
@@ -168,6 +169,7 @@ class Call:
         self.vectors: Inserted | None = None
         self.start: int | Tensor = 0
         self.layout: Layout | None = None
+        self.places: Tensor | None = None
         self.width = 0
         self.cache: Any = None
 
@@ -279,7 +281,7 @@ class StackHooks:
             self.entry.now.open = True
             return (), kwargs
         call = self.call.now
-        call.layout = call.cache = None
+        call.layout = call.places = call.cache = None
         tokens = kwargs.get("inputs_embeds")
         call.vectors, call.start = self.chosen(kwargs.get("input_ids") if tokens is None else tokens)
         if self.making is not None:
@@ -302,7 +304,7 @@ class StackHooks:
         if call.vectors is not None and self.around.knows_pads and plain is not None:
             check_no_pads_ahead(stack, plain)
         if call.vectors is not None and call.vectors.placement == "template":
-            fill(call.vectors, stack, kwargs, past)
+            self._fill(call, stack, kwargs, past)
         elif call.vectors is not None and outer is not None:
             if outer.layout is not None:
                 call.layout = outer.layout
@@ -345,7 +347,7 @@ class StackHooks:
             self.making.leave()
         call = self.call.now
         layout, vectors, cache = call.layout, call.vectors, call.cache
-        call.layout = call.vectors = call.cache = None
+        call.layout = call.places = call.vectors = call.cache = None
         if self.seed is not None:
             self.seed.take_back(output)
         if hides(cache):
@@ -364,6 +366,11 @@ class StackHooks:
         return _without_virtual(output, layout, call.width, pooled)
 
     def embedded(self, embedding: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor:
+        """Give a stack that takes token ids alone the vectors of a template."""
+        output, call = self._gathered(embedding, output), self.call.now
+        return output if call.vectors is None or call.places is None else filled(call.vectors, call.places, output)
+
+    def _gathered(self, embedding: nn.Module, output: Tensor) -> Tensor:
         """Reentrant gradient checkpointing drops a layer's gradients if no input of the layer requires one."""
         if not (embedding.training and torch.is_grad_enabled()):
             return output
@@ -470,6 +477,21 @@ class StackHooks:
             return 0, 0
         cached = call.vectors.length if past and call.vectors.placement != "template" else 0
         return cached, cached or call.vectors.counted
+
+    def _fill(self, call: Call, stack: Any, kwargs: dict[str, Any], past: int) -> None:
+        """Put the vectors in the places of a template's virtual tokens.
+
+        A stack that takes token ids alone (CLIP's) is given a word of text there, and its word embedding gives it the
+        vectors: see `embedded`.
+        """
+        assert call.vectors is not None
+        places = places_of(call.vectors, kwargs, past)
+        words = kwargs["input_ids"].masked_fill(places, self.around.word)
+        if takes_embeddings(stack):
+            embedded = stack.get_input_embeddings()(words)
+            kwargs["input_ids"], kwargs["inputs_embeds"] = None, filled(call.vectors, places, embedded)
+        else:
+            kwargs["input_ids"], call.places = words, places
 
     def _insert(self, call: Call, layout: Layout, stack: Any, kwargs: dict[str, Any], positions: Tensor | None) -> None:
         """Insert the virtual tokens into whatever is given for each token."""

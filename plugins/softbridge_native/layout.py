@@ -140,8 +140,8 @@ def given_tokens(kwargs: Mapping[str, Any]) -> Tensor:
     return given
 
 
-def fill(vectors: Inserted, stack: Any, kwargs: dict[str, Any], past: int) -> None:
-    """Put the vectors in the places of a template's virtual tokens, all of them in the first call of a text."""
+def places_of(vectors: Inserted, kwargs: Mapping[str, Any], past: int) -> Tensor:
+    """The places [B, T] of a template's virtual tokens, all of which are in the first call of a text."""
     ids = kwargs.get("input_ids")
     if ids is None:
         raise EngineError(
@@ -149,7 +149,7 @@ def fill(vectors: Inserted, stack: Any, kwargs: dict[str, Any], past: int) -> No
             f"'input_ids' with {PLACEHOLDER} in the places of the virtual tokens",
             "fill the template (softbridge.template.Template.fill) and pass the token ids",
         )
-    virtual = ids == PLACEHOLDER
+    virtual: Tensor = ids == PLACEHOLDER
     expected = 0 if past else vectors.lengths
     wrong = virtual.sum(-1, keepdim=True) != expected
     if torch.compiler.is_compiling():  # a graph has no words for it
@@ -161,10 +161,14 @@ def fill(vectors: Inserted, stack: Any, kwargs: dict[str, Any], past: int) -> No
             f"{', '.join(map(str, numbers))} in each row" + (", as the cache holds the template" if past else ""),
             "fill the template (softbridge.template.Template.fill) for each row",
         )
-    embedded = stack.get_input_embeddings()(ids.masked_fill(virtual, 0))
-    every = vectors(embedded)
-    filled = take(every.expand(len(ids), -1, -1), (virtual.cumsum(-1) - 1).clamp(0, vectors.length - 1))
-    kwargs["input_ids"], kwargs["inputs_embeds"] = None, torch.where(virtual[..., None], filled, embedded)
+    return virtual
+
+
+def filled(vectors: Inserted, places: Tensor, embedded: Tensor) -> Tensor:
+    """The embeddings [B, T, H] of words, with the vectors in these places [B, T]."""
+    every = vectors(embedded).expand(len(places), -1, -1)
+    own = take(every, (places.cumsum(-1) - 1).clamp(0, vectors.length - 1))
+    return torch.where(places[..., None], own, embedded)
 
 
 def origin_of(prompt: SoftPrompt, stack: Stack) -> int:

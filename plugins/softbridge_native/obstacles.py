@@ -23,6 +23,7 @@ from softbridge_native.anatomy import (
     outer_of,
     position_table,
     stacks_of,
+    takes_embeddings,
     tellable,
 )
 from softbridge_native.attention import FLASH, FLEX, UNDERLYING, underlying
@@ -73,7 +74,8 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
             given = part.vectors.shape[1]
             reason = f"tokens of {type(stack).__name__} have embeddings of {width} numbers, and a vector {given}"
             found.append(Obstacle("entry", reason, "use a prompt of that width, or a prefix"))
-        why = wiring.embeds(stack)
+        within = part.template is not None and not takes_embeddings(stack)
+        why = wiring.looks_up(stack) if within else wiring.embeds(stack)
         if why is not None and (part.stack == "decoder" or "something else" not in why):
             reason = f"{type(stack).__name__} {why}, and a vector is of no token"
             found.append(Obstacle("entry", reason, "use a prefix"))

@@ -76,6 +76,7 @@ _calls: ContextVar[list[Call] | None] = ContextVar("softbridge_calls", default=N
 _passed: ContextVar[dict[nn.Module, list[Any]] | None] = ContextVar("softbridge_passed", default=None)
 _known: WeakKeyDictionary[nn.Module, Wiring | None] = WeakKeyDictionary()
 _plain: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
+_filled: WeakKeyDictionary[nn.Module, str | None] = WeakKeyDictionary()
 _pads: WeakKeyDictionary[nn.Module, bool] = WeakKeyDictionary()
 
 
@@ -264,6 +265,35 @@ def _asked(stack: Any) -> str | None:
         return None
     apart, size = float((found - expected).abs().max()), float(expected.abs().max())
     return "makes something else of tokens that are given as embeddings" if apart > 1e-2 * size else None
+
+
+def looks_up(stack: Any) -> str | None:
+    """Why the output of its word embedding is not all that a stack knows of a token, or None if it is.
+
+    Asked of a stack that takes token ids alone, with two words: one's embedding is given in the place of the other's.
+    It is found out once.
+    """
+    if stack not in _filled:
+        _filled[stack] = _filled_in(stack)
+    return _filled[stack]
+
+
+def _filled_in(stack: Any) -> str | None:
+    words = stack.get_input_embeddings()
+    own = some_token(stack)
+    other = torch.full_like(own, words.num_embeddings - 1)
+    try:
+        expected = one_token(stack, other)[0]
+    except Exception:  # foreign code, and no fault of embeddings
+        return None
+    with torch.no_grad():
+        row = words(other)
+    handle = words.register_forward_hook(lambda module, args, output: row)
+    try:
+        found = one_token(stack, own)[0]
+    finally:
+        handle.remove()
+    return None if expected.is_meta or torch.equal(found, expected) else "knows a word by more than its embedding"
 
 
 def knows_pads(stack: Any) -> bool:

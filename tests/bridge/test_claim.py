@@ -21,10 +21,11 @@ from softbridge.checkpoint.choice import ALL, Choice
 from softbridge.errors import CheckpointError, EngineError, SoftbridgeError
 from softbridge.lowering.examples import METHODS, example
 from softbridge.lowering.explain import KINDS, explain
+from softbridge.lowering.matrix import rows
 from softbridge.lowering.planner import CONDITIONS
 from softbridge.lowering.precision import DTYPES
 from softbridge.methods import rematerialise
-from softbridge.plugin.registry import format_named, formats
+from softbridge.plugin.registry import format_named
 from softbridge.prompt import InputPrompt, KeyValue, Origin, SoftPrompt
 from softbridge.template import Field, Template, Virtual, Words
 from softbridge.testing import TINY, tiny_config, tiny_model
@@ -295,8 +296,11 @@ TOLD: tuple[Mapping[str, Any], ...] = ({}, *({"dtype": name} for name in DTYPES)
 
 
 def routes(method: str) -> Iterator[tuple[str, str, str, Mapping[str, Any]]]:
-    """(family, source, target, options): of each route one family and one option, in the long profile all."""
-    for number, (source, target) in enumerate(product(formats(), repeat=2)):
+    """(family, source, target, options): of each route one family and one option, in the long profile all.
+
+    Routes are the matrix's, and those of one format that it leaves out.
+    """
+    for number, (source, target) in enumerate(product((*rows(), "google"), repeat=2)):
         families = [family for family in KINDS if leads(method, family, source, target)]
         if LONG:
             yield from ((family, source, target, told) for family, told in product(families, TOLD))

@@ -18,7 +18,14 @@ are written) and `output` (how they are written).
 from __future__ import annotations
 
 from softbridge.untrusted.claims import DEPTH, DTYPE_CODES, LIMIT, MEMBERS, is_safe_name, parse_json, parse_yaml
-from softbridge.untrusted.content import json_bytes, little_endian, npy_bytes, pickle_bytes, safetensors_bytes
+from softbridge.untrusted.content import (
+    json_bytes,
+    little_endian,
+    npy_bytes,
+    pickle_bytes,
+    safetensors_bytes,
+    zip_bytes,
+)
 from softbridge.untrusted.files import Files, Kind
 from softbridge.untrusted.hub import hub_id, located
 from softbridge.untrusted.output import check_vacant, write, write_file
@@ -48,4 +55,5 @@ __all__ = [
     "safetensors_bytes",
     "write",
     "write_file",
+    "zip_bytes",
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import zipfile
 from collections.abc import Collection, Mapping
 from typing import Any
 
@@ -55,16 +56,38 @@ def safetensors_bytes(tensors: Mapping[str, Array], metadata: Mapping[str, str] 
     return b"".join([len(text).to_bytes(8, "little"), text, *(plain[name].tobytes() for name in order)])
 
 
-def pickle_bytes(tensors: Mapping[str, Array]) -> bytes:
-    """What torch.save makes of a dictionary of tensors. Names that hold one array object share one storage."""
+def pickle_bytes(content: Mapping[str, Any]) -> bytes:
+    """What torch.save makes of a dictionary: of tensors, given as arrays, and of plain values, dictionaries and lists.
+
+    Names that hold one array object share one storage.
+    """
     import torch
 
     made: dict[int, torch.Tensor] = {}
-    for name, array in tensors.items():
-        if id(array) not in made:
-            made[id(array)] = to_torch(little_endian(name, array, STORAGES.values()))
+
+    def of(value: Any, name: str) -> Any:
+        if isinstance(value, Mapping):
+            return {key: of(one, key) for key, one in value.items()}
+        if isinstance(value, (list, tuple)):
+            return [of(one, name) for one in value]
+        if not isinstance(value, np.ndarray):
+            return value
+        if id(value) not in made:
+            made[id(value)] = to_torch(little_endian(name, value, STORAGES.values()))
+        return made[id(value)]
+
     stream = io.BytesIO()
-    torch.save({name: made[id(array)] for name, array in tensors.items()}, stream)
+    torch.save(of(content, ""), stream)
+    return stream.getvalue()
+
+
+def zip_bytes(members: Mapping[str, bytes], compressed: Collection[str] = ()) -> bytes:
+    """A zip archive without a clock: every member is of 1980. Those named are compressed (LZMA), the others stored."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name, content in members.items():
+            kind = zipfile.ZIP_LZMA if name in compressed else zipfile.ZIP_STORED
+            archive.writestr(zipfile.ZipInfo(name), content, kind)
     return stream.getvalue()
 
 
