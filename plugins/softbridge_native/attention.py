@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from softbridge.errors import EngineError
+from softbridge_native.adaption import beside
 from softbridge_native.call import Own
 from softbridge_native.flex_and_flash import by_name, lengthened, packing
 from softbridge_native.prefix import Joined, Source
@@ -120,6 +121,29 @@ def _above_float32(mask: Any) -> Any:
 
 
 def _attend(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **settings: Any,
+) -> Any:
+    """Attention with what the layer has of a prompt: its prefix, and the adaption prompt beside it.
+
+    Args: as `_attend_joined`.
+    """
+    near = beside(module)
+    if near is None:
+        return _attend_joined(implementation, module, query, key, value, attention_mask, **settings)
+    nothing = near.watches(query, key, value, settings)
+    if nothing is not None:
+        return nothing, None
+    output, *more = _attend_joined(implementation, module, query, key, value, attention_mask, **settings)
+    return near.add(output, query), *more
+
+
+def _attend_joined(
     implementation: str,
     module: nn.Module,
     query: Tensor,

@@ -27,7 +27,7 @@ from softbridge.methods import (
     rematerialise,
 )
 from softbridge.plugin.capabilities import Capabilities
-from softbridge.prompt.part import Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.prompt.part import Adaption, AdaptionPrompt, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, Positions, SoftPrompt
 from softbridge.template import Field, Slot, Template, Verbaliser, Virtual, Words
 
@@ -130,6 +130,18 @@ def _gated(geometry: Geometry) -> SoftPrompt:
     return replace(prompt, parts=tuple(parts))
 
 
+def _adaption(geometry: Geometry) -> SoftPrompt:
+    """In all layers that attend but the first."""
+    generator = np.random.default_rng(4)
+    site: Site = "encoder" if geometry.decoder is None else "self"
+
+    def numbers(*shape: int) -> Array:
+        return generator.normal(0, STD, shape).astype(np.float32)
+
+    layers = {n: Adaption(numbers(LENGTH, geometry.hidden), numbers(1)) for n in geometry.attending(site)[1:]}
+    return SoftPrompt((AdaptionPrompt(site, layers),), Positions(), BaseId(None, geometry))
+
+
 def _some_layers(geometry: Geometry) -> SoftPrompt:
     """A prefix that leaves out the last layer."""
     prompt = random_prefix(geometry, LENGTH, std=STD)
@@ -157,6 +169,7 @@ METHODS: Mapping[str, Callable[[Geometry], SoftPrompt]] = {
     "prefix-tuning-gated": _gated,
     "prefix-tuning-layers": _some_layers,
     "p-tuning-v2": _every_site,
+    "llama-adapter": _adaption,
     "cartridge": lambda geometry: as_if_trained(Cartridge(LENGTH, sites=_single_site(geometry).sites), geometry),
 }
 

@@ -307,7 +307,7 @@ def _evaluated(engine: Engine, prompt: SoftPrompt) -> tuple[str, ...]:
 
 def _repeats(prompt: SoftPrompt) -> bool:
     """Whether two layers have the same numbers."""
-    pairs = [list(part.layers.values()) for part in prompt.prefixes]
+    pairs: list[list[Any]] = [list(part.layers.values()) for part in prompt.layered]
     return any(pair in layers[:number] for layers in pairs for number, pair in enumerate(layers))
 
 
