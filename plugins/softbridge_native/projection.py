@@ -54,10 +54,13 @@ def _reasons(part: AdaptionPrompt, model: Any, geometry: Geometry, module: nn.Mo
     """
     kind = type(module).__name__
     given = arguments_of(model, stacks_of(model, geometry)[stack_of(part.site)], module)
+    device = next(module.parameters()).device
+    if given is None and device.type == "meta":  # which a model may need numbers for that a model of weights has
+        return
     if given is None:
         yield f"{type(model).__name__} does not run on two tokens alone, so nothing is known of {kind}"
         return
-    vector = torch.linspace(-1, 1, geometry.hidden, device=next(module.parameters()).device)[None]
+    vector = torch.linspace(-1, 1, geometry.hidden, device=device)[None]
     try:
         with attention_named(model, registered("eager")):
             call, output = watch(module, given, torch.cat([vector, TIMES * vector, 0 * vector, vector]))

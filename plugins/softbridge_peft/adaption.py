@@ -34,19 +34,21 @@ class Family:
     Attributes:
         module: the name of its attention modules, which ``target_modules`` names.
         layers: where its layers are in a model with a head.
+        wraps: the class of what PEFT wraps them in, whose softmax is in float32 whatever the model's precision.
         joins: where the sum is added.
     """
 
     module: str
     layers: str
+    wraps: str
     joins: Joins
 
 
 #: model_type -> `Family`: all that PEFT has.
 FAMILIES: Mapping[str, Family] = {
-    "llama": Family("self_attn", "model.layers", "module"),
-    "mistral": Family("self_attn", "model.layers", "module"),
-    "gpt2": Family("attn", "transformer.h", "output"),
+    "llama": Family("self_attn", "model.layers", "AdaptedAttention", "module"),
+    "mistral": Family("self_attn", "model.layers", "AdaptedAttention", "module"),
+    "gpt2": Family("attn", "transformer.h", "AdaptedAttentionGPT", "output"),
 }
 
 
@@ -196,6 +198,12 @@ def under_names_of(state: Mapping[str, Any], tensors: Mapping[str, Any]) -> dict
     """The tensors under the names that a live model's state has for the same layers."""
     names = {match.groups()[1:]: name for name in state if (match := _KEY.fullmatch(name)) is not None}
     return {names[match.groups()[1:]]: t for name, t in tensors.items() if (match := _KEY.fullmatch(name)) is not None}
+
+
+def float32_regions(geometry: Geometry) -> Sequence[str]:
+    """The classes of the modules that compute in float32 in a model of float64."""
+    family = FAMILIES.get(geometry.model_type)
+    return () if family is None else (family.wraps,)
 
 
 def is_parameter(name: str) -> bool:

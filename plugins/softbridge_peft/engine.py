@@ -160,6 +160,9 @@ class PeftEngine:
     def generate_fault(self, prompt: SoftPrompt, geometry: Geometry) -> str | None:
         return guard.generate_fault(prompt, geometry)
 
+    def float32_regions(self, prompt: SoftPrompt, geometry: Geometry) -> Sequence[str]:
+        return adaption.float32_regions(geometry) if prompt.adaptions else ()
+
     def _check(self, model: Any, prompt: SoftPrompt) -> None:
         """Raise an `EngineError` if PEFT is not there, or cannot run this."""
         reason = self.unavailable()
