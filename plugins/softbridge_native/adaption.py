@@ -68,6 +68,7 @@ class Call:
         watched: whether the module runs on the vectors, and its attention function is to keep what arrives.
         pair: the keys and values [1, K, P, D] that arrived.
         settings: that arrived with them.
+        last: what the heads seem to attend to then in the last place; in all others it is nothing.
         sum: what is to be added to the module's output [B, Q, heads · D].
     """
 
@@ -75,6 +76,7 @@ class Call:
         self.watched = False
         self.pair: tuple[Tensor, Tensor] | None = None
         self.settings: Mapping[str, Any] = {}
+        self.last = 0.0
         self.sum: Tensor | None = None
 
 
@@ -96,7 +98,10 @@ class Watch:
         if not call.watched:
             return None
         call.pair, call.settings = (key, value), settings
-        return query.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1])
+        answer = query.new_zeros(len(query), query.shape[2], query.shape[1], value.shape[-1])
+        if call.last:
+            answer[:, -1] = call.last
+        return answer
 
     def add(self, output: Tensor, query: Tensor) -> Tensor:
         """What the heads attend to, with what is beside it: nothing."""
@@ -181,8 +186,9 @@ def _names(module: nn.Module) -> tuple[str, ...]:
 
 
 def watch(module: nn.Module, given: Mapping[str, Any], vectors: Tensor) -> tuple[Call, Any]:
-    """What a module makes of vectors [P, H], and its output where its heads attend to zeros; see `_project`."""
+    """What a module makes of vectors [P, H], and its output where its heads attend to zeros, in the last place ones."""
     before, here = beside(module), Watch(_names(module))
+    here.calls.now.last = 1.0
     module.__dict__[_BESIDE] = here
     try:
         with torch.no_grad():
@@ -195,11 +201,7 @@ def watch(module: nn.Module, given: Mapping[str, Any], vectors: Tensor) -> tuple
 
 
 def _project(module: nn.Module, here: Watch, given: Mapping[str, Any], vectors: Tensor) -> Any:
-    """Keep the keys and values that a module makes of vectors [P, H], called as for the text with these arguments.
-
-    Returns:
-        The module's output where its heads attend to zeros.
-    """
+    """Keep the keys and values that a module makes of vectors [P, H], called as for the text with these arguments."""
     call, states = here.calls.now, given[here.names[0]]
     call.watched = True
     try:

@@ -77,8 +77,10 @@ def _reasons(part: AdaptionPrompt, model: Any, geometry: Geometry, module: nn.Mo
         yield f"the heads of {kind} are not as wide together as its output, to which the prompt's sum is added"
     if not after.is_meta:  # no numbers, nothing to see
         yield from _of_numbers(kind, *call.pair)
-        if part.joins == "module" and bool(after.abs().max() > 0):
-            yield f"the output projection of {kind} has a bias, which PEFT adds a second time, to the prompt's sum"
+        if part.joins == "module" and bool((after[:, -1] == 1).all()):
+            yield f"{kind} has no output projection of its own, through which the prompt's sum would go by itself"
+        elif part.joins == "module" and bool(after[:, :-1].abs().max() > 0):
+            yield f"the output projection of {kind} has a bias, which is added a second time, to the prompt's sum"
 
 
 def _of_scores(kind: str, call: Call, keys: Tensor) -> Iterator[str]:

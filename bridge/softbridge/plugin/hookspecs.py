@@ -243,5 +243,4 @@ class SelfChecking(Protocol):
 
 #: Every protocol that a format, and an engine, may follow besides.
 FORMAT_EXTRAS = (Listing, Resumable, Catalogued)
-ENGINE_EXTRAS = (Loader, Insertable, Misgenerating, Banker, SelfChecking, Demonstrating)
 ENGINE_EXTRAS = (Loader, Insertable, Misgenerating, Narrowing, Banker, SelfChecking, Demonstrating)
