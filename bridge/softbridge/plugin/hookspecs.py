@@ -244,3 +244,18 @@ class SelfChecking(Protocol):
 #: Every protocol that a format, and an engine, may follow besides.
 FORMAT_EXTRAS = (Listing, Resumable, Catalogued)
 ENGINE_EXTRAS = (Loader, Insertable, Misgenerating, Narrowing, Banker, SelfChecking, Demonstrating)
+
+
+@hookspec
+def softbridge_formats() -> Sequence[Format]:  # type: ignore[empty-body]
+    """Return the formats that this plugin brings."""
+
+
+@hookspec
+def softbridge_engines() -> Sequence[Engine]:  # type: ignore[empty-body]
+    """Return the engines that this plugin brings."""
+
+
+@hookspec
+def softbridge_defects() -> Sequence[Defect]:  # type: ignore[empty-body]
+    """Return the known defects of the toolkits that this plugin's engines run."""
