@@ -8,11 +8,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softbridge.plugin.hookspecs import Format, hookimpl
-from softbridge_archive import google, prefixtuning, ptuning, ptuning_fewshot
+from softbridge_archive import google, litgpt, prefixtuning, ptuning, ptuning_fewshot
 from softbridge_archive.frame import ArchiveFormat
 
 #: One of each module, in alphabetical order.
-FORMATS: Sequence[ArchiveFormat] = (google.FORMAT, prefixtuning.FORMAT, ptuning.FORMAT, ptuning_fewshot.FORMAT)
+FORMATS: Sequence[ArchiveFormat] = (
+    google.FORMAT,
+    litgpt.FORMAT,
+    prefixtuning.FORMAT,
+    ptuning.FORMAT,
+    ptuning_fewshot.FORMAT,
+)
 
 
 @hookimpl
