@@ -50,6 +50,7 @@ def test_formats_engines_and_plugins_are_listed() -> None:
     assert [row["name"] for row in json.loads(call("formats", "--json").output)] == [
         "adapterhub",
         "google",
+        "litgpt",
         "peft",
         "softbridge",
     ]
