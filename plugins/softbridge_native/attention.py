@@ -83,7 +83,22 @@ def register() -> None:
     masks = AttentionMaskInterface()
     for implementation in UNDERLYING:
         AttentionInterface.register(registered(implementation), partial(_attend, implementation))
-        AttentionMaskInterface.register(registered(implementation), masks[implementation])
+        mask = masks[implementation]
+        AttentionMaskInterface.register(
+            registered(implementation), partial(_mask, mask) if implementation == "sdpa" else mask
+        )
+
+
+def _mask(make: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """SDPA's mask, also where transformers makes none for a fixed-size cache that is empty.
+
+    There its SDPA cuts the keys to as many as there are queries. Without a mask, fewer queries than keys are the last
+    ones to us, and virtual keys stand in front.
+    """
+    made, queries, keys = make(*args, **settings), settings.get("q_length"), settings.get("kv_length")
+    if made is None and queries is not None and keys is not None and 1 < queries < keys:
+        return make(*args, **{**settings, "allow_is_causal_skip": False})
+    return made
 
 
 def dispatches(module: nn.Module) -> bool:
