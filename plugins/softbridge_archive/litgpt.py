@@ -65,7 +65,7 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     told = [] if first else [OTHER_ROWS]
     if second:
         told.append(f"LLaMA-Adapter v2 trains {len(second)} scales and biases of linear layers, and norms, besides")
-    rest = [name for name in others if name not in second]
+    rest = sorted(set(others) - set(second))
     notes = (f"{len(rest)} other tensors, such as {rest[0]}, are not read",) if rest else ()
     part = AdaptionPrompt("encoder" if geometry is not None and geometry.decoder is None else "self", layers)
     origin = Origin("litgpt", notes=notes, partial="; ".join(told))
