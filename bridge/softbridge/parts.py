@@ -9,16 +9,26 @@ from typing import Any, get_args
 from softbridge.arrays import Array
 from softbridge.errors import SoftbridgeError
 from softbridge.geometry import Site, Stack, stack_of
-from softbridge.prompt.part import InputPrompt, Part
+from softbridge.prompt.part import AdaptionPrompt, InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt, Training
 
 #: What a part can be called (see `name_of`).
-NAMES: tuple[str, ...] = (*get_args(Site), *(f"{stack}-input" for stack in get_args(Stack)))
+NAMES: tuple[str, ...] = (
+    *get_args(Site),
+    *(f"{stack}-input" for stack in get_args(Stack)),
+    "self-adaption",
+    "encoder-adaption",
+)
 
 
 def name_of(part: Part) -> str:
-    """``encoder-input`` or ``decoder-input``; of a prefix its site: ``encoder``, ``self`` or ``cross``."""
-    return f"{part.stack}-input" if isinstance(part, InputPrompt) else part.site
+    """``encoder-input`` or ``decoder-input``; of a prefix its site: ``encoder``, ``self`` or ``cross``.
+
+    Of an adaption prompt: ``self-adaption`` or ``encoder-adaption``.
+    """
+    if isinstance(part, InputPrompt):
+        return f"{part.stack}-input"
+    return f"{part.site}-adaption" if isinstance(part, AdaptionPrompt) else part.site
 
 
 def named_arrays(prompt: SoftPrompt) -> dict[str, Array]:
@@ -86,8 +96,8 @@ def join(prompts: Sequence[SoftPrompt]) -> SoftPrompt:
 
 def _alone(prompt: SoftPrompt, part: Part) -> SoftPrompt:
     stack = part.stack if isinstance(part, InputPrompt) else stack_of(part.site)
-    crosses = name_of(part) == "cross"
-    start = {} if crosses else {stack: prompt.positions.start[stack]}
+    counts = isinstance(part, InputPrompt) or (isinstance(part, KeyValuePrefix) and part.site != "cross")
+    start = {stack: prompt.positions.start[stack]} if counts else {}
     positions = prompt.positions.of((part,), start)
     training = prompt.training
     if training is not None and len(prompt.parts) > 1:

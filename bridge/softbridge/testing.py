@@ -12,12 +12,21 @@ import numpy as np
 
 from softbridge.base.model import BaseModel
 from softbridge.base.tiny import TINY, tiny_config, tiny_model
-from softbridge.lowering.examples import random_input_prompt, random_prefix
+from softbridge.lowering.examples import random_adaption, random_input_prompt, random_prefix
 from softbridge.verification.judge import BOUND, FLOAT32_BOUND
 from softbridge.verification.probes import make_probes
 from softbridge.verification.run import find_float32_regions
 
-__all__ = ["TINY", "agreement", "apart", "random_input_prompt", "random_prefix", "tiny_config", "tiny_model"]
+__all__ = [
+    "TINY",
+    "agreement",
+    "apart",
+    "random_adaption",
+    "random_input_prompt",
+    "random_prefix",
+    "tiny_config",
+    "tiny_model",
+]
 
 
 def agreement(model: Any, **inputs: Any) -> float:

@@ -66,6 +66,7 @@ class Adapter:
                 combine = next(name for name, placement in facts.PLACEMENTS.items() if placement == part.placement)
                 said = {"combine": combine, "prompt_length": part.length}
                 configs[facts.PROMPT] = {**facts.DEFAULTS[facts.PROMPT], **given.get(facts.PROMPT, {}), **said}
+            if not isinstance(part, KeyValuePrefix):
                 continue
             gate = next(iter(part.layers.values())).gate
             configs[facts.PREFIX] = {
@@ -124,6 +125,7 @@ class Adapter:
         for part in prompt.parts:
             if isinstance(part, InputPrompt):
                 tensors[self._vectors_key] = part.vectors
+            if not isinstance(part, KeyValuePrefix):
                 continue
             layers = {layer: part.layers[layer] for layer in facts.stored_layers(tuple(part.layers), self.geometry)}
             if prompt.training is None:

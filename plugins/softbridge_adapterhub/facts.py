@@ -253,6 +253,8 @@ def obstacles(prompt: SoftPrompt, geometry: Geometry) -> list[Obstacle]:
     if absent:
         reason = f"a '{kind}' model has no {' and no '.join(absent)} attention"
         return [Obstacle("sites", reason, elsewhere)]
+    if prompt.adaptions:
+        return [Obstacle("adaption", "AdapterHub has no vectors in a softmax of their own, behind a gate", elsewhere)]
     found = [("input-prompt", why) for part in prompt.inputs if (why := _no_input(part, kind)) is not None]
     found += _prefix_obstacles(prompt, geometry)
 

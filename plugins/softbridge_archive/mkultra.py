@@ -22,7 +22,8 @@ def sniff(files: untrusted.Files) -> bool:
     """Whether a JSON file with the two keys is all there is."""
     name = alone(files)
     found = files.json(name) if name is not None and files.kind(name) == "json" else {}
-    return found.keys() == {"metadata", "tensor"} and isinstance(found["tensor"], str)
+    begins = "gA"  # a pickle's first byte, 0x80, in base64
+    return found.keys() == {"metadata", "tensor"} and isinstance(text := found["tensor"], str) and text[:2] == begins
 
 
 def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:

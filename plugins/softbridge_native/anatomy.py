@@ -101,7 +101,7 @@ def tellable(stack: Any) -> bool:
 
 
 class _Reached(Exception):  # noqa: N818
-    """An attention module was reached; with the names of its arguments, and the arguments."""
+    """A module was reached; with its arguments, and those that have names."""
 
 
 def _reached(model: Any, stack: Any, attention: nn.Module, implementation: str) -> _Reached | None:
@@ -114,7 +114,7 @@ def _reached(model: Any, stack: Any, attention: nn.Module, implementation: str) 
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == thread:  # a bank that is running loads further prompts
-            raise _Reached(set(kwargs), (*args, *kwargs.values()))
+            raise _Reached(args, kwargs)
 
     handle = attention.register_forward_pre_hook(look, with_kwargs=True)
     before = [] if NAME in model._modules else name_attention(model, implementation)
@@ -141,7 +141,7 @@ def counts_pads(outer: Any, stack: Any) -> bool:
 
     def look(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if threading.get_ident() == thread:
-            raise _Reached(set(kwargs), (kwargs.get("position_ids"),))
+            raise _Reached(args, kwargs)
 
     handle, state = stack.register_forward_pre_hook(look, with_kwargs=True, prepend=True), dict(vars(outer))
     token = word(outer.config)
@@ -150,7 +150,7 @@ def counts_pads(outer: Any, stack: Any) -> bool:
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             outer.forward(input_ids=tokens, attention_mask=(torch.arange(3, device=tokens.device) > 0).long()[None])
     except _Reached as reached:
-        (made,) = reached.args[1]
+        made = reached.args[1].get("position_ids")
         return made is not None and bool((made[..., 1] - made[..., 0] == 1).all())
     except Exception:  # foreign code; nothing is known
         return False
@@ -166,7 +166,19 @@ def hears_scores(model: Any, stack: Any, attention: nn.Module) -> bool:
     So do models that recognise flash attention by its own name only.
     """
     reached = _reached(model, stack, attention, registered(FLASH))
-    return reached is not None and any(isinstance(one, Tensor) and one.ndim == 4 for one in reached.args[1])
+    if reached is None:
+        return False
+    args, kwargs = reached.args
+    return any(isinstance(one, Tensor) and one.ndim == 4 for one in (*args, *kwargs.values()))
+
+
+def arguments_of(model: Any, stack: Any, attention: nn.Module) -> dict[str, Any] | None:
+    """What an attention module is called with for two tokens, by name; None where the stack cannot be run so."""
+    reached = _reached(model, stack, attention, registered("eager"))
+    if reached is None:
+        return None
+    args, kwargs = reached.args
+    return {**dict(zip(inspect.signature(attention.forward).parameters, args, strict=False)), **kwargs}
 
 
 def stacks_of(model: Any, geometry: Geometry) -> dict[Stack, Any]:

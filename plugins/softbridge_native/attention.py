@@ -24,6 +24,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from softbridge.errors import EngineError
+from softbridge_native.adaption import beside
 from softbridge_native.call import Own
 from softbridge_native.flex_and_flash import by_name, lengthened, packing
 from softbridge_native.prefix import Joined, Source
@@ -82,7 +83,22 @@ def register() -> None:
     masks = AttentionMaskInterface()
     for implementation in UNDERLYING:
         AttentionInterface.register(registered(implementation), partial(_attend, implementation))
-        AttentionMaskInterface.register(registered(implementation), masks[implementation])
+        mask = masks[implementation]
+        AttentionMaskInterface.register(
+            registered(implementation), partial(_mask, mask) if implementation == "sdpa" else mask
+        )
+
+
+def _mask(make: Callable[..., Any], *args: Any, **settings: Any) -> Any:
+    """SDPA's mask, also where transformers makes none for a fixed-size cache that is empty.
+
+    There its SDPA cuts the keys to as many as there are queries. Without a mask, fewer queries than keys are the last
+    ones to us, and virtual keys stand in front.
+    """
+    made, queries, keys = make(*args, **settings), settings.get("q_length"), settings.get("kv_length")
+    if made is None and queries is not None and keys is not None and 1 < queries < keys:
+        return make(*args, **{**settings, "allow_is_causal_skip": False})
+    return made
 
 
 def dispatches(module: nn.Module) -> bool:
@@ -120,6 +136,29 @@ def _above_float32(mask: Any) -> Any:
 
 
 def _attend(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Any,
+    **settings: Any,
+) -> Any:
+    """Attention with what the layer has of a prompt: its prefix, and the adaption prompt beside it.
+
+    Args: as `_attend_joined`.
+    """
+    near = beside(module)
+    if near is None:
+        return _attend_joined(implementation, module, query, key, value, attention_mask, **settings)
+    nothing = near.watches(query, key, value, settings)
+    if nothing is not None:
+        return nothing, None
+    output, *more = _attend_joined(implementation, module, query, key, value, attention_mask, **settings)
+    return near.add(output, query), *more
+
+
+def _attend_joined(
     implementation: str,
     module: nn.Module,
     query: Tensor,

@@ -78,6 +78,12 @@ class Held:
 
 def _ready(model: Any, fetch: Fetch, modules: Mapping[Site, Mapping[int, nn.Module]], entry: Entry) -> Ready:
     prompt = fetch(entry)
+    if prompt.adaptions:
+        raise EngineError(
+            "an adaption prompt, whose vectors every token of a call sees in its layers",
+            "input prompts and prefixes in a bank",
+            "attach it alone",
+        )
     check(prompt, model)
     missing = [part.site for part in prompt.prefixes if part.site not in modules]
     if missing:

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from softbridge.errors import EngineError
 from softbridge.geometry import Geometry, Site, Stack, read_geometry, stack_of
 from softbridge.methods import KINDS, rematerialise
-from softbridge.prompt import KeyValuePrefix, Part, SoftPrompt
+from softbridge.prompt import AdaptionPrompt, InputPrompt, Joins, KeyValuePrefix, Part, SoftPrompt
+from softbridge_native import adaption, wiring
 from softbridge_native import cache_prefix as seed
-from softbridge_native import wiring
 from softbridge_native.anatomy import (
     NAME,
     bias_table,
@@ -121,7 +121,7 @@ class Injection(nn.Module, ABC):
         reached: whether a stack has run since the model was called, in the running thread.
         switch: switches the prompt off.
         owner: a name that no other attachment has, nor does it change in a copy.
-        bound: the attention modules that hold a prefix.
+        bound: the attention modules that hold a prefix, or have an adaption prompt beside them.
         hooked: the stacks.
         implementations: each configuration in the model, with the attention implementation that it named.
         trainable: the model's parameters that were trainable.
@@ -182,6 +182,10 @@ class Injection(nn.Module, ABC):
     def sources(self) -> Iterator[tuple[Site, int, Source, bool]]:
         """Which attention modules to bind: their site and layer, to what, and whether a gate is on it."""
 
+    def besides(self) -> Iterator[tuple[Site, int, adaption.LayerAdaption, Joins]]:
+        """Which attention modules have an adaption prompt beside them: site, layer, numbers, and what they join."""
+        yield from ()
+
     @abstractmethod
     def hooks(self, name: Stack, stack: nn.Module, around: Circumstances) -> StackHooks:
         """The hooks of a stack."""
@@ -209,13 +213,17 @@ class Single(Injection):
         self.seeded = bool(prompt.prefixes) and not modules[prompt.prefixes[0].site]
         kind = KINDS[prompt.training.kind] if prompt.training is not None and trainable(prompt) else None
         made = [kind is not None and kind.makes(part) for part in prompt.parts]
-        parts = [
-            Prefix(part, _devices(modules[part.site], device), stand_of(prompt, part.site), pieces)
-            if isinstance(part, KeyValuePrefix)
-            else Vectors(part, device, pieces)
-            for part, pieces in zip(prompt.parts, made, strict=True)
-        ]
-        produced = [part for part, pieces in zip(parts, made, strict=True) if pieces]
+
+        def module_of(part: Part, pieces: bool) -> Prefix | Vectors | adaption.Adaptions:
+            match part:
+                case InputPrompt():
+                    return Vectors(part, device, pieces)
+                case AdaptionPrompt():
+                    return adaption.Adaptions(part, _devices(modules[part.site], device))
+            return Prefix(part, _devices(modules[part.site], device), stand_of(prompt, part.site), pieces)
+
+        parts = [module_of(part, pieces) for part, pieces in zip(prompt.parts, made, strict=True)]
+        produced: list[Any] = [part for part, pieces in zip(parts, made, strict=True) if pieces]
         state = prompt.training if produced else None
         self.parts = nn.ModuleList(parts)
         self.parameterisation = None if state is None else Parameterisation(state, produced, device)
@@ -226,6 +234,12 @@ class Single(Injection):
                 for layer, source in module.layers.items():
                     if isinstance(source, LayerPrefix):
                         yield module.site, int(layer), source, source.gate is not None
+
+    def besides(self) -> Iterator[tuple[Site, int, adaption.LayerAdaption, Joins]]:
+        for module in self.parts:
+            if isinstance(module, adaption.Adaptions):
+                for layer, source in module.sources():
+                    yield module.site, layer, source, module.joins
 
     def hooks(self, name: Stack, stack: nn.Module, around: Circumstances) -> StackHooks:
         own = next((part for part in self.parts if isinstance(part, Vectors) and part.stack == name), None)
@@ -277,10 +291,14 @@ def install(model: Any, injected: Injection, geometry: Geometry, prefixed: bool,
     model.add_module(NAME, injected.train(model.training))
     try:
         # An input prompt needs of ours, in eager attention, what bounds the mask: see `attention._above_float32`.
-        if prefixed or (any(modules.values()) and model.config._attn_implementation == "eager"):
+        besides = list(injected.besides())
+        if prefixed or besides or (any(modules.values()) and model.config._attn_implementation == "eager"):
             _switch_attention(model, injected)
         if prefixed:
             _bind(injected, modules, wiring_of(model, geometry))
+        for site, layer, source, joins in besides:
+            injected.bound.append(modules[site][layer])
+            injected.handles += adaption.bind(modules[site][layer], source, joins, injected.switch.is_off)
         _hook(model, injected, geometry, pads, prefixed)
     except BaseException:
         detach(model)
@@ -307,6 +325,7 @@ def detach(model: Any) -> Any:
         handle.remove()
     for module in injected.bound:
         unbind(module)
+        adaption.unbind(module)
     for stack in injected.hooked:
         unhook(stack)
     restore_names(injected.implementations)

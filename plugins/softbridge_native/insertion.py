@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from softbridge.arrays import Array, to_torch
 from softbridge.errors import EngineError
-from softbridge.prompt import InputPrompt, Part, SoftPrompt
+from softbridge.prompt import AdaptionPrompt, InputPrompt, Part, SoftPrompt
 
 
 def insert(injected: Any, prompt: SoftPrompt) -> None:
@@ -38,6 +38,9 @@ def _pairs(module: Any, part: Part) -> Iterator[tuple[Tensor, Array]]:
     """Each parameter of a part's module, with its numbers."""
     if isinstance(part, InputPrompt):
         found = [(module.vectors, part.vectors)]
+    elif isinstance(part, AdaptionPrompt):
+        ones = list(zip(module.layers.values(), part.layers.values(), strict=True))
+        found = [(layer.vectors, one.vectors) for layer, one in ones] + [(layer.gate, one.gate) for layer, one in ones]
     else:
         found = []
         for layer, pair in zip(module.layers.values(), part.layers.values(), strict=True):

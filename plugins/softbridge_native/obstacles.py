@@ -29,6 +29,7 @@ from softbridge_native.anatomy import (
 from softbridge_native.attention import FLASH, FLEX, UNDERLYING, underlying
 from softbridge_native.attention_wiring import attention_modules, taken_in_turn, wired_otherwise, wiring_of
 from softbridge_native.layout import origin_of
+from softbridge_native.projection import adaption_obstacles
 
 
 def check(prompt: SoftPrompt, model: Any) -> None:
@@ -84,6 +85,8 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
             found.append(Obstacle("entry", reason, "use a prefix"))
     if prompt.prefixes:
         found += _attention_obstacles(prompt, model, geometry)
+    for beside in prompt.adaptions:
+        found += adaption_obstacles(beside, model, geometry)
     for name, stack in stacks.items():
         origin = origin_of(prompt, name)
         if name == "decoder" and seeded(prompt, model, geometry) is not None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softbridge.errors import CheckpointError
-from softbridge_peft import facts
+from softbridge_peft import adaption, facts
 
 _SHAPE = ("token_dim", "num_attention_heads", "num_layers")
 _TASKS = ("num_tasks", "num_ranks")
@@ -37,10 +37,9 @@ class Config:
     def check(cls, config: Mapping[str, Any]) -> Config:
         peft_type, task = config.get("peft_type"), config.get("task_type")
         if not isinstance(peft_type, str) or peft_type not in facts.KINDS:
-            why = facts.OTHERS.get(peft_type) if isinstance(peft_type, str) else None
             raise CheckpointError(
-                f"{facts.CONFIG_FILE} has peft_type {peft_type!r}" + (f": {why}" if why else ""),
-                f"one of {', '.join(facts.KINDS)}",
+                f"{facts.CONFIG_FILE} has peft_type {peft_type!r}",
+                f"one of {', '.join((*facts.KINDS, adaption.TYPE))}",
                 "LoRA and its kin, which change weights or layers, are not soft prompts; keep them in PEFT",
             )
         prefix, several = facts.KINDS[peft_type] == "prefix", _TASKS if peft_type == facts.MULTITASK else ()

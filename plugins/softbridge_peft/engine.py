@@ -22,10 +22,10 @@ from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry, read_geometry, stack_of
 from softbridge.lowering.expressible import check_fits, inexpressible
 from softbridge.methods import rematerialise
-from softbridge.prompt import InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
+from softbridge.prompt import Adaption, AdaptionPrompt, InputPrompt, KeyValue, KeyValuePrefix, Part, SoftPrompt
 from softbridge.untrusted import Files
 from softbridge_compat import peft_defects
-from softbridge_peft import example, facts, guard
+from softbridge_peft import adaption, example, facts, guard
 from softbridge_peft.format import FORMAT, adapter_folder, parse, tensors_of
 from softbridge_peft.prompt_encoder import of_encoder
 from softbridge_peft.written_config import config_of
@@ -70,7 +70,7 @@ class PeftEngine:
         if _task(model) is None:
             reason = f"PEFT has no task for the class {type(model).__name__}; it has {', '.join(facts.TASKS)}"
             found.append(Obstacle("task", reason, "build the model with an Auto class of one of these tasks"))
-        if guard.checkpointing(model):
+        if guard.checkpointing(model) and not prompt.adaptions:
             reason = "PEFT refuses prefixes under gradient checkpointing, and leaves hooks in the model otherwise"
             found.append(Obstacle("gradient-checkpointing", reason, guard.checkpointing_remedy(model)))
         found += _head_obstacles(prompt, model)
@@ -101,10 +101,13 @@ class PeftEngine:
         with _quiet():
             adapted = peft.get_peft_model(model, peft.PeftConfig.from_peft_type(**config))
             # PEFT refuses a state without the head that it has made a copy of.
-            peft.set_peft_model_state_dict(adapted, {**_state(adapted, adapted.active_adapter), **tensors})
+            state = _state(adapted, adapted.active_adapter)
+            tensors = adaption.under_names_of(state, tensors) if prompt.adaptions else tensors
+            peft.set_peft_model_state_dict(adapted, {**state, **tensors})
         _freeze(adapted.eval(), prompt)
         hook = _pass_position_ids(model, prompt)
-        guard.guard(adapted, prompt)
+        if not prompt.adaptions:  # which PEFT runs in place, as any other module
+            guard.guard(adapted, prompt)
         setattr(adapted, _ATTACHMENT, _Attachment(prompt, trainable, training, attributes, settings, hook))
         return adapted
 
@@ -131,7 +134,8 @@ class PeftEngine:
 
         task = peft.PeftConfig.from_pretrained(str(directory)).task_type
         headless = task == facts.FEATURE_EXTRACTION and _called(model) is not model
-        if task != _task(model) and not headless:
+        untold = task is None and prompt.adaptions  # which PEFT runs all the same
+        if task != _task(model) and not headless and not untold:
             # Of a file that names none, PEFT would run the model without the prompt.
             raise EngineError(
                 f"a file for the task {task and str(getattr(task, 'value', task))}",
@@ -155,6 +159,9 @@ class PeftEngine:
 
     def generate_fault(self, prompt: SoftPrompt, geometry: Geometry) -> str | None:
         return guard.generate_fault(prompt, geometry)
+
+    def float32_regions(self, prompt: SoftPrompt, geometry: Geometry) -> Sequence[str]:
+        return adaption.float32_regions(geometry) if prompt.adaptions else ()
 
     def _check(self, model: Any, prompt: SoftPrompt) -> None:
         """Raise an `EngineError` if PEFT is not there, or cannot run this."""
@@ -185,18 +192,23 @@ class PeftEngine:
             raise _not_attached(model)
         adapter = model.active_adapter
         config = {name: getattr(value, "value", value) for name, value in model.peft_config[adapter].to_dict().items()}
-        if config["peft_type"] not in facts.KINDS:
+        if config["peft_type"] not in (*facts.KINDS, adaption.TYPE):
             raise EngineError(
                 f"a PeftModel with the adapter '{adapter}', which is {config['peft_type']}",
-                f"a soft prompt: one of {', '.join(facts.KINDS)}",
+                f"a soft prompt: one of {', '.join((*facts.KINDS, adaption.TYPE))}",
                 "activate the adapter that is one: model.set_adapter(name)",
             )
-        encoder = model.prompt_encoder[adapter]
+        beside = config["peft_type"] == adaption.TYPE
         # Before PEFT evaluates it: a context-aware prompt is changed by that.
-        state = {name: from_torch(tensor) for name, tensor in encoder.state_dict().items()}
+        encoder = {} if beside else model.prompt_encoder[adapter].state_dict()
+        state = {name: from_torch(tensor) for name, tensor in encoder.items()}
         tensors = {name: from_torch(tensor) for name, tensor in _state(model, adapter).items()}
         prompt = parse(config, tensors, read_geometry(model.config))
-        if not config["inference_mode"] and (live := of_encoder(config, state, prompt.parts[0])) is not None:
+        if (
+            not beside
+            and not config["inference_mode"]
+            and (live := of_encoder(config, state, prompt.parts[0])) is not None
+        ):
             prompt = rematerialise(replace(prompt, training=live))
         attachment: _Attachment | None = getattr(model, _ATTACHMENT, None)
         if attachment is None:
@@ -220,6 +232,7 @@ class PeftEngine:
             for name, child in module.named_children():
                 if isinstance(child, AuxiliaryTrainingWrapper):
                     setattr(module, name, child.original_module)
+        adaption.unwrap(base)
         for parameter, flag in attachment.trainable:
             parameter.requires_grad_(flag)
         for module, flag in attachment.training:
@@ -294,7 +307,8 @@ def _freeze(adapted: Any, prompt: SoftPrompt) -> None:
     for name, parameter in adapted.named_parameters():
         owner, copied, rest = name.removeprefix("base_model.").partition(f".modules_to_save.{adapted.active_adapter}.")
         mine = f"{owner}.{rest}" if copied else owner
-        parameter.requires_grad_(name.startswith("prompt_encoder.") or mine in prompt.head)
+        own = name.startswith("prompt_encoder.") or adaption.is_parameter(name)
+        parameter.requires_grad_(own or mine in prompt.head)
 
 
 def _not_attached(model: Any) -> EngineError:
@@ -365,6 +379,8 @@ def _refusals(part: Part, prompt: SoftPrompt, model: Any, geometry: Geometry) ->
         if prompt.positions.start.get(part.stack, part.length) != part.length:
             found.append(("positions", "PEFT counts the vectors of an input prompt, this prompt does not"))
         return found
+    if isinstance(part, AdaptionPrompt):
+        return []
     if part.site == "cross":
         return [("site", "PEFT has no prefix at the cross-attention")]
     found = []
@@ -397,6 +413,11 @@ def _in_precision(new: Part, old: Part) -> Part:
     """`new` in the precision of `old`, whose numbers PEFT holds in float32."""
     if isinstance(new, InputPrompt) and isinstance(old, InputPrompt):
         return replace(new, vectors=new.vectors.astype(old.vectors.dtype), scale=old.scale)
+    if isinstance(new, AdaptionPrompt) and isinstance(old, AdaptionPrompt):
+        first = next(iter(old.layers.values()))
+        cast = (first.vectors.dtype, first.gate.dtype)
+        ones = {n: Adaption(o.vectors.astype(cast[0]), o.gate.astype(cast[1])) for n, o in new.layers.items()}
+        return replace(new, layers=ones)
     if isinstance(new, KeyValuePrefix) and isinstance(old, KeyValuePrefix):
         dtype: Any = old.layers[0].keys.dtype
         pairs = {layer: KeyValue(p.keys.astype(dtype), p.values.astype(dtype)) for layer, p in new.layers.items()}

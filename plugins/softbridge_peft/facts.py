@@ -19,6 +19,9 @@ CARD_FILE = "README.md"
 #: softbridge's own, beside PEFT's: what trained the prompt, which PEFT throws away. PEFT opens no file of this name.
 TRAINING_FILE = "softbridge_training.safetensors"
 
+#: What PEFT holds numbers in.
+FLOATS = ("bfloat16", "float16", "float32", "float64")
+
 #: The tensor that every prompt has: [P·S, H] of an input prompt, [P, L·2·K·D] of a prefix; S is
 #: num_transformer_submodules.
 PROMPT = "prompt_embeddings"
@@ -58,11 +61,6 @@ STATES = (
     "PEFT starts a cache of keys and values with the prefix, in every layer, and some layers of this model keep a "
     "state of the text there: with such a cache it fails, or runs without the prefix, or goes on from an earlier text"
 )
-#: peft_type -> why it is no soft prompt, where one might think so.
-OTHERS: Mapping[str, str] = {
-    "ADAPTION_PROMPT": "LLaMA-Adapter's vectors go through the key and value projections into a softmax of their own, "
-    "whose result a gate scales",
-}
 
 #: Our name of a parameterisation -> what PEFT's names in the state of a live `prompt_encoder` begin with, and ours
 #: (tuners/p_tuning/model.py, tuners/prefix_tuning/model.py, tuners/cpt/model.py). An MLP of P-tuning has three linear

@@ -26,6 +26,7 @@ from softbridge.lowering.expressible import check_fits
 from softbridge.methods import KINDS, materialise_vectors, rematerialise
 from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.prompt import (
+    AdaptionPrompt,
     BaseId,
     InputPrompt,
     KeyValue,
@@ -37,21 +38,21 @@ from softbridge.prompt import (
     Training,
 )
 from softbridge_compat import peft_releases
-from softbridge_peft import facts, whole_model
+from softbridge_peft import adaption, facts, whole_model
 from softbridge_peft import prompt_encoder as training
 from softbridge_peft.config import Config
 from softbridge_peft.origin import config_of_origin, unused, unused_details
 from softbridge_peft.prefix_tensors import check_layers, read_prefix, stored_blocks
 from softbridge_peft.written_config import config_of, provision
 
-_FLOATS = ("bfloat16", "float16", "float32", "float64")
-
 
 class PeftFormat:
-    """Everything that PEFT counts as prompt learning."""
+    """Everything that PEFT counts as prompt learning, and LLaMA-Adapter."""
 
     name = "peft"
-    summary = "Hugging Face PEFT: prompt, P-, prefix, multitask and context-aware prompt tuning, cartridges"
+    summary = (
+        "Hugging Face PEFT: prompt, P-, prefix, multitask and context-aware prompt tuning, cartridges, LLaMA-Adapter"
+    )
     encodings = ("safetensors", "bin")
     engine = "peft"
     training_files = (facts.TRAINING_FILE,)
@@ -61,6 +62,7 @@ class PeftFormat:
         prefix_sites=frozenset(("self", "encoder")),
         input_start="counted",
         prefix_start="counted",
+        adaption=frozenset(family.joins for family in adaption.FAMILIES.values()),
         every_layer=True,
         ragged=True,
         parts=1,
@@ -111,6 +113,9 @@ class PeftFormat:
             reason = f"the {prompt.training.kind} training state is not that of the prompt: {why}"
             remedy = "evaluate it anew: softbridge.methods.rematerialise(prompt); or replace(prompt, training=None)"
             found.append(Obstacle("training", reason, remedy))
+        if prompt.adaptions and prompt.head:
+            reason = f"PEFT's {adaption.TYPE} keeps no head, this prompt has {', '.join(prompt.head)}"
+            return [*found, Obstacle("head", reason, "leave the head out: replace(prompt, head={})")]
         foreign = [name for name in prompt.head if name.split(".")[0] not in facts.HEAD_MODULES]
         if foreign and not config_of_origin(prompt):
             reason = f"PEFT has heads named {', '.join(facts.HEAD_MODULES)}, this prompt has {', '.join(foreign)}"
@@ -146,6 +151,8 @@ class PeftFormat:
                     advice.append("call generate: PEFT's forward drops decoder_input_ids, and prompts the decoder, too")
                 elif config["task_type"] == facts.SEQ_2_SEQ_LM:
                     advice.append("call generate, or forward with labels: PEFT's forward drops decoder_input_ids")
+        if prompt.adaptions:
+            return advice
         return [*advice, "pad batches on the right: PEFT puts virtual tokens before the pads of a left-padded row"]
 
 
@@ -239,6 +246,8 @@ def parse(
         CheckpointError: configuration and tensors are malformed, incomplete, or do not agree.
         BaseModelError: they do not say which stack they are for, and no geometry was given; or they do not fit it.
     """
+    if config.get("peft_type") == adaption.TYPE:
+        return adaption.read(config, tensors, geometry, notes)
     fields = Config.check(config)
     _check_tensors(fields, tensors)
     stack = _stack(fields, geometry)
@@ -340,9 +349,9 @@ def _check_tensors(fields: Config, tensors: Mapping[str, Array]) -> None:
             ", ".join(f"{list(shapes[name])}" for name in wrong) + f", by {facts.CONFIG_FILE}",
             f"check that {facts.CONFIG_FILE} belongs to these tensors",
         )
-    odd = sorted(f"'{name}' is {a.dtype}" for name, a in tensors.items() if a.dtype.name not in _FLOATS)
+    odd = sorted(f"'{name}' is {a.dtype}" for name, a in tensors.items() if a.dtype.name not in facts.FLOATS)
     if odd:
-        raise CheckpointError(", ".join(odd), f"one of {', '.join(_FLOATS)}", "save the tensors as floating point")
+        raise CheckpointError(", ".join(odd), f"one of {', '.join(facts.FLOATS)}", "save the tensors as floating point")
 
 
 def _stack(fields: Config, geometry: Geometry | None) -> Stack:
@@ -388,6 +397,8 @@ def _refusals(part: Part, geometry: Geometry | None) -> list[Obstacle]:
     if wide:
         reason = f"PEFT holds prompts in float32, which would round {', '.join(wide)}"
         found.append(Obstacle("precision", reason, elsewhere))
+    if isinstance(part, AdaptionPrompt):
+        return [*found, *adaption.refusals(part, geometry)]
     shape = None if geometry is None or isinstance(part, InputPrompt) else geometry.site(part.site)
     if shape is not None and shape.stateful:
         found.append(Obstacle("states", facts.STATES, elsewhere))
@@ -425,6 +436,8 @@ def _fits_float32(array: Array) -> bool:
 def tensors_of(prompt: SoftPrompt, config: Mapping[str, Any]) -> dict[str, Array]:
     """The tensors of a prompt in the layout that its `config_of` announces."""
     part = prompt.parts[0]
+    if isinstance(part, AdaptionPrompt):
+        return adaption.tensors_of(prompt, config)
     head = {facts.HEAD + name: array for name, array in prompt.head.items()}
     twice = config["num_transformer_submodules"] == 2
     rest = unused(prompt, config["peft_type"]) if twice else {}

@@ -16,7 +16,7 @@ import numpy as np
 
 from softbridge.arrays import Array
 from softbridge.lowering.precision import DTYPES
-from softbridge.prompt import InputPrompt, SoftPrompt
+from softbridge.prompt import AdaptionPrompt, InputPrompt, SoftPrompt
 from softbridge_peft import facts
 from softbridge_peft.config import Config
 
@@ -72,6 +72,8 @@ def unused(prompt: SoftPrompt, peft_type: str) -> dict[str, Array]:
             wanted[facts.COLUMNS] = prompt.training.tensors["columns"]
         shapes = {name: array.shape for name, array in wanted.items()}
         dtype: Any = part.vectors.dtype
+    elif isinstance(part, AdaptionPrompt):
+        return {}
     else:
         kv_heads, length, head_dim = part.layers[0].keys.shape
         shapes = {facts.PROMPT: (length, len(part.layers) // 2 * 2 * kv_heads * head_dim)}

@@ -7,9 +7,9 @@ from typing import Any
 
 from softbridge.errors import BaseModelError
 from softbridge.geometry import Geometry, Site
-from softbridge.prompt import InputPrompt, KeyValuePrefix, SoftPrompt
+from softbridge.prompt import AdaptionPrompt, InputPrompt, KeyValuePrefix, SoftPrompt
 from softbridge_compat import peft_releases
-from softbridge_peft import facts
+from softbridge_peft import adaption, facts
 from softbridge_peft.origin import config_of_origin, unused
 from softbridge_peft.prompt_encoder import described
 
@@ -30,6 +30,8 @@ def config_of(
     """
     part = prompt.parts[0]
     origin = {} if fresh else config_of_origin(prompt)
+    if isinstance(part, AdaptionPrompt):
+        return adaption.config_of(prompt, geometry, task, origin)
     if task is None:
         task = origin["task_type"] if "task_type" in origin else _task(prompt, geometry)
     peft_type, implied = _method(prompt, origin, task)

@@ -26,6 +26,8 @@ from softbridge.arrays import Array
 from softbridge.errors import CheckpointError, OutputError
 from softbridge.geometry import Geometry, StackGeometry
 from softbridge.prompt import (
+    Adaption,
+    AdaptionPrompt,
     BaseId,
     InputPrompt,
     KeyValue,
@@ -70,8 +72,16 @@ FULL = SoftPrompt(
     ),
     origin=Origin("peft", {"unknown": {"z": 1, "a": 1e-9}}, {"adapter_model.safetensors": "0" * 64}),
 )
+ADAPTION = SoftPrompt(
+    (
+        AdaptionPrompt("encoder", {1: Adaption(ramp(np.float32, 3, 4), ramp(np.float16, 1))}, "module"),
+        AdaptionPrompt("self", {n: Adaption(ramp(np.float64, 2, 4), ramp(np.float64, 4)) for n in (10, 2)}),
+    ),
+    Positions(),
+)
 PROMPTS = {
     "input": INPUT,
+    "adaption": ADAPTION,
     "encoder prefix": SoftPrompt(
         (KeyValuePrefix("encoder", {0: pair(np.float32, 2, 3, 6)}),), Positions({"encoder": 0})
     ),
@@ -216,7 +226,7 @@ UNSOUND: list[tuple[list[Callable[[Any, dict[str, Array]], None]], list[str]]] =
     ([edit("parts", ...)], ["description: no 'parts'"]),
     ([edit("parts", [])], ["unexpected tensor 'parts.0.vectors'"]),
     ([edit("parts", {})], ["parts: dict, not a list"]),
-    ([edit("parts/0", 3)], ["parts.0: neither an input prompt nor a prefix: 3"]),
+    ([edit("parts/0", 3)], ["parts.0: neither an input prompt, a prefix nor an adaption prompt: 3"]),
     ([edit("parts/0/kind", "prefix")], ["parts.0: no 'layers'", "parts.0: no 'site'", "parts.0: unexpected 'entry'"]),
     ([edit("parts/0/stack", "middle")], ["parts.0: stack: 'middle'"]),
     ([edit("parts/0/stack", ["encoder"])], ["parts.0: stack: ['encoder']"]),
@@ -333,6 +343,33 @@ def test_other_files(content: bytes, words: str, tmp_path: Path) -> None:
     assert words in caught.value.found
 
 
+ADAPTION_UNSOUND: list[tuple[Callable[[Any, dict[str, Array]], None], str]] = [
+    (edit("parts/0/joins", "elsewhere"), "parts.0: joins: 'elsewhere'"),
+    (edit("parts/0/joins", ...), "parts.0: no 'joins'"),
+    (edit("parts/0/site", "cross"), "parts.0: site: 'cross', not a self-attention"),
+    (edit("parts/0/site", "self"), "parts: one adaption prompt per site"),
+    (edit("parts/0/gates", [1]), "parts.0: unexpected 'gates'"),
+    (edit("parts/1/layers", [10, 2]), "parts.1.layers: [10, 2], not rising"),
+    (edit("parts/1/layers", []), "parts.1: layers: at least one"),
+    (tensor("parts.1.layers.2.gate", None), "missing tensor 'parts.1.layers.2.gate'"),
+    (tensor("parts.1.layers.2.gate", ramp(np.float32, 1, 4)), "parts.1.layers.2: gate: [1 or heads], not [1, 4]"),
+    (tensor("parts.1.layers.2.vectors", ramp(np.float32, 4)), "parts.1.layers.2: vectors: [P, H], not [4]"),
+    (tensor("parts.1.layers.2.vectors", ramp(np.float32, 3, 4)), "parts.1: layers: one shape [P, H] for all"),
+    (edit("positions/start", {"decoder": 2}), "positions: a start for [], the stacks with virtual tokens"),
+]
+
+
+@pytest.mark.parametrize(("change", "words"), ADAPTION_UNSOUND)
+def test_every_fault_of_an_adaption_prompt_is_named(
+    change: Callable[[Any, dict[str, Array]], None], words: str, tmp_path: Path
+) -> None:
+    description, arrays = taken_apart(pack(ADAPTION))
+    change(description, arrays)
+    with pytest.raises(CheckpointError) as caught:
+        read(tmp_path, put_together(description, arrays))
+    assert words in caught.value.found
+
+
 def test_one_bit_of_the_numbers(tmp_path: Path) -> None:
     content = bytearray(pack(INPUT))
     content[-3] ^= 1
@@ -342,7 +379,7 @@ def test_one_bit_of_the_numbers(tmp_path: Path) -> None:
 
 @given(data=st.data())
 def test_mutated_files_are_the_same_prompt_or_refused(data: st.DataObject) -> None:
-    prompt = data.draw(st.sampled_from([INPUT, FULL]))
+    prompt = data.draw(st.sampled_from([INPUT, FULL, ADAPTION]))
     content = bytearray(pack(prompt))
     for _ in range(data.draw(st.integers(1, 3))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))

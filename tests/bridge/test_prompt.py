@@ -16,6 +16,8 @@ import pytest
 
 from softbridge.arrays import frozen, same_array
 from softbridge.prompt import (
+    Adaption,
+    AdaptionPrompt,
     BaseId,
     FrozenMap,
     InputPrompt,
@@ -200,6 +202,31 @@ DIFFERENT: dict[str, Callable[[SoftPrompt], SoftPrompt]] = {
     "training's settings": lambda p: replace(p, training=Training("mlp", {"width": 9}, {"w": VECTORS})),
     "training's tensors": lambda p: replace(p, training=Training("mlp", {"width": 8}, {"w": -VECTORS})),
 }
+
+
+ADAPTION = AdaptionPrompt("self", {1: Adaption(VECTORS, VECTORS[0, :1])}, "module")
+ONE = ADAPTION.layers[1]
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(ADAPTION, site="encoder"),
+        replace(ADAPTION, joins="heads"),
+        replace(ADAPTION, layers={2: ONE}),
+        replace(ADAPTION, layers={1: replace(ONE, gate=-ONE.gate)}),
+        replace(ADAPTION, layers={1: replace(ONE, gate=np.repeat(ONE.gate, 2))}),
+        replace(ADAPTION, layers={1: replace(ONE, vectors=-VECTORS)}),
+        replace(ADAPTION, layers={1: replace(ONE, vectors=VECTORS.astype(np.float64))}),
+    ],
+)
+def test_what_makes_two_adaption_prompts_different(other: AdaptionPrompt) -> None:
+    one, two = SoftPrompt((ADAPTION,), Positions()), SoftPrompt((other,), Positions())
+    assert other != ADAPTION
+    assert digest_of(one) != digest_of(two)
+    assert replace(other) == other
+    assert hash(replace(other)) == hash(other)
+    assert "gate" in repr(other)
 
 
 @pytest.mark.parametrize("change", DIFFERENT.values(), ids=DIFFERENT.keys())

@@ -34,7 +34,16 @@ from softbridge.errors import EngineError
 from softbridge.geometry import read_geometry
 from softbridge.lowering.precision import as_dtype
 from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt
-from softbridge.testing import TINY, agreement, apart, random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.testing import (
+    TINY,
+    agreement,
+    apart,
+    random_adaption,
+    random_input_prompt,
+    random_prefix,
+    tiny_config,
+    tiny_model,
+)
 from softbridge.untrusted import Files
 from softbridge_compat import peft_defects
 from softbridge_native.engine import ENGINE
@@ -371,6 +380,22 @@ def test_a_static_cache_is_a_cache(family: str) -> None:
     found = generate(ours, out, mask, cache_implementation="static", disable_compile=True)
     assert torch.equal(found[0], expected[0])
     assert apart(found[1], expected[1]) <= max(STEP, agreement(model))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_static_cache_without_pads_in_sdpa(family: str) -> None:
+    """transformers makes no mask for the first call, whose queries are the first of more keys; elsewhere the last."""
+    model = token_model(family, "sdpa")
+    whole = make_prompt(model, "prefix")
+    (part,) = whole.prefixes
+    some = replace(whole, parts=(replace(part, layers={n: part.layers[n] for n in list(part.layers)[1:]}),))
+    beside = random_adaption(read_geometry(model.config), P)
+    for prompt in (whole, some, beside):
+        ours, ids = attached(model, prompt), tokens()
+        expected = generate(ours, ids, torch.ones_like(ids))
+        found = generate(ours, ids, torch.ones_like(ids), cache_implementation="static", disable_compile=True)
+        assert torch.equal(found[0], expected[0])
+        assert apart(found[1], expected[1]) <= max(STEP, agreement(model))
 
 
 @pytest.mark.filterwarnings("ignore")

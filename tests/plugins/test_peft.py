@@ -561,7 +561,7 @@ GOOD = {
 FLAT = np.ones((2, 24), np.float32)
 BAD: list[tuple[dict[str, Any], dict[str, Any], type[SoftbridgeError], str]] = [
     ({"peft_type": "LORA"}, {}, CheckpointError, "'LORA'.*\n.*PREFIX_TUNING"),
-    ({"peft_type": "ADAPTION_PROMPT"}, {}, CheckpointError, "'ADAPTION_PROMPT': LLaMA-Adapter's.*a gate scales"),
+    ({"peft_type": "ADAPTION_PROMPT"}, {}, CheckpointError, "adapter_len None, adapter_layers None"),
     ({"peft_type": 3}, {}, CheckpointError, "peft_type 3"),
     ({"peft_type": ["PREFIX_TUNING"]}, {}, CheckpointError, "peft_type"),
     ({"num_virtual_tokens": "2", "num_layers": 2.0}, {}, CheckpointError, "tokens is '2'; num_layers is 2.0"),

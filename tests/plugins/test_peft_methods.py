@@ -39,7 +39,7 @@ from softbridge.prompt import SoftPrompt, Training
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files, safetensors_bytes
 from softbridge_compat import peft_defects
-from softbridge_peft import example, facts
+from softbridge_peft import adaption, example, facts
 from softbridge_peft.engine import ENGINE
 from softbridge_peft.format import FORMAT
 
@@ -155,7 +155,7 @@ def test_every_prompt_learning_method_of_the_installed_peft_is_known() -> None:
     }
     assert learning == facts.KINDS.keys() == {peft_type for peft_type, _ in example.methods(1).values()}
     asking = {name.value for name, kind in PEFT_TYPE_TO_CONFIG_MAPPING.items() if "PROMPT" in name.value}
-    assert asking - learning == facts.OTHERS.keys()
+    assert asking - learning == {adaption.TYPE}
 
 
 # --- the same function ------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from typing import Any
 from softbridge.checkpoint.read import files_at, read, recognise
 from softbridge.errors import BaseModelError
 from softbridge.prompt.container import digest_of
-from softbridge.prompt.part import InputPrompt
+from softbridge.prompt.part import AdaptionPrompt, InputPrompt
 from softbridge.prompt.soft_prompt import SoftPrompt
 
 
@@ -59,6 +59,8 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
         if isinstance(part, InputPrompt):
             where = {"kind": "input", "stack": part.stack, "entry": part.entry, "placement": part.placement}
             where |= {} if part.told_scale is None else {"scale": part.told_scale}
+        elif isinstance(part, AdaptionPrompt):
+            where = {"kind": "adaption", "site": part.site, "layers": list(part.layers), "joins": part.joins}
         else:
             where = {"kind": "prefix", "site": part.site, "layers": list(part.layers)}
         parts.append({**where, **numbers})

@@ -47,17 +47,21 @@ def _row(table: Table, *cells: object) -> None:
 
 def formats_table() -> tuple[Table, Rows]:
     """What `softbridge formats` shows."""
-    table, rows = _table("format", "what", "encodings", "input prompts", "prefixes", "real tokens stand at"), []
+    table, rows = (
+        _table("format", "what", "encodings", "input prompts", "prefixes", "adaption", "real tokens stand at"),
+        [],
+    )
     for name, form in formats().items():
         able = form.capabilities
         inputs = sorted({f"{stack} {entry}" for stack, entry, _ in able.inputs})
         start = {"counted": "P", "zero": "0", None: "any"}[able.prefix_start]
         sites = sorted(able.prefix_sites)
         encodings = list(form.encodings)
-        _row(table, name, form.summary, ", ".join(encodings), ", ".join(inputs) or "-", ", ".join(sites) or "-", start)
-        rows.append(
-            {"name": name, "summary": form.summary, "encodings": encodings, "inputs": inputs, "prefixes": sites}
-        )
+        joins = sorted(able.adaption)
+        lists = [", ".join(words) or "-" for words in (inputs, sites, joins)]
+        _row(table, name, form.summary, ", ".join(encodings), *lists, start)
+        brings = {"encodings": encodings, "inputs": inputs, "prefixes": sites, "adaption": joins}
+        rows.append({"name": name, "summary": form.summary, **brings})
     return table, rows
 
 
@@ -96,7 +100,7 @@ def prompt_table(found: dict[str, Any]) -> Group:
             layers = part["layers"]
             whole = layers == list(range(len(layers)))
             where = f"{part['site']}, {len(layers)} layers" if whole else f"{part['site']}, layers {layers}"
-            what = "key/value prefix"
+            what = "key/value prefix" if part["kind"] == "prefix" else f"adaption prompt, added to: {part['joins']}"
         shape = "x".join(map(str, part["shape"]))
         _row(parts, what, where, part["length"], shape, part["dtype"], f"{part['std']:.3g}", f"{part['largest']:.3g}")
     start = ", ".join(f"{stack} {position}" for stack, position in found["positions"]["start"].items())

@@ -6,7 +6,7 @@ repeat) shows as the general case.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import get_args
 
@@ -27,7 +27,7 @@ from softbridge.methods import (
     rematerialise,
 )
 from softbridge.plugin.capabilities import Capabilities
-from softbridge.prompt.part import Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.prompt.part import Adaption, AdaptionPrompt, Gate, InputPrompt, Joins, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, Positions, SoftPrompt
 from softbridge.template import Field, Slot, Template, Verbaliser, Virtual, Words
 
@@ -67,6 +67,28 @@ def random_prefix(
         parts.append(KeyValuePrefix(site, layers))
     start = {stack_of(site): length for site in sites if site != "cross"}
     return SoftPrompt(tuple(parts), positions or Positions(start), BaseId(None, geometry))
+
+
+def random_adaption(
+    geometry: Geometry,
+    length: int = 5,
+    *,
+    layers: Collection[int] | None = None,
+    gates: int = 1,
+    joins: Joins = "heads",
+    seed: int = 0,
+    std: float = 0.8,
+) -> SoftPrompt:
+    """An adaption prompt with random vectors and gates of float32, in some layers (None: all that attend)."""
+    generator = np.random.default_rng(seed)
+    site: Site = "encoder" if geometry.decoder is None else "self"
+
+    def numbers(*shape: int) -> Array:
+        return generator.normal(0, std, shape).astype(np.float32)
+
+    chosen = geometry.attending(site) if layers is None else layers
+    ones = {layer: Adaption(numbers(length, geometry.hidden), numbers(gates)) for layer in chosen}
+    return SoftPrompt((AdaptionPrompt(site, ones, joins),), Positions(), BaseId(None, geometry))
 
 
 #: The length of the prompts. Reasons that name a length name this one.
@@ -130,6 +152,12 @@ def _gated(geometry: Geometry) -> SoftPrompt:
     return replace(prompt, parts=tuple(parts))
 
 
+def _adaption(geometry: Geometry) -> SoftPrompt:
+    """In all layers that attend but the first."""
+    site: Site = "encoder" if geometry.decoder is None else "self"
+    return random_adaption(geometry, LENGTH, layers=geometry.attending(site)[1:], std=STD)
+
+
 def _some_layers(geometry: Geometry) -> SoftPrompt:
     """A prefix that leaves out the last layer."""
     prompt = random_prefix(geometry, LENGTH, std=STD)
@@ -157,6 +185,7 @@ METHODS: Mapping[str, Callable[[Geometry], SoftPrompt]] = {
     "prefix-tuning-gated": _gated,
     "prefix-tuning-layers": _some_layers,
     "p-tuning-v2": _every_site,
+    "llama-adapter": _adaption,
     "cartridge": lambda geometry: as_if_trained(Cartridge(LENGTH, sites=_single_site(geometry).sites), geometry),
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 
 from softbridge.base.model import BaseModel
@@ -10,7 +11,7 @@ from softbridge.geometry import Geometry
 from softbridge.lowering.scale import in_scale
 from softbridge.lowering.steps import ELSEWHERE, Option, Target, blocked
 from softbridge.plugin.capabilities import Capabilities
-from softbridge.prompt.part import InputPrompt, KeyValuePrefix
+from softbridge.prompt.part import Adaption, AdaptionPrompt, InputPrompt, Joins, KeyValuePrefix
 from softbridge.prompt.soft_prompt import SoftPrompt
 
 
@@ -29,17 +30,25 @@ def check_fits(prompt: SoftPrompt, geometry: Geometry) -> None:
                 problems.append(f"vectors of width {part.vectors.shape[1]}, the model's is {geometry.input_width}")
             continue
         shape = geometry.site(part.site)
+        what = "a prefix" if isinstance(part, KeyValuePrefix) else "an adaption prompt"
         if shape is None:
-            problems.append(f"a prefix at the site '{part.site}', which {geometry.model_type} lacks")
+            problems.append(f"{what} at the site '{part.site}', which {geometry.model_type} lacks")
             continue
         for layer, pair in part.layers.items():
-            heads, _, width = pair.keys.shape
             if layer >= shape.layers:
-                problems.append(f"a prefix for layer {layer}, the model has {shape.layers} layers")
+                problems.append(f"{what} for layer {layer}, the model has {shape.layers} layers")
                 continue
             if layer not in shape.attending:
-                problems.append(f"a prefix for {shape.named(layer)}, which has no keys and values that it could join")
+                problems.append(f"{what} for {shape.named(layer)}, which has no keys and values that it could join")
                 continue
+            if isinstance(pair, Adaption):
+                width, gates = pair.vectors.shape[1], len(pair.gate)
+                if width != geometry.hidden:
+                    problems.append(f"vectors of width {width} in layer {layer}, the model's is {geometry.hidden}")
+                if gates not in (1, shape.heads):
+                    problems.append(f"{gates} gates in layer {layer}, the model has {shape.heads} heads")
+                continue
+            heads, _, width = pair.keys.shape
             theirs = shape.shape(layer)
             if (heads, width) != theirs:
                 problems.append(
@@ -91,6 +100,9 @@ def check_parts(prompt: SoftPrompt, target: Target) -> list[Option]:
                 reason = f"{target.name} cannot express a key/value prefix at the site '{part.site}'"
                 obstacles.append(Obstacle("part", reason, "choose another target"))
             continue
+        if isinstance(part, AdaptionPrompt):
+            obstacles += _no_adaption(part, target)
+            continue
         entries = {
             entry for stack, entry, placement in able.inputs if (stack, placement) == (part.stack, part.placement)
         }
@@ -105,6 +117,25 @@ def check_parts(prompt: SoftPrompt, target: Target) -> list[Option]:
         reason = f"{target.name} holds {able.parts} part{'s' * (able.parts > 1)}, this prompt has {len(prompt.parts)}"
         obstacles.append(Obstacle("parts", reason, f"{ELSEWHERE}; or choose one of its parts with --part"))
     return [Option(prompt, (), tuple(obstacles))]
+
+
+def _no_adaption(part: AdaptionPrompt, target: Target) -> Iterator[Obstacle]:
+    able = target.capabilities.adaption
+    if not able:
+        reason = f"{target.name} has no vectors in a softmax of their own, behind a gate (LLaMA-Adapter's)"
+        yield Obstacle("adaption", reason, ELSEWHERE)
+    elif part.joins not in able:
+        where = " or ".join(_JOINS[joins] for joins in sorted(able))
+        reason = f"what this prompt gives is added {_JOINS[part.joins]}, and {target.name} adds it {where}"
+        yield Obstacle("projection", reason, ELSEWHERE)
+
+
+#: Where the sum of an adaption prompt's values is added, in words.
+_JOINS: Mapping[Joins, str] = {
+    "heads": "before the output projection",
+    "module": "behind the output projection, through which it went by itself",
+    "output": "behind the output projection, past it",
+}
 
 
 def check_gates(prompt: SoftPrompt, target: Target) -> list[Option]:

@@ -23,6 +23,7 @@ from softbridge.lowering.expressible import (
 )
 from softbridge.lowering.precision import round_numbers
 from softbridge.lowering.prefill import prefill
+from softbridge.lowering.projection import project_apart
 from softbridge.lowering.scale import rescale
 from softbridge.lowering.steps import Option, Pass, Step, Target, with_part
 from softbridge.lowering.token_positions import check_relative_bias, check_window, move_start
@@ -98,6 +99,7 @@ PASSES: tuple[Pass, ...] = (
     _placement,
     _entry,
     prefill,
+    project_apart,
     check_parts,
     check_gates,
     check_layers,

@@ -11,7 +11,7 @@ import numpy as np
 from softbridge.arrays import BFLOAT16, Array
 from softbridge.errors import Obstacle
 from softbridge.lowering.steps import Exactness, Option, Step, Target
-from softbridge.prompt.part import Gate, InputPrompt, KeyValue, Part
+from softbridge.prompt.part import Adaption, AdaptionPrompt, Gate, InputPrompt, KeyValue, Part
 from softbridge.prompt.soft_prompt import SoftPrompt
 
 #: Dtypes that numbers can be stored in on request.
@@ -68,6 +68,9 @@ def as_dtype(prompt: SoftPrompt, dtype: np.dtype[Any]) -> SoftPrompt:
     def converted(part: Part) -> Part:
         if isinstance(part, InputPrompt):
             return replace(part, vectors=part.vectors.astype(dtype))
+        if isinstance(part, AdaptionPrompt):
+            layers = {n: Adaption(one.vectors.astype(dtype), one.gate.astype(dtype)) for n, one in part.layers.items()}
+            return replace(part, layers=layers)
         return replace(part, layers={layer: _pair_as_dtype(pair, dtype) for layer, pair in part.layers.items()})
 
     with np.errstate(over="ignore"):  # the caller looks at the error first

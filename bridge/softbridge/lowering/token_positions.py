@@ -23,7 +23,7 @@ def native_positions(prompt: SoftPrompt, capabilities: Capabilities) -> Position
     for part in prompt.parts:
         if isinstance(part, InputPrompt):
             stack, own = part.stack, capabilities.input_start
-        elif part.site == "cross":
+        elif not isinstance(part, KeyValuePrefix) or part.site == "cross":
             continue
         else:
             stack, own = stack_of(part.site), capabilities.prefix_start

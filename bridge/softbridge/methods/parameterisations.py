@@ -22,7 +22,7 @@ import numpy as np
 
 from softbridge.arrays import Array, from_torch, to_torch
 from softbridge.geometry import Site
-from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
+from softbridge.prompt.part import AdaptionPrompt, InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt, Training
 from softbridge.prompt.values import Json
 
@@ -94,7 +94,7 @@ class Kind:
 
     def makes(self, part: Part) -> bool:
         """Whether it made this part of a prompt, and not another part."""
-        return isinstance(part, KeyValuePrefix) == self.per_site
+        return isinstance(part, KeyValuePrefix if self.per_site else InputPrompt)
 
 
 def activation(name: str) -> Any:
@@ -491,7 +491,7 @@ def rematerialise(prompt: SoftPrompt, task: int | None = None) -> SoftPrompt:
         training = _for_task(training, task)
     parts: list[Part] = []
     for part in prompt.parts:
-        if not kind_of(training.kind).makes(part):
+        if isinstance(part, AdaptionPrompt) or not kind_of(training.kind).makes(part):
             parts.append(part)
         elif isinstance(part, InputPrompt):
             parts.append(replace(part, vectors=materialise_vectors(training)))

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from softbridge.geometry import Site, Stack
-from softbridge.prompt.part import Entry, Placement
+from softbridge.prompt.part import Entry, Joins, Placement
 from softbridge.prompt.soft_prompt import RelativeBias, Window
 
 Start = Literal["counted", "zero"]
@@ -24,6 +24,7 @@ class Capabilities:
         prefix_start: where the first real token stands when the toolkit runs a prefix: at P (``counted``), at 0
             (``zero``), or wherever the prompt says (None).
         gates: whether a prefix may have gates.
+        adaption: where the sum of an adaption prompt's values may be added; see `softbridge.prompt.AdaptionPrompt`.
         every_layer: whether a prefix must have every layer of its site.
         ragged: whether layers may differ in the number and the size of their heads.
         parts: how many parts there may be at once, or None for any number.
@@ -49,6 +50,7 @@ class Capabilities:
     prefix_sites: frozenset[Site] = frozenset()
     prefix_start: Start | None = None
     gates: bool = False
+    adaption: frozenset[Joins] = frozenset()
     every_layer: bool = False
     ragged: bool = False
     parts: int | None = None
@@ -79,6 +81,7 @@ EVERYTHING = Capabilities(
     ),
     prefix_sites=frozenset(("encoder", "self", "cross")),
     gates=True,
+    adaption=frozenset(("heads", "module", "output")),
     ragged=True,
     training=None,
     head=True,

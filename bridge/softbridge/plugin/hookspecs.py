@@ -207,6 +207,15 @@ class Misgenerating(Protocol):
 
 
 @runtime_checkable
+class Narrowing(Protocol):
+    """What an engine can say besides, if its toolkit computes in float32 in a model of float64."""
+
+    def float32_regions(self, prompt: SoftPrompt, geometry: Geometry) -> Sequence[str]:
+        """Names of the classes of the toolkit's own modules that do so with this prompt; empty if none does."""
+        ...
+
+
+@runtime_checkable
 class Banker(Protocol):
     """What an engine can do besides, if it can give each row of a batch a prompt of its own."""
 
@@ -234,7 +243,7 @@ class SelfChecking(Protocol):
 
 #: Every protocol that a format, and an engine, may follow besides.
 FORMAT_EXTRAS = (Listing, Resumable, Catalogued)
-ENGINE_EXTRAS = (Loader, Insertable, Misgenerating, Banker, SelfChecking, Demonstrating)
+ENGINE_EXTRAS = (Loader, Insertable, Misgenerating, Narrowing, Banker, SelfChecking, Demonstrating)
 
 
 @hookspec

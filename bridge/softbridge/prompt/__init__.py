@@ -5,9 +5,12 @@ from __future__ import annotations
 from softbridge.arrays import Array, frozen, same_array
 from softbridge.prompt.container import digest_of, pack, unpack
 from softbridge.prompt.part import (
+    Adaption,
+    AdaptionPrompt,
     Entry,
     Gate,
     InputPrompt,
+    Joins,
     KeyValue,
     KeyValuePrefix,
     Part,
@@ -17,12 +20,15 @@ from softbridge.prompt.soft_prompt import BaseId, Origin, Positions, SoftPrompt,
 from softbridge.prompt.values import FrozenMap, Json
 
 __all__ = [
+    "Adaption",
+    "AdaptionPrompt",
     "Array",
     "BaseId",
     "Entry",
     "FrozenMap",
     "Gate",
     "InputPrompt",
+    "Joins",
     "Json",
     "KeyValue",
     "KeyValuePrefix",

@@ -10,7 +10,9 @@ is a tensor. The JSON is written with sorted keys, without spaces, in ASCII. The
   ``{"kind": "input", "stack": "encoder" | "decoder", "entry": "before" | "after",
   "placement": "before-sequence" | "after-first-token"}``, with the tensor ``parts.n.vectors`` [P, H], or
   ``{"kind": "prefix", "site": "self" | "encoder" | "cross", "layers": [numbers, rising]}``, with the tensors
-  ``parts.n.layers.l.keys`` and ``parts.n.layers.l.values`` [K, P, D] for every layer l.
+  ``parts.n.layers.l.keys`` and ``parts.n.layers.l.values`` [K, P, D] for every layer l, or
+  ``{"kind": "adaption", "site": "self" | "encoder", "layers": [numbers, rising], "joins": "heads" | "module" |
+  "output"}``, with the tensors ``parts.n.layers.l.vectors`` [P, H] and ``parts.n.layers.l.gate`` [1 or heads].
   Three keys are there only where they say something: ``"gates": [numbers of the layers that have one, rising]``, with
   the tensors ``parts.n.layers.l.gate.weight`` [G, H] and ``parts.n.layers.l.gate.bias`` [G]; ``"template": TEMPLATE``,
   with the placement ``"template"``; and ``"scale": number``, by what the model that the vectors are for multiplies them
@@ -51,7 +53,7 @@ from typing import Any, TypeVar, cast
 from softbridge.arrays import Array
 from softbridge.errors import CheckpointError, OutputError
 from softbridge.geometry import Geometry, StackGeometry
-from softbridge.prompt.part import Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.prompt.part import Adaption, AdaptionPrompt, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, Origin, Positions, SoftPrompt, Training
 from softbridge.template import Template
 from softbridge.untrusted import DTYPE_CODES, Files, little_endian, parse_json, safetensors_bytes
@@ -207,6 +209,8 @@ def _describe_part(part: Part) -> dict[str, Any]:
         more: dict[str, Any] = {} if part.template is None else {"template": part.template.to_json()}
         more |= {} if part.told_scale is None else {"scale": part.told_scale}
         return {"kind": "input", "stack": part.stack, "entry": part.entry, "placement": part.placement, **more}
+    if isinstance(part, AdaptionPrompt):
+        return {"kind": "adaption", "site": part.site, "layers": list(part.layers), "joins": part.joins}
     gated = [layer for layer, pair in part.layers.items() if pair.gate is not None]
     gates = {"gates": gated} if gated else {}
     return {"kind": "prefix", "site": part.site, "layers": list(part.layers), **gates}
@@ -271,7 +275,13 @@ class _Reader:
             if None in layers.values():
                 return None
             return self.build(here, KeyValuePrefix, {"site": fields["site"], "layers": layers})
-        self.problems.append(f"{here}: neither an input prompt nor a prefix: {value!r:.80}")
+        if kind == "adaption":
+            fields = self.fields(value, here, {"kind", "site", "layers", "joins"})
+            del fields["kind"]
+            numbers = self.rising(fields["layers"], f"{here}.layers")
+            fields["layers"] = {n: self.adaption(f"{here}.layers.{n}") for n in numbers}
+            return None if None in fields["layers"].values() else self.build(here, AdaptionPrompt, fields)
+        self.problems.append(f"{here}: neither an input prompt, a prefix nor an adaption prompt: {value!r:.80}")
         return None
 
     def layer(self, here: str, gated: bool) -> KeyValue | None:
@@ -281,6 +291,10 @@ class _Reader:
             return None
         made = self.build(f"{here}.gate", Gate, gate) if gated else None
         return self.build(here, KeyValue, {**arrays, "gate": made})
+
+    def adaption(self, here: str) -> Adaption | None:
+        arrays = {name: self.take(f"{here}.{name}") for name in ("vectors", "gate")}
+        return None if any(array is None for array in arrays.values()) else self.build(here, Adaption, arrays)
 
     def rising(self, value: Any, here: str) -> list[int]:
         numbers = self.items(value, here)

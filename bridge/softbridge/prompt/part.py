@@ -1,4 +1,4 @@
-"""What a model meets of a soft prompt: vectors in its input, keys and values in its attention."""
+"""What a model meets of a soft prompt: vectors in its input, keys and values in its attention, vectors beside it."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from softbridge.template import Template
 Entry = Literal["before", "after"]
 Placement = Literal["before-sequence", "after-first-token", "template"]
 Untold = Literal["untold"]
+Joins = Literal["heads", "module", "output"]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -242,7 +243,100 @@ class KeyValuePrefix:
         return hash((self.site, tuple(self.layers)))
 
 
-Part: TypeAlias = InputPrompt | KeyValuePrefix
+@dataclass(frozen=True, eq=False, repr=False)
+class Adaption:
+    """What one attention layer has of an `AdaptionPrompt`.
+
+    Attributes:
+        vectors: [P, H], as they enter the layer's projections of keys and of values.
+        gate: [1], or [heads] with a number for each head of the queries. It multiplies as it is: what a toolkit makes
+            of a stored number first (the tanh of the paper's own code), its reader has done.
+    """
+
+    vectors: Array
+    gate: Array
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "vectors", frozen(self.vectors))
+        object.__setattr__(self, "gate", frozen(self.gate))
+        shape, gate = self.vectors.shape, self.gate.shape
+        require(len(shape) == 2 and min(shape) > 0, f"vectors: [P, H], not {list(shape)}")
+        require(len(gate) == 1 and gate[0] > 0, f"gate: [1 or heads], not {list(gate)}")
+
+    def __repr__(self) -> str:
+        gates = len(self.gate)
+        return f"Adaption({list(self.vectors.shape)} {self.vectors.dtype}, {gates} gate{'s' * (gates > 1)})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Adaption):
+            return NotImplemented
+        return same_array(self.vectors, other.vectors) and same_array(self.gate, other.gate)
+
+    def __hash__(self) -> int:
+        return hash((self.vectors.shape, self.vectors.dtype, self.gate.shape))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class AdaptionPrompt:
+    """Vectors that attention sees beside the text, behind a gate (LLaMA-Adapter, Zhang et al. 2023).
+
+    A layer's own frozen projections make keys and values of the vectors, with no position. Its queries, as they are
+    for the text, attend to them in a softmax of their own, with scores divided by the root of the head size. The gate
+    multiplies the weights, and the values' sum is added to what the layer attends to. So every token, be it a pad,
+    sees all P vectors, nothing enters a cache, and no token is moved.
+
+    Why vectors, and not the keys and values that they become (a prefix with a softmax of its own): the vectors are
+    what every toolkit's file holds and what is trained. They are read without the base model's weights and written
+    back bit for bit, where projections are not invertible (key/value heads are narrower than the hidden state). The
+    price is that an engine needs the layer's projections when it runs.
+
+    Attributes:
+        site: ``self`` or ``encoder``, as in `KeyValuePrefix`.
+        layers: layer number (from 0, within its stack) -> `Adaption`. P is the same in all.
+        joins: where the sum is added. ``heads``: to what the heads give, so that the output projection takes both
+            (the paper, litgpt). ``module``: it goes through the output projection by itself, and what that gives is
+            added to the module's output (PEFT's Llama and Mistral): the same function where that projection has no
+            bias, which else is added twice. ``output``: to the module's output, unprojected (PEFT's GPT-2).
+    """
+
+    site: Site
+    layers: Mapping[int, Adaption]
+    joins: Joins = "heads"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "layers", FrozenMap(dict(sorted(self.layers.items()))))
+        require(self.site in ("self", "encoder"), f"site: {self.site!r}, not a self-attention")
+        require(self.joins in get_args(Joins), f"joins: {self.joins!r}")
+        require(len(self.layers) > 0, "layers: at least one")
+        require(all(layer >= 0 for layer in self.layers), f"layers: numbered from 0, not {sorted(self.layers)}")
+        shapes = {one.vectors.shape for one in self.layers.values()}
+        require(len(shapes) == 1, f"layers: one shape [P, H] for all, not {sorted(shapes)}")
+
+    @property
+    def length(self) -> int:
+        """P, the number of vectors."""
+        return int(next(iter(self.layers.values())).vectors.shape[0])
+
+    def arrays(self) -> Iterator[tuple[str, Array]]:
+        """All arrays with a name that is unique within the part."""
+        for layer, one in self.layers.items():
+            yield f"layers.{layer}.vectors", one.vectors
+            yield f"layers.{layer}.gate", one.gate
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(dict.fromkeys(map(repr, self.layers.values())))
+        return f"AdaptionPrompt({self.site}, layers {list(self.layers)}, {kinds}, {self.joins})"
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, AdaptionPrompt):
+            return NotImplemented
+        return (self.site, self.joins) == (other.site, other.joins) and self.layers == other.layers
+
+    def __hash__(self) -> int:
+        return hash((self.site, self.joins, tuple(self.layers)))
+
+
+Part: TypeAlias = InputPrompt | KeyValuePrefix | AdaptionPrompt
 
 
 def prefixed_stacks(parts: Iterable[Part]) -> set[Stack]:

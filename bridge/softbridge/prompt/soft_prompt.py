@@ -3,9 +3,10 @@
 Notation, here and in every docstring of the project: B batch, T real tokens, P prompt length (virtual tokens),
 H hidden size, L layers, K key/value heads, D head size. Shapes come first.
 
-A model ever sees only two kinds of part: vectors in its input sequence (`InputPrompt`) and keys and values in its
-attention (`KeyValuePrefix`). How training produced them (an MLP, an LSTM, a low-rank product) is kept beside them in
-`SoftPrompt.training`, if it is known, and no engine needs it to run the prompt.
+A model ever sees three kinds of part: vectors in its input sequence (`InputPrompt`), keys and values in its attention
+(`KeyValuePrefix`), and vectors beside its attention, behind a gate (`AdaptionPrompt`). How training produced them (an
+MLP, an LSTM, a low-rank product) is kept beside them in `SoftPrompt.training`, if it is known, and no engine needs it
+to run the prompt.
 
 Arrays are read-only NumPy arrays (bfloat16 through ml_dtypes), so that listing, inspecting and converting need no
 deep-learning framework. All classes are immutable and compared by value.
@@ -19,7 +20,7 @@ from typing import Literal, get_args
 
 from softbridge.arrays import Array, frozen, same_arrays, shapes_of
 from softbridge.geometry import Geometry, Site, Stack, stack_of
-from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part, prefixed_stacks
+from softbridge.prompt.part import AdaptionPrompt, InputPrompt, KeyValuePrefix, Part, prefixed_stacks
 from softbridge.prompt.values import FrozenMap, Json, json_object, require
 
 RelativeBias = Literal["plain", "skewed"]
@@ -203,6 +204,7 @@ class SoftPrompt:
         require(len(self.parts) > 0, "parts: at least one")
         require(len(self.prefixes) == len({p.site for p in self.prefixes}), "parts: one prefix per site")
         require(len(self.inputs) == len({p.stack for p in self.inputs}), "parts: one input prompt per stack")
+        require(len(self.adaptions) == len({p.site for p in self.adaptions}), "parts: one adaption prompt per site")
         stacks, told = sorted(self.counted()), sorted(self.positions.start)
         require(stacks == told, f"positions: a start for {stacks}, the stacks with virtual tokens, not for {told}")
         others = sorted(self.positions.unbiased_from.keys() - prefixed_stacks(self.parts))
@@ -215,6 +217,15 @@ class SoftPrompt:
     @property
     def inputs(self) -> tuple[InputPrompt, ...]:
         return tuple(part for part in self.parts if isinstance(part, InputPrompt))
+
+    @property
+    def adaptions(self) -> tuple[AdaptionPrompt, ...]:
+        return tuple(part for part in self.parts if isinstance(part, AdaptionPrompt))
+
+    @property
+    def layered(self) -> tuple[KeyValuePrefix | AdaptionPrompt, ...]:
+        """The parts that have numbers for each of some layers."""
+        return tuple(part for part in self.parts if not isinstance(part, InputPrompt))
 
     def prefix(self, site: Site) -> KeyValuePrefix | None:
         return next((part for part in self.prefixes if part.site == site), None)

@@ -21,7 +21,7 @@ from softbridge.attachment.trainer_model import Derived
 from softbridge.base.build import draw_weights, shrink
 from softbridge.errors import BaseModelError
 from softbridge.geometry import Geometry, Stack, StackGeometry, read_geometry, stack_of
-from softbridge.prompt.part import Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.prompt.part import Adaption, AdaptionPrompt, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, SoftPrompt
 from softbridge.template import Field, Template, Virtual
 from softbridge.verification.small_models import layers_of
@@ -211,9 +211,12 @@ def _marked(of: Architecture, prompt: SoftPrompt, stack: Stack) -> list[Any]:
     mine = [part for part in prompt.prefixes if stack_of(part.site) == stack]
     unbiased_from = prompt.positions.unbiased_from.get(stack, layers)
 
+    beside = [part for part in prompt.adaptions if stack_of(part.site) == stack]
+
     def held(layer: int) -> list[int | None]:
-        pairs = [part.layers.get(layer) for part in mine]
-        return [None if pair is None else 0 if pair.gate is None else len(pair.gate.weight) for pair in pairs]
+        pairs, ones = [part.layers.get(layer) for part in mine], [part.layers.get(layer) for part in beside]
+        gates = [None if pair is None else 0 if pair.gate is None else len(pair.gate.weight) for pair in pairs]
+        return [*gates, *(None if one is None else len(one.gate) for one in ones)]
 
     return [(kinds[layer], held(layer), layer >= unbiased_from) for layer in range(layers)]
 
@@ -394,6 +397,15 @@ def like(prompt: SoftPrompt, small: Miniature, seed: int = 0) -> SoftPrompt:
             parts.append(InputPrompt(vectors, part.stack, part.entry, part.placement, template))
             continue
         shape = small.geometry.site(part.site)
+        if isinstance(part, AdaptionPrompt):
+            ours = {}
+            for layer, number in enumerate(small.chosen[stack_of(part.site)]):
+                one = part.layers.get(number)
+                if one is not None and shape is not None:
+                    gates = 1 if len(one.gate) == 1 else shape.heads
+                    ours[layer] = Adaption(drawn(P, small.geometry.hidden), drawn(gates))
+            parts.append(AdaptionPrompt(part.site, ours, part.joins))
+            continue
         layers = {}
         for layer, number in enumerate(small.chosen[stack_of(part.site)]):
             pair = part.layers.get(number)
@@ -422,7 +434,7 @@ def _counted(parts: Sequence[Part]) -> dict[Stack, int]:
     for part in parts:
         if isinstance(part, InputPrompt):
             found[part.stack] = found.get(part.stack, 0) + (0 if part.template is not None else P)
-        elif part.site != "cross":
+        elif isinstance(part, KeyValuePrefix) and part.site != "cross":
             found[stack_of(part.site)] = found.get(stack_of(part.site), 0) + P
     return found
 

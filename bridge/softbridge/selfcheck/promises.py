@@ -145,6 +145,8 @@ def by_hand(bare: Any, geometry: Geometry, prompt: SoftPrompt, text: Inputs) -> 
         raise NotTried("vectors and a prefix in one prompt are not computed by hand")
     if any(part.gated for part in prompt.prefixes):
         raise NotTried("a gate depends on what enters the layer, and no cache holds it")
+    if prompt.adaptions:
+        raise NotTried("no argument of the model takes vectors into a softmax of their own")
     if prompt.positions.relative_bias == "skewed" or prompt.positions.unbiased_from:
         raise NotTried("no model skews its relative bias by itself, or loses it")
     compute = _with_vectors if prompt.inputs else _with_prefixes

@@ -21,7 +21,7 @@ from dataclasses import replace
 from functools import cache as once
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -35,7 +35,7 @@ from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.plugin.hookspecs import Banker, Engine, Insertable
 from softbridge.plugin.optional import able
 from softbridge.plugin.prompt_bank import PromptBank
-from softbridge.prompt.part import InputPrompt, KeyValuePrefix
+from softbridge.prompt.part import Adaption, AdaptionPrompt, InputPrompt
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.selfcheck import promises
 from softbridge.selfcheck.miniature import Architecture, Miniature, build, like, miniatures
@@ -120,6 +120,8 @@ def _kind(prompt: SoftPrompt) -> Any:
     parts = [
         [part.stack, part.entry, part.placement, part.length]
         if isinstance(part, InputPrompt)
+        else [part.site, part.joins, {n: [one.vectors.shape, one.gate.shape] for n, one in part.layers.items()}]
+        if isinstance(part, AdaptionPrompt)
         else [
             part.site,
             {n: [pair.keys.shape, pair.gate and pair.gate.weight.shape] for n, pair in part.layers.items()},
@@ -400,12 +402,17 @@ def _changes(prompt: SoftPrompt) -> Iterator[tuple[str, SoftPrompt]]:
             others: list[tuple[str, Any]] = [("vectors", replace(part, vectors=-part.vectors))]
         else:
             others = [
-                (f"{part.site}.{layer}.{name}", KeyValuePrefix(part.site, {**part.layers, layer: changed}))
+                (f"{part.site}.{layer}.{name}", replace(part, layers=cast("Any", {**part.layers, layer: changed})))
                 for layer, pair in part.layers.items()
-                for name, changed in _of_layer(pair)
+                for name, changed in (_of_adaption(pair) if isinstance(pair, Adaption) else _of_layer(pair))
             ]
         for name, other in others:
             yield name, replace(prompt, parts=(*prompt.parts[:at], other, *prompt.parts[at + 1 :]))
+
+
+def _of_adaption(one: Adaption) -> Iterator[tuple[str, Any]]:
+    yield "vectors", replace(one, vectors=-one.vectors)
+    yield "gate", replace(one, gate=-one.gate)
 
 
 def _of_layer(pair: Any) -> Iterator[tuple[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from softbridge.arrays import Array, same_array
 from softbridge.errors import BaseModelError, few, refusal
-from softbridge.prompt.part import Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.prompt.part import Adaption, AdaptionPrompt, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, SoftPrompt
 
 
@@ -25,7 +25,9 @@ def unit(rows: Array) -> Array:
 
 
 def _key(part: Part) -> tuple[str, str]:
-    return ("input", part.stack) if isinstance(part, InputPrompt) else ("prefix", part.site)
+    if isinstance(part, InputPrompt):
+        return "input", part.stack
+    return "prefix" if isinstance(part, KeyValuePrefix) else "adaption", part.site
 
 
 def name_in(part: Part) -> str:
@@ -34,6 +36,8 @@ def name_in(part: Part) -> str:
         place = part.template or part.placement
         scale = "" if part.told_scale is None else f", multiplied by {part.told_scale:g}"
         return f"{part.stack} input vectors ({part.entry} the embedding block, {place}{scale})"
+    if isinstance(part, AdaptionPrompt):
+        return f"an adaption prompt ('{part.site}', added to: {part.joins})"
     return f"a prefix ('{part.site}')"
 
 
@@ -43,7 +47,7 @@ def _layout(prompt: SoftPrompt, lengths: bool, dtypes: bool) -> dict[str, str]:
     for part in prompt.parts:
         for name, array in part.arrays():
             shape = list(array.shape)
-            if not lengths and ".gate." not in name:
+            if not lengths and "gate" not in name.split("."):
                 shape[-2] = 0
             words = "x".join("P" if size == 0 else str(size) for size in shape)
             layout[f"{name_in(part)} {name}"] = f"{words} {array.dtype}" if dtypes else words
@@ -109,6 +113,13 @@ def combined_parts(parts: Sequence[Part], combine: Any) -> Part:
     if isinstance(first, InputPrompt):
         inputs = [part for part in parts if isinstance(part, InputPrompt)]
         return replace(first, vectors=combine([part.vectors for part in inputs]))
+    if isinstance(first, AdaptionPrompt):
+        ours = [part for part in parts if isinstance(part, AdaptionPrompt)]
+        each = {layer: [part.layers[layer] for part in ours] for layer in first.layers}
+        made = {
+            n: Adaption(combine([o.vectors for o in all_]), combine([o.gate for o in all_])) for n, all_ in each.items()
+        }
+        return replace(first, layers=made)
     prefixes = [part for part in parts if isinstance(part, KeyValuePrefix)]
     layers = {}
     for layer in first.layers:

@@ -18,7 +18,7 @@ from softbridge.errors import BaseModelError, LoweringError, Obstacle, refusal
 from softbridge.geometry import Stack, stack_of
 from softbridge.lowering.expressible import check_fits
 from softbridge.lowering.token_positions import rotate
-from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
+from softbridge.prompt.part import AdaptionPrompt, InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.tools.alike import check_alike, check_positions, combined_parts, made_of, match, one_length
 
@@ -69,6 +69,12 @@ def _join(a: SoftPrompt, b: SoftPrompt, base: BaseModel | None, accept: Collecti
         _no_template(prompt)
         if any(part.gated for part in prompt.prefixes):
             raise refusal("gates, which weigh all virtual tokens of a layer alike", "no gates", "join ungated prompts")
+        if prompt.adaptions:
+            raise refusal(
+                "an adaption prompt, whose gate weighs a softmax over its own vectors",
+                "vectors in the sequence or a prefix, whose virtual tokens share one softmax with the text",
+                "use it as it is",
+            )
         if prompt.positions.relative_bias == "skewed" and prompt.prefixes:
             raise refusal(
                 "a skewed relative bias, under which the bias between real tokens depends on the prefix length",
@@ -172,7 +178,7 @@ def slice(
         raise refusal(
             f"virtual tokens {start} to {stop} of {length}", "0 <= start < stop <= P", "choose others; ends are counted"
         )
-    here = {layer for part in prompt.prefixes for layer in part.layers}
+    here = {layer for part in prompt.layered for layer in part.layers}
     if layers is not None and (not layers or not set(layers) <= here):
         raise refusal(
             f"layers {sorted(layers)}", f"some of {sorted(here) or 'none: this has no prefix'}", "choose them"
@@ -204,6 +210,10 @@ def slice(
     def cut(part: Part) -> Part | None:
         if isinstance(part, InputPrompt):
             return replace(part, vectors=part.vectors[start:stop])
+        if isinstance(part, AdaptionPrompt):
+            some = {n: one for n, one in part.layers.items() if layers is None or n in layers}
+            shorter = {n: replace(one, vectors=one.vectors[start:stop]) for n, one in some.items()}
+            return replace(part, layers=shorter) if shorter else None
         kept = {
             layer: replace(pair, keys=pair.keys[:, start:stop], values=pair.values[:, start:stop])
             for layer, pair in part.layers.items()

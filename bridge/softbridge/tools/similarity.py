@@ -9,7 +9,7 @@ import numpy as np
 
 from softbridge.arrays import Array
 from softbridge.errors import refusal
-from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
+from softbridge.prompt.part import AdaptionPrompt, InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.tools.alike import check_alike, check_positions, match, one_length, unit
 
@@ -60,7 +60,14 @@ def similarity_matrix(prompts: Sequence[SoftPrompt], measure: Measure = "average
 
 def _rows(part: Part) -> Array:
     """[P, width], float64."""
-    return (part.vectors if isinstance(part, InputPrompt) else _prefix_rows(part)).astype(np.float64)
+    match part:
+        case InputPrompt():
+            rows = part.vectors
+        case AdaptionPrompt():  # without the gates, which are no virtual token's
+            rows = np.concatenate([one.vectors for one in part.layers.values()], axis=1)
+        case _:
+            rows = _prefix_rows(part)
+    return rows.astype(np.float64)
 
 
 def _prefix_rows(part: KeyValuePrefix) -> Array:

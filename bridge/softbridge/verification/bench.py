@@ -25,7 +25,15 @@ from softbridge.template import Template
 from softbridge.verification.faults import faulty_prompts
 from softbridge.verification.layers import places, watch
 from softbridge.verification.probes import REVERSED, Probe, make_probes, reverse
-from softbridge.verification.run import attached, find_float32_regions, generate_fault, gradient, obstacles_of, run
+from softbridge.verification.run import (
+    attached,
+    find_float32_regions,
+    float32_regions,
+    generate_fault,
+    gradient,
+    obstacles_of,
+    run,
+)
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class Capture:
     Attributes:
         engine: that ran it.
         left_pads: whether the engine says that pads on the left change nothing.
-        float32_regions: modules of the model that compute in less than float64.
+        float32_regions: modules of the model, and of the toolkit in it, that compute in less than float64.
         longest: tokens of the longest text.
         exact: probe -> logits at the real tokens in float64, or generated tokens.
         rough: the same in the working precision; of a reference also ``reversed``.
@@ -270,7 +278,11 @@ def capture(
     return Capture(
         engine=engine.name,
         left_pads=engine.capabilities.left_pads,
-        float32_regions=(*bench.float32_regions, *_evaluated(engine, prompt)),
+        float32_regions=(
+            *bench.float32_regions,
+            *_evaluated(engine, prompt),
+            *float32_regions(engine, prompt, bench.base.geometry),
+        ),
         longest=max(probe.inputs["input_ids"].shape[1] for probe in probes),
         exact=exact,
         rough=rough,
@@ -307,7 +319,7 @@ def _evaluated(engine: Engine, prompt: SoftPrompt) -> tuple[str, ...]:
 
 def _repeats(prompt: SoftPrompt) -> bool:
     """Whether two layers have the same numbers."""
-    pairs = [list(part.layers.values()) for part in prompt.prefixes]
+    pairs: list[list[Any]] = [list(part.layers.values()) for part in prompt.layered]
     return any(pair in layers[:number] for layers in pairs for number, pair in enumerate(layers))
 
 

@@ -112,13 +112,13 @@ class Claim:
         """
         conditions = tuple(step.name for step in steps if step.exactness == "conditional")
         rounded = tuple(step.name for step in steps if step.exactness == "rounding" and step.name != "narrow")
-        longest = max((length for prompt in prompts for length in prompt.counted().values()), default=0)
+        counted = [length for prompt in prompts for length in prompt.counted().values()]
         return replace(
             self,
             conditions=conditions,
             rounded=rounded,
             weights=weights or bool(RUN.intersection(rounded)),
-            window=None if "window" in conditions else longest + LENGTHS[0] // 2,
+            window=None if "window" in conditions or not counted else max(counted) + LENGTHS[0] // 2,
             level=level,
         )
 

@@ -9,7 +9,7 @@ import numpy as np
 from softbridge.geometry import stack_of
 from softbridge.lowering.steps import Target
 from softbridge.lowering.token_positions import native_positions
-from softbridge.prompt.part import InputPrompt, KeyValue, KeyValuePrefix, Part
+from softbridge.prompt.part import AdaptionPrompt, InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt
 
 
@@ -34,6 +34,9 @@ def copied(prompt: SoftPrompt, target: Target) -> SoftPrompt | None:
                 # The same entry if there is one, and next the same placement.
                 entry, placement = min(words, key=lambda word: (word[0] != part.entry, word[1] != part.placement))
                 parts.append(replace(part, entry=entry, placement=placement, template=None))
+        elif isinstance(part, AdaptionPrompt):
+            joins = part.joins if part.joins in able.adaption else min(able.adaption, default=None)
+            parts += [] if joins is None else [replace(part, joins=joins)]
         elif part.site in able.prefix_sites:
             layers = {n: pair if able.gates else replace(pair, gate=None) for n, pair in part.layers.items()}
             shape = None if geometry is None else geometry.site(part.site)

@@ -16,7 +16,7 @@ from softbridge.errors import EngineError, Obstacle
 from softbridge.geometry import Geometry
 from softbridge.lowering.expressible import inexpressible
 from softbridge.lowering.precision import as_dtype
-from softbridge.plugin.hookspecs import Engine, Misgenerating
+from softbridge.plugin.hookspecs import Engine, Misgenerating, Narrowing
 from softbridge.plugin.optional import able
 from softbridge.plugin.registry import engines
 from softbridge.prompt.soft_prompt import SoftPrompt
@@ -65,6 +65,12 @@ def generate_fault(engine: Engine, prompt: SoftPrompt, geometry: Geometry) -> st
     """Why an engine's `generate` cannot be trusted with a prompt here, or None."""
     misgenerating = able(engine, Misgenerating)
     return None if misgenerating is None else misgenerating.generate_fault(prompt, geometry)
+
+
+def float32_regions(engine: Engine, prompt: SoftPrompt, geometry: Geometry) -> Sequence[str]:
+    """The modules in which an engine's toolkit computes in float32 whatever the model's precision, by their class."""
+    narrowing = able(engine, Narrowing)
+    return () if narrowing is None else narrowing.float32_regions(prompt, geometry)
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 from softbridge.base.model import BaseModel
 from softbridge.geometry import Geometry, StackGeometry
@@ -66,7 +66,7 @@ class Structure:
             if isinstance(part, InputPrompt):
                 parts += [part] if self.first == 0 else []
             elif layers := {n - self.first: pair for n, pair in part.layers.items() if self.first <= n < last}:
-                parts.append(KeyValuePrefix(part.site, layers))
+                parts.append(replace(part, layers=cast("Any", layers)))
         if not parts or (len(parts) < len(prompt.parts) and prompt.inputs):
             return None  # a stack with vectors and a prefix would lose one of them
         unbiased = {stack: max(n - self.first, 0) for stack, n in prompt.positions.unbiased_from.items()}
@@ -75,7 +75,7 @@ class Structure:
 
 
 def _of_heads(part: Part, first: int, last: int) -> Part:
-    if isinstance(part, InputPrompt):
+    if not isinstance(part, KeyValuePrefix):
         return part
     layers = {n: KeyValue(pair.keys[first:last], pair.values[first:last]) for n, pair in part.layers.items()}
     return KeyValuePrefix(part.site, layers)
@@ -143,7 +143,10 @@ def _by_heads(whole: Structure, prompts: Sequence[SoftPrompt]) -> list[Structure
 
 def _has_hidden_width(prompts: Sequence[SoftPrompt]) -> bool:
     """Whether a prompt has the width of the hidden states."""
-    return any(prompt.inputs or prompt.head or any(part.gated for part in prompt.prefixes) for prompt in prompts)
+    return any(
+        prompt.inputs or prompt.adaptions or prompt.head or any(part.gated for part in prompt.prefixes)
+        for prompt in prompts
+    )
 
 
 def _smaller(base: BaseModel, prompts: Sequence[SoftPrompt]) -> Iterator[tuple[BaseModel, str]]:
