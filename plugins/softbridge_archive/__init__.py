@@ -8,11 +8,21 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from softbridge.plugin.hookspecs import Format, hookimpl
-from softbridge_archive import google, opendelta, openprompt, prefixtuning, ptuning, ptuning_fewshot
+from softbridge_archive import (
+    chatglm,
+    google,
+    opendelta,
+    openprompt,
+    prefixtuning,
+    ptuning,
+    ptuning_fewshot,
+    ptuning_v2,
+)
 from softbridge_archive.frame import ArchiveFormat
 
 #: One of each module, in alphabetical order.
 FORMATS: Sequence[ArchiveFormat] = (
+    chatglm.FORMAT,
     google.FORMAT,
     opendelta.FORMAT,
     openprompt.FORMAT,
@@ -21,6 +31,7 @@ FORMATS: Sequence[ArchiveFormat] = (
     prefixtuning.FORMAT,
     ptuning.FORMAT,
     ptuning_fewshot.FORMAT,
+    ptuning_v2.FORMAT,
 )
 
 
