@@ -11,6 +11,7 @@ from softbridge.plugin.hookspecs import Format, hookimpl
 from softbridge_archive import (
     a1111,
     cartridges,
+    chatglm,
     google,
     koboldai,
     litgpt,
@@ -20,6 +21,7 @@ from softbridge_archive import (
     prefixtuning,
     ptuning,
     ptuning_fewshot,
+    ptuning_v2,
     sdxl,
     textual_inversion,
 )
@@ -29,6 +31,7 @@ from softbridge_archive.frame import ArchiveFormat
 FORMATS: Sequence[ArchiveFormat] = (
     a1111.FORMAT,
     cartridges.FORMAT,
+    chatglm.FORMAT,
     google.FORMAT,
     koboldai.FORMAT,
     litgpt.FORMAT,
@@ -40,6 +43,7 @@ FORMATS: Sequence[ArchiveFormat] = (
     prefixtuning.FORMAT,
     ptuning.FORMAT,
     ptuning_fewshot.FORMAT,
+    ptuning_v2.FORMAT,
     sdxl.FORMAT,
     textual_inversion.FORMAT,
 )

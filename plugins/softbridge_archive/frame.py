@@ -34,6 +34,10 @@ GROWTH = 32
 
 #: What a format can hold that is read only.
 NOTHING = Capabilities()
+#: More layers than this are not believed of a model.
+MOST_LAYERS = 2**16
+#: What transformers' trainer saves beside a model's weights.
+_TRAINER = re.compile(r"(.*/)?(optimizer|scheduler|scaler|training_args|rng_state(_\d+)?)\.(pt|pth|bin)")
 
 
 @dataclass(eq=False)
@@ -92,14 +96,15 @@ class ArchiveFormat:
 def weights(files: untrusted.Files) -> Mapping[str, untrusted.Stored]:
     """Every tensor of a checkpoint, of one file or of several, by its name; none is read yet.
 
-    Dictionaries in dictionaries are one name: ``state_dict.encoder.weight``.
+    Dictionaries in dictionaries are one name: ``state_dict.encoder.weight``. What a trainer saves beside them (the
+    state of its optimiser ...) is passed over.
 
     Raises:
         CheckpointError: a file is malformed, or two of them hold tensors of the same name.
     """
     found: dict[str, untrusted.Stored] = {}
     for file in files.names:
-        if files.kind(file) in ("safetensors", "pickle"):
+        if files.kind(file) in ("safetensors", "pickle") and not _TRAINER.fullmatch(file):
             for name, tensor in named(files.tree(file)).items():
                 if name in found:
                     raise CheckpointError(
@@ -383,8 +388,20 @@ def vectors_of(tensor: untrusted.Stored) -> Array:
     return tensor.array().reshape(-1, shape[-1])
 
 
+def holds(files: untrusted.Files, name: str) -> bool:
+    """Whether one of the files is a dictionary with a tensor of that very name. What is malformed is none."""
+    for file in files.names:
+        with suppress(CheckpointError):
+            tree = files.tree(file) if files.kind(file) in ("safetensors", "pickle") else None
+            if isinstance(tree, dict) and isinstance(tree.get(name), untrusted.Stored):
+                return True
+    return False
+
+
 def geometry_of(files: untrusted.Files, given: Geometry | None, what: str) -> Geometry:
-    """The base model's geometry: as given, or from the config.json beside the prompt.
+    """The base model's geometry: from the config.json beside the prompt, or else as given.
+
+    Reading refuses a prompt that records another geometry than the given one.
 
     Args:
         what: what it is needed for, in words.
@@ -392,7 +409,7 @@ def geometry_of(files: untrusted.Files, given: Geometry | None, what: str) -> Ge
     Raises:
         BaseModelError: neither is there, or transformers does not know the family.
     """
-    geometry = given or _recorded(files)
+    geometry = _recorded(files) or given
     if geometry is None:
         raise BaseModelError(f"{what}, and nothing that says for which base model", "the base model", "give --base")
     return geometry
@@ -408,6 +425,9 @@ def _recorded(files: untrusted.Files) -> Geometry | None:
     if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
         return None
     try:
+        layers = max((n for name, n in facts.items() if "layer" in name and isinstance(n, int)), default=0)
+        if layers > MOST_LAYERS:  # transformers counts them one by one
+            raise ValueError(f"{layers} layers")
         return read_geometry(CONFIG_MAPPING[kind].from_dict(facts))
     except Exception as error:  # configuration classes raise what they like
         raise CheckpointError(
