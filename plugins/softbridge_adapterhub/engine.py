@@ -22,8 +22,9 @@ from softbridge.arrays import from_torch, to_torch
 from softbridge.base import BaseModel
 from softbridge.base.head import load_head
 from softbridge.errors import EngineError, Obstacle, SoftbridgeError
-from softbridge.geometry import read_geometry
+from softbridge.geometry import Geometry, read_geometry
 from softbridge.lowering.expressible import left_behind
+from softbridge.methods import float32_parameterisation
 from softbridge.prompt import SoftPrompt
 from softbridge.untrusted import Files
 from softbridge_adapterhub import composition, facts
@@ -62,7 +63,7 @@ class AdapterHubEngine:
 
     name = "adapterhub"
     summary = "AdapterHub's package `adapters`, unmodified"
-    capabilities = replace(CAPABILITIES, left_pads=False, evaluates=frozenset({"mlp"}))
+    capabilities = replace(CAPABILITIES, left_pads=False)
 
     def unavailable(self) -> str | None:
         # Once imported, the package has no spec to be found.
@@ -110,6 +111,10 @@ class AdapterHubEngine:
             parameter.requires_grad_(id(parameter) in own or name in prompt.head)
         setattr(model, _ATTACHMENT, _Attachment(flat, snapshot))
         return model
+
+    def float32_regions(self, prompt: SoftPrompt, geometry: Geometry) -> Sequence[str]:
+        """AdapterHub evaluates a parameterisation in float32, when it loads one. See `Narrowing`."""
+        return float32_parameterisation(prompt)
 
     def load(self, model: Any, prompt: SoftPrompt, directory: Path) -> Any:
         """Run files with AdapterHub's own loader, `load_adapter`: the prompt, and a classifier, come from there.

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from softbridge.errors import EngineError, Obstacle
-from softbridge.geometry import read_geometry
+from softbridge.geometry import Geometry, read_geometry
 from softbridge.lowering.examples import random_input_prompt, random_prefix
+from softbridge.methods import float32_parameterisation
 from softbridge.plugin.capabilities import EVERYTHING, Capabilities
 from softbridge.plugin.prompt_bank import Entry, PromptBank
 from softbridge.prompt import SoftPrompt, pack
@@ -45,6 +46,10 @@ class NativeEngine:
         from softbridge_native import injection as native
 
         return native.attach(model, prompt)
+
+    def float32_regions(self, prompt: SoftPrompt, geometry: Geometry) -> Sequence[str]:
+        """A parameterisation is evaluated in the dtype in which it is stored. See `Narrowing`."""
+        return float32_parameterisation(prompt)
 
     def attach_bank(self, model: Any, bank: PromptBank, fetch: Callable[[Entry], SoftPrompt]) -> Any:
         """Attach a bank in place: each row of a call runs with the prompt that the bank names for it."""

@@ -478,6 +478,13 @@ def materialise_tasks(training: Training) -> dict[int, Array]:
     return {0: first, **{task: materialise_vectors(training, task) for task in range(1, tasks)}}
 
 
+def float32_parameterisation(prompt: SoftPrompt) -> tuple[str, ...]:
+    """The name of the prompt's parameterisation, if evaluating it computes in less than float64; else nothing."""
+    training = prompt.training
+    narrow = training is not None and any(array.dtype.itemsize < 8 for array in training.tensors.values())
+    return (f"the prompt's {training.kind} parameterisation",) if training is not None and narrow else ()
+
+
 def rematerialise(prompt: SoftPrompt, task: int | None = None) -> SoftPrompt:
     """The prompt with its parts evaluated anew from its training state: after training, or for another task.
 

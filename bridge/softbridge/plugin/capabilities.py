@@ -38,9 +38,6 @@ class Capabilities:
         left_pads: whether pads on the left of a row leave its results as they are.
         trains_through: kinds of parameterisation that an engine trains a prompt through, or None for any. It trains the
             prompt's own numbers in any case.
-        evaluates: kinds of parameterisation that an engine evaluates when it runs a prompt, in the dtype in
-            which its tensors are stored, or None for any. In float32 another processor, or another number of threads,
-            then makes another last bit.
         quantised: whether transformers' trainer takes what an engine makes of a quantised base model.
         model_types: families that the toolkit can run at all, or None if it names none.
     """
@@ -62,7 +59,6 @@ class Capabilities:
     head: bool = False
     left_pads: bool = True
     trains_through: frozenset[str] | None = frozenset()
-    evaluates: frozenset[str] | None = frozenset()
     quantised: bool = False
     model_types: frozenset[str] | None = None
 
@@ -86,5 +82,4 @@ EVERYTHING = Capabilities(
     training=None,
     head=True,
     trains_through=None,
-    evaluates=None,
 )

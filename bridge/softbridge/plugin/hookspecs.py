@@ -211,7 +211,10 @@ class Narrowing(Protocol):
     """What an engine can say besides, if its toolkit computes in float32 in a model of float64."""
 
     def float32_regions(self, prompt: SoftPrompt, geometry: Geometry) -> Sequence[str]:
-        """Names of the classes of the toolkit's own modules that do so with this prompt; empty if none does."""
+        """What does so with this prompt, by name: the toolkit's own modules, or a parameterisation that it evaluates.
+
+        In float32 another processor, or another number of threads, makes another last bit. Empty if nothing does.
+        """
         ...
 
 

@@ -280,7 +280,6 @@ def capture(
         left_pads=engine.capabilities.left_pads,
         float32_regions=(
             *bench.float32_regions,
-            *_evaluated(engine, prompt),
             *float32_regions(engine, prompt, bench.base.geometry),
         ),
         longest=max(probe.inputs["input_ids"].shape[1] for probe in probes),
@@ -306,15 +305,6 @@ def _entering(grown: SoftPrompt, scale: float | None) -> SoftPrompt:
         return grown
     parts = (replace(p, vectors=p.vectors / scale) if isinstance(p, InputPrompt) else p for p in grown.parts)
     return replace(grown, parts=tuple(parts))
-
-
-def _evaluated(engine: Engine, prompt: SoftPrompt) -> tuple[str, ...]:
-    """The parameterisation that an engine evaluates in less than float64 for this prompt, as a region of the model."""
-    training, kinds = prompt.training, engine.capabilities.evaluates
-    if training is None or (kinds is not None and training.kind not in kinds):
-        return ()
-    narrow = any(array.dtype.itemsize < 8 for array in training.tensors.values())
-    return (f"the prompt's {training.kind} parameterisation",) if narrow else ()
 
 
 def _repeats(prompt: SoftPrompt) -> bool:
