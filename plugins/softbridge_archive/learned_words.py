@@ -28,10 +28,8 @@ from softbridge_archive.frame import alone, dictionary, vectors_of
 #: diffusers' names, in its order of preference.
 FILES = {"safetensors": "learned_embeds.safetensors", "bin": "learned_embeds.bin"}
 CAPABILITIES = Capabilities(inputs=frozenset({("encoder", "before", "template")}), parts=1, positions_told=False)
-PROVEN = (
-    "in `CLIPTextModel` and `CLIPTextModelWithProjection`, against words added to the vocabulary, and against "
-    "diffusers' own loader"
-)
+ADDED = "in `CLIPTextModel` and `CLIPTextModelWithProjection`, against words added to the vocabulary"
+PROVEN = f"{ADDED}, and against diffusers' own loader"
 
 
 def tree_of(files: untrusted.Files) -> tuple[str, Mapping[str, Any]]:

@@ -12,10 +12,8 @@ from softbridge.geometry import Geometry, Site, stack_of
 from softbridge.prompt import KeyValue, KeyValuePrefix, Positions, Training
 from softbridge_archive import frame, module_names
 
-#: Tensors by the names of the module that they are at, and their own.
-Own = Mapping[tuple[str, str], untrusted.Stored]
-#: Module -> its keys and values, [P, K·D] each.
-Rows = dict[str, tuple[Array, Array]]
+Own = Mapping[tuple[str, str], untrusted.Stored]  # by the names of the module that a tensor is at, and its own
+Rows = dict[str, tuple[Array, Array]]  # module -> its keys and values, [P, K·D] each
 
 #: Family that it has a prefix for -> whether that counts virtual tokens, and loses the bias.
 FAMILIES = {"bart": False, "bert": False, "gpt2": False, "mt5": True, "roberta": False, "t5": True}

@@ -1,18 +1,17 @@
 """thunlp/OpenPrompt (Ding et al. 2022, arXiv 2111.01998): its four templates that are trained.
 
-A runner's checkpoint (`trainer.py`) is the state of the whole model, template, base model and verbaliser, beside that
-of the optimisers; others save the model's state, or the template's. `SoftTemplate` puts vectors in front of the
-embedded input. `PrefixTuningTemplate` gives GPT-2 a past, and T5's self-attention one in each layer, with tokens and
-biases counted from P on; each stack has an MLP. `MixedTemplate`, and `PtuningTemplate` with an LSTM or an MLP, put
-vectors in the place of a text's soft tokens, in their order. No file has that text, so that whoever reads one says
-where they stand: by ``template.json`` beside it, or by the placement. A `SoftVerbalizer` on a decoder is what a
-classifier's ``score`` is, but for `SoftTemplate`, with which it looks at a token P before the answer.
+A runner's checkpoint (`trainer.py`) is the state of the whole model: template, base model, verbaliser; others save the
+template's. `SoftTemplate` puts vectors in front of the embedded input. `PrefixTuningTemplate` gives GPT-2 a past, and
+T5's self-attention one in each layer, with tokens and biases counted from P on. `MixedTemplate` and `PtuningTemplate`
+put vectors in the place of a text's soft tokens. No file has that text, so that whoever reads one says where they
+stand: by ``template.json`` beside it, or by the placement. A `SoftVerbalizer` on a decoder is what a classifier's
+``score`` is, but for `SoftTemplate`, with which it looks at a token P before the answer.
 """
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any, get_args
+from typing import get_args
 
 from softbridge import untrusted
 from softbridge.errors import CheckpointError, few
@@ -42,16 +41,16 @@ def read(files: untrusted.Files, geometry: Geometry | None, placement: Placement
         raise CheckpointError(f"{files.path} holds {few(found)}", WHAT, "save the template's state dictionary")
     own, scores = stems.below(found, *stems[1:]), stems.below(found, "verbalizer.")
     classes = answers.classes_of(scores)
-    training = templates.training_of(own, _told(run, "prefix_tuning_template", "prefix_dropout"))
+    training = templates.training_of(own, answers.told(run, "prefix_tuning_template", "prefix_dropout"))
     stack: Stack = "decoder" if geometry.encoder is None else "encoder"
-    parts: tuple[Part, ...]
     if training is not None and training.kind == "mlp":
         sites = [site for site in get_args(Site) if any(name.startswith(f"{site}.") for name in training.tensors)]
-        prefixes = tuple(frame.made_prefix(training, site, geometry) for site in sites)
-        parts, positions = prefixes, Positions({stack_of(part.site): part.length for part in prefixes})
+        prefixes = [frame.made_prefix(training, site, geometry) for site in sites]
+        parts: list[Part] = [*prefixes]
+        positions = Positions({stack_of(part.site): part.length for part in prefixes})
     elif templates.SOFT in own:
-        part = InputPrompt(frame.matrix(own[templates.SOFT]), stack)
-        parts, positions = (part,), Positions({stack: part.length})
+        parts = [InputPrompt(frame.matrix(own[templates.SOFT]), stack)]
+        positions = Positions({stack: parts[0].length})
     else:
         vectors = frame.made_vectors(training) if training else frame.matrix(own[templates.MIXED], first=1)
         if placement == "template":
@@ -59,26 +58,18 @@ def read(files: untrusted.Files, geometry: Geometry | None, placement: Placement
             part, positions = frame.infilled(vectors, stack, answers.explained(told, classes))
         else:
             part, positions = InputPrompt(vectors, stack, placement=placement), Positions({stack: len(vectors)})
-        parts = (part,)
+        parts = [part]
     head, left = answers.head_of(scores, stack == "decoder" and templates.SOFT not in own)
     taken = {"".join(stems) + name for name in own if templates.is_of_prompt(name)}
     taken |= {f"{stems.whole}verbalizer.{name}" for name in scores if head or classes}
     others = [name for name in found if name not in taken]
-    frozen = _told(run, "plm", "optimize", "freeze_para") is True
+    frozen = answers.told(run, "plm", "optimize", "freeze_para") is True
     opened = OPEN if stems.below(found, stems.model, "plm.") and not frozen else ""
-    notes = (f"not read: {len(others)} tensors that are not the prompt's, such as {few(others)}",) if others else ()
-    name = _told(run, "plm", "model_path")
+    name = answers.told(run, "plm", "model_path")
     base = BaseId(name if isinstance(name, str) else None, geometry)
     words = {"label_words": [list(words) for _, words in classes.classes]} if classes else {}
-    origin = Origin("openprompt", words, notes=notes, partial="; ".join(filter(None, (opened, left))))
-    return SoftPrompt(parts, positions, base, head, training, origin)
-
-
-def _told(run: Any, *path: str) -> Any:
-    """What a run's configuration says under these names, or None."""
-    for name in path:
-        run = run.get(name) if isinstance(run, dict) else None
-    return run
+    origin = Origin("openprompt", words, notes=frame.unread(others), partial="; ".join(filter(None, (opened, left))))
+    return SoftPrompt(tuple(parts), positions, base, head, training, origin)
 
 
 def _format(placement: Placement) -> frame.ArchiveFormat:

@@ -61,3 +61,10 @@ def head_of(tensors: Mapping[str, untrusted.Stored], causal: bool) -> tuple[dict
         {},
         f"a verbaliser of its own weights, which no classifier of transformers is: {few(others)}" if others else "",
     )
+
+
+def told(run: Any, *path: str) -> Any:
+    """What a run's configuration says under these names, or None."""
+    for name in path:
+        run = run.get(name) if isinstance(run, dict) else None
+    return run

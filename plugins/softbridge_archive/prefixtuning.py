@@ -27,7 +27,6 @@ NETWORKS: Mapping[Site, tuple[str, str]] = {
     "encoder": ("wte_enc", "control_trans_enc"),
 }
 FLAT = "control_trans"
-#: What a configuration says of the prefix.
 SETTINGS = ("_my_arg_tune_mode", "_my_arg_task_mode", "preseqlen", "mid_dim", "format_mode", "lowdata", "init_shallow")
 
 
@@ -62,9 +61,8 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
         training = Training("mlp", settings, {names.get(name, name): found[name].array() for name in ours})
         parts = [frame.made_prefix(training, site, geometry) for site in sites]
     start = {stack_of(p.site): 0 if geometry.is_encoder_decoder else p.length for p in parts if p.site != "cross"}
-    mode = facts.get("_my_arg_tune_mode") or "prefixtune"
+    mode, notes = facts.get("_my_arg_tune_mode") or "prefixtune", frame.unread(found.keys() - set(ours))
     partial = "" if mode == "prefixtune" else f"the base model was trained, too ({mode!r:.40}): load that one"
-    notes = frame.unread(found.keys() - set(ours))
     origin = Origin("prefixtuning", frame.plain(facts, SETTINGS), notes=notes, partial=partial)
     return SoftPrompt(tuple(parts), Positions(start), BaseId(None, geometry), training=training, origin=origin)
 
