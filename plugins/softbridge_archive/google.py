@@ -33,7 +33,7 @@ def sniff(files: untrusted.Files) -> bool:
     """Whether an array is all there is (among a model's files it is somebody's labels or scores), or it is named so."""
     axes = only_array(files)
     if axes is not None:
-        return axes == 2  # three: tasks of TensorRT-LLM
+        return axes not in (1, 3)  # labels; tasks of TensorRT-LLM
     states = [name for name in files.names if files.kind(name) == "msgpack"]
     variables = [name.removesuffix(ZARR) for name in files.names if f"/{name}".endswith(ZARR)]
     told = variables == [ZARR[1:]] or any(map(VARIABLE.fullmatch, variables))
