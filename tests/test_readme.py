@@ -113,6 +113,9 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         sb.save(random_input_prompt(geometry), name, format="peft", base=llama)
     sb.save(prefix, "prompts/xsum", format="softbridge", base=llama)
     sb.save(random_input_prompt(t5), "sst2.npy", format="google", base=tiny_config("t5"))
+    torch_file = Path("prompt_transferability/SST2PromptT5/task_prompt")
+    torch_file.parent.mkdir(parents=True)
+    torch.save(torch.ones(4, t5.hidden), torch_file)
     skewed = Positions({"decoder": 0}, "skewed", "pinned")
     sb.save(random_prefix(t5, positions=skewed), "adapterhub_t5", format="adapterhub", base=tiny_config("t5"))
     return tmp_path

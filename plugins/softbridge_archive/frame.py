@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from softbridge.geometry import Geometry, Site, Stack, read_geometry
 from softbridge.methods import materialise, materialise_vectors
 from softbridge.methods.parameterisations import eject
 from softbridge.plugin.capabilities import Capabilities
-from softbridge.prompt import InputPrompt, KeyValuePrefix, Positions, SoftPrompt, Training
+from softbridge.prompt import BaseId, InputPrompt, KeyValuePrefix, Origin, Placement, Positions, SoftPrompt, Training
 from softbridge.prompt.values import Json, json_object
 from softbridge.template import Template
 
@@ -435,3 +435,61 @@ def _recorded(files: untrusted.Files) -> Geometry | None:
             "a configuration",
             "give --base",
         ) from error
+
+
+def only_array(files: untrusted.Files) -> int | None:
+    """How many axes the array has that is all there is; None: there is more, or something else.
+
+    0 where its header is none that is believed, too: that is for the reader to say.
+    """
+    others = [name for name in files.names if name not in (MANIFEST, CERTIFICATE)]
+    if len(others) != 1 or files.kind(others[0]) != "npy":
+        return None
+    with suppress(CheckpointError):
+        return len(files.header(others[0])[""][1])
+    return 0
+
+
+def matrix_of(stored: untrusted.Stored) -> Array:
+    """The numbers of one prompt [P, H].
+
+    Raises:
+        CheckpointError: the tensor has another shape, or holds no floating-point numbers.
+    """
+    shape, dtype = stored.shape, stored.dtype
+    if len(shape) != 2 or 0 in shape or (dtype.kind != "f" and dtype.name != "bfloat16"):
+        raise CheckpointError(
+            f"{stored.name} holds an array {list(shape)} of {dtype}",
+            "a floating-point array [P, H]",
+            "check that this is a prompt, not another parameter of the checkpoint",
+        )
+    return stored.array()
+
+
+def in_front(
+    found: Mapping[Stack, Array],
+    geometry: Geometry | None,
+    origin: Origin,
+    placement: Placement = "before-sequence",
+    training: Training | None = None,
+) -> SoftPrompt:
+    """Vectors [P, H] in front of the embedded text of each stack, where real tokens stand behind them."""
+    parts = tuple(InputPrompt(vectors, stack, placement=placement) for stack, vectors in found.items())
+    positions = Positions({part.stack: part.length for part in parts})
+    return SoftPrompt(parts, positions, BaseId(None, geometry), training=training, origin=origin)
+
+
+def several(
+    tasks: Mapping[str, Array], stack: Stack, geometry: Geometry | None, format: str, notes: tuple[str, ...] = ()
+) -> SoftPrompt:
+    """The prompts [P, H] of several tasks in front of the text, by name: the first one, and all as a parameterisation.
+
+    One task is a prompt like any other. Of several one is chosen with ``--task``, by its number.
+    """
+    names = list(tasks)
+    first = in_front({stack: tasks[names[0]]}, geometry, Origin(format, {"tasks": names}, notes=notes))
+    if len(tasks) == 1:
+        return first
+    settings = {"lengths": [len(rows) for rows in tasks.values()], "names": names, "task": 0}
+    tensors = {f"tasks.{number}": rows for number, rows in enumerate(tasks.values())}
+    return replace(first, training=Training("table", settings, tensors))

@@ -21,6 +21,7 @@ from softbridge_native.anatomy import (
     hears_scores,
     looks_back,
     outer_of,
+    position_offset,
     position_table,
     stacks_of,
     takes_embeddings,
@@ -91,7 +92,9 @@ def obstacles(prompt: SoftPrompt, model: Any) -> list[Obstacle]:
         origin = origin_of(prompt, name)
         if name == "decoder" and seeded(prompt, model, geometry) is not None:
             continue  # see `_seed_obstacles`
-        if origin < 0 or (origin > 0 and not tellable(stack) and position_table(stack) is None):
+        # Reserved rows of a table of positions can be told, too: some toolkits number RoBERTa's tokens from 0.
+        told = tellable(stack) and origin >= -position_offset(stack)
+        if not told and (origin < 0 or (origin > 0 and position_table(stack) is None)):
             reason = f"the {name}'s first token would stand at {origin}, and this model takes no position_ids"
             found.append(Obstacle("positions", reason, "use a prompt whose positions the model counts by itself"))
     return found

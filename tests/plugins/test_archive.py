@@ -152,12 +152,13 @@ def test_a_folder_is_recognised_if_an_array_is_all_it_holds(tmp_path: Path) -> N
     ("array", "error", "found"),
     [
         (np.where(np.arange(24) == 3, np.nan, GOOD), CheckpointError, "finite"),
-        (GOOD.reshape(5, 24, 1), CheckpointError, r"\[5, 24, 1\]"),
+        (GOOD.reshape(5, 24, 1), BaseModelError, "a table for t5"),
+        (GOOD.reshape(5, 24, 1, 1), CheckpointError, r"\[5, 24, 1, 1\]"),
         (GOOD.astype(np.int64), CheckpointError, "int64"),
         (GOOD[:, :20], BaseModelError, "width 20, the model's is 24"),
         (np.array([{"a": 1}], dtype=object), CheckpointError, r"\|O"),
     ],
-    ids=["nan", "three axes", "integers", "other base", "pickled objects"],
+    ids=["nan", "three axes", "four axes", "integers", "other base", "pickled objects"],
 )
 def test_bad_arrays_are_refused_and_nothing_is_written(
     array: np.ndarray, error: type[SoftbridgeError], found: str, tmp_path: Path

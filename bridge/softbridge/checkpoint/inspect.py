@@ -7,18 +7,21 @@ from typing import Any
 
 from softbridge.checkpoint.read import files_at, read, recognise
 from softbridge.errors import BaseModelError
+from softbridge.methods import tasks_of
+from softbridge.plugin.registry import format_named
 from softbridge.prompt.container import digest_of
 from softbridge.prompt.part import AdaptionPrompt, InputPrompt
 from softbridge.prompt.soft_prompt import SoftPrompt
 
 
-def inspect(path: str | Path, *, base: Any = None) -> dict[str, Any]:
+def inspect(path: str | Path, *, base: Any = None, format: str | None = None) -> dict[str, Any]:
     """What a file or a directory holds, as ``softbridge inspect --json`` prints it: plain values.
 
     Args:
         path: whatever `softbridge.load` takes.
         base: whatever `BaseModel.resolve` takes. Where the files can be understood only with it and it is None, there
             is less: ``needs_base`` then says why, and is None otherwise.
+        format: the name of the format; recognised by content if None.
 
     Returns:
         ``path``, ``format``, ``files`` (name -> ``{"sha256": text}``) and ``needs_base``; and, unless that is a text:
@@ -29,13 +32,14 @@ def inspect(path: str | Path, *, base: Any = None) -> dict[str, Any]:
     Raises:
         SoftbridgeError: the files cannot be read; see `softbridge.read`.
     """
-    files = files_at(path)
-    form = recognise(files)
+    named = None if format is None else format_named(format)
+    files = files_at(path, form=named)
+    form = named or recognise(files)
     found: dict[str, Any] = {"path": str(path), "format": form.name, "files": {}, "needs_base": None}
     for name in files.names:
         found["files"][name] = {"sha256": files.digest(name)}
     try:
-        loaded = read(path, base=base)
+        loaded = read(path, base=base, format=form.name)
     except BaseModelError as error:
         if base is not None:
             raise
@@ -79,6 +83,5 @@ def _describe(prompt: SoftPrompt) -> dict[str, Any]:
 def _task(prompt: SoftPrompt) -> dict[str, int] | None:
     """Of a multitask prompt, whose task it is, and of how many."""
     training = prompt.training
-    if training is None or training.kind != "multitask":
-        return None
-    return {"number": training.settings.get("task", 0), "of": len(training.tensors["columns"])}
+    tasks = 0 if training is None else tasks_of(training)
+    return {"number": training.settings.get("task", 0), "of": tasks} if training is not None and tasks else None

@@ -21,7 +21,7 @@ from softbridge.plugin.registry import format_named, formats
 from softbridge.prompt.soft_prompt import BaseId, SoftPrompt
 
 #: Suffixes that name a file rather than a directory, whatever the format.
-FILE_SUFFIXES = frozenset((".npy", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".zip"))
+FILE_SUFFIXES = frozenset((".npy", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".zip", ".prompt"))
 
 
 def save(

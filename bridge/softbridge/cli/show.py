@@ -23,11 +23,15 @@ from softbridge.lowering.matrix import matrix as run_matrix
 def inspect(
     path: Annotated[Path, typer.Argument(help="A file or a directory.")],
     base: Base = None,
+    source_format: Annotated[
+        str | None,
+        typer.Option("--from", help="The format to read; recognised by content if left out.", metavar="FORMAT"),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What is this file, for which base model, and is it healthy?"""
     try:
-        found = run_inspect(path, base=base)
+        found = run_inspect(path, base=base, format=source_format)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from softbridge.errors import BaseModelError, Obstacle
-from softbridge.lowering.embedding_block import leave_block
+from softbridge.lowering.embedding_block import enter_block, leave_block
 from softbridge.lowering.expressible import (
     check_family,
     check_gates,
@@ -28,6 +28,7 @@ from softbridge.lowering.scale import rescale
 from softbridge.lowering.steps import Option, Pass, Step, Target, with_part
 from softbridge.lowering.token_positions import check_relative_bias, check_window, move_start
 from softbridge.lowering.training import eject_training, without_training
+from softbridge.prompt.part import Entry
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.template import Field, Virtual, Words
 
@@ -61,33 +62,38 @@ def _placement(prompt: SoftPrompt, target: Target) -> list[Option]:
 
 
 def _entry(prompt: SoftPrompt, target: Target) -> list[Option]:
-    """Move vectors that enter before the embedding block behind it, by sending them through it."""
+    """Move vectors behind the embedding block, by sending them through it, or in front of it, where it only adds."""
     able = target.capabilities.inputs
     steps: list[Step] = []
     missing = None
     for part in prompt.inputs:
         first = prompt.positions.start[part.stack] - part.length
+        other: Entry = "after" if part.entry == "before" else "before"
         if (
             (part.stack, part.entry, part.placement) in able
-            or (part.entry, part.placement) != ("before", "before-sequence")
-            or (part.stack, "after", part.placement) not in able
+            or part.placement != "before-sequence"
+            or (part.stack, other, part.placement) not in able
+            or (part.entry == "after" and part.stack == "encoder")  # behind a norm, which `check_parts` names
             or first < 0
         ):
             continue
         vectors = part.vectors
         try:
-            base = target.need_base(f"{target.name} has vectors behind the embedding block, whose weights move them")
-            if not base.has_embedding_block:
+            base = target.need_base(f"{target.name} has vectors {other} the embedding block, whose weights move them")
+            if base.has_embedding_block != (other == "after"):
                 continue  # `check_parts` names it
-            vectors = leave_block(base, vectors, first).astype(np.promote_types(vectors.dtype, np.float32))
+            moved = (leave_block if other == "after" else enter_block)(base, vectors, first)
+            vectors = moved.astype(np.promote_types(vectors.dtype, np.float32))
         except BaseModelError as error:
             missing = error
-        prompt = with_part(prompt, part, replace(part, vectors=vectors, entry="after"))
+        prompt = with_part(prompt, part, replace(part, vectors=vectors, entry=other))
         note = "vectors sent through the base model's embedding block (positions, token types, norm); float32 rounding"
+        if other == "before":
+            note = "what the base model adds to each token (positions) is taken away from the vectors; float32 rounding"
         steps.append(Step("entry", "rounding", note))
     if not steps:
         return [Option(prompt)]
-    ejected = without_training(prompt, target, "belongs to the vectors before the embedding block and is left out")
+    ejected = without_training(prompt, target, "belongs to the vectors as they were and is left out")
     return [Option(ejected.prompt, (*steps, *ejected.steps), ejected.obstacles, missing)]
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from softbridge.errors import Obstacle
 from softbridge.lowering.steps import Option, Step, Target
+from softbridge.methods import tasks_of
 from softbridge.prompt.soft_prompt import SoftPrompt
 
 
@@ -23,7 +24,7 @@ def without_training(prompt: SoftPrompt, target: Target, note: str) -> Option:
     if training is None:
         return Option(prompt)
     ejected = replace(prompt, training=None)
-    tasks = len(training.tensors["columns"]) if training.kind == "multitask" else 1
+    tasks = tasks_of(training)
     if tasks > 1:
         task = training.settings.get("task", 0)
         reason = f"{target.name} holds one task, and this prompt {tasks}: task {task} alone is kept"

@@ -11,7 +11,7 @@ Importing this needs no deep-learning framework, evaluating does.
 """
 
 from softbridge.methods.method import Method, Paper, TaskHead
-from softbridge.methods.parameterisations import KINDS, MLP_TENSORS, activation, evaluate, trained
+from softbridge.methods.parameterisations import KINDS, MLP_TENSORS, activation, evaluate, tasks_of, trained
 from softbridge.methods.parameterisations import float32_parameterisation as float32_parameterisation
 from softbridge.methods.parameterisations import materialise as materialise
 from softbridge.methods.parameterisations import materialise_tasks as materialise_tasks
@@ -50,5 +50,6 @@ __all__ = [
     "materialise_tasks",
     "materialise_vectors",
     "rematerialise",
+    "tasks_of",
     "trained",
 ]

@@ -210,11 +210,31 @@ def _multitask_tensors(settings: Settings) -> dict[str, Tensor]:
 
 def _multitask(settings: Settings, tensors: Mapping[str, torch.Tensor], train: bool) -> torch.Tensor:
     columns, rows = tensors["columns"], tensors["rows"]
-    task, tasks = settings.get("task", 0), columns.shape[0]
-    if type(task) is not int or not 0 <= task < tasks:
-        raise ValueError(f"task {task!r}: there are {tasks} tasks, numbered from 0")
+    task = _task(settings, columns.shape[0])
     # With the leading dimension of a batch of one: another product of matrices rounds otherwise.
     return (tensors["embedding"][None] * (columns[task : task + 1] @ rows[task : task + 1]))[0]
+
+
+def _table_tensors(settings: Settings) -> dict[str, Tensor]:
+    return {f"tasks.{number}": Tensor(f"{length} H") for number, length in enumerate(_lengths(settings))}
+
+
+def _table(settings: Settings, tensors: Mapping[str, torch.Tensor], train: bool) -> torch.Tensor:
+    return tensors[f"tasks.{_task(settings, len(_lengths(settings)))}"]
+
+
+def _lengths(settings: Settings) -> list[int]:
+    lengths = settings.get("lengths")
+    if not isinstance(lengths, list) or not lengths or not all(type(n) is int and n > 0 for n in lengths):
+        raise ValueError(f"lengths: a list with the number of virtual tokens of each task, not {lengths!r:.80}")
+    return lengths
+
+
+def _task(settings: Settings, tasks: int) -> int:
+    task = settings.get("task", 0)
+    if type(task) is not int or not 0 <= task < tasks:
+        raise ValueError(f"task {task!r}: there are {tasks} tasks, numbered from 0")
+    return task
 
 
 def _token_types(settings: Settings) -> list[int]:
@@ -286,6 +306,13 @@ KINDS: Mapping[str, Kind] = {
         "multitask prompt tuning (Wang 2023): embedding * (columns[task] @ rows[task]). task: number from 0 (0)",
         _multitask_tensors,
         _multitask,
+        per_site=False,
+    ),
+    "table": Kind(
+        "prompts of several tasks side by side, each whole. lengths: virtual tokens of each task; task: number from 0 "
+        "(0); names: of the tasks, if they have any",
+        _table_tensors,
+        _table,
         per_site=False,
     ),
     "context-aware": Kind(
@@ -467,15 +494,28 @@ def materialise_vectors(training: Training, task: int | None = None) -> Array:
     return eject(training if task is None else _for_task(training, task))
 
 
+def tasks_of(training: Training) -> int:
+    """For how many tasks a parameterisation has a prompt each; 0: it knows no tasks.
+
+    Raises:
+        ValueError: the settings of a table are not what it documents.
+    """
+    match training.kind:
+        case "multitask":
+            return len(training.tensors["columns"])
+        case "table":
+            return len(_lengths(training.settings))
+    return 0
+
+
 def materialise_tasks(training: Training) -> dict[int, Array]:
-    """The vectors [P, H] of every task of multitask prompt tuning.
+    """The vectors [P, H] of every task of multitask prompt tuning, or of a table.
 
     Raises:
         ValueError: the kind is another, or its tensors are not what it documents.
     """
     first = materialise_vectors(training, 0)  # complains of what is wrong
-    tasks = training.tensors["columns"].shape[0]
-    return {0: first, **{task: materialise_vectors(training, task) for task in range(1, tasks)}}
+    return {0: first, **{task: materialise_vectors(training, task) for task in range(1, tasks_of(training))}}
 
 
 def float32_parameterisation(prompt: SoftPrompt) -> tuple[str, ...]:
@@ -497,20 +537,26 @@ def rematerialise(prompt: SoftPrompt, task: int | None = None) -> SoftPrompt:
     if task is not None:
         training = _for_task(training, task)
     parts: list[Part] = []
+    start = dict(prompt.positions.start)
     for part in prompt.parts:
         if isinstance(part, AdaptionPrompt) or not kind_of(training.kind).makes(part):
             parts.append(part)
         elif isinstance(part, InputPrompt):
-            parts.append(replace(part, vectors=materialise_vectors(training)))
+            made = replace(part, vectors=materialise_vectors(training))
+            start[part.stack] += made.length - part.length  # tasks of a table may have other lengths
+            parts.append(made)
         else:
             shapes = {layer: (pair.keys.shape[0], pair.keys.shape[2]) for layer, pair in part.layers.items()}
-            made = _materialise(training, part.site, shapes)
-            layers = {layer: replace(pair, gate=part.layers[layer].gate) for layer, pair in made.layers.items()}
+            anew = _materialise(training, part.site, shapes)
+            layers = {layer: replace(pair, gate=part.layers[layer].gate) for layer, pair in anew.layers.items()}
             parts.append(replace(part, layers=layers))
-    return replace(prompt, parts=tuple(parts), training=training)
+    positions = replace(prompt.positions, start=start)
+    return replace(prompt, parts=tuple(parts), positions=positions, training=training)
 
 
 def _for_task(training: Training, task: int) -> Training:
-    if training.kind != "multitask":
-        raise ValueError(f"task {task}: only the parameterisation 'multitask' has tasks, this is {training.kind!r}")
+    if tasks_of(training) == 0:
+        raise ValueError(
+            f"task {task}: only the parameterisations 'multitask' and 'table' have tasks, this is {training.kind!r}"
+        )
     return replace(training, settings={**training.settings, "task": task})

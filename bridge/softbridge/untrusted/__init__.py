@@ -11,8 +11,8 @@ Prompt checkpoints come from strangers, so one package answers for all of them. 
 Arrays are NumPy's. torch is imported only where a pickle is written, so that looking at files stays quick.
 
 To read it, in this order: `claims` (what is believed of a file, and what is refused), `headers` (safetensors and .npy),
-`pickle_walk` and `pickles`, `archives` (files within a file), `files` (the door to all of them), `content` (bytes that
-are written) and `output` (how they are written).
+`pickle_walk` and `pickles`, `flax_state` and `zarr_array` (JAX's), `archives` (files within a file), `files` (the door
+to all of them), `content` (bytes that are written) and `output` (how they are written).
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from softbridge.untrusted.content import (
     npy_bytes,
     pickle_bytes,
     safetensors_bytes,
+    tensor_bytes,
     zip_bytes,
 )
 from softbridge.untrusted.files import Files, Kind
@@ -53,6 +54,7 @@ __all__ = [
     "pickle_bytes",
     "pickled",
     "safetensors_bytes",
+    "tensor_bytes",
     "write",
     "write_file",
     "zip_bytes",

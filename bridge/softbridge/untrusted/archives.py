@@ -35,7 +35,7 @@ def members_of(path: Path, kind: Archive, what: str) -> dict[str, Callable[[], b
             if kind == "zip":
                 found = list(_zipped(stream, path))
             elif kind == "gzip":
-                content = _inflated(stream, limit, what)
+                content = inflated(stream, limit, what)
                 found = list(_tarred(io.BytesIO(content), len(content), lambda: io.BytesIO(content)))
             else:
                 found = list(_tarred(stream, size, lambda: path.open("rb")))
@@ -105,11 +105,19 @@ def _tarred(
                 yield member.name.removeprefix("./"), member.size, reader(member.offset_data)
 
 
-def _inflated(stream: BinaryIO, limit: int, what: str) -> bytes:
+def inflated(stream: BinaryIO, limit: int, what: str) -> bytes:
+    """What a gzip stream holds.
+
+    Raises:
+        CheckpointError: it would be more than `limit` bytes, is damaged or is cut off.
+    """
     machine = zlib.decompressobj(wbits=31)
-    content = machine.decompress(stream.read(), limit + 1)
+    try:
+        content = machine.decompress(stream.read(), limit + 1)
+    except zlib.error as error:
+        raise refusal(f"{what}: not readable as gzip: {error}", "a whole gzip stream") from error
     if len(content) > limit:
         raise refusal(f"{what}: would be more than {limit} bytes unpacked", f"at most {EXPANSION} times its size")
     if not machine.eof:
-        raise ValueError("the stream is cut off")
+        raise refusal(f"{what}: a gzip stream that is cut off", "a whole gzip stream")
     return content

@@ -91,6 +91,15 @@ def zip_bytes(members: Mapping[str, bytes], compressed: Collection[str] = ()) ->
     return stream.getvalue()
 
 
+def tensor_bytes(array: Array) -> bytes:
+    """What torch.save makes of one tensor."""
+    import torch
+
+    stream = io.BytesIO()
+    torch.save(to_torch(little_endian("tensor", array, STORAGES.values())), stream)
+    return stream.getvalue()
+
+
 def npy_bytes(array: Array) -> bytes:
     """An .npy file; bfloat16 is stored as V2, as JAX and KoboldAI do."""
     stream = io.BytesIO()

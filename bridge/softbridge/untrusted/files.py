@@ -14,10 +14,12 @@ from typing import Any, BinaryIO, Literal
 from softbridge.arrays import Array
 from softbridge.untrusted.archives import GZIP, USTAR, members_of
 from softbridge.untrusted.claims import LIMIT, checked_values, parse_json, parse_yaml, refusal, short
+from softbridge.untrusted.flax_state import begins_msgpack, flax_state
 from softbridge.untrusted.headers import NPY, Range, npy_header, safetensors_header
 from softbridge.untrusted.pickles import ZIP, Pickle, Stored, main_member
+from softbridge.untrusted.zarr_array import DESCRIPTION, zarr_array
 
-Kind = Literal["safetensors", "pickle", "npy", "json", "zip", "tar", "gzip", "unknown"]
+Kind = Literal["safetensors", "pickle", "npy", "json", "zip", "tar", "gzip", "msgpack", "unknown"]
 
 
 class Files:
@@ -123,6 +125,8 @@ class Files:
                 return "tar"
             if start.startswith(GZIP):
                 return "gzip"
+            if len(start) > 3 and begins_msgpack(start):
+                return "msgpack"
             return "json" if start.lstrip()[:1] == b"{" else "unknown"
 
     def json(self, name: str) -> dict[str, Any]:
@@ -158,9 +162,10 @@ class Files:
     def tree(self, name: str) -> Any:
         """Everything in a file of tensors, with `Stored` in the place of each: nothing is read but what is used.
 
-        A safetensors file is a dictionary, an .npy file one tensor. What torch.save wrote may be dictionaries and
-        lists, nested (a tuple is a list here), texts and numbers; objects of all other kinds are `Foreign`: their
-        names, and the data that would have made them. Nothing is executed, whatever the file holds.
+        A safetensors file is a dictionary, a state of flax (msgpack) one of dictionaries, an .npy file one tensor. What
+        torch.save wrote may be dictionaries and lists, nested (a tuple is a list here), texts and numbers; objects of
+        all other kinds are `Foreign`: their names, and the data that would have made them. Nothing is executed,
+        whatever the file holds.
         """
         if name not in self._trees:
             kind = self.kind(name)
@@ -173,9 +178,26 @@ class Files:
                 elif kind == "npy":
                     dtype, shape, _ = npy_header(stream, size, what)
                     self._trees[name] = Stored(dtype.newbyteorder("="), shape, "the array", lambda: self.array(name))
+                elif kind == "msgpack":
+                    self._trees[name] = flax_state(_whole(stream, size, what), what)
                 else:
                     raise refusal(f"{what}: its content is {_describe(kind)}", "a file of tensors")
         return self._trees[name]
+
+    def zarr(self, description: str) -> Stored:
+        """The array of a folder of zarr's, of which this file is the ``.zarray``; its chunks are read when it is."""
+        folder = description.removesuffix(DESCRIPTION)
+
+        def reader(name: str) -> Callable[[], bytes]:
+            def read() -> bytes:
+                with self._open(name) as (stream, size, what):
+                    return _whole(stream, size, what)
+
+            return read
+
+        chunks = {name.removeprefix(folder): reader(name) for name in self.names if name.startswith(folder)}
+        chunks.pop(DESCRIPTION, None)
+        return zarr_array(self.json(description), chunks, f"{self.path}: {folder or 'the array'}")
 
     def _part(self, name: str, begin: int, key: str, place: Range) -> Stored:
         """A tensor of a safetensors file."""
