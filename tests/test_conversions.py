@@ -250,4 +250,4 @@ def test_the_table_is_whole() -> None:
     outcomes = [cell.values[4] for cell in cells()]
     assert len(outcomes) == 6 * 2 * len(FORMATS) ** 2
     assert sum(outcome in "be" for outcome in outcomes) >= 60
-    assert sum(outcome == "c" for outcome in outcomes) == 8
+    assert sum(outcome == "c" for outcome in outcomes) == 10

@@ -46,14 +46,16 @@ ON_DISK = 3
 
 @cache
 def base_of(family: str) -> BaseModel:
-    return BaseModel.resolve(tiny_model(family, **FEWER.get(family, {}))).imagine()
+    return BaseModel.resolve(tiny_model(family, **FEWER.get(family, {})))
 
 
 def lossless(base: BaseModel, method: str, source: str, target: str) -> bool:
     """Whether the source can hold the method as it is, and the conversion asks nothing of anybody."""
     here = format_named(source)
     held = plan(
-        example(method, base.geometry, here.capabilities), Target(source, here.capabilities, base), here.obstacles
+        example(method, base.geometry, here.capabilities),
+        Target(source, here.capabilities, base.imagine()),
+        here.obstacles,
     )
     return not held.obstacles and explain(source, target, method, base=base).outcome in ("exact", "rounding")
 

@@ -116,7 +116,7 @@ _ROWS = "softbridge.prompt.part:KeyValuePrefix.from_rows"
 _FLAT = "softbridge.prompt.part:KeyValuePrefix.flat"
 _ROTATE = "softbridge.lowering.token_positions:rotate"
 _MOVE = "softbridge.lowering.token_positions:_move"
-_ATTEND = "softbridge_native.attention:_attend"
+_ATTEND = "softbridge_native.attention:_attend_joined"
 _ADAPTER = "softbridge_adapterhub.adapter:Adapter"
 _WRITE = "softbridge_adapterhub.format:AdapterHubFormat.write"
 _PAIR = "KeyValue(pair[0], pair[1])"
@@ -243,22 +243,22 @@ FAULTS = {
         "bert: peft to adapterhub, vectors",
         (
             "softbridge.lowering.passes:_entry",
-            "leave_block(base, vectors, first)",
-            "leave_block(base, vectors, first + 1)",
+            "enter_block)(base, vectors, first)",
+            "enter_block)(base, vectors, first + 1)",
         ),
     ),
     "vectors leave the embedding block before its norm": fault(
         "bert: peft to adapterhub, vectors",
         (
             "softbridge.lowering.embedding_block:leave_block",
-            "block.register_forward_hook(keep)",
-            "block.LayerNorm.register_forward_pre_hook(lambda module, args: keep(module, args, args[0]))",
+            "block.register_forward_hook(lambda _, a, output: keep(output))",
+            "block.LayerNorm.register_forward_pre_hook(lambda _, a: keep(a[0]))",
         ),
     ),
     "vectors leave the embedding block all at one position": fault(
         "bert: peft to adapterhub, vectors",
         (
-            "softbridge.lowering.embedding_block:leave_block",
+            "softbridge.lowering.embedding_block:_watched",
             "model(inputs_embeds=tokens,",
             "model(position_ids=torch.zeros(tokens.shape[:2], dtype=torch.long), inputs_embeds=tokens,",
         ),
@@ -266,7 +266,7 @@ FAULTS = {
     # Parameterisations.
     "the other task": fault(
         "gpt2: peft to softbridge, tasks",
-        ("softbridge.methods.parameterisations:_multitask", 'settings.get("task", 0)', '1 - settings.get("task", 0)'),
+        ("softbridge.methods.parameterisations:_multitask", "= _task(", "= 1 - _task("),
     ),
     "one task's matrices mixed with another's": fault(
         "gpt2: peft to softbridge, tasks",
@@ -282,7 +282,7 @@ FAULTS = {
     ),
     "a square weight transposed": fault(
         "gpt2: adapterhub to softbridge, MLP",
-        ("softbridge.methods.parameterisations:_mlp", 'tensors["hidden.weight"]', 'tensors["hidden.weight"].T'),
+        ("softbridge.methods.parameterisations:_mlp", 'tensors[f"{name}.weight"]', 'tensors[f"{name}.weight"].T'),
         adapterhub="it alone evaluates the parameterisation in its file, otherwise",
     ),
     "no activation": fault(

@@ -461,6 +461,9 @@ def test_what_an_engine_cannot_train_is_refused_at_once(tmp_path: Path) -> None:
     for engine in set(ENGINES) - {"native"}:
         with pytest.raises(EngineError, match=r"trains the prompt through 'mlp'(.|\n)*keeps it: native"):
             sb.attach(model_of("gpt2"), PrefixTuning(P, MLP(8)), engine=engine)
+    if "adapterhub" in ENGINES:
+        with pytest.raises(EngineError, match=r"runs the keys and values that they leave(.|\n)*PTuningV2"):
+            sb.attach(model_of("gpt2"), PromptTuning(P), engine="adapterhub")
     if "peft" in ENGINES:
         wrapped = sb.attach(model_of("gpt2"), PTuningV2(P), engine="peft", seed=0)
         with pytest.raises(EngineError, match=r"PeftModelForCausalLM of peft(.|\n)*softbridge.extract"):

@@ -51,6 +51,10 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
             raise CheckpointError(f"two tensors {match[2]} of layer {match[1]}", "one adapter", "save it alone")
         else:
             found[int(match[1])][match[2]] = tensor.array()
+    if not found:
+        raise CheckpointError(
+            f"{files.path} holds no tensor transformer.h.N.attn.{_VECTORS}", "an adapter of litgpt", "check the path"
+        )
     layers = {layer: _layer(layer, found[layer]) for layer in sorted(found)}
     wrong = [layer for layer, one in found.items() if one[_GATE].shape not in _shapes(layers[layer])]
     lengths = {one.vectors.shape for one in layers.values()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -135,6 +135,15 @@ def test_in_a_whole_checkpoint(tmp_path: Path) -> None:
     assert both.origin is not None
     assert both.origin.partial is not None
     assert "v2 trains 1 scales" in both.origin.partial
+
+
+FILES: dict[str, Callable[[Path], Path]] = {
+    "litgpt of a first release": lambda folder: saved(folder / FILE, adapter()),
+    "litgpt of a later one": lambda folder: saved(folder / FILE, {"model": adapter(first=False)}),
+    "litgpt in a checkpoint": lambda folder: saved(
+        folder / "lit_model.pth", {"model": adapter() | {"lm_head.weight": torch.ones(2, 3)}}
+    ),
+}
 
 
 BAD: list[tuple[dict[str, Any], str]] = [

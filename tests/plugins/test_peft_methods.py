@@ -181,7 +181,8 @@ def test_the_file_in_peft_and_the_canonical_prompt_compute_the_same(
     # On transformers 4 the native engine cannot run every model.
     assert certificate.target.engine == "native" or "native: " in certificate.target.instead_of
     assert certificate.same, certificate.summary()
-    assert bool(certificate.islands) == (family not in ("gpt2", "bert"))
+    # The product of a multitask prompt, which the native engine makes in the float32 that is stored, is one.
+    assert bool(certificate.islands) == (family not in ("gpt2", "bert") or method == "multitask")
     assert all(fault.noticed for fault in certificate.faults)
     assert len(certificate.faults) >= 2
 

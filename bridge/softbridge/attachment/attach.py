@@ -86,11 +86,14 @@ def attach(
         setattr(running, ATTACHED, Attached(engine, {}, {}))
         _check_itself(chosen, running, self_check)
         return running
+    method = prompt if isinstance(prompt, Method) else None
     if isinstance(prompt, Method):
-        method, prompt = prompt, prompt.initialise(base.geometry, _drawn() if seed is None else seed)
-        _check_trains(engine, method, prompt, model)
+        prompt = prompt.initialise(base.geometry, _drawn() if seed is None else seed)
+        _check_trains(engine, prompt, type(method).__name__, model)
     given = _read(prompt, base, task)
     prompt = _expressed(given, engine, model, accept)
+    if method is not None:
+        _check_kept(engine, given, prompt, type(method).__name__)
     displaced = load_head(model, prompt.head)
     try:
         running = chosen.attach(model, prompt)
@@ -153,7 +156,7 @@ def _check_base(model: Any) -> None:
     )
 
 
-def _check_trains(engine: str, method: Method, prompt: SoftPrompt, model: Any) -> None:
+def _check_trains(engine: str, prompt: SoftPrompt, method: str, model: Any) -> None:
     """Refuse to start a training that would lose its parameterisation, or that transformers' trainer will not begin."""
 
     def trains(name: str) -> bool:
@@ -162,7 +165,7 @@ def _check_trains(engine: str, method: Method, prompt: SoftPrompt, model: Any) -
 
     if prompt.training is not None and not trains(engine):
         raise EngineError(
-            f"{type(method).__name__} trains the prompt through '{prompt.training.kind}', and the engine '{engine}' "
+            f"{method} trains the prompt through '{prompt.training.kind}', and the engine '{engine}' "
             "trains a prompt's own numbers only: its checkpoints hold nothing else",
             f"an engine that keeps it: {', '.join(name for name in engines() if trains(name))}",
             "choose that engine and convert what it trained, or take a method without parameterisation (PromptTuning, "
@@ -174,6 +177,16 @@ def _check_trains(engine: str, method: Method, prompt: SoftPrompt, model: Any) -
             f"a quantised base model: transformers' trainer refuses to train it with the engine '{engine}'",
             f"an engine whose models it takes: {', '.join(those)}",
             "choose that engine; to run a trained prompt, attach the prompt itself",
+        )
+
+
+def _check_kept(engine: str, prompt: SoftPrompt, expressed: SoftPrompt, method: str) -> None:
+    """Refuse to start the training of one method where an engine would train another: keys and values, for vectors."""
+    if [type(part) for part in prompt.parts] != [type(part) for part in expressed.parts]:
+        raise EngineError(
+            f"{method} trains vectors in the input, and the engine '{engine}' runs the keys and values that they leave",
+            "an engine that trains the method's own numbers, such as native",
+            "choose that engine and convert what it trained, or take PTuningV2",
         )
 
 

@@ -85,12 +85,14 @@ class Kind:
             ``{site}.{name}``.
         function: (settings, tensors by name, train) -> [P, H], or [P, W] with `per_site`; differentiable.
         per_site: whether it makes prefixes; else it makes the vectors of one input prompt.
+        computed: whether what it makes are other numbers than its own, which rounding shows in.
     """
 
     summary: str
     tensors: Callable[[Settings], dict[str, Tensor]]
     function: Callable[[Settings, Mapping[str, torch.Tensor], bool], torch.Tensor]
     per_site: bool
+    computed: bool = True
 
     def makes(self, part: Part) -> bool:
         """Whether it made this part of a prompt, and not another part."""
@@ -314,6 +316,7 @@ KINDS: Mapping[str, Kind] = {
         _table_tensors,
         _table,
         per_site=False,
+        computed=False,
     ),
     "context-aware": Kind(
         "context-aware prompt tuning (Blau 2024): the embedding of a text, frozen, plus a delta whose rows are scaled "
@@ -329,6 +332,7 @@ KINDS: Mapping[str, Kind] = {
         _cartridge_tensors,
         _cartridge,
         per_site=True,
+        computed=False,
     ),
 }
 
@@ -521,8 +525,10 @@ def materialise_tasks(training: Training) -> dict[int, Array]:
 def float32_parameterisation(prompt: SoftPrompt) -> tuple[str, ...]:
     """The name of the prompt's parameterisation, if evaluating it computes in less than float64; else nothing."""
     training = prompt.training
-    narrow = training is not None and any(array.dtype.itemsize < 8 for array in training.tensors.values())
-    return (f"the prompt's {training.kind} parameterisation",) if training is not None and narrow else ()
+    if training is None or not kind_of(training.kind).computed:
+        return ()
+    narrow = any(array.dtype.itemsize < 8 for array in training.tensors.values())
+    return (f"the prompt's {training.kind} parameterisation",) if narrow else ()
 
 
 def rematerialise(prompt: SoftPrompt, task: int | None = None) -> SoftPrompt:
