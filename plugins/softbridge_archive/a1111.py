@@ -15,7 +15,8 @@ from softbridge.errors import CheckpointError, Obstacle
 from softbridge.geometry import Geometry
 from softbridge.prompt import SoftPrompt
 from softbridge_archive import learned_words as shared
-from softbridge_archive.frame import ArchiveFormat, contained
+from softbridge_archive.contents import contained
+from softbridge_archive.frame import ArchiveFormat
 
 FILE, PARAMETERS = "embedding.pt", "string_to_param"
 #: What a file says besides, and what it says if nobody knows.

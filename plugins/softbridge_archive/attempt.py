@@ -10,7 +10,9 @@ from softbridge import untrusted
 from softbridge.errors import BaseModelError
 from softbridge.geometry import Geometry
 from softbridge.prompt import Origin, SoftPrompt
-from softbridge_archive.frame import ArchiveFormat, in_front, matrix_of
+from softbridge_archive.building import in_front
+from softbridge_archive.contents import matrix
+from softbridge_archive.frame import ArchiveFormat
 from softbridge_archive.tensor import stored_in
 
 
@@ -19,7 +21,7 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     stored = stored_in(files)
     if geometry is not None and not geometry.is_encoder_decoder:
         raise BaseModelError(f"a prompt of ATTEMPT for {geometry.model_type}", "a T5", "check --base, or --from tensor")
-    return in_front({"encoder": matrix_of(stored)}, geometry, Origin("attempt"))
+    return in_front({"encoder": matrix(stored)}, geometry, Origin("attempt"))
 
 
 FORMAT = ArchiveFormat(

@@ -20,7 +20,8 @@ from softbridge.errors import CheckpointError
 from softbridge.geometry import Geometry
 from softbridge.plugin.capabilities import Capabilities
 from softbridge.prompt import BaseId, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt, Training
-from softbridge_archive.frame import ArchiveFormat, alone, contained, dictionary, is_floating, only
+from softbridge_archive.contents import alone, contained, dictionary, is_floating, only
+from softbridge_archive.frame import ArchiveFormat
 
 FILE, HALVES, FIXED = "cache.pt", ("keys", "values"), ("fixed", "frozen")
 

@@ -19,7 +19,8 @@ from softbridge.errors import BaseModelError
 from softbridge.geometry import Geometry, StackGeometry
 from softbridge.prompt import Positions, SoftPrompt
 from softbridge_archive import prefix_encoder
-from softbridge_archive.frame import ArchiveFormat, below, holds, weights
+from softbridge_archive.contents import below, holds, weights
+from softbridge_archive.frame import ArchiveFormat
 
 STEM = "transformer.prefix_encoder"
 #: What we call the family of ChatGLM-6B, and transformers that of ChatGLM2.

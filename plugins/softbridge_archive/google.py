@@ -21,7 +21,9 @@ from softbridge.errors import CheckpointError, few
 from softbridge.geometry import Geometry
 from softbridge.plugin.capabilities import Capabilities
 from softbridge.prompt import Origin, Placement, SoftPrompt
-from softbridge_archive.frame import ArchiveFormat, in_front, matrix_of, named, only_array, unread
+from softbridge_archive.building import in_front
+from softbridge_archive.contents import matrix, named, only_array, unread
+from softbridge_archive.frame import ArchiveFormat
 
 PLAIN = "encoder.prompt.prompt.prompt"
 FILES = {"npy": "prompt.npy", "plain": PLAIN}
@@ -63,7 +65,7 @@ def read(files: untrusted.Files, geometry: Geometry | None, placement: Placement
             "if your decoder sees it as it sees words in front, save the array as .pt and read it --from tensor",
         )
     notes = unread([other for other in arrays if other != variable])
-    return in_front({"encoder": matrix_of(stored)}, geometry, Origin(name, notes=notes), placement)
+    return in_front({"encoder": matrix(stored)}, geometry, Origin(name, notes=notes), placement)
 
 
 def write(prompt: SoftPrompt, geometry: Geometry | None, encoding: str) -> Mapping[str, bytes]:

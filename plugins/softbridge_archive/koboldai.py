@@ -19,7 +19,8 @@ from softbridge.errors import CheckpointError, Obstacle
 from softbridge.geometry import Geometry
 from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.prompt import BaseId, InputPrompt, Origin, Positions, SoftPrompt
-from softbridge_archive.frame import ArchiveFormat, alone, dictionary, only, vectors_of
+from softbridge_archive.contents import alone, dictionary, only, vectors_of
+from softbridge_archive.frame import ArchiveFormat
 
 FILE, TENSOR, META = "prompt.zip", "tensor.npy", "meta.json"
 #: `checksp` refuses as many.

@@ -23,7 +23,7 @@ from softbridge.geometry import Geometry
 from softbridge.plugin.capabilities import Capabilities
 from softbridge.prompt import Array, BaseId, InputPrompt, Json, Origin, Positions, SoftPrompt
 from softbridge.template import Field, Piece, Template, Virtual
-from softbridge_archive.frame import alone, dictionary, vectors_of
+from softbridge_archive.contents import alone, dictionary, vectors_of
 
 #: diffusers' names, in its order of preference.
 FILES = {"safetensors": "learned_embeds.safetensors", "bin": "learned_embeds.bin"}

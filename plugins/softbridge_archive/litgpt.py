@@ -24,7 +24,8 @@ from softbridge.errors import CheckpointError
 from softbridge.geometry import Geometry
 from softbridge.lowering.expressible import check_fits
 from softbridge.prompt import Adaption, AdaptionPrompt, BaseId, Origin, Positions, SoftPrompt
-from softbridge_archive.frame import ArchiveFormat, weights
+from softbridge_archive.contents import unread, weights
+from softbridge_archive.frame import ArchiveFormat
 from softbridge_compat.litgpt_releases import OTHER_ROWS
 
 _KEY = re.compile(r"(?:.*\.)?transformer\.h\.(\d+)\.attn\.(adapter_wte\.weight|gating_factor)")
@@ -52,9 +53,7 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
         else:
             found[int(match[1])][match[2]] = tensor.array()
     if not found:
-        raise CheckpointError(
-            f"{files.path} holds no tensor transformer.h.N.attn.{_VECTORS}", "an adapter of litgpt", "check the path"
-        )
+        raise CheckpointError(f"{files.path} holds none of litgpt's names", "an adapter of litgpt", "check the path")
     layers = {layer: _layer(layer, found[layer]) for layer in sorted(found)}
     wrong = [layer for layer, one in found.items() if one[_GATE].shape not in _shapes(layers[layer])]
     lengths = {one.vectors.shape for one in layers.values()}
@@ -69,10 +68,8 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     told = [] if first else [OTHER_ROWS]
     if second:
         told.append(f"LLaMA-Adapter v2 trains {len(second)} scales and biases of linear layers, and norms, besides")
-    rest = sorted(set(others) - set(second))
-    notes = (f"{len(rest)} other tensors, such as {rest[0]}, are not read",) if rest else ()
     part = AdaptionPrompt("encoder" if geometry is not None and geometry.decoder is None else "self", layers)
-    origin = Origin("litgpt", notes=notes, partial="; ".join(told))
+    origin = Origin("litgpt", notes=unread({*others} - {*second}), partial="; ".join(told))
     prompt = SoftPrompt((part,), Positions(), BaseId(None, geometry), origin=origin)
     if geometry is not None:
         check_fits(prompt, geometry)

@@ -15,7 +15,8 @@ from softbridge import untrusted
 from softbridge.errors import CheckpointError
 from softbridge.geometry import Geometry
 from softbridge.prompt import BaseId, InputPrompt, Origin, Positions, SoftPrompt
-from softbridge_archive.frame import ArchiveFormat, alone, only, vectors_of
+from softbridge_archive.contents import alone, only, vectors_of
+from softbridge_archive.frame import ArchiveFormat
 
 
 def sniff(files: untrusted.Files) -> bool:

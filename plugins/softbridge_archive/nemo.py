@@ -18,7 +18,9 @@ from softbridge import untrusted
 from softbridge.errors import CheckpointError
 from softbridge.geometry import Geometry
 from softbridge.prompt import BaseId, SoftPrompt
-from softbridge_archive.frame import ArchiveFormat, below, matrix_of, several, weights
+from softbridge_archive.building import several
+from softbridge_archive.contents import below, matrix, weights
+from softbridge_archive.frame import ArchiveFormat
 from softbridge_archive.nemo_encoder import encoded
 from softbridge_archive.nemo_template import placed, templates_of
 
@@ -47,9 +49,9 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     inner = opened(files)
     config, found = inner.yaml(CONFIG), weights(inner)
     adapter = below(found, ADAPTER)
-    tables = {match[1]: matrix_of(found[name]) for name in found if (match := TABLE.fullmatch(name))}
+    tables = {match[1]: matrix(found[name]) for name in found if (match := TABLE.fullmatch(name))}
     if "inference_table" in adapter:
-        tables["taskname"] = matrix_of(adapter["inference_table"])
+        tables["taskname"] = matrix(adapter["inference_table"])
     tasks = {task: rows for task, rows in tables.items() if rows.any()}
     known = list(templates_of(config))  # NeMo numbers tasks in this order
     tasks = dict(sorted(tasks.items(), key=lambda task: known.index(task[0]) if task[0] in known else len(known)))

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from softbridge import untrusted
 from softbridge.arrays import Array
 from softbridge.prompt import Training
-from softbridge_archive.frame import made_vectors
+from softbridge_archive.building import made_vectors
 
 #: Tensors of an encoder -> ours (`prompt_encoder.py`, `parallel_adapters.py`). Between the layers of a head is ReLU,
 #: between ``first`` and ``second`` GELU in its tanh form, with sqrt(2/pi) cut off after eight digits.

@@ -16,7 +16,7 @@ from softbridge import untrusted
 from softbridge.errors import few
 from softbridge.geometry import Geometry
 from softbridge.prompt import BaseId, InputPrompt, Origin, Part, Positions, SoftPrompt
-from softbridge_archive import frame, opendelta_prefix
+from softbridge_archive import building, contents, frame, opendelta_prefix
 
 #: The module that a tensor of it is at, and which it is.
 NAME = re.compile(
@@ -31,27 +31,27 @@ TIED = "one MLP makes the prefixes of both stacks: it was evaluated, and is not 
 
 def sniff(files: untrusted.Files) -> bool:
     """See `Format.sniff`."""
-    return any(NAME.fullmatch(name) for name in frame.names(files))
+    return any(NAME.fullmatch(name) for name in contents.names(files))
 
 
 def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     """See `Format.read`."""
-    geometry = frame.geometry_of(files, geometry, "an OpenDelta prompt")
+    geometry = building.geometry_of(files, geometry, "an OpenDelta prompt")
     facts = files.json("config.json") if "config.json" in files else {}
-    found = frame.weights(files)
+    found = contents.weights(files)
     own = {(match[1] or "", match[2]): found[name] for name in found if (match := NAME.fullmatch(name))}
     head = {name: found[name].array() for name in found if name.split(".")[0] in HEADS}
     others = [name for name in found if not NAME.fullmatch(name) and name not in head]
     parts: tuple[Part, ...]
     if [name for _, name in own] == ["soft_prompt_layer.soft_embeds"]:
-        part = InputPrompt(frame.matrix(next(iter(own.values()))), "encoder" if geometry.encoder else "decoder")
+        part = InputPrompt(contents.matrix(next(iter(own.values()))), "encoder" if geometry.encoder else "decoder")
         parts, training, positions = (part,), None, Positions({part.stack: part.length})
     else:
         parts, training = prefixes, _ = opendelta_prefix.prefixes(own, facts, geometry)
         positions = opendelta_prefix.positions(prefixes, geometry)
     tied = training is not None and len(parts) > 1
     partial = f"{len(others)} tensors of the base model were trained with the prompt: {few(others)}" if others else ""
-    origin = Origin("opendelta", frame.plain(facts, FACTS), notes=(TIED,) if tied else (), partial=partial)
+    origin = Origin("opendelta", contents.plain(facts, FACTS), notes=(TIED,) if tied else (), partial=partial)
     name = facts.get("backbone_checkpoint_name")
     base = BaseId(name if isinstance(name, str) and name else None, geometry)
     return SoftPrompt(parts, positions, base, head, None if tied else training, origin)

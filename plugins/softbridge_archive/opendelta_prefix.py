@@ -10,7 +10,7 @@ from softbridge.arrays import Array
 from softbridge.errors import BaseModelError, CheckpointError, few
 from softbridge.geometry import Geometry, Site, stack_of
 from softbridge.prompt import KeyValue, KeyValuePrefix, Positions, Training
-from softbridge_archive import frame, module_names
+from softbridge_archive import building, contents, module_names
 
 Own = Mapping[tuple[str, str], untrusted.Stored]  # by the names of the module that a tensor is at, and its own
 Rows = dict[str, tuple[Array, Array]]  # module -> its keys and values, [P, K·D] each
@@ -69,7 +69,7 @@ def _stored(own: Own) -> Rows:
     halves = {path: ((path, "prefix.past_key"), (path, "prefix.past_value")) for path, _ in own}
     if not own or own.keys() != {name for pair in halves.values() for name in pair}:
         raise _refusal(f"half a prefix, or tensors of several kinds, at {few(halves)}")
-    return {path: (frame.matrix(own[keys]), frame.matrix(own[values])) for path, (keys, values) in halves.items()}
+    return {path: (contents.matrix(own[keys]), contents.matrix(own[values])) for path, (keys, values) in halves.items()}
 
 
 def _made(own: Own, facts: Mapping[str, Any], geometry: Geometry) -> tuple[Rows, Training]:
@@ -79,9 +79,9 @@ def _made(own: Own, facts: Mapping[str, Any], geometry: Geometry) -> tuple[Rows,
         raise _refusal(f"an MLP at {first!r:.80}, and more at {few(others)}")
     site, layer = module_names.place_of(first, geometry)
     names = {theirs: f"{site}.{ours}" for theirs, ours in NETWORK.items()}
-    tensors = frame.renamed({name: tensor for (_, name), tensor in own.items()}, names)
+    tensors = contents.renamed({name: tensor for (_, name), tensor in own.items()}, names)
     training = Training("mlp", {"non_linearity": "tanh"}, tensors)
-    made = frame.made_rows(training, site)
+    made = building.made_rows(training, site)
     heads, width = module_names.shape_of(site, layer, geometry)
     modules = module_names.alike(first, geometry)
     count, rest = divmod(made.shape[1], 2 * heads * width)

@@ -17,7 +17,7 @@ from softbridge import untrusted
 from softbridge.errors import CheckpointError, few
 from softbridge.geometry import Geometry, Site, Stack, stack_of
 from softbridge.prompt import BaseId, InputPrompt, Origin, Part, Placement, Positions, SoftPrompt
-from softbridge_archive import frame
+from softbridge_archive import building, contents, frame
 from softbridge_archive import openprompt_answers as answers
 from softbridge_archive import openprompt_templates as templates
 
@@ -28,14 +28,14 @@ OPEN = f"the base model's weights, of which no {CONFIG} beside them says that th
 
 def sniff(files: untrusted.Files) -> bool:
     """See `Format.sniff`."""
-    return templates.stems_of(frame.names(files)) is not None
+    return templates.stems_of(contents.names(files)) is not None
 
 
 def read(files: untrusted.Files, geometry: Geometry | None, placement: Placement = "template") -> SoftPrompt:
     """See `Format.read`."""
-    geometry = frame.geometry_of(files, geometry, WHAT)
+    geometry = building.geometry_of(files, geometry, WHAT)
     run = next((files.yaml(name) for name in files.names if name.rpartition("/")[2] == CONFIG), {})
-    found = frame.weights(files)
+    found = contents.weights(files)
     stems = templates.stems_of(found)
     if stems is None:
         raise CheckpointError(f"{files.path} holds {few(found)}", WHAT, "save the template's state dictionary")
@@ -45,17 +45,17 @@ def read(files: untrusted.Files, geometry: Geometry | None, placement: Placement
     stack: Stack = "decoder" if geometry.encoder is None else "encoder"
     if training is not None and training.kind == "mlp":
         sites = [site for site in get_args(Site) if any(name.startswith(f"{site}.") for name in training.tensors)]
-        prefixes = [frame.made_prefix(training, site, geometry) for site in sites]
+        prefixes = [building.made_prefix(training, site, geometry) for site in sites]
         parts: list[Part] = [*prefixes]
         positions = Positions({stack_of(part.site): part.length for part in prefixes})
     elif templates.SOFT in own:
-        parts = [InputPrompt(frame.matrix(own[templates.SOFT]), stack)]
+        parts = [InputPrompt(contents.matrix(own[templates.SOFT]), stack)]
         positions = Positions({stack: parts[0].length})
     else:
-        vectors = frame.made_vectors(training) if training else frame.matrix(own[templates.MIXED], first=1)
+        vectors = building.made_vectors(training) if training else contents.matrix(own[templates.MIXED], first=1)
         if placement == "template":
-            told = frame.template_beside(files, f"{WHAT}, whose text is in no file")
-            part, positions = frame.infilled(vectors, stack, answers.explained(told, classes))
+            told = building.template_beside(files, f"{WHAT}, whose text is in no file")
+            part, positions = building.infilled(vectors, stack, answers.explained(told, classes))
         else:
             part, positions = InputPrompt(vectors, stack, placement=placement), Positions({stack: len(vectors)})
         parts = [part]
@@ -68,7 +68,7 @@ def read(files: untrusted.Files, geometry: Geometry | None, placement: Placement
     name = answers.told(run, "plm", "model_path")
     base = BaseId(name if isinstance(name, str) else None, geometry)
     words = {"label_words": [list(words) for _, words in classes.classes]} if classes else {}
-    origin = Origin("openprompt", words, notes=frame.unread(others), partial="; ".join(filter(None, (opened, left))))
+    origin = Origin("openprompt", words, notes=contents.unread(others), partial="; ".join(filter(None, (opened, left))))
     return SoftPrompt(tuple(parts), positions, base, head, training, origin)
 
 
@@ -78,7 +78,7 @@ def _format(placement: Placement) -> frame.ArchiveFormat:
     return frame.ArchiveFormat(
         name=f"openprompt:{placement}" if stated else "openprompt",
         summary=f"thunlp/OpenPrompt: what its templates trained{where}",
-        files=("*.ckpt", "*.pt", "*.bin", CONFIG, frame.TEMPLATE),
+        files=("*.ckpt", "*.pt", "*.bin", CONFIG, building.TEMPLATE),
         recognise=(lambda files: False) if stated else sniff,
         reader=partial(read, placement=placement),
         reads="`MixedTemplate` and `PtuningTemplate`, if that is where their soft tokens stand" if stated else READS,

@@ -11,7 +11,7 @@ from softbridge import untrusted
 from softbridge.errors import few
 from softbridge.prompt import Array
 from softbridge.template import Slot, Template, Verbaliser
-from softbridge_archive import frame
+from softbridge_archive import contents
 
 #: What `ManualVerbalizer` has: token ids [C, words, tokens], and which of them count.
 WORDS, COUNTED, KNOWN = "label_words_ids", "words_ids_mask", {"label_words_ids", "words_ids_mask", "label_words_mask"}
@@ -57,7 +57,7 @@ def head_of(tensors: Mapping[str, untrusted.Stored], causal: bool) -> tuple[dict
     """
     others = sorted(tensors.keys() - KNOWN)
     if causal and others == [LAYER]:
-        return {"score.weight": frame.matrix(tensors[LAYER])}, ""
+        return {"score.weight": contents.matrix(tensors[LAYER])}, ""
     return (
         {},
         f"a verbaliser of its own weights, which no classifier of transformers is: {few(others)}" if others else "",

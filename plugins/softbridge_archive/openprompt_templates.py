@@ -9,7 +9,7 @@ from softbridge import untrusted
 from softbridge.errors import CheckpointError
 from softbridge.geometry import Site
 from softbridge.prompt import Json, Training
-from softbridge_archive import frame
+from softbridge_archive import contents
 
 #: `SoftTemplate`, `MixedTemplate` (row 0 is no soft token's), `PtuningTemplate`.
 SOFT, MIXED, PTUNING = "soft_embeds", "soft_embedding.weight", "new_embedding.weight"
@@ -72,7 +72,7 @@ def training_of(own: Mapping[str, untrusted.Stored], dropout: Json) -> Training 
     if SOFT in own or (MIXED in own and PTUNING not in own):
         return None
     names = INFILL if PTUNING in own else MLP
-    tensors = frame.renamed({name: own[name] for name in own if name.startswith(tuple(names))}, names)
+    tensors = contents.renamed({name: own[name] for name in own if name.startswith(tuple(names))}, names)
     if PTUNING in own:
         kind = "p-tuning-lstm" if "new_lstm_head.weight_ih_l0" in own else "p-tuning-mlp"
         return Training(kind, {"layers": 2, "non_linearity": "relu"}, tensors)

@@ -18,7 +18,8 @@ from softbridge.geometry import Geometry, Site, StackGeometry
 from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities, Start
 from softbridge.prompt import BaseId, KeyValuePrefix, Origin, SoftPrompt, Training
 from softbridge.prompt.values import Json
-from softbridge_archive.frame import made_prefix
+from softbridge_archive.building import made_prefix
+from softbridge_archive.contents import matrix
 
 CONFIG, WEIGHTS = "config.json", "pytorch_model.bin"
 EMBEDDING = "embedding.weight"
@@ -57,15 +58,14 @@ def vectors(embedding: untrusted.Stored, facts: Mapping[str, Any]) -> Array:
     Raises:
         CheckpointError: it is no matrix of numbers, or the configuration tells another length.
     """
-    shape, dtype, said = embedding.shape, embedding.dtype, facts.get("pre_seq_len")
-    floats = dtype.kind == "f" or dtype.name == "bfloat16"
-    if len(shape) != 2 or 0 in shape or not floats or said not in (None, shape[0]):
+    rows, said = matrix(embedding), facts.get("pre_seq_len")
+    if said not in (None, len(rows)):
         raise CheckpointError(
-            f"an embedding {list(shape)} of {dtype.name}" + ("" if said is None else f", and pre_seq_len {said!r:.40}"),
-            "floating-point numbers [P, width], P as in the config.json beside the weights",
+            f"an embedding {list(rows.shape)}, and pre_seq_len {said!r:.40}",
+            f"{len(rows)} virtual tokens in the {CONFIG} beside the weights",
             "put the configuration of this training beside the weights",
         )
-    return embedding.array()
+    return rows
 
 
 def read(

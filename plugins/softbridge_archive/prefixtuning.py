@@ -18,7 +18,7 @@ from softbridge.errors import BaseModelError, CheckpointError
 from softbridge.geometry import Geometry, Site, stack_of
 from softbridge.methods import KINDS
 from softbridge.prompt import Array, BaseId, KeyValuePrefix, Origin, Positions, SoftPrompt, Training
-from softbridge_archive import frame
+from softbridge_archive import building, contents, frame
 
 #: Site -> the names of its embedding and of its MLP.
 NETWORKS: Mapping[Site, tuple[str, str]] = {
@@ -32,15 +32,15 @@ SETTINGS = ("_my_arg_tune_mode", "_my_arg_task_mode", "preseqlen", "mid_dim", "f
 
 def sniff(files: untrusted.Files) -> bool:
     """OpenPrompt's template of such a network has ``input_tokens`` besides; others have names in front."""
-    found = frame.names(files)
+    found = contents.names(files)
     return (FLAT in found or f"{FLAT}.0.weight" in found) and "input_tokens" not in found
 
 
 def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     """See `Format.read`."""
-    geometry = frame.geometry_of(files, geometry, "prefixes of XiangLi1999/PrefixTuning")
+    geometry = building.geometry_of(files, geometry, "prefixes of XiangLi1999/PrefixTuning")
     facts = files.json("config.json") if "config.json" in files else {}
-    found = frame.weights(files)
+    found = contents.weights(files)
     sites = [site for site, (_, mlp) in NETWORKS.items() if any(name.split(".")[0] == mlp for name in found)]
     layers = 3 if f"{FLAT}.4.weight" in found else 2
     last, why = found.get(f"{FLAT}.{2 * layers - 2}.weight"), ""
@@ -59,11 +59,11 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
         names = dict(pair for site in sites for pair in _names(site, layers))  # others keep theirs, and are unexpected
         settings = {"non_linearity": "tanh", "layers": layers, "dropout": facts.get("prefix_dropout") or 0.0}
         training = Training("mlp", settings, {names.get(name, name): found[name].array() for name in ours})
-        parts = [frame.made_prefix(training, site, geometry) for site in sites]
+        parts = [building.made_prefix(training, site, geometry) for site in sites]
     start = {stack_of(p.site): 0 if geometry.is_encoder_decoder else p.length for p in parts if p.site != "cross"}
-    mode, notes = facts.get("_my_arg_tune_mode") or "prefixtune", frame.unread(found.keys() - set(ours))
+    mode, notes = facts.get("_my_arg_tune_mode") or "prefixtune", contents.unread(found.keys() - set(ours))
     partial = "" if mode == "prefixtune" else f"the base model was trained, too ({mode!r:.40}): load that one"
-    origin = Origin("prefixtuning", frame.plain(facts, SETTINGS), notes=notes, partial=partial)
+    origin = Origin("prefixtuning", contents.plain(facts, SETTINGS), notes=notes, partial=partial)
     return SoftPrompt(tuple(parts), Positions(start), BaseId(None, geometry), training=training, origin=origin)
 
 

@@ -18,7 +18,7 @@ from softbridge.errors import CheckpointError
 from softbridge.geometry import Geometry
 from softbridge.prompt import BaseId, Json, Origin, SoftPrompt, Training
 from softbridge.template import Field, Slot, Template, Virtual, Words
-from softbridge_archive import frame
+from softbridge_archive import building, contents, frame
 
 #: Masked language model that LAMA offers -> its tokens: the first, the last, a full stop.
 TOKENS = {
@@ -35,20 +35,20 @@ HALF = "LAMA runs the language model, and with it these vectors, in half precisi
 
 def sniff(files: untrusted.Files) -> bool:
     """Whether a file holds such an encoder beside the arguments of the program."""
-    return bool(frame.saved(files, _is_it))
+    return bool(contents.saved(files, _is_it))
 
 
 def _is_it(tree: Mapping[Any, Any]) -> bool:
-    encoder = frame.named(tree.get("embedding"))
+    encoder = contents.named(tree.get("embedding"))
     return "args" in tree and {"embedding.weight", "lstm_head.weight_ih_l0"} <= encoder.keys()
 
 
 def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     """See `Format.read`."""
-    tree = frame.the_one(frame.saved(files, _is_it), files, "a checkpoint of LAMA")
+    tree = contents.the_one(contents.saved(files, _is_it), files, "a checkpoint of LAMA")
     facts = getattr(tree["args"], "state", None)
     facts = facts if isinstance(facts, dict) else {}
-    said = frame.plain(facts, ARGUMENTS)
+    said = contents.plain(facts, ARGUMENTS)
     if facts.get("use_original_template"):
         raise _refused("a template of words alone (use_original_template)", "virtual tokens")
     model = said.get("model_name")
@@ -57,13 +57,13 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     causal = "gpt" in model or "megatron" in model
     dropout = said.get("lstm_dropout") or 0.0
     settings = {"layers": 2, "dropout": dropout, "non_linearity": "relu"}
-    training = Training("p-tuning-lstm", settings, frame.renamed(frame.named(tree["embedding"]), NAMES))
-    vectors = frame.made_vectors(training)
+    training = Training("p-tuning-lstm", settings, contents.renamed(contents.named(tree["embedding"]), NAMES))
+    vectors = building.made_vectors(training)
     template = _template(said.get("template"), model, causal, files)
-    part, positions = frame.infilled(vectors, "decoder" if causal else "encoder", template)
+    part, positions = building.infilled(vectors, "decoder" if causal else "encoder", template)
     tuned = bool(facts.get("use_lm_finetune"))  # then it is not halved
     partial = "the language model was trained, too (use_lm_finetune), and is not in the file" if tuned else ""
-    details = {**said, **frame.plain(tree, SCORES)}
+    details = {**said, **contents.plain(tree, SCORES)}
     origin = Origin("ptuning", details, notes=() if tuned else (HALF,), partial=partial)
     return SoftPrompt((part,), positions, BaseId(model, geometry), training=training, origin=origin)
 
@@ -77,7 +77,7 @@ def _template(counts: Json, model: str, causal: bool, files: untrusted.Files) ->
         return Template((*before, Field("head"), *between, Slot()))
     tokens = TOKENS.get(model.rstrip("/").rpartition("/")[2])
     if tokens is None:
-        return frame.template_beside(files, f"a prompt for {model!r:.80}, whose tokens are not known here")
+        return building.template_beside(files, f"a prompt for {model!r:.80}, whose tokens are not known here")
     first, last, stop = tokens
     end = (*behind, Words((last,))) if behind else (Words((stop, last)),)
     return Template((Words((first,)), *before, Slot(), *between, Field("head"), *end))

@@ -15,7 +15,7 @@ from typing import Any
 from softbridge import untrusted
 from softbridge.geometry import Geometry, Stack
 from softbridge.prompt import BaseId, Json, Origin, SoftPrompt, Training
-from softbridge_archive import frame
+from softbridge_archive import building, contents, frame
 
 #: What the file holds -> the parameterisation that it is, and its settings.
 KINDS: Mapping[frozenset[str], tuple[str, dict[str, Json]]] = {
@@ -40,22 +40,22 @@ WHAT = "vectors of PT-Fewshot"
 
 def sniff(files: untrusted.Files) -> bool:
     """Whether a file holds such an encoder and nothing else."""
-    return bool(frame.saved(files, _is_it))
+    return bool(contents.saved(files, _is_it))
 
 
 def _is_it(tree: Mapping[Any, Any]) -> bool:
-    return frozenset(tree) in KINDS and "prompt_embeddings.weight" in frame.named(tree)
+    return frozenset(tree) in KINDS and "prompt_embeddings.weight" in contents.named(tree)
 
 
 def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     """See `Format.read`."""
-    tree = frame.the_one(frame.saved(files, _is_it), files, "an encoder of PT-Fewshot")
-    geometry = frame.geometry_of(files, geometry, WHAT)
+    tree = contents.the_one(contents.saved(files, _is_it), files, "an encoder of PT-Fewshot")
+    geometry = building.geometry_of(files, geometry, WHAT)
     kind, settings = KINDS[frozenset(tree)]
-    training = Training(kind, settings, frame.renamed(frame.named(tree), NAMES))
+    training = Training(kind, settings, contents.renamed(contents.named(tree), NAMES))
     stack: Stack = "decoder" if geometry.encoder is None else "encoder"
-    part, positions = frame.infilled(frame.made_vectors(training), stack, frame.template_beside(files, WHAT))
-    said = frame.plain(files.json(WRAPPER) if WRAPPER in files else {}, TASK)
+    part, positions = building.infilled(building.made_vectors(training), stack, building.template_beside(files, WHAT))
+    said = contents.plain(files.json(WRAPPER) if WRAPPER in files else {}, TASK)
     model = said.get("model_name_or_path")
     partial = "the language model, which was trained with it: give its folder as the base"
     origin = Origin("ptuning-fewshot", said, notes=(), partial=partial)
@@ -66,7 +66,7 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
 FORMAT = frame.ArchiveFormat(
     name="ptuning-fewshot",
     summary="THUDM/P-tuning, PT-Fewshot: embeddings.pth, with a template.json beside it",
-    files=("embeddings.pth", "config.json", WRAPPER, frame.TEMPLATE),
+    files=("embeddings.pth", "config.json", WRAPPER, building.TEMPLATE),
     recognise=sniff,
     reader=read,
     reads="`embeddings.pth` (LSTM or MLP), with a `template.json` that says where its vectors stand",

@@ -19,7 +19,9 @@ from softbridge.errors import Obstacle
 from softbridge.geometry import Geometry
 from softbridge.prompt import InputPrompt, Part, Positions, SoftPrompt, Training
 from softbridge_archive import prefix_encoder
-from softbridge_archive.frame import ArchiveFormat, below, geometry_of, holds, weights
+from softbridge_archive.building import geometry_of
+from softbridge_archive.contents import below, holds, weights
+from softbridge_archive.frame import ArchiveFormat
 
 STEM = "prefix_encoder"
 #: The head's tensors in a checkpoint -> in the transformers class of the task; the second where RoBERTa pools.

@@ -16,7 +16,8 @@ from softbridge.errors import BaseModelError, CheckpointError, Obstacle
 from softbridge.geometry import Geometry
 from softbridge.prompt import SoftPrompt
 from softbridge_archive import learned_words as shared
-from softbridge_archive.frame import ArchiveFormat, contained
+from softbridge_archive.contents import contained
+from softbridge_archive.frame import ArchiveFormat
 
 FILE = "embedding.safetensors"
 #: The text models, by the name of their vectors -> their width.

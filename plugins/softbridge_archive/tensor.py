@@ -14,7 +14,9 @@ from softbridge.errors import BaseModelError, CheckpointError
 from softbridge.geometry import Geometry, Stack
 from softbridge.prompt import Origin, Placement, SoftPrompt
 from softbridge_archive import tgis
-from softbridge_archive.frame import ArchiveFormat, in_front, matrix_of
+from softbridge_archive.building import in_front
+from softbridge_archive.contents import matrix
+from softbridge_archive.frame import ArchiveFormat
 
 #: The formats that read such a file if they are named.
 CHOICES = ("tensor", "tensor:after-first-token", "attempt", "prompt-transferability", "prompt-transferability:2.0")
@@ -68,7 +70,7 @@ def read(files: untrusted.Files, geometry: Geometry | None, placement: Placement
     if geometry is None:
         raise BaseModelError(f"a tensor {list(stored.shape)} for any stack", "the base model", "give --base")
     stack: Stack = "decoder" if geometry.encoder is None else "encoder"
-    return in_front({stack: matrix_of(stored)}, geometry, Origin(name), placement)
+    return in_front({stack: matrix(stored)}, geometry, Origin(name), placement)
 
 
 def _named(name: str, placement: Placement, where: str) -> ArchiveFormat:

@@ -19,7 +19,9 @@ from softbridge.geometry import Geometry
 from softbridge.methods import materialise_tasks
 from softbridge.plugin.capabilities import Capabilities
 from softbridge.prompt import SoftPrompt
-from softbridge_archive.frame import ArchiveFormat, only_array, several
+from softbridge_archive.building import several
+from softbridge_archive.contents import only_array
+from softbridge_archive.frame import ArchiveFormat
 
 FILE = "prompt_table.npy"
 

@@ -13,7 +13,8 @@ from softbridge import untrusted
 from softbridge.geometry import Geometry
 from softbridge.prompt import Array, SoftPrompt
 from softbridge_archive import learned_words as shared
-from softbridge_archive.frame import ArchiveFormat, contained
+from softbridge_archive.contents import contained
+from softbridge_archive.frame import ArchiveFormat
 
 #: A tensor of this name is of the token that the file is called after.
 UNNAMED = "emb_params"

@@ -18,7 +18,9 @@ from softbridge.errors import BaseModelError, CheckpointError
 from softbridge.geometry import Geometry, Stack
 from softbridge.plugin.capabilities import Capabilities
 from softbridge.prompt import BaseId, Origin, SoftPrompt
-from softbridge_archive.frame import ArchiveFormat, in_front, matrix_of, plain
+from softbridge_archive.building import in_front
+from softbridge_archive.contents import matrix, plain
+from softbridge_archive.frame import ArchiveFormat
 
 FILES: Mapping[str, Stack] = {"encoder.pt": "encoder", "decoder.pt": "decoder"}
 WEIGHTS, TENSOR = ("adapter_model.safetensors", "adapter_model.bin"), "prompt_embeddings"
@@ -65,7 +67,7 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
         notes = ("read as TGIS runs it; caikit itself leaves the decoder's vectors out: --part encoder-input",)
     details = plain(config, DETAILS)
     prompt = in_front(
-        {stack: matrix_of(tensor) for stack, tensor in stored.items()}, geometry, Origin("tgis", details, notes=notes)
+        {stack: matrix(tensor) for stack, tensor in stored.items()}, geometry, Origin("tgis", details, notes=notes)
     )
     name = config.get("base_model_name")
     return replace(prompt, base=BaseId(name if isinstance(name, str) and name else None, geometry))

@@ -43,7 +43,7 @@ from softbridge.errors import (
 from softbridge.lowering.planner import lower
 from softbridge.lowering.steps import Target
 from softbridge.plugin.registry import formats
-from softbridge.prompt import SoftPrompt
+from softbridge.prompt import Positions, SoftPrompt
 from softbridge.template import Field, Virtual
 from softbridge.testing import agreement, apart, tiny_config, tiny_model
 from softbridge.untrusted import Files
@@ -136,8 +136,8 @@ def roberta_base(**changes: Any) -> Any:
     )
 
 
-def tiny_roberta() -> Any:
-    return roberta_base(hidden_size=24, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=64)
+def tiny_roberta(longest: int = 64) -> Any:
+    return roberta_base(hidden_size=24, num_attention_heads=4, num_hidden_layers=2, max_position_embeddings=longest)
 
 
 def bloom_560m(layers: int = 1) -> Any:
@@ -230,35 +230,30 @@ def test_a_released_prompt_of_peft_goes_to_tgis_and_back(tmp_path: Path) -> None
 
 
 @REAL
-def test_mkultra_is_read_too() -> None:
-    pytest.skip("mkultra/neuromancer_gpt2.json belongs to the tests of KoboldAI and mkultra")
-
-
-@REAL
 def test_all_prompts_of_a_collection_convert_in_one_run(tmp_path: Path) -> None:
-    """Eighteen: nine for T5, in front; nine for RoBERTa, behind the mask as the repository has them, and in front."""
+    """Eighteen: nine for T5, in front; nine for RoBERTa, behind the mask as 2.0 has them, and in front."""
     collection = sorted((SHARED / "prompt_transferability").glob("*/task_prompt"))
     assert len(collection) == 18
+    first, second = "prompt-transferability", "prompt-transferability:2.0"
     for path in collection:
-        roberta = path.parent.name.endswith("Roberta")
-        base = roberta_base() if roberta else t5_base()
         assert inspect(path)["format"] == "bare-tensor"
-        report = sb.convert(path, tmp_path / "front" / path.parent.name, "peft", base=base, format="tensor")
-        assert report.lowering.prompt.inputs[0].vectors.shape == (100, 768)
-        if roberta:
-            for name in ("prompt-transferability", "prompt-transferability:2.0"):
-                target = tmp_path / name / path.parent.name
-                sb.convert(path, target, "softbridge", base=base, format=name)
-                again = sb.load(target)
-                assert again.inputs[0].placement == "after-first-token"
-                assert again.positions.start["encoder"] == (98 if name.endswith("2.0") else 100)
-            with pytest.raises(LoweringError, match="after-first-token"):
-                sb.convert(path, tmp_path / "no", "peft", base=base, format="prompt-transferability")
-        else:
+        if path.parent.name.endswith("T5"):
+            report = sb.convert(path, tmp_path / path.parent.name, "peft", base=t5_base(), format=first)
+            assert report.lowering.prompt.inputs[0].vectors.shape == (100, 768)
             with pytest.raises(BaseModelError, match="for t5"):
-                sb.convert(path, tmp_path / "no", "peft", base=base, format="prompt-transferability")
+                sb.load(path, base=t5_base(), format=second)
+            continue
+        sb.convert(path, tmp_path / path.parent.name, "peft", base=roberta_base(), format="tensor")
+        with pytest.raises(LoweringError, match=r"\[partial\] release 1.0 gives the first 100 places no position"):
+            sb.convert(path, tmp_path / "no", "softbridge", base=roberta_base(), format=first)
+        sb.convert(path, tmp_path / second / path.parent.name, "softbridge", base=roberta_base(), format=second)
+        again = sb.load(tmp_path / second / path.parent.name)
+        assert again.inputs[0].placement == "after-first-token"
+        assert again.positions.start["encoder"] == 98
+        with pytest.raises(LoweringError, match="after-first-token"):
+            sb.convert(path, tmp_path / "no", "peft", base=roberta_base(), format=second)
     for kind, make in (("T5", t5_base), ("Roberta", roberta_base)):
-        folder = tmp_path / "front" / f"SST2Prompt{kind}"
+        folder = tmp_path / f"SST2Prompt{kind}"
         in_peft(base_model(make), folder, sb.load(folder, base=make()).inputs[0].vectors)
 
 
@@ -271,7 +266,7 @@ def test_a_bare_tensor_is_recognised_and_refused_until_it_is_said_where_it_stand
         sb.load(path, base=tiny_config("gpt2"))
     assert set(CHOICES) < formats().keys()
     for name in CHOICES:
-        family = "t5" if name == "attempt" else "roberta" if name.startswith("prompt") else "gpt2"
+        family = "roberta" if name.endswith("2.0") else "t5" if name in ("attempt", CHOICES[3]) else "gpt2"
         config = tiny_roberta() if family == "roberta" else tiny_config(family)
         width = BaseModel(config).geometry.input_width
         save(path, torch.from_numpy(rows(5, width=width)))
@@ -296,15 +291,12 @@ def test_a_stated_tensor_runs_where_it_was_said_to_stand(name: str, tmp_path: Pa
     check(model, prompt, expected, twins(prompt), input_ids=ids)
 
 
-@pytest.mark.parametrize(("name", "begin"), [("prompt-transferability", 2), ("prompt-transferability:2.0", 0)])
 @pytest.mark.parametrize("padded", [False, True], ids=["", "padded"])
-def test_each_release_of_prompt_transferability_numbers_roberta_otherwise(
-    name: str, begin: int, padded: bool, tmp_path: Path
-) -> None:
+def test_the_second_release_of_prompt_transferability_numbers_roberta_from_0(padded: bool, tmp_path: Path) -> None:
     model = build(tiny_roberta(), "masked-lm", torch.float64, 0)
     array = rows(5, width=BaseModel(model.config).geometry.input_width)
     path = save(tmp_path / "task_prompt", torch.from_numpy(array))
-    prompt = sb.load(path, base=model.config, format=name)
+    prompt = sb.load(path, base=model.config, format="prompt-transferability:2.0")
     ids = text(3, 7)
     mask = torch.ones_like(ids)
     if padded:
@@ -316,17 +308,55 @@ def test_each_release_of_prompt_transferability_numbers_roberta_otherwise(
         logits = model(
             inputs_embeds=torch.cat([words[:, :1], front, words[:, 1:]], 1),
             attention_mask=whole,
-            position_ids=torch.arange(begin, begin + 12).expand(2, -1),
+            position_ids=torch.arange(12).expand(2, -1),
         ).logits
     expected = torch.cat([logits[:, :1], logits[:, 6:]], 1)
-    other = sb.load(path, base=model.config, format=CHOICES[4 if begin else 3])
     bound = agreement(model)
     real = mask.bool()
-    found = {key: native(model, one, input_ids=ids, attention_mask=mask)[real] for key, one in twins(prompt).items()}
+    others = {**twins(prompt), "RoBERTa's own positions": replace(prompt, positions=Positions({"encoder": 5}))}
     assert apart(native(model, prompt, input_ids=ids, attention_mask=mask)[real], expected[real]) <= bound
-    found["the other release"] = native(model, other, input_ids=ids, attention_mask=mask)[real]
-    for key, wrong in found.items():
+    for key, one in others.items():
+        wrong = native(model, one, input_ids=ids, attention_mask=mask)[real]
         assert apart(wrong, expected[real]) > 1000 * bound, key
+
+
+def test_the_first_release_of_prompt_transferability_is_another_function_than_the_one_that_is_read(
+    tmp_path: Path,
+) -> None:
+    """Of RoBERTa: the mask replaces the first vector, and what stands in the first 100 places has no positions."""
+    model = build(tiny_roberta(120), "masked-lm", torch.float64, 0)
+    array = rows(100, width=BaseModel(model.config).geometry.input_width)
+    path = save(tmp_path / "task_prompt", torch.from_numpy(array))
+    prompt = sb.load(path, base=model.config, format="prompt-transferability")
+    assert np.array_equal(prompt.inputs[0].vectors, array[1:])
+    ids = text(3, 7)
+    front, words = embedded(model, ids, array[1:])
+    row = torch.cat([words[:, :1], front, words[:, 1:]], 1)
+    told = torch.arange(2, 108).expand(2, -1)
+
+    def without(module: Any, args: Any, output: Any) -> Any:
+        return torch.cat([torch.zeros_like(output[:, :100]), output[:, 100:]], 1)
+
+    with torch.no_grad():
+        read = model(inputs_embeds=row, position_ids=told).logits
+        model.roberta.embeddings.position_embeddings.register_forward_hook(without)
+        trained = model(inputs_embeds=row, position_ids=told).logits
+    model.roberta.embeddings.position_embeddings._forward_hooks.clear()
+    found = native(model, replace(prompt, origin=None), input_ids=ids)  # as if it had been accepted
+    assert apart(found, torch.cat([read[:, :1], read[:, 100:]], 1)) <= agreement(model)
+    assert apart(found, torch.cat([trained[:, :1], trained[:, 100:]], 1)) > 0.01
+    with pytest.raises(LoweringError, match=r"\[partial\]"):
+        sb.convert(path, tmp_path / "out", "softbridge", base=model.config, format="prompt-transferability")
+
+
+def test_prompt_transferability_stands_in_front_of_t5s_text(tmp_path: Path) -> None:
+    config = tiny_config("t5")
+    array = rows(5, width=BaseModel(config).geometry.input_width)
+    path = save(tmp_path / "task_prompt", torch.from_numpy(array))
+    prompt, plain = (sb.load(path, base=config, format=name) for name in ("prompt-transferability", "tensor"))
+    assert (prompt.parts, prompt.positions) == (plain.parts, plain.positions)
+    with pytest.raises(BaseModelError, match="one of bert, roberta, t5"):
+        sb.load(path, base=tiny_config("gpt2"), format="prompt-transferability")
 
 
 # --- google-research/prompt-tuning ------------------------------------------------------------------------------------
