@@ -266,28 +266,28 @@ FAULTS = {
     # Parameterisations.
     "the other task": fault(
         "gpt2: peft to softbridge, tasks",
-        ("softbridge.methods.parameterisations:_multitask", "= _task(", "= 1 - _task("),
+        ("softbridge.methods.kinds:_multitask", "= _task(", "= 1 - _task("),
     ),
     "one task's matrices mixed with another's": fault(
         "gpt2: peft to softbridge, tasks",
-        ("softbridge.methods.parameterisations:_multitask", "rows[task : task + 1]", "rows.flip(0)[task : task + 1]"),
+        ("softbridge.methods.kinds:_multitask", "rows[task : task + 1]", "rows.flip(0)[task : task + 1]"),
     ),
     "the rows of a cartridge in the wrong order": fault(
         "gpt2: softbridge to peft, cartridge",
-        ("softbridge.methods.parameterisations:_cartridge", '("frozen", "trained")', '("trained", "frozen")'),
+        ("softbridge.methods.kinds:_cartridge", '("frozen", "trained")', '("trained", "frozen")'),
     ),
     "an activation before the first layer, not behind it": fault(
         "gpt2: softbridge to peft, P-tuning",
-        ("softbridge.methods.parameterisations:_linear_layers", "if number else", "if not number else"),
+        ("softbridge.methods.kinds:_linear_layers", "if number else", "if not number else"),
     ),
     "a square weight transposed": fault(
         "gpt2: adapterhub to softbridge, MLP",
-        ("softbridge.methods.parameterisations:_mlp", 'tensors[f"{name}.weight"]', 'tensors[f"{name}.weight"].T'),
+        ("softbridge.methods.kinds:_mlp", 'tensors[f"{name}.weight"]', 'tensors[f"{name}.weight"].T'),
         adapterhub="it alone evaluates the parameterisation in its file, otherwise",
     ),
     "no activation": fault(
         "gpt2: adapterhub to softbridge, MLP",
-        ("softbridge.methods.parameterisations:_mlp", "hidden = function(", "hidden = ("),
+        ("softbridge.methods.kinds:_mlp", "hidden = function(", "hidden = ("),
         adapterhub="it alone evaluates the parameterisation in its file, otherwise",
     ),
     # PEFT's files.

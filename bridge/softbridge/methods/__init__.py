@@ -1,7 +1,8 @@
 """Every soft-prompt method of the literature: a parameterisation composed with an injection.
 
-`parameterisations` evaluates what only training sees (an MLP, an LSTM, a low-rank product, ...) into what a model
-sees. `published` names the methods, with their papers and defaults, as values that start a new prompt:
+`kinds` is the table of what only training sees (an MLP, an LSTM, a low-rank product, ...), and `parameterisations`
+evaluates it into what a model sees. `published` names the methods, with their papers and defaults, as values that start
+a new prompt:
 
     >>> method = PrefixTuning(length=20, reparameterisation=MLP(bottleneck_size=512))
     >>> method.parameters(geometry)  # how many numbers are trained
@@ -10,8 +11,9 @@ sees. `published` names the methods, with their papers and defaults, as values t
 Importing this needs no deep-learning framework, evaluating does.
 """
 
+from softbridge.methods.kinds import KINDS, MLP_TENSORS, activation
 from softbridge.methods.method import Method, Paper, TaskHead
-from softbridge.methods.parameterisations import KINDS, MLP_TENSORS, activation, evaluate, tasks_of, trained
+from softbridge.methods.parameterisations import evaluate, tasks_of, trained
 from softbridge.methods.parameterisations import float32_parameterisation as float32_parameterisation
 from softbridge.methods.parameterisations import materialise as materialise
 from softbridge.methods.parameterisations import materialise_tasks as materialise_tasks

@@ -12,7 +12,8 @@ import numpy as np
 
 from softbridge.arrays import Array
 from softbridge.geometry import Geometry, Site, Stack, stack_of
-from softbridge.methods.parameterisations import Sizes, Start, Tensor, eject, kind_of, measure, normal
+from softbridge.methods.kinds import Sizes, Start, Tensor, kind_of, measure, normal
+from softbridge.methods.parameterisations import eject
 from softbridge.prompt.part import InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, Positions, SoftPrompt, Training
 from softbridge.prompt.values import FrozenMap, Json

@@ -17,6 +17,7 @@ import numpy as np
 
 from softbridge.arrays import Array
 from softbridge.geometry import Geometry, Stack
+from softbridge.methods.kinds import uniform
 from softbridge.methods.method import (
     Method,
     Paper,
@@ -30,7 +31,6 @@ from softbridge.methods.method import (
     need_counts,
     prefix_slots,
 )
-from softbridge.methods.parameterisations import uniform
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.prompt.values import Json
 
