@@ -166,7 +166,7 @@ FAULTS = {
         "gpt2: adapterhub to peft",
         (
             "softbridge.checkpoint.write:write_files",
-            "{**content, MANIFEST: untrusted.json_bytes(manifest)}",
+            "{**content, MANIFEST: untrusted.json_bytes(signed(manifest))}",
             "content",
         ),
     ),

@@ -186,6 +186,7 @@ def _same_function(naive: SoftPrompt, right: SoftPrompt) -> bool:
 
 def _apart(source: Path, target: Path) -> None:
     """Refuse a target that would replace its own source, or stand inside it."""
+    untrusted.check_name(target)
     here, there = source.resolve(), target.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise OutputError(f"{target} is, holds or lies in the source {source}", "a target outside it", "choose another")

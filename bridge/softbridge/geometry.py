@@ -136,6 +136,10 @@ class Geometry:
         return self.encoder is not None and self.decoder is not None
 
 
+#: More layers, or more heads, are not believed of a model: configurations come from files, and each is looked at.
+MOST = 2**16
+
+
 def read_geometry(config: Any) -> Geometry:
     """The geometry of a transformers configuration (a composite one is read through its text part).
 
@@ -180,6 +184,12 @@ def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:
     heads_names = (f"{prefix}attention_heads", "num_attention_heads", "num_heads")
     layers = _count(config, *layers_names)
     heads = _count(config, *heads_names)
+    if max(layers, heads) > MOST:
+        raise BaseModelError(
+            f"{config.model_type}: {layers} layers with {heads} heads",
+            f"at most {MOST} of each",
+            "check the base model's config.json",
+        )
     # Where layers differ, newer configurations refuse to name one number for all of them.
     single = [] if prefix else list(getattr(config, "per_layer_config", None) or ())
     first = single[0] if single else config

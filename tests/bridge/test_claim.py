@@ -18,6 +18,7 @@ from transformers import AutoConfig
 import softbridge as sb
 from softbridge.base import BaseModel
 from softbridge.checkpoint.choice import ALL, Choice
+from softbridge.checkpoint.manifest import signed
 from softbridge.errors import CheckpointError, EngineError, SoftbridgeError
 from softbridge.lowering.examples import METHODS, example
 from softbridge.lowering.explain import KINDS, explain
@@ -404,7 +405,7 @@ def test_a_head_that_was_left_to_the_caller_is_the_other_sides(tmp_path: Path) -
     assert not sb.verify(tmp_path / "a", tmp_path / "b", base=base, dtype=PRECISION).same
     manifest = json.loads((tmp_path / "b" / "softbridge.json").read_text())
     manifest["steps"].append({"name": "head", "exactness": "conditional", "note": ""})
-    (tmp_path / "b" / "softbridge.json").write_text(json.dumps(manifest))
+    (tmp_path / "b" / "softbridge.json").write_text(json.dumps(signed(manifest)))
     assert sb.verify(tmp_path / "a", tmp_path / "b", base=base, dtype=PRECISION).same
     assert sb.verify(tmp_path / "b", tmp_path / "a", base=base, dtype=PRECISION).conditions == ("head",)
 
@@ -505,6 +506,6 @@ def test_a_manifest_that_says_nonsense_of_its_source(wrong: Any, tmp_path: Path)
     base = base_of("gpt2")
     sb.save(made("prefix-tuning", base, "peft"), tmp_path / "a", format="peft", base=base)
     manifest = json.loads((tmp_path / "a" / "softbridge.json").read_text())
-    (tmp_path / "a" / "softbridge.json").write_text(json.dumps({**manifest, **wrong}))
+    (tmp_path / "a" / "softbridge.json").write_text(json.dumps(signed({**manifest, **wrong})))
     with pytest.raises(CheckpointError, match=next(iter(wrong))):
         sb.load(tmp_path / "a", base=base)

@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 import softbridge as sb
 from softbridge import initialisation, methods, tools
 from softbridge.base import BaseModel, build
-from softbridge.checkpoint.manifest import MANIFEST
+from softbridge.checkpoint.manifest import MANIFEST, signed
 from softbridge.cli.console import app
 from softbridge.errors import BaseModelError, CheckpointError, LoweringError, SoftbridgeError
 from softbridge.lowering.expressible import inexpressible
@@ -182,7 +182,7 @@ def test_the_release_may_be_stated(folders: Path) -> None:
 @pytest.mark.parametrize("scale", [{"decoder": 0}, {"decoder": "x"}, {"encoder": 1.0}, [1.0], {"decoder": None}, None])
 def test_a_manifest_that_says_nonsense(folders: Path, scale: object) -> None:
     path = folders / "peft" / MANIFEST
-    path.write_text(json.dumps({**json.loads(path.read_text()), "scale": scale}))
+    path.write_text(json.dumps(signed({**json.loads(path.read_text()), "scale": scale})))
     with pytest.raises(CheckpointError, match="has the scale"):
         sb.load(folders / "peft")
 

@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from softbridge import untrusted
 from softbridge.arrays import Array
 from softbridge.base.build import (
     HEADED,
@@ -31,6 +32,9 @@ from softbridge.errors import BaseModelError, SoftbridgeError
 from softbridge.geometry import Geometry, read_geometry, text_part
 from softbridge.prompt.soft_prompt import BaseId
 from softbridge_compat import embedding_scales, transformers_configs, versions
+
+#: More labels, or layers, of a configuration are not believed.
+MOST_NAMED = 10**6
 
 
 class BaseModel:
@@ -171,7 +175,7 @@ class BaseModel:
         try:
             with torch.device("meta"):
                 model = auto_class(task, self.config).from_config(self.small_config(), trust_remote_code=False)
-        except (SoftbridgeError, ValueError, TypeError, RuntimeError, ArithmeticError):
+        except Exception:  # models of transformers raise what they like; `build` says what
             return False
         return {name for name, _ in model.named_parameters()} >= self._head.keys()
 
@@ -217,7 +221,7 @@ class BaseModel:
         try:
             with torch.device("meta"):
                 return auto_class(self.task, self.config).from_config(self.small_config(), trust_remote_code=False)
-        except (SoftbridgeError, ValueError, TypeError, RuntimeError, ArithmeticError):
+        except Exception:  # models of transformers raise what they like; `build` says what
             return None
 
     @cached_property
@@ -298,6 +302,7 @@ def _load_config(base: str, trust_remote_code: bool) -> Any:
         raise BaseModelError(
             f"there is no '{base}'", "a directory with config.json, a config.json, or a hub id", "check the spelling"
         )
+    _check_counts(path / "config.json" if path.is_dir() else path)
     try:
         config = AutoConfig.from_pretrained(base, trust_remote_code=trust_remote_code)
     except Exception as error:  # configuration classes raise what they like
@@ -314,6 +319,24 @@ def _load_config(base: str, trust_remote_code: bool) -> Any:
             "take it out of config.json; or load the model yourself, if you trust its author, and pass the model",
         )
     return config
+
+
+def _check_counts(path: Path) -> None:
+    """Refuse a configuration of so many labels that transformers, which names each, would take gigabytes."""
+    if not path.is_file():
+        return
+    try:
+        said = untrusted.Files(path).json(path.name)
+    except SoftbridgeError:  # transformers says it in its own words
+        return
+    for name in ("num_labels", "num_hidden_layers", "num_layers", "n_layer"):
+        count = said.get(name)
+        if isinstance(count, int) and count > MOST_NAMED:
+            raise BaseModelError(
+                f"'{path}' says {name} = {count if count < 10**20 else 'a number without end'}",
+                f"at most {MOST_NAMED}",
+                "check the base model's config.json",
+            )
 
 
 def _downloads(config: Any) -> Iterator[str]:

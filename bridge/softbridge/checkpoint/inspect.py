@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from softbridge.checkpoint.read import files_at, read, recognise
+from softbridge.base.model import BaseModel
+from softbridge.checkpoint.read import files_at, read_files, recognise
 from softbridge.errors import BaseModelError
 from softbridge.methods import tasks_of
 from softbridge.plugin.registry import format_named
@@ -24,7 +25,8 @@ def inspect(path: str | Path, *, base: Any = None, format: str | None = None) ->
         format: the name of the format; recognised by content if None.
 
     Returns:
-        ``path``, ``format``, ``files`` (name -> ``{"sha256": text}``) and ``needs_base``; and, unless that is a text:
+        ``path``, ``format``, ``files`` (name -> ``{"sha256": text}``, of those that were read), ``others`` (names of
+        those that were not) and ``needs_base``; and, unless that is a text:
         ``conditions`` (names), ``base`` (its name or None), ``parts`` (for each where it stands, its length P, shape,
         dtype, and the standard deviation and the largest of its numbers), ``positions``, ``head`` (names of tensors),
         ``training`` (its kind or None), ``task``, ``notes`` and ``digest``.
@@ -36,14 +38,17 @@ def inspect(path: str | Path, *, base: Any = None, format: str | None = None) ->
     files = files_at(path, form=named)
     form = named or recognise(files)
     found: dict[str, Any] = {"path": str(path), "format": form.name, "files": {}, "needs_base": None}
-    for name in files.names:
-        found["files"][name] = {"sha256": files.digest(name)}
-    try:
-        loaded = read(path, base=base, format=form.name)
-    except BaseModelError as error:
-        if base is not None:
-            raise
-        found["needs_base"] = error.found
+    resolved = None if base is None else BaseModel.resolve(base)
+    with files.reading() as names:
+        try:
+            loaded = read_files(files, form, None if resolved is None else resolved.geometry)
+        except BaseModelError as error:
+            if base is not None:
+                raise
+            found["needs_base"] = error.found
+    found["files"] = {name: {"sha256": files.digest(name)} for name in sorted(names & {*files.names})}
+    found["others"] = [name for name in files.names if name not in names]
+    if found["needs_base"] is not None:
         return found
     return {**found, "conditions": list(loaded.conditions), **_describe(loaded.prompt)}
 

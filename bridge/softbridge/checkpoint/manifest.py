@@ -100,6 +100,12 @@ def sha256_of(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
+def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest with a digest of itself, by which damage is noticed. (It keeps nobody from making another.)"""
+    said = {name: value for name, value in manifest.items() if name != "digest"}
+    return {**said, "digest": sha256_of(untrusted.json_bytes(said))}
+
+
 def same_attention(a: Geometry, b: Geometry) -> bool:
     """Whether a prompt for one fits the other; a vocabulary may have been resized."""
     return replace(a, vocabulary=0) == replace(b, vocabulary=0)
@@ -123,6 +129,10 @@ def with_manifest(loaded: Loaded, files: untrusted.Files) -> tuple[Loaded, Mappi
             f"version {MANIFEST_VERSION} and format '{form.name}'",
             remedy,
         )
+    if "digest" in manifest and manifest != signed(manifest):  # before 0.2 it had none
+        raise CheckpointError(
+            f"{MANIFEST} has been changed since it was written", "what its digest was made of", remedy
+        )
     recorded = manifest.get("files")
     named: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
     stale = [name for name in weights if name not in named]
@@ -139,7 +149,7 @@ def with_manifest(loaded: Loaded, files: untrusted.Files) -> tuple[Loaded, Mappi
         )
     try:
         positions = Positions(**manifest["positions"])
-        prompt = replace(prompt, positions=positions)  # checks that they speak of the prompt's own stacks
+        told = replace(prompt, positions=positions)  # checks that they speak of the prompt's own stacks
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(
             f"{MANIFEST} has no valid 'positions': {error!r}", "start, relative_bias and window", remedy
@@ -154,8 +164,16 @@ def with_manifest(loaded: Loaded, files: untrusted.Files) -> tuple[Loaded, Mappi
         for step in steps
     ):
         raise CheckpointError(f"{MANIFEST} has steps {steps!r:.80}", "a list of steps as softbridge wrote it", remedy)
-    if dtype is not None and dtype not in DTYPES:
+    if dtype is not None and (not isinstance(dtype, str) or dtype not in DTYPES):
         raise CheckpointError(f"{MANIFEST} has the dtype {dtype!r:.40}", f"null or one of {', '.join(DTYPES)}", remedy)
+    done = tuple(Step(**step) for step in steps)
+    if told.positions != prompt.positions and "positions" not in names_of(done, "conditional"):
+        raise CheckpointError(
+            f"{MANIFEST} has tokens stand elsewhere than the files do, and no condition says so",
+            "the positions that the files have, or the condition 'positions'",
+            remedy,
+        )
+    prompt = told
     scale = manifest.get("scale", {})
     try:
         for stack, number in scale.items():
@@ -172,5 +190,4 @@ def with_manifest(loaded: Loaded, files: untrusted.Files) -> tuple[Loaded, Mappi
     made_of = source.get("digests", {}) if isinstance(source, dict) else None
     if not isinstance(made_of, dict):
         raise CheckpointError(f"{MANIFEST} has the source {source!r:.80}", "an object with 'digests'", remedy)
-    told = replace(loaded, prompt=prompt, dtype=dtype, choice=choice, made_of=made_of)
-    return replace(told, steps=tuple(Step(**step) for step in steps)), scale
+    return replace(loaded, prompt=prompt, steps=done, dtype=dtype, choice=choice, made_of=made_of), scale

@@ -101,6 +101,19 @@ def read_files(files: untrusted.Files, form: Format, geometry: Geometry | None, 
     Raises:
         CheckpointError: the files, or the manifest beside them, are malformed.
     """
+    with files.reading() as names:
+        loaded, scale = _read_files(files, form, geometry, drop)
+    # Of others nobody knows how large they are, or whose.
+    digests = {name: files.digest(name) for name in sorted(names & {*files.names})}
+    prompt = loaded.prompt
+    origin = replace(prompt.origin if prompt.origin is not None else Origin(form.name), digests=digests)
+    told = tuple(with_scale(part, scale) for part in prompt.parts)
+    return replace(loaded, prompt=replace(prompt, parts=told, origin=origin))
+
+
+def _read_files(
+    files: untrusted.Files, form: Format, geometry: Geometry | None, drop: Collection[str]
+) -> tuple[Loaded, Mapping[str, float]]:
     try:
         prompt = form.read(files, geometry)
     except CheckpointError:
@@ -118,15 +131,8 @@ def read_files(files: untrusted.Files, form: Format, geometry: Geometry | None, 
             )
         check_fits(prompt, geometry)
         prompt = replace(prompt, base=replace(prompt.base, geometry=geometry))
-    scale: Mapping[str, float] = {}
     loaded = Loaded(prompt, form, files.path)
-    if MANIFEST in files and "manifest" not in drop:
-        loaded, scale = with_manifest(loaded, files)
-        prompt = loaded.prompt
-    digests = {name: files.digest(name) for name in files.names}
-    origin = replace(prompt.origin if prompt.origin is not None else Origin(form.name), digests=digests)
-    told = tuple(with_scale(part, scale) for part in prompt.parts)
-    return replace(loaded, prompt=replace(prompt, parts=told, origin=origin))
+    return with_manifest(loaded, files) if MANIFEST in files and "manifest" not in drop else (loaded, {})
 
 
 def _files_of(folder: Path, form: Format | None) -> Sequence[str] | None:

@@ -11,7 +11,7 @@ from softbridge import parts, untrusted
 from softbridge.arrays import same_array
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.choice import ALL, Choice
-from softbridge.checkpoint.manifest import MANIFEST, MANIFEST_VERSION, Loaded, names_of, sha256_of
+from softbridge.checkpoint.manifest import MANIFEST, MANIFEST_VERSION, Loaded, names_of, sha256_of, signed
 from softbridge.checkpoint.read import read_files
 from softbridge.errors import OutputError
 from softbridge.lowering.planner import Lowering, lower
@@ -102,6 +102,7 @@ def _known(prompt: SoftPrompt, base: BaseModel) -> BaseId:
 
 def check_target(target: Path, overwrite: bool) -> None:
     """Refuse a target that is there already; with `overwrite`, refuse what is not a prompt: a model, a folder."""
+    untrusted.check_name(target)
     if not overwrite:
         untrusted.check_vacant(target)
         return
@@ -192,4 +193,5 @@ def write_files(
         manifest["source"] = {"format": source.format.name, "digests": dict(source.digests)}
     if choice != ALL:
         manifest["choice"] = asdict(choice)
-    untrusted.write(target, {**content, MANIFEST: untrusted.json_bytes(manifest)}, overwrite=overwrite, check=check)
+    whole = {**content, MANIFEST: untrusted.json_bytes(signed(manifest))}
+    untrusted.write(target, whole, overwrite=overwrite, check=check)

@@ -29,7 +29,7 @@ from softbridge.untrusted.content import (
 )
 from softbridge.untrusted.files import Files, Kind
 from softbridge.untrusted.hub import hub_id, located
-from softbridge.untrusted.output import check_vacant, write, write_file
+from softbridge.untrusted.output import check_name, check_vacant, write, write_file
 from softbridge.untrusted.pickle_walk import Foreign
 from softbridge.untrusted.pickles import Stored, pickled
 
@@ -42,6 +42,7 @@ __all__ = [
     "Foreign",
     "Kind",
     "Stored",
+    "check_name",
     "check_vacant",
     "hub_id",
     "is_safe_name",

@@ -18,6 +18,9 @@ Archive = Literal["zip", "tar", "gzip"]
 GZIP = b"\x1f\x8b\x08"
 #: Where a tar file says that it is one.
 USTAR = slice(257, 262)
+#: How a zip archive's last record begins, within how many bytes of its end that stands, and how many bytes a member
+#: takes in the directory: 46, and its name.
+_END, _TAIL, _ENTRY = b"PK\x05\x06", 2**16 + 22, 46 + 128
 #: To how many times its size, and how many bytes beyond that, an archive may be unpacked. Numbers hardly shrink.
 EXPANSION, ALLOWANCE = 32, 2**24
 
@@ -67,10 +70,30 @@ def _guarded(read: Callable[[int], bytes], length: int, what: str) -> Callable[[
     return guarded
 
 
+def opened_zip(stream: BinaryIO) -> zipfile.ZipFile:
+    """A zip archive of not too many members, which are counted before zipfile makes an object of each.
+
+    Raises:
+        CheckpointError: it has too many.
+        zipfile.BadZipFile: it is none; and other kinds of exception, with which zipfile meets malformed archives.
+    """
+    end = stream.seek(0, io.SEEK_END)
+    stream.seek(max(0, end - _TAIL))
+    tail = stream.read()
+    where = tail.rfind(_END)
+    # 12 bytes before it ends, how many bytes the directory has; 2**32 - 1: it is said elsewhere, and far too many.
+    directory = int.from_bytes(tail[where + 12 : where + 16], "little") if where >= 0 else 0
+    if directory > MEMBERS * _ENTRY:
+        raise refusal(f"a zip archive whose directory has {directory} bytes", f"at most {MEMBERS} members")
+    stream.seek(0)
+    archive = zipfile.ZipFile(stream)
+    if len(archive.infolist()) > MEMBERS:
+        raise refusal(f"a zip archive of {len(archive.infolist())} members", f"at most {MEMBERS}")
+    return archive
+
+
 def _zipped(stream: BinaryIO, path: Path) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
-    with zipfile.ZipFile(stream) as archive:
-        if len(archive.infolist()) > MEMBERS:
-            raise ValueError(f"{len(archive.infolist())} members")
+    with opened_zip(stream) as archive:
 
         def reader(member: zipfile.ZipInfo) -> Callable[[int], bytes]:
             def read(length: int) -> bytes:

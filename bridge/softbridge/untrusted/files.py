@@ -5,14 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import zipfile
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from softbridge.arrays import Array
-from softbridge.untrusted.archives import GZIP, USTAR, members_of
+from softbridge.untrusted.archives import GZIP, USTAR, members_of, opened_zip
 from softbridge.untrusted.claims import LIMIT, checked_values, parse_json, parse_yaml, refusal, short
 from softbridge.untrusted.flax_state import begins_msgpack, flax_state
 from softbridge.untrusted.headers import NPY, Range, npy_header, safetensors_header
@@ -59,11 +58,20 @@ class Files:
             ) from error
         self.names = tuple(sorted(self._files))
         self._trees: dict[str, Any] = {}
+        self._kinds: dict[str, Kind] = {}
+        self._read: set[str] = set()
+
+    @contextmanager
+    def reading(self) -> Iterator[set[str]]:
+        """The names of the files that are read while the block runs; to look at what kind one is, is not to read it."""
+        self._read.clear()
+        yield self._read
 
     def without(self, names: Collection[str]) -> Files:
         """The same without the files of these names, in whatever folder."""
         others = object.__new__(Files)
         others.path, others.is_file, others._trees = self.path, self.is_file, self._trees
+        others._kinds, others._read = self._kinds, self._read
         others._files = {name: real for name, real in self._files.items() if name.rpartition("/")[2] not in names}
         others.names = tuple(name for name in self.names if name in others._files)
         return others
@@ -78,6 +86,7 @@ class Files:
             members = members_of(place, kind, what)
         within = object.__new__(Files)
         within.path, within.is_file, within._trees = self.path / name if not self.is_file else self.path, False, {}
+        within._kinds, within._read = {}, set()
         within._files = dict(members)
         within.names = tuple(sorted(members))
         return within
@@ -87,7 +96,13 @@ class Files:
 
     @contextmanager
     def _open(self, name: str) -> Iterator[tuple[BinaryIO, int, str]]:
-        """A file's stream, its size, and what to call it in an error."""
+        """A file's stream, its size, and what to call it in an error, to read what it holds."""
+        self._read.add(name)
+        with self._stream(name) as opened:
+            yield opened
+
+    @contextmanager
+    def _stream(self, name: str) -> Iterator[tuple[BinaryIO, int, str]]:
         if name not in self._files:
             raise refusal(
                 f"'{self.path}' has no file {short(name)}; it has {short(list(self.names))}",
@@ -105,7 +120,12 @@ class Files:
 
     def kind(self, name: str) -> Kind:
         """What the file is, by its first bytes."""
-        with self._open(name) as (stream, size, _):
+        if name not in self._kinds:
+            self._kinds[name] = self._look(name)
+        return self._kinds[name]
+
+    def _look(self, name: str) -> Kind:
+        with self._stream(name) as (stream, size, _):
             start = stream.read(512)
             # First, because the length of a header can begin like a pickle: 640 is 80 02.
             if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
@@ -113,9 +133,8 @@ class Files:
             if start.startswith(NPY):
                 return "npy"
             if start.startswith(ZIP):
-                stream.seek(0)
                 try:
-                    with zipfile.ZipFile(stream) as archive:
+                    with opened_zip(stream) as archive:
                         return "pickle" if main_member(archive) else "zip"
                 except Exception:  # zipfile raises seven kinds of exception on malformed archives
                     return "unknown"
@@ -167,6 +186,7 @@ class Files:
         all other kinds are `Foreign`: their names, and the data that would have made them. Nothing is executed,
         whatever the file holds.
         """
+        self._read.add(name)
         if name not in self._trees:
             kind = self.kind(name)
             with self._open(name) as (stream, size, what):
@@ -250,7 +270,7 @@ class Files:
     def digest(self, name: str) -> str:
         """sha256 of the file, hexadecimal."""
         state = hashlib.sha256()
-        with self._open(name) as (stream, _, _what):
+        with self._stream(name) as (stream, _, _what):
             while block := stream.read(2**20):
                 state.update(block)
         return state.hexdigest()

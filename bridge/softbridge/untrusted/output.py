@@ -77,6 +77,18 @@ def write_file(
             os.replace(staged / target.name, target)
 
 
+def check_name(target: Path) -> None:
+    """Refuse a path that this machine can have nothing at: a name that is too long, a NUL in it."""
+    try:
+        os.lstat(target)
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError) as error:
+        raise OutputError(
+            f"'{target}' cannot be written: {error}", "a path of this machine", "choose another"
+        ) from error
+
+
 def check_vacant(target: Path) -> None:
     """Refuse a target that is there already; an empty folder may be filled."""
     if target.is_file() or (target.is_dir() and any(target.iterdir())):

@@ -15,10 +15,10 @@ import numpy as np
 
 from softbridge.arrays import BFLOAT16, Array
 from softbridge.errors import CheckpointError
+from softbridge.untrusted.archives import opened_zip
 from softbridge.untrusted.claims import (
     DEPTH,
     LIMIT,
-    MEMBERS,
     checked_bytes,
     checked_values,
     is_safe_name,
@@ -178,10 +178,10 @@ def main_member(archive: zipfile.ZipFile) -> str | None:
 
 def _open_zip(stream: BinaryIO, size: int, what: str, plain: bool) -> tuple[Program, Mapping[str, _Place]]:
     """The program of a torch.save archive, and where its storages lie."""
-    with zipfile.ZipFile(stream) as archive:
+    with opened_zip(stream) as archive:
         members = archive.infolist()
-        if len(members) > MEMBERS or len({member.filename for member in members}) != len(members):
-            raise refusal(f"{what}: an archive of {len(members)} members", f"at most {MEMBERS}, each with its own name")
+        if len({member.filename for member in members}) != len(members):
+            raise refusal(f"{what}: an archive of {len(members)} members", "every member with its own name")
         for member in members:
             if member.compress_type != zipfile.ZIP_STORED or member.file_size != member.compress_size:
                 raise refusal(

@@ -247,6 +247,7 @@ def capture(
     import torch
 
     prompt = subject.prompt
+    regions = bench.float32_regions  # first: a model that does not even run alone is nobody's fault but its own
     probes = bench.probes(prompt)
     backwards = [reverse(probes)] if reference else []
     if dtype == "float64":  # it is the only precision
@@ -279,7 +280,7 @@ def capture(
         engine=engine.name,
         left_pads=engine.capabilities.left_pads,
         float32_regions=(
-            *bench.float32_regions,
+            *regions,
             *float32_regions(engine, prompt, bench.base.geometry),
         ),
         longest=max(probe.inputs["input_ids"].shape[1] for probe in probes),

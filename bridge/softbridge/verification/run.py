@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from softbridge.arrays import Array
+from softbridge.base.build import first_line
 from softbridge.base.head import load_head, restore_head
 from softbridge.base.model import BaseModel
 from softbridge.cloze import IGNORED
-from softbridge.errors import EngineError, Obstacle
+from softbridge.errors import BaseModelError, EngineError, Obstacle
 from softbridge.geometry import Geometry
 from softbridge.lowering.expressible import inexpressible
 from softbridge.lowering.precision import as_dtype
@@ -274,6 +275,9 @@ def find_float32_regions(model: Any, probe: Probe | Mapping[str, Any]) -> tuple[
     Args:
         model: is called once.
         probe: what with; or the model's own arguments, for one that takes no text.
+
+    Raises:
+        BaseModelError: the model cannot be called.
     """
     import torch
     from torch.utils._python_dispatch import TorchDispatchMode
@@ -308,6 +312,12 @@ def find_float32_regions(model: Any, probe: Probe | Mapping[str, Any]) -> tuple[
                 _logits(model, probe)
             else:
                 model(**probe)
+    except Exception as error:  # models of transformers raise what they like
+        raise BaseModelError(
+            f"{type(model).__name__} does not run by itself: {type(error).__name__}: {first_line(error)}",
+            "a base model that transformers can run",
+            "check the base model's config.json",
+        ) from error
     finally:
         for handle in handles:
             handle.remove()

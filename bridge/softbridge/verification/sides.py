@@ -187,4 +187,5 @@ def _reading(loaded: Loaded, path: str | Path) -> Mapping[str, Any]:
     if loaded.choice == ALL:
         return {}
     files = files_at(path)
-    return loaded.choice.reading if _is_made_of(loaded, {name: files.digest(name) for name in files.names}) else {}
+    digests = {name: files.digest(name) for name in loaded.made_of if name in files}
+    return loaded.choice.reading if _is_made_of(loaded, digests) else {}
