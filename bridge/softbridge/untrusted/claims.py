@@ -127,12 +127,15 @@ def parse_yaml(content: bytes, what: str) -> dict[str, Any]:
     most = LIMIT // 64  # a token of one character costs as much as twenty of JSON
     if len(content) > most:
         raise refusal(f"{what}: {len(content)} bytes of YAML", f"at most {most}")
+    depth = 0
     try:
-        if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(content, yaml.SafeLoader)):
-            raise refusal(f"{what}: YAML with an alias", "every value where it belongs")
+        for event in yaml.parse(content, yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise refusal(f"{what}: YAML with an alias", "every value where it belongs")
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > DEPTH:  # before yaml itself goes down there, step by step
+                raise refusal(f"{what}: YAML nested too deeply", f"at most {DEPTH} levels")
         value = yaml.safe_load(content)
-    except RecursionError as error:
-        raise refusal(f"{what}: YAML nested too deeply to read", f"at most {DEPTH} levels") from error
     except (yaml.YAMLError, ValueError) as error:
         raise refusal(f"{what}: not readable as YAML: {str(error)[:200]}", "a YAML mapping in UTF-8") from error
     return _object(value, what, "YAML")
