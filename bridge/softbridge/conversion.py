@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Report:
         lowering: the prompt as it was written, and the steps that led to it.
         advice: what users of the files in the toolkit itself must do.
         certificate: what verification found, if it was asked for.
+        files: name -> size in bytes of the format's own files, written or, in a dry run, planned.
     """
 
     source: Loaded
@@ -51,6 +52,7 @@ class Report:
     lowering: Lowering
     advice: tuple[str, ...] = ()
     certificate: Certificate | None = None
+    files: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -73,6 +75,7 @@ def convert(
     trained_on: str | None = None,
     verify: bool = False,
     overwrite: bool = False,
+    dry_run: bool = False,
 ) -> Report:
     """Convert a checkpoint to another format, and prove on request that it computes the same function.
 
@@ -92,6 +95,7 @@ def convert(
         verify: run both through their own toolkits where installed, write the certificate beside the files, and write
             nothing if they differ.
         overwrite: replace an existing target.
+        dry_run: do all of it, verification too where it is asked for, and write nothing.
 
     Raises:
         SoftbridgeError: see `read`, `save` and `softbridge.verify`. Nothing is written.
@@ -121,8 +125,10 @@ def convert(
         certificate = _certify(loaded, made, content, resolved, naive)
         if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
-    write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
-    return Report(loaded, to, Path(target), lowering, advice_for(lowering, form, resolved), certificate)
+    if not dry_run:
+        write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
+    sizes = {name: len(data) for name, data in content.items()}
+    return Report(loaded, to, Path(target), lowering, advice_for(lowering, form, resolved), certificate, sizes)
 
 
 def _said(choice: Choice) -> list[Step]:

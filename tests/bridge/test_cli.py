@@ -12,6 +12,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
@@ -26,7 +27,7 @@ from softbridge.lowering.precision import DTYPES
 from softbridge.methods import MultitaskPromptTuning, rematerialise
 from softbridge.plugin.registry import formats
 from softbridge.prompt import Origin, pack
-from softbridge.testing import random_input_prompt, random_prefix, tiny_config
+from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.verification.claim import LEVELS, WORKING
 
 
@@ -143,9 +144,55 @@ def test_a_target_is_not_overwritten_unless_told(peft: Path, tmp_path: Path) -> 
     assert call("convert", peft, out, "--to", "softbridge", "--overwrite").exit_code == 0
 
 
+def test_a_dry_run_does_all_but_write(peft: Path, base: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["convert", peft, out, "--to", "softbridge", "--base", base]
+    result = call(*arguments, "--dry-run")
+    assert result.exit_code == 0
+    assert "nothing was written; it would have been prompt.safetensors (" in result.output
+    planned = json.loads(call(*arguments, "--verify", "--dry-run", "--json").output)
+    assert not out.exists()
+    assert (planned["written"], planned["certificate"]["verdict"]) == (False, "bitwise")
+    done = json.loads(call(*arguments, "--json").output)
+    assert done["written"]
+    sizes = {name: (out / name).stat().st_size for name in done["target"]["files"]}
+    assert done["target"]["files"] == sizes
+    assert planned["target"]["files"].items() >= sizes.items()
+    assert call(*arguments, "--dry-run").exit_code == 2, "what stands against writing stands against planning it"
+
+
+def test_words_and_similar_say_what_a_prompt_is_near_to(tmp_path: Path) -> None:
+    model = tiny_model("llama", torch.float32)
+    model.save_pretrained(tmp_path / "base")
+    table = model.get_input_embeddings().weight.detach().numpy()
+    prompt = random_input_prompt(BaseModel(model.config).geometry)
+    part = replace(prompt.inputs[0], vectors=2 * table[[7, 11, 13, 17, 19]])
+    for name, vectors in {"a": part.vectors, "b": -part.vectors, "c": part.vectors[::-1]}.items():
+        one = replace(prompt, parts=(replace(part, vectors=np.ascontiguousarray(vectors)),))
+        sb.save(one, tmp_path / name, format="peft", base=model)
+    found = json.loads(call("words", tmp_path / "a", "--base", tmp_path / "base", "--top", 2, "--json").output)
+    assert [row["ids"][0] for row in found] == [7, 11, 13, 17, 19]
+    assert all(row["cosines"][0] > 0.9999 > row["cosines"][1] for row in found)
+    assert "11 1.00" in call("words", tmp_path / "a", "--base", tmp_path / "base").output
+    paths = [str(tmp_path / name) for name in "abc"]
+    near = np.array(json.loads(call("similar", *paths, "--json").output)["similarity"])
+    assert np.allclose(near, [[1, -1, 1], [-1, 1, -1], [1, -1, 1]], atol=1e-6)
+    assert "-1.000" in call("similar", *paths).output
+    sb.save(random_prefix(BaseModel(model.config).geometry), tmp_path / "prefix", format="peft", base=model)
+    for arguments, said in {
+        ("words", tmp_path / "prefix", "--base", tmp_path / "base"): "no neighbours among words",
+        ("similar", paths[0], tmp_path / "prefix"): "parts",
+        ("similar", paths[0]): "two or more",
+    }.items():
+        result = call(*arguments)
+        assert result.exit_code == 2
+        assert said in result.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        (["--to", "peff"], "did you mean 'peft'?"),
         (["--to", "onnx"], "no format is called 'onnx'"),
         (["--to", "adapterhub"], "give it with --base"),
         (["--to", "google"], "google cannot express a key/value prefix at the site 'self'"),
@@ -197,7 +244,18 @@ def test_the_demo_prints_the_certificate_for_a_program() -> None:
 
 
 def test_every_command_takes_json() -> None:
-    for command in ("inspect", "convert", "verify", "explain", "formats", "engines", "plugins", "demo"):
+    for command in (
+        "inspect",
+        "convert",
+        "verify",
+        "explain",
+        "formats",
+        "engines",
+        "plugins",
+        "demo",
+        "words",
+        "similar",
+    ):
         assert "--json" in call(command, "--help").output
 
 

@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 
-from softbridge.cli import bake, convert, show, verify  # noqa: F401  # each adds its commands
+from softbridge.cli import bake, convert, look, show, verify  # noqa: F401  # each adds its commands
 from softbridge.cli.console import DEFECT, app, printer
 from softbridge.cli.tables import shown_lines
 from softbridge_compat import versions

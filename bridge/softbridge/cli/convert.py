@@ -67,6 +67,9 @@ def convert(
         bool, typer.Option("--verify", help="Run both, and write nothing if they differ. Needs --base.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Do all but write: the plan, the files, their sizes.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to another toolkit's format. Refuses whatever would compute another function."""
@@ -87,6 +90,7 @@ def convert(
                 trained_on=trained_on,
                 verify=verify,
                 overwrite=overwrite,
+                dry_run=dry_run,
             )
     except SoftbridgeError as error:
         refuse(error, as_json)
@@ -94,7 +98,8 @@ def convert(
         print_json(
             {
                 "source": {"path": str(report.source.path), "format": report.source.format.name},
-                "target": {"path": str(report.path), "format": report.target},
+                "target": {"path": str(report.path), "format": report.target, "files": dict(report.files)},
+                "written": not dry_run,
                 "steps": [vars(step) for step in report.steps],
                 "advice": list(report.advice),
                 "certificate": None if report.certificate is None else report.certificate.to_json(),
@@ -108,6 +113,9 @@ def convert(
         )
     )
     console.print(steps_table(report.steps))
+    if dry_run:
+        sizes = [f"{name} ({size:,d} bytes)" for name, size in report.files.items()]
+        console.print(shown(f"nothing was written; it would have been {', '.join(sizes)}"))
     if report.certificate is not None:
         console.print(certificate_table(report.certificate))
     if report.advice:

@@ -45,6 +45,14 @@ def _row(table: Table, *cells: object) -> None:
     table.add_row(*map(shown, cells))
 
 
+def rows_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+    """A table of plain cells."""
+    table = _table(*headings)
+    for row in rows:
+        _row(table, *row)
+    return table
+
+
 def formats_table() -> tuple[Table, Rows]:
     """What `softbridge formats` shows."""
     table, rows = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from difflib import get_close_matches
 from functools import cache
 from typing import Any, TypeVar
 
@@ -162,5 +163,6 @@ def engine_named(name: str) -> Engine:
 
 def _named(name: str, known: Mapping[str, Named], error: Callable[[str], Exception]) -> Named:
     if name not in known:
-        raise error(", ".join(known) or "nothing (no plugin is installed)")
+        near = "".join(f"; did you mean '{one}'?" for one in get_close_matches(name, known, 1))
+        raise error((", ".join(known) or "nothing (no plugin is installed)") + near)
     return known[name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from softbridge.errors import BaseModelError, CheckpointError
 from softbridge.untrusted import parse_json
@@ -39,16 +40,25 @@ def read_texts(path: Path, base: str) -> list[list[int]]:
     return texts
 
 
-def _tokenized(lines: list[str], base: str) -> list[list[int]]:
+def tokenizer_of(base: str) -> Any:
+    """The base model's tokenizer.
+
+    Raises:
+        BaseModelError: it has none.
+    """
     from transformers import AutoTokenizer
 
     try:
         folder = str(Path(base).parent) if base.endswith(".json") else base
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks on the terminal
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks on the terminal
     except Exception as error:  # tokenizers raise what they like
         raise BaseModelError(
             f"the base model '{base}' has no tokenizer: {error!s:.200}",
             "a directory or a hub id with the model's tokenizer",
             'give the texts as token ids: a JSON file {"ids": [[...], ...]}',
         ) from error
+
+
+def _tokenized(lines: list[str], base: str) -> list[list[int]]:
+    tokenizer = tokenizer_of(base)
     return [list(tokenizer(line)["input_ids"]) for line in lines]

@@ -1,0 +1,104 @@
+"""`softbridge words` and `similar`: what a prompt is near to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from softbridge.base.model import BaseModel
+from softbridge.checkpoint.read import load
+from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
+from softbridge.cli.tables import rows_table
+from softbridge.cli.verify import NeededBase
+from softbridge.errors import BaseModelError, SoftbridgeError
+from softbridge.tools import nearest_words, similarity_matrix
+from softbridge.verification.texts import tokenizer_of
+
+MEASURES = ("average", "pairwise")
+
+
+@app.command(
+    epilog=escape(
+        "softbridge words peft_prompt/ --base path/to/base   |   "
+        "softbridge words prompt.npy --base owner/name --top 5 --json"
+    )
+)
+def words(
+    path: Annotated[Path, typer.Argument(help="An input prompt: a file, a directory or a hub id.")],
+    base: NeededBase,
+    top: Annotated[int, typer.Option("--top", help="How many words for each virtual token.", min=1)] = 3,
+    stack: Annotated[
+        str | None, one_of(("encoder", "decoder"), "--stack", "Which of two input prompts to look at.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Which words of the base model's vocabulary the virtual tokens are nearest to, by cosine."""
+    try:
+        with quiet():
+            model = BaseModel.resolve(base)
+            prompt = load(path, base=model)
+            import torch
+
+            weights = model.weights(torch.float32)
+            try:
+                tokenizer = tokenizer_of(base)
+            except BaseModelError:
+                tokenizer = None  # the ids say it, too
+            found = nearest_words(prompt, weights, top, stack=stack, tokenizer=tokenizer)  # type: ignore[arg-type]
+    except ValueError as error:
+        refuse(SoftbridgeError(str(error), "an input prompt of this base model", "see above"), as_json)
+    except SoftbridgeError as error:
+        refuse(error, as_json)
+    rows: list[dict[str, Any]] = []
+    for number, (ids, cosines) in enumerate(zip(found.ids.tolist(), found.similarities.tolist(), strict=True)):
+        named = {} if found.words is None else {"words": list(found.words[number])}
+        rows.append({"virtual token": number, "ids": ids, "cosines": [round(one, 6) for one in cosines], **named})
+    if as_json:
+        print_json(rows)
+        return
+    cells = [
+        [
+            str(row["virtual token"]),
+            "  ".join(
+                f"{row['words'][n]!r} {cosine:.2f}" if "words" in row else f"{row['ids'][n]} {cosine:.2f}"
+                for n, cosine in enumerate(row["cosines"])
+            ),
+        ]
+        for row in rows
+    ]
+    printer().print(rows_table(["virtual token", "nearest, and its cosine"], cells))
+
+
+@app.command(
+    epilog=escape(
+        "softbridge similar prompts/sst2 prompts/imdb prompts/mnli   |   softbridge similar a/ b/ --measure pairwise"
+    )
+)
+def similar(
+    paths: Annotated[list[str], typer.Argument(help="Two prompts or more, of the same parts.", metavar="PROMPT...")],
+    base: Base = None,
+    measure: Annotated[
+        str, one_of(MEASURES, "--measure", "Cosine of the averaged vectors, or average of the pairwise cosines.")
+    ] = "average",
+    as_json: AsJson = False,
+) -> None:
+    """How near prompts are to each other (SPoT): which task to start another from."""
+    try:
+        with quiet():
+            model = None if base is None else BaseModel.resolve(base)
+            if len(paths) < 2:
+                raise SoftbridgeError("one prompt", "two or more", "give another")
+            prompts = [load(path, base=model) for path in paths]
+            found = similarity_matrix(prompts, measure)  # type: ignore[arg-type]
+    except ValueError as error:
+        refuse(SoftbridgeError(str(error), "prompts of the same parts and widths", "see above"), as_json)
+    except SoftbridgeError as error:
+        refuse(error, as_json)
+    if as_json:
+        print_json({"measure": measure, "prompts": paths, "similarity": found.tolist()})
+        return
+    cells = [[path, *(f"{one:.3f}" for one in row)] for path, row in zip(paths, found, strict=True)]
+    printer().print(rows_table(["", *(str(number) for number in range(1, len(paths) + 1))], cells))
