@@ -45,6 +45,9 @@ STD = 2.0
 TEXTS = ((2, 3), (4, 4))
 #: Rotary tables are a float32 region in all of these.
 CLOSE = 1e-5
+#: Of gradients, which go through the float32 regions twice. By hand, with products summed in other orders, Gemma 3's move
+#: by up to 6e-6, and its logits by 3e-6.
+CLOSE_GRADIENT = 3e-5
 #: What each fault moves, at least.
 FAR = 1e-2
 FAMILIES = ("llava", "qwen2_vl", "qwen2_5_vl", "gemma3", "paligemma", "idefics3", "smolvlm")
@@ -388,7 +391,7 @@ def test_gradients_are_those_of_rows_by_hand(family: str, method: str) -> None:
         trained = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
         assert len(trained) == len(expected)
         for own, other in zip(trained, expected, strict=True):
-            assert apart_by(own, other.reshape(own.shape)) < CLOSE
+            assert apart_by(own, other.reshape(own.shape)) < CLOSE_GRADIENT
 
 
 @pytest.mark.filterwarnings("ignore:.*gradient_checkpointing_enable.*:FutureWarning")
