@@ -45,8 +45,8 @@ STD = 2.0
 TEXTS = ((2, 3), (4, 4))
 #: Rotary tables are a float32 region in all of these.
 CLOSE = 1e-5
-#: Of gradients, which go through the float32 regions twice. By hand, with products summed in other orders, Gemma 3's move
-#: by up to 6e-6, and its logits by 3e-6.
+#: Of gradients, which go through the float32 regions twice. By hand, with products summed in other orders, Gemma 3's
+#: move by up to 6e-6, and its logits by 3e-6.
 CLOSE_GRADIENT = 3e-5
 #: What each fault moves, at least.
 FAR = 1e-2
