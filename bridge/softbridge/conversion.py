@@ -23,12 +23,14 @@ from softbridge.checkpoint.write import advice_for, check_target, is_file_of, pr
 from softbridge.errors import BaseModelError, OutputError
 from softbridge.lowering.planner import Lowering
 from softbridge.lowering.steps import Step, Target
+from softbridge.plugin.hookspecs import Format
 from softbridge.plugin.registry import format_named
 from softbridge.prompt.soft_prompt import Origin, SoftPrompt
 from softbridge.untested import warn_of_untested
-from softbridge.verification import proof
+from softbridge.verification import proof, serving
 from softbridge.verification.certificate import Certificate
 from softbridge.verification.naive_copy import copied
+from softbridge.verification.serving import Serving
 from softbridge.verification.sides import Pair, claim_of, subjects
 
 
@@ -44,6 +46,8 @@ class Report:
         advice: what users of the files in the toolkit itself must do.
         certificate: what verification found, if it was asked for.
         files: name -> size in bytes of the format's own files, written or, in a dry run, planned.
+        served: what the server that reads the target's files answered with them, if verification was asked for, and
+            such a server can be used here.
     """
 
     source: Loaded
@@ -53,6 +57,7 @@ class Report:
     advice: tuple[str, ...] = ()
     certificate: Certificate | None = None
     files: Mapping[str, int] = field(default_factory=dict)
+    served: Serving | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -93,7 +98,8 @@ def convert(
         drop: what of the source is left out; see `read`.
         trained_on: the release of transformers that trained the source, where that matters; see `read`.
         verify: run both through their own toolkits where installed, write the certificate beside the files, and write
-            nothing if they differ.
+            nothing if they differ. Where a server reads the target's files, and is installed, it answers with them,
+            and is held to what transformers answers.
         overwrite: replace an existing target.
         dry_run: do all of it, verification too where it is asked for, and write nothing.
 
@@ -112,7 +118,7 @@ def convert(
     lowering, content = prepare(chosen, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
     lowering = replace(lowering, steps=(*_notes(loaded.prompt), *_said(choice), *lowering.steps))
     single = is_file_of(Path(target), content)
-    certificate = None
+    certificate = served = None
     if verify:
         if resolved is None:
             raise BaseModelError(
@@ -123,12 +129,14 @@ def convert(
         made = Loaded(lowering.prompt, form, Path(target), lowering.steps, dtype, choice, loaded.digests)
         naive = copied(chosen, Target(form.name, form.capabilities, resolved))
         certificate = _certify(loaded, made, content, resolved, naive)
+        served = _served(form, lowering.prompt, resolved, certificate)
         if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
     if not dry_run:
         write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
     sizes = {name: len(data) for name, data in content.items()}
-    return Report(loaded, to, Path(target), lowering, advice_for(lowering, form, resolved), certificate, sizes)
+    advice = advice_for(lowering, form, resolved)
+    return Report(loaded, to, Path(target), lowering, advice, certificate, sizes, served)
 
 
 def _said(choice: Choice) -> list[Step]:
@@ -181,6 +189,25 @@ def _certify(
             "report this as a defect of softbridge, with the two files; nothing was written",
         )
     return certificate
+
+
+def _served(form: Format, prompt: SoftPrompt, base: BaseModel, certificate: Certificate) -> Serving | None:
+    """What the format's server made of the prompt; None: it has none that can be used here.
+
+    Raises:
+        OutputError: the server answers otherwise than transformers.
+    """
+    server = serving.server_of(form)
+    if server is None or server.unavailable() is not None:
+        return None
+    found = serving.judge(form, prompt, base, weights=certificate.claim.weights)
+    if found.verdict != "served":
+        raise OutputError(
+            f"verification found the converted prompt {found.summary()}",
+            f"the answers of transformers from {server.name}, within {serving.FACTOR:g} times its own noise",
+            "report this as a defect of softbridge, with the source and the versions above; nothing was written",
+        )
+    return found
 
 
 def _same_function(naive: SoftPrompt, right: SoftPrompt) -> bool:

@@ -11,7 +11,7 @@ from rich.text import Text
 from softbridge import conversion, parts
 from softbridge.checkpoint.choice import DROPPED
 from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
-from softbridge.cli.tables import certificate_table, shown, steps_table
+from softbridge.cli.tables import certificate_table, serving_table, shown, steps_table
 from softbridge.errors import SoftbridgeError
 from softbridge.lowering.planner import CONDITIONS
 from softbridge.lowering.precision import DTYPES
@@ -103,6 +103,7 @@ def convert(
                 "steps": [vars(step) for step in report.steps],
                 "advice": list(report.advice),
                 "certificate": None if report.certificate is None else report.certificate.to_json(),
+                "served": None if report.served is None else report.served.to_json(),
             }
         )
         return
@@ -118,6 +119,8 @@ def convert(
         console.print(shown(f"nothing was written; it would have been {', '.join(sizes)}"))
     if report.certificate is not None:
         console.print(certificate_table(report.certificate))
+    if report.served is not None:
+        console.print(serving_table(report.served))
     if report.advice:
         console.print(Text.assemble("to run it in ", shown(report.target), " itself:"))
         for line in report.advice:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich import box
@@ -13,8 +13,11 @@ from rich.text import Text
 from softbridge.lowering.examples import LENGTH
 from softbridge.lowering.explain import Explanation
 from softbridge.lowering.steps import Step
-from softbridge.plugin.registry import engines, formats, owners
+from softbridge.plugin.hookspecs import Engine
+from softbridge.plugin.registry import engines, formats, owners, servers
+from softbridge.plugin.serving import Server
 from softbridge.verification.certificate import Certificate
+from softbridge.verification.serving import Serving
 
 Rows = list[dict[str, Any]]
 
@@ -75,11 +78,13 @@ def formats_table() -> tuple[Table, Rows]:
 
 def engines_table() -> tuple[Table, Rows]:
     """What `softbridge engines` shows."""
-    table, rows = _table("engine", "what", "here"), []
-    for name, engine in engines().items():
-        reason = engine.unavailable()
-        _row(table, name, engine.summary, "yes" if reason is None else f"no: {reason}")
-        rows.append({"name": name, "summary": engine.summary, "unavailable": reason})
+    table, rows = _table("engine", "what", "runs", "here"), []
+    kinds: dict[str, Mapping[str, Engine | Server]] = {"transformers": engines(), "its own model": servers()}
+    for kind, known in kinds.items():
+        for name, engine in known.items():
+            reason = engine.unavailable()
+            _row(table, name, engine.summary, kind, "yes" if reason is None else f"no: {reason}")
+            rows.append({"name": name, "summary": engine.summary, "runs": kind, "unavailable": reason})
     return table, rows
 
 
@@ -193,6 +198,22 @@ def certificate_table(certificate: Certificate) -> Group:
     if certificate.conditions:
         facts.append(f"under the conditions: {', '.join(certificate.conditions)}")
     return Group(sides, effects, *map(shown, facts), shown(f"verdict: {verdict_of(certificate)}", "bold"))
+
+
+def serving_table(served: Serving) -> Group:
+    """What a server answered, for a person."""
+    table = _table("log-probabilities, from transformers", "apart", "")
+    _row(table, f"{served.server} by itself, without a prompt", f"{served.noise:.1e}", f"bound {served.bound:.1e}")
+    _row(table, "the prompt's effect, in transformers", f"{served.effect:.1e}", "")
+    for fault in served.faults:
+        _row(table, f"fault: {fault.name}", f"{fault.moved:.1e}", "noticed" if fault.noticed else "not noticed")
+    for name, why in served.untried.items():
+        _row(table, f"fault: {name}", "not run", why)
+    _row(table, "difference: alone", f"{served.alone:.1e}", "")
+    _row(table, "difference: in a batch with others", f"{served.batch:.1e}", "")
+    _row(table, "difference: bare texts in that batch", f"{served.bare:.1e}", "")
+    ran = f"{served.server}: {served.version}; weights: {served.weights}"
+    return Group(table, shown(ran), shown(f"verdict of the server: {served.verdict}", "bold"))
 
 
 def verdict_of(certificate: Certificate) -> str:

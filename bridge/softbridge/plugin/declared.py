@@ -8,12 +8,14 @@ from dataclasses import fields
 from typing import Any, get_origin, get_type_hints
 
 from softbridge.plugin.hookspecs import ENGINE_EXTRAS, FORMAT_EXTRAS, Engine, Format
+from softbridge.plugin.serving import Server
 from softbridge_compat.defects import Defect
 
 #: Hook -> the protocol of its values, and those that they may follow besides.
 _PROTOCOLS: dict[str, tuple[type, tuple[type, ...]]] = {
     "softbridge_formats": (Format, FORMAT_EXTRAS),
     "softbridge_engines": (Engine, ENGINE_EXTRAS),
+    "softbridge_servers": (Server, ()),
 }
 #: Functions of a defect -> how many arguments they take.
 _QUESTIONS = {"applies": 0, "concerns": 2}

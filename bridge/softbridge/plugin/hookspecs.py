@@ -1,4 +1,4 @@
-"""The whole plugin interface: three hooks, and the three kinds of value that they return.
+"""The whole plugin interface: four hooks, and the four kinds of value that they return.
 
 A plugin is a module named in the entry-point group ``softbridge``. Its top module must import no toolkit: an
 `ImportError` there would take the whole program down, and listing what is installed would load everything.
@@ -19,6 +19,7 @@ from softbridge.errors import Obstacle
 from softbridge.geometry import Geometry
 from softbridge.plugin.capabilities import Capabilities
 from softbridge.plugin.prompt_bank import Entry, PromptBank
+from softbridge.plugin.serving import Server
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.untrusted import Files
 from softbridge_compat.defects import Defect
@@ -145,6 +146,14 @@ class Catalogued(Protocol):
 
 
 @runtime_checkable
+class Servable(Protocol):
+    """What a format can say besides, if a server reads its files: that server judges what was written."""
+
+    #: Its name.
+    server: str
+
+
+@runtime_checkable
 class Demonstrating(Protocol):
     """What an engine can do besides, if its toolkit has an interface to train with: it can start `softbridge demo`."""
 
@@ -245,7 +254,7 @@ class SelfChecking(Protocol):
 
 
 #: Every protocol that a format, and an engine, may follow besides.
-FORMAT_EXTRAS = (Listing, Resumable, Catalogued)
+FORMAT_EXTRAS = (Listing, Resumable, Catalogued, Servable)
 ENGINE_EXTRAS = (Loader, Insertable, Misgenerating, Narrowing, Banker, SelfChecking, Demonstrating)
 
 
@@ -257,6 +266,11 @@ def softbridge_formats() -> Sequence[Format]:  # type: ignore[empty-body]
 @hookspec
 def softbridge_engines() -> Sequence[Engine]:  # type: ignore[empty-body]
     """Return the engines that this plugin brings."""
+
+
+@hookspec
+def softbridge_servers() -> Sequence[Server]:  # type: ignore[empty-body]
+    """Return the servers that this plugin brings."""
 
 
 @hookspec

@@ -13,12 +13,18 @@ from softbridge.errors import EngineError, PluginError, UnknownFormatError
 from softbridge.plugin import hookspecs
 from softbridge.plugin.declared import faults
 from softbridge.plugin.hookspecs import PROJECT, Engine, Format
+from softbridge.plugin.serving import Server
 from softbridge_compat.defects import Defect
 
 Named = TypeVar("Named", bound=Any)
 
 #: Hook -> the attribute by which its values are called.
-HOOKS = {"softbridge_formats": "name", "softbridge_engines": "name", "softbridge_defects": "id"}
+HOOKS = {
+    "softbridge_formats": "name",
+    "softbridge_engines": "name",
+    "softbridge_servers": "name",
+    "softbridge_defects": "id",
+}
 
 
 @cache
@@ -101,6 +107,11 @@ def formats() -> Mapping[str, Format]:
 def engines() -> Mapping[str, Engine]:
     """Every installed engine, by name, whether or not its toolkit is installed too."""
     return {name: value for name, (value, _) in _collected("softbridge_engines").items()}
+
+
+def servers() -> Mapping[str, Server]:
+    """Every installed server, by name, whether or not it can be used here."""
+    return {name: value for name, (value, _) in _collected("softbridge_servers").items()}
 
 
 def defects() -> Mapping[str, Defect]:
