@@ -105,7 +105,14 @@ def server_of(form: Format) -> Server | None:
 
 
 def judge(
-    form: Format, prompt: SoftPrompt, base: BaseModel, *, weights: bool = False, seed: int = 0, engine: str = ""
+    form: Format,
+    prompt: SoftPrompt,
+    base: BaseModel,
+    *,
+    weights: bool = False,
+    seed: int = 0,
+    engine: str = "",
+    encoding: str | None = None,
 ) -> Serving:
     """Let the server of a format answer with what is written of a prompt, and compare with transformers.
 
@@ -116,6 +123,7 @@ def judge(
         weights: whether its own weights are served, or random ones of its structure.
         seed: of texts and random weights.
         engine: that runs the prompt in transformers; empty: the first that can.
+        encoding: of the files, one of the format's `encodings`; None: the first.
 
     Raises:
         EngineError: the server cannot be used here, does not serve this base model, or does not start.
@@ -145,7 +153,8 @@ def judge(
                     prompts[name] = lower(wrong, Target(form.name, form.capabilities, base), (), form.obstacles).prompt
                 except LoweringError as error:
                     untried[name] = "; ".join(obstacle.reason for obstacle in error.obstacles)
-        paths = {name: _written(form, one, base, scratch / f"{n}") for n, (name, one) in enumerate(prompts.items())}
+        folders = {name: scratch / str(n) for n, name in enumerate(prompts)}
+        paths = {name: _written(form, one, base, folders[name], encoding) for name, one in prompts.items()}
         (scratch / "server").mkdir()
         with server.open(scratch / "base", paths, scratch / "server") as ask:
             bare = [ask([Request(text)], TOKENS)[0] for text in texts]
@@ -186,9 +195,9 @@ def _texts(config: Any, seed: int) -> list[tuple[int, ...]]:
     return [tuple(generator.choice(ordinary, length).tolist()) for length in LENGTHS]
 
 
-def _written(form: Format, prompt: SoftPrompt, base: BaseModel, folder: Path) -> Path:
+def _written(form: Format, prompt: SoftPrompt, base: BaseModel, folder: Path, encoding: str | None) -> Path:
     """What is written of a prompt: the one file, if it is one, or its directory."""
-    content = form.write(prompt, base.geometry)
+    content = form.write(prompt, base.geometry, encoding)
     untrusted.write(folder, content)
     return folder / next(iter(content)) if len(content) == 1 else folder
 
