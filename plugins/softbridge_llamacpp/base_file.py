@@ -39,7 +39,7 @@ def _unknown(config: Any, family: Family) -> Iterator[str]:
     activation = next((name for name in told if name), None)
     if activation not in family.activation:
         yield f"{activation} in its feed-forward, but {family.activation[0]}"
-    scaling = rope(config).get("rope_type", "default")
+    scaling = rope(config)["rope_type"]
     if family.rotary and scaling != "default" and not (family.rescaled and scaling in _FACTORS):
         yield f"rotary frequencies of the kind '{scaling}' here"
     if float(rope(config).get("partial_rotary_factor") or 1) != 1:
@@ -59,7 +59,8 @@ def rope(config: Any) -> dict[str, Any]:
     """What a configuration says of its rotary frequencies, under the names of transformers 5."""
     told = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     base = getattr(config, "rope_theta", None) or 10_000.0
-    return {"rope_theta": base, **{name: value for name, value in told.items() if value is not None}}
+    kind = told.get("rope_type") or told.get("type") or "default"
+    return {"rope_theta": base, **{name: value for name, value in told.items() if value is not None}, "rope_type": kind}
 
 
 def located(base: Path) -> Path | None:
@@ -143,7 +144,7 @@ def _tensors(model: Any, config: Any, family: Family) -> Iterator[tuple[str, Arr
         if family.columns and array.ndim == 2 and ".c_" in name:
             array = array.T
         yield name, array
-    if family.rotary and rope(config).get("rope_type", "default") != "default":
+    if family.rotary and rope(config)["rope_type"] != "default":
         rotary = model.model.rotary_emb
         # transformers' own frequencies say by what each is divided: one definition, not a second one of ours.
         plain = float(rope(config)["rope_theta"]) ** -(np.arange(0, shape.head_dim, 2) / shape.head_dim)

@@ -43,6 +43,9 @@ class LlamaCppFormat:
     engine = "native"
     server = "llamacpp"
     files = (FILE,)
+    reads = "what `llama_state_seq_save_file` wrote, in versions 2 to 4"
+    writes = "the same"
+    proven = "in llama.cpp itself, against transformers; states that it saved, against transformers' cache"
     capabilities = Capabilities(
         prefix_sites=frozenset({"self"}),
         prefix_start="counted",

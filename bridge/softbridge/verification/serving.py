@@ -145,12 +145,15 @@ def judge(
         model.save_pretrained(scratch / "base")
         runner, _ = choose_engine(prompt, engine, model)
         texts = _texts(model.config, seed)
+        # A server has one cache, of one dtype, and a fault that rotates keys computes in a wider one.
+        dtypes = {array.dtype.name for part in prompt.parts for _, array in part.arrays()}
+        target = Target(form.name, form.capabilities, base, dtypes.pop() if len(dtypes) == 1 else None)
         prompts = {_RIGHT: prompt}
         untried = {}
         for name, wrong in faulty_prompts(prompt, base.positions):
             if wrong is not None:
                 try:
-                    prompts[name] = lower(wrong, Target(form.name, form.capabilities, base), (), form.obstacles).prompt
+                    prompts[name] = lower(wrong, target, (), form.obstacles).prompt
                 except LoweringError as error:
                     untried[name] = "; ".join(obstacle.reason for obstacle in error.obstacles)
         folders = {name: scratch / str(n) for n, name in enumerate(prompts)}
