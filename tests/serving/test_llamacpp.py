@@ -454,7 +454,7 @@ def with_words(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_llama_server_restores_a_file_into_a_slot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Over HTTP, by its own interface: the prompt in a slot, and the text behind a placeholder for each virtual token."""
+    """Over HTTP, by its own interface: a prompt in a slot, a text behind a placeholder for each virtual token."""
     xllamacpp = pytest.importorskip("xllamacpp")
     model = tiny_model("llama", torch.float32)
     prompt = random_prefix(BaseModel.resolve(model).geometry, 6)
