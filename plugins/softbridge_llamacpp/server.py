@@ -15,9 +15,8 @@ from softbridge import untrusted
 from softbridge.errors import CheckpointError, EngineError, Obstacle, few
 from softbridge.geometry import read_geometry
 from softbridge.plugin.serving import Answer, Ask, Request
-from softbridge_llamacpp import base_file
+from softbridge_llamacpp import base_file, functions
 from softbridge_llamacpp.format import states_in
-from softbridge_llamacpp.functions import PACKAGES, module
 from softbridge_llamacpp.library import Cache, Context, Model, Row, loaded
 from softbridge_llamacpp.state import MOST_STREAMS, NUMBERS, State, from_bytes
 
@@ -35,12 +34,12 @@ class LlamaCppServer:
     summary = "llama.cpp through its C functions: saved states of sequences, several texts in one batch"
 
     def unavailable(self) -> str | None:
-        missing = [] if module() else [" or ".join(PACKAGES.values())]
+        missing = [] if functions.module() else [" or ".join(functions.PACKAGES.values())]
         missing += [] if importlib.util.find_spec("gguf") else ["gguf"]
         return f"it needs {' and '.join(missing)}: pip install 'softbridge[llamacpp]'" if missing else None
 
     def version(self) -> str:
-        package = PACKAGES[module() or "xllamacpp"]
+        package = functions.PACKAGES[functions.module() or "xllamacpp"]
         return f"{package} {importlib.metadata.version(package)}, float32"
 
     def obstacles(self, config: Any) -> Sequence[Obstacle]:

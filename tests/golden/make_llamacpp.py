@@ -1,7 +1,7 @@
 """Make `llamacpp.safetensors`: states that llama.cpp itself saved, of texts that transformers ran, too.
 
-    pip install 'softbridge[llamacpp]'                    # version 4 of the form, and 3 by llama-cpp-python 0.3.36
-    python tests/golden/make_llamacpp.py [--add]
+    pip install 'softbridge[llamacpp]' && python tests/golden/make_llamacpp.py    # version 4 of the form
+    pip uninstall xllamacpp && pip install llama-cpp-python==0.3.36 && python tests/golden/make_llamacpp.py --add    # 3
 
 Tensors: ``<family>.<encoding>.<dtype>``, the bytes (uint8) of what `llama_state_seq_save_file` wrote after a text of 5
 tokens in float32; ``<family>.keys`` and ``<family>.values`` [L, K, P, D], what transformers' cache held, in float64
@@ -43,20 +43,21 @@ def saved(folder: Path, held: Cache) -> torch.Tensor:
 
 
 def main() -> None:
+    add = "--add" in sys.argv
     tensors: dict[str, torch.Tensor] = {}
     metadata = {"tokens": json.dumps(TOKENS), "versions": SERVER.version()}
-    if "--add" in sys.argv:
+    if add:
         with safe_open(PATH, "pt") as old:
             tensors = {name: old.get_tensor(name) for name in old.keys()}  # noqa: SIM118
             metadata["versions"] = f"{old.metadata()['versions']}; {metadata['versions']}"
-    for family in ("llama", "qwen3"):
+    for family in ("llama",) if add else ("llama", "qwen3"):
         model = tiny_model(family, torch.float32)
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             model.save_pretrained(folder / "base")
             base_file.write(folder / "base", folder / "base.gguf")
             for flash in ("off", "on"):
-                for dtype, number in NUMBERS.items() if family == "llama" else [("float32", 0)]:
+                for dtype, number in NUMBERS.items() if family == "llama" and not add else [("float32", 0)]:
                     held = Cache(number, number, flash == "off")
                     tensors[f"{family}.flash-{flash}{SUFFIX[module() or '']}.{dtype}"] = saved(folder, held)
         with torch.no_grad():
