@@ -146,10 +146,11 @@ def _read(path: Path) -> tuple[Path, State]:
     """A prompt's file, and what is in it: llama.cpp itself ends the process at some malformed files."""
     try:
         files = untrusted.Files(path)
-        found = [files.path if files.is_file else files.path / name for name in states_in(files)]
+        found = states_in(files)
         if len(found) != 1:
             raise CheckpointError(f"{path} holds {len(found)} states of sequences", "one", "give the file itself")
-        return found[0], from_bytes(found[0].read_bytes(), str(path))
+        state = from_bytes(files.content(found[0]), str(path))
+        return (path if files.is_file else path / found[0]), state
     except CheckpointError as error:
         raise EngineError(error.found, error.expected, error.remedy) from error
 
