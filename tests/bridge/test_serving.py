@@ -121,6 +121,7 @@ def test_what_is_served_within_the_servers_own_noise_is_served(
     found = judge(served_by(Fake()), prompt, base)
     assert found.verdict == "served", found.summary()
     assert found.noise < 1e-5
+    assert 1 <= found.strain < 10
     assert found.effect > 1e4 * found.bound
     names = {fault.name for fault in found.faults}
     assert {"keys and values swapped", "two layers swapped"} <= names or kind == "prompt"

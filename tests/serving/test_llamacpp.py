@@ -94,7 +94,7 @@ def test_llama_cpp_answers_as_transformers_does(family: str, kind: str) -> None:
     """Alone, and in one batch with bare texts and with other prompts."""
     make, most = FAMILIES[family]
     found = judged(make(), MAKERS[kind])
-    print(found.summary(), {fault.name: f"{fault.moved:.1e}" for fault in found.faults})
+    print(found.summary(), f"strain {found.strain:.1f}", {fault.name: f"{fault.moved:.1e}" for fault in found.faults})
     assert found.verdict == "served", found.summary()
     assert found.noise < most
     assert {"keys and values swapped", "two layers swapped"} <= {fault.name for fault in found.faults}
