@@ -129,7 +129,7 @@ def convert(
         made = Loaded(lowering.prompt, form, Path(target), lowering.steps, dtype, choice, loaded.digests)
         naive = copied(chosen, Target(form.name, form.capabilities, resolved))
         certificate = _certify(loaded, made, content, resolved, naive)
-        served = _served(form, lowering.prompt, resolved, certificate)
+        served = _served(form, lowering.prompt, resolved, certificate, encoding)
         if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
     if not dry_run:
@@ -191,7 +191,9 @@ def _certify(
     return certificate
 
 
-def _served(form: Format, prompt: SoftPrompt, base: BaseModel, certificate: Certificate) -> Serving | None:
+def _served(
+    form: Format, prompt: SoftPrompt, base: BaseModel, certificate: Certificate, encoding: str | None
+) -> Serving | None:
     """What the format's server made of the prompt; None: it has none that can be used here.
 
     Raises:
@@ -200,7 +202,7 @@ def _served(form: Format, prompt: SoftPrompt, base: BaseModel, certificate: Cert
     server = serving.server_of(form)
     if server is None or server.unavailable() is not None:
         return None
-    found = serving.judge(form, prompt, base, weights=certificate.claim.weights)
+    found = serving.judge(form, prompt, base, weights=certificate.claim.weights, encoding=encoding)
     if found.verdict != "served":
         raise OutputError(
             f"verification found the converted prompt {found.summary()}",

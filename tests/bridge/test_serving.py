@@ -21,6 +21,8 @@ import softbridge as sb
 from softbridge.base import BaseModel
 from softbridge.errors import EngineError, Obstacle, OutputError
 from softbridge.lowering.examples import random_input_prompt, random_prefix
+from softbridge.lowering.planner import lower
+from softbridge.lowering.steps import Target
 from softbridge.plugin import registry
 from softbridge.plugin.serving import Answer, Ask, Request
 from softbridge.testing import tiny_config, tiny_model
@@ -119,6 +121,7 @@ def test_what_is_served_within_the_servers_own_noise_is_served(
     found = judge(served_by(Fake()), prompt, base)
     assert found.verdict == "served", found.summary()
     assert found.noise < 1e-5
+    assert 1 <= found.strain < 10
     assert found.effect > 1e4 * found.bound
     names = {fault.name for fault in found.faults}
     assert {"keys and values swapped", "two layers swapped"} <= names or kind == "prompt"
@@ -150,6 +153,26 @@ def test_a_server_that_is_noisier_than_the_prompts_effect_judges_nothing(served_
     base = BaseModel.resolve(tiny_config("llama"))
     found = judge(served_by(Fake(noise=5.0)), random_prefix(base.geometry), base)
     assert found.verdict == "insensitive"
+
+
+@pytest.mark.parametrize("encoding", [None, *FORMAT.encodings])
+def test_what_was_asked_for_is_judged(encoding: str | None, served_by: Callable[[Any], Any]) -> None:
+    """In that encoding, and with faults in the dtype of the prompt: a server may have one for all."""
+    base = BaseModel.resolve(tiny_config("llama"))
+    prompt = lower(
+        random_prefix(base.geometry), Target(FORMAT.name, FORMAT.capabilities, base, "float16"), (), FORMAT.obstacles
+    ).prompt
+    form, files = served_by(Fake()), []
+
+    def write(prompt: sb.SoftPrompt, geometry: Any, encoding: str | None = None) -> Mapping[str, bytes]:
+        dtypes = {array.dtype.name for _, array in prompt.arrays()}
+        files.append((encoding, dtypes))
+        return FORMAT.write(prompt, geometry, encoding)
+
+    form.write = write
+    found = judge(form, prompt, base, encoding=encoding)
+    assert "shifted by one position" in {fault.name for fault in found.faults}  # which rotates keys, in float32
+    assert files == [(encoding, {"float16"})] * (1 + len(found.faults))
 
 
 def test_a_base_that_is_not_served_is_refused(served_by: Callable[[Any], Any]) -> None:

@@ -204,6 +204,8 @@ def serving_table(served: Serving) -> Group:
     """What a server answered, for a person."""
     table = _table("log-probabilities, from transformers", "apart", "")
     _row(table, f"{served.server} by itself, without a prompt", f"{served.noise:.1e}", f"bound {served.bound:.1e}")
+    if served.strain > 1:
+        _row(table, "rounding counts for more with the prompt", f"{served.strain:.1f} times", "in transformers, too")
     _row(table, "the prompt's effect, in transformers", f"{served.effect:.1e}", "")
     for fault in served.faults:
         _row(table, f"fault: {fault.name}", f"{fault.moved:.1e}", "noticed" if fault.noticed else "not noticed")

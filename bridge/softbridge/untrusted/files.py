@@ -163,6 +163,11 @@ class Files:
         with self._open(name) as (stream, _, _what):
             return stream.read(LIMIT).decode("utf-8", "replace")
 
+    def content(self, name: str, most: int = -1) -> bytes:
+        """The bytes of a file, or the first few: of a form that is its toolkit's own, and a format takes apart."""
+        with self._open(name) as (stream, _, _what):
+            return stream.read(most)
+
     def tensors(self, name: str) -> dict[str, Array]:
         """Every tensor of a safetensors file or one that torch.save wrote, checked; a bare tensor is named ''."""
         kind = self.kind(name)

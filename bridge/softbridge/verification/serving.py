@@ -2,8 +2,9 @@
 
 A server computes in its own precision, with kernels and layouts of its own: no absolute bound is right for all of them.
 Its own noise is the yardstick: how far it is from transformers with the base model alone, measured in the same run. A
-prompt is served if the server with it is no further than that, times a stated factor, from transformers with it; and if
-the comparison would have noticed a missing prompt, and a wrong one.
+prompt may make every rounding count for more, whoever computes it: how much more, transformers itself shows, in float32
+with it and without. A prompt is served if the server with it is no further than that noise, times that and a stated
+factor, from transformers with it; and if the comparison would have noticed a missing prompt, and a wrong one.
 """
 
 from __future__ import annotations
@@ -57,7 +58,9 @@ class Serving:
         digest: of the prompt (see `digest_of`).
         seed: of the texts, and of random weights.
         noise: the server with the base model alone from transformers, in float64, on the same texts.
-        bound: `FACTOR` times the noise, or the rounding of float32 where the noise is less.
+        strain: how much more the prompt makes rounding count: transformers in float32 from itself in float64, with the
+            prompt, over the same without it; at least 1.
+        bound: `FACTOR` times noise and strain, or the rounding of float32 where that is less.
         alone: the server with the prompt from transformers, text by text.
         batch: the same in one batch with bare texts, and with other prompts.
         bare: of these bare texts from transformers without a prompt.
@@ -73,6 +76,7 @@ class Serving:
     digest: str
     seed: int
     noise: float
+    strain: float
     bound: float
     alone: float
     batch: float
@@ -105,7 +109,14 @@ def server_of(form: Format) -> Server | None:
 
 
 def judge(
-    form: Format, prompt: SoftPrompt, base: BaseModel, *, weights: bool = False, seed: int = 0, engine: str = ""
+    form: Format,
+    prompt: SoftPrompt,
+    base: BaseModel,
+    *,
+    weights: bool = False,
+    seed: int = 0,
+    engine: str = "",
+    encoding: str | None = None,
 ) -> Serving:
     """Let the server of a format answer with what is written of a prompt, and compare with transformers.
 
@@ -116,6 +127,7 @@ def judge(
         weights: whether its own weights are served, or random ones of its structure.
         seed: of texts and random weights.
         engine: that runs the prompt in transformers; empty: the first that can.
+        encoding: of the files, one of the format's `encodings`; None: the first.
 
     Raises:
         EngineError: the server cannot be used here, does not serve this base model, or does not start.
@@ -137,15 +149,19 @@ def judge(
         model.save_pretrained(scratch / "base")
         runner, _ = choose_engine(prompt, engine, model)
         texts = _texts(model.config, seed)
+        # A server has one cache, of one dtype, and a fault that rotates keys computes in a wider one.
+        dtypes = {array.dtype.name for part in prompt.parts for _, array in part.arrays()}
+        target = Target(form.name, form.capabilities, base, dtypes.pop() if len(dtypes) == 1 else None)
         prompts = {_RIGHT: prompt}
         untried = {}
         for name, wrong in faulty_prompts(prompt, base.positions):
             if wrong is not None:
                 try:
-                    prompts[name] = lower(wrong, Target(form.name, form.capabilities, base), (), form.obstacles).prompt
+                    prompts[name] = lower(wrong, target, (), form.obstacles).prompt
                 except LoweringError as error:
                     untried[name] = "; ".join(obstacle.reason for obstacle in error.obstacles)
-        paths = {name: _written(form, one, base, scratch / f"{n}") for n, (name, one) in enumerate(prompts.items())}
+        folders = {name: scratch / str(n) for n, name in enumerate(prompts)}
+        paths = {name: _written(form, one, base, folders[name], encoding) for name, one in prompts.items()}
         (scratch / "server").mkdir()
         with server.open(scratch / "base", paths, scratch / "server") as ask:
             bare = [ask([Request(text)], TOKENS)[0] for text in texts]
@@ -153,12 +169,15 @@ def judge(
             mixed = [Request(texts[0], _RIGHT), *(Request(text) for text in texts), Request(texts[-1], _RIGHT)]
             mixed += [Request(texts[0], name) for name in prompts if name != _RIGHT]
             together = ask(mixed, TOKENS)
+        rounded = [_answer(model, text) for text in texts], [_prompted(runner, model, prompt, text) for text in texts]
         model = model.double()
         plain = [_answer(model, text) for text in texts]
         right = [_prompted(runner, model, prompt, text) for text in texts]
     noise = _furthest(bare, plain)
+    without, with_it = _furthest(rounded[0], plain), _furthest(rounded[1], right)
+    strain = max(1.0, with_it / without) if without else 1.0
     scale = max(float(np.abs(answer.log_probabilities).max()) for answer in plain)
-    bound = max(FACTOR * noise, float(np.finfo(np.float32).eps) * scale)
+    bound = max(FACTOR * noise * strain, float(np.finfo(np.float32).eps) * scale)
     count = len(texts)
     moved = {name: _apart(one, right[0]) for name, one in zip([*prompts][1:], together[count + 2 :], strict=True)}
     return Serving(
@@ -169,6 +188,7 @@ def judge(
         digest=digest_of(prompt),
         seed=seed,
         noise=noise,
+        strain=strain,
         bound=bound,
         alone=_furthest(alone, right),
         batch=_furthest([together[0], together[count + 1]], [right[0], right[-1]]),
@@ -186,9 +206,9 @@ def _texts(config: Any, seed: int) -> list[tuple[int, ...]]:
     return [tuple(generator.choice(ordinary, length).tolist()) for length in LENGTHS]
 
 
-def _written(form: Format, prompt: SoftPrompt, base: BaseModel, folder: Path) -> Path:
+def _written(form: Format, prompt: SoftPrompt, base: BaseModel, folder: Path, encoding: str | None) -> Path:
     """What is written of a prompt: the one file, if it is one, or its directory."""
-    content = form.write(prompt, base.geometry)
+    content = form.write(prompt, base.geometry, encoding)
     untrusted.write(folder, content)
     return folder / next(iter(content)) if len(content) == 1 else folder
 
