@@ -1,0 +1,178 @@
+"""The bytes of mlx-lm's prompt caches: what `save_prompt_cache` writes and `load_prompt_cache` reads, without mlx.
+
+A file is safetensors. Its tensors are a list (a cache for each layer) of lists (the state of a cache), flattened:
+``3.1`` is the second piece of layer 3's state. Its metadata is a list of three things, flattened likewise. There are
+two layouts, and neither release reads the other's (`mlx_lm/models/cache.py`):
+
+- since 0.32.0: metadata is [the caller's, the classes, which pieces are plain numbers]. The state of a `KVCache` is
+  keys, values, offset; of a `RotatingKVCache` keys, values, offset, keep, max_size, index.
+- until 0.31.3: metadata is [plain numbers, the caller's, the classes]. The state of both is keys and values; the
+  numbers of a `RotatingKVCache` are keep, max_size, offset, index, as texts.
+
+Keys and values are [1, K, N, D], of which the first `offset` tokens count: mlx-lm allocates 256 at a time. A
+`RotatingKVCache` is that of a layer with a sliding window of max_size tokens, and writes over its oldest once it is full.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import count, takewhile
+from typing import Literal
+
+import numpy as np
+
+from softbridge import untrusted
+from softbridge.arrays import BFLOAT16, Array
+from softbridge.errors import CheckpointError, few
+
+Layout = Literal["0.32", "0.31"]
+PLAIN, ROTATING = "KVCache", "RotatingKVCache"
+#: Layout -> at which places of the metadata the caller's and the classes stand.
+_PLACES: Mapping[Layout, tuple[str, str]] = {"0.32": ("0", "1"), "0.31": ("1", "2")}
+#: Layout -> the numbers of a `RotatingKVCache`, in their order.
+_NUMBERS: Mapping[Layout, tuple[str, ...]] = {
+    "0.32": ("offset", "keep", "max_size", "index"),
+    "0.31": ("keep", "max_size", "offset", "index"),
+}
+_AGAIN = "make the cache again, with mlx_lm.cache_prompt or softbridge"
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCache:
+    """What one layer has of a prompt.
+
+    Attributes:
+        keys: [K, P, D], as they enter the dot product.
+        values: [K, P, D].
+        window: the size of the layer's sliding window, or None.
+    """
+
+    keys: Array
+    values: Array
+    window: int | None = None
+
+
+def layout_of(metadata: Mapping[str, str]) -> Layout | None:
+    """In which layout a file with this metadata is; None: it is no prompt cache."""
+    last = metadata.get("2.0", "none")
+    if last.endswith("Cache"):
+        return "0.31"
+    return "0.32" if last == "" and metadata.get("1.0", "").endswith("Cache") else None
+
+
+def read(files: untrusted.Files, name: str) -> tuple[list[LayerCache], dict[str, str]]:
+    """The caches of all layers, and the metadata of whoever made them.
+
+    Raises:
+        CheckpointError: the file is malformed, or what it holds is no prompt of P tokens in every layer.
+    """
+    metadata, tree = files.metadata(name), files.tree(name)
+    layout = layout_of(metadata)
+    if layout is None:
+        raise _refused(
+            f"{files.path}: metadata without the classes of a cache", "what mlx-lm's save_prompt_cache writes"
+        )
+    own, classes = _PLACES[layout]
+    numbered = (metadata.get(f"{classes}.{n}") for n in count())
+    kinds = [kind for kind in takewhile(lambda kind: kind is not None, numbered) if kind is not None]
+    others = sorted(set(kinds) - {PLAIN, ROTATING})
+    if others:
+        raise _refused(
+            f"{files.path} holds caches of the kinds {few(others)}, which are more, or less, than keys and values",
+            f"{PLAIN} or {ROTATING} of every layer",
+        )
+    states = {n: {key for key in tree if key.startswith(f"{n}.")} for n in range(len(kinds))}
+    stray = sorted(set(tree) - set().union(*states.values()))
+    if stray:
+        raise _refused(f"{files.path}: tensors {few(stray)}, and {len(kinds)} layers", "the tensors of these layers")
+    caches = [_cache(tree, metadata, layout, n, kind) for n, kind in enumerate(kinds)]
+    lengths = sorted({cache.keys.shape[1] for cache in caches})
+    if len(lengths) > 1:
+        raise _refused(f"{files.path}: layers with {few(lengths)} tokens", "as many tokens in every layer")
+    given = {key.removeprefix(f"{own}."): value for key, value in metadata.items() if key.startswith(f"{own}.")}
+    return caches, given
+
+
+def _cache(
+    tree: Mapping[str, untrusted.Stored], metadata: Mapping[str, str], layout: Layout, layer: int, kind: str
+) -> LayerCache:
+    what = f"the {kind} of layer {layer}"
+    names = (("offset",) if kind == PLAIN else _NUMBERS[layout]) if layout == "0.32" else ()
+    wanted = {f"{layer}.{n}" for n in range(2 + len(names))}
+    found = {key for key in tree if key.startswith(f"{layer}.")}
+    if found != wanted:
+        raise _refused(f"{what}: tensors {few(sorted(found))}", few(sorted(wanted)))
+    keys, values = tree[f"{layer}.0"], tree[f"{layer}.1"]
+    floats = all(one.dtype == BFLOAT16 or one.dtype.kind == "f" for one in (keys, values))
+    if len(keys.shape) != 4 or keys.shape != values.shape or keys.shape[0] != 1 or 0 in keys.shape or not floats:
+        raise _refused(
+            f"{what}: keys {list(keys.shape)} of {keys.dtype.name}, values {list(values.shape)} of {values.dtype.name}",
+            "floating-point numbers [1, K, N, D] of one row, alike in both",
+        )
+    if layout == "0.32":
+        numbers = {name: _scalar(tree[f"{layer}.{n}"], what) for n, name in enumerate(names, 2)}
+        told = {metadata.get(f"2.{n}.0"): metadata.get(f"2.{n}.1") for n in range(1, len(tree) + 1)}
+        if any(told.get(f"{layer}.{n}") != "scalar" for n in range(2, 2 + len(names))):
+            raise _refused(f"{what}: numbers that mlx-lm would take for arrays", "each in the list of scalars")
+    elif kind == ROTATING:
+        numbers = {name: _number(metadata.get(f"0.{layer}.{n}"), what) for n, name in enumerate(_NUMBERS[layout])}
+    else:
+        numbers = {"offset": keys.shape[2]}
+    held, offset = keys.shape[2], numbers["offset"]
+    if kind == ROTATING and numbers["keep"] != 0:
+        raise _refused(
+            f"{what} keeps its first {numbers['keep']} tokens and drops those behind (--max-kv-size)",
+            "the cache of a layer that drops its oldest tokens, or none",
+        )
+    if not 0 < offset <= held or numbers.get("index", offset) != offset:
+        raise _refused(
+            f"{what} has seen {offset} tokens, and holds {held}, the next at {numbers.get('index', offset)}",
+            "every token that it has seen, in order: a window that has dropped some holds no prompt",
+        )
+    window = numbers.get("max_size")
+    if window is not None and window < 1:
+        raise _refused(f"{what} of at most {window} tokens", "a window of at least one")
+    return LayerCache(keys.array()[0, :, :offset], values.array()[0, :, :offset], window)
+
+
+def _scalar(stored: untrusted.Stored, what: str) -> int:
+    if stored.shape or stored.dtype.kind not in "iu":
+        raise _refused(f"{what}: {stored.name}, {list(stored.shape)} of {stored.dtype.name}", "a whole number")
+    return int(stored.array())
+
+
+def _number(text: str | None, what: str) -> int:
+    if text is None or not text.isdecimal() or not text.isascii() or len(text) > 18:
+        raise _refused(f"{what}: {text!r:.40} among its numbers", "a whole number")
+    return int(text)
+
+
+def _refused(found: str, expected: str) -> CheckpointError:
+    return CheckpointError(found, expected, _AGAIN)
+
+
+def write(caches: Sequence[LayerCache], given: Mapping[str, str], layout: Layout) -> bytes:
+    """A file of these caches, and of a caller's metadata, of which there must be some: mlx-lm drops an empty list."""
+    own, classes = _PLACES[layout]
+    metadata = {f"{own}.{name}": value for name, value in given.items()}
+    tensors: dict[str, Array] = {}
+    scalars = [""]
+    for layer, cache in enumerate(caches):
+        length = cache.keys.shape[1]
+        numbers = {"offset": length, "keep": 0, "max_size": cache.window, "index": length}
+        names = ("offset",) if cache.window is None else _NUMBERS[layout]
+        tensors |= {f"{layer}.0": cache.keys[None], f"{layer}.1": cache.values[None]}
+        metadata[f"{classes}.{layer}"] = PLAIN if cache.window is None else ROTATING
+        if layout == "0.32":
+            tensors |= {f"{layer}.{n}": np.array(numbers[name], np.int32) for n, name in enumerate(names, 2)}
+            scalars += [f"{layer}.{n}" for n in range(2, 2 + len(names))]
+        elif cache.window is None:
+            metadata[f"0.{layer}"] = ""
+        else:
+            metadata |= {f"0.{layer}.{n}": str(numbers[name]) for n, name in enumerate(names)}
+    if layout == "0.32":
+        metadata["2.0"] = ""
+        for n, place in enumerate(scalars[1:], 1):
+            metadata |= {f"2.{n}.0": place, f"2.{n}.1": "scalar"}
+    return untrusted.safetensors_bytes(tensors, metadata)
