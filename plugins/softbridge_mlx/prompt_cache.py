@@ -10,7 +10,7 @@ two layouts, and neither release reads the other's (`mlx_lm/models/cache.py`):
   numbers of a `RotatingKVCache` are keep, max_size, offset, index, as texts.
 
 Keys and values are [1, K, N, D], of which the first `offset` tokens count: mlx-lm allocates 256 at a time. A
-`RotatingKVCache` is that of a layer with a sliding window of max_size tokens, and writes over its oldest once it is full.
+`RotatingKVCache` is that of a layer with a sliding window of max_size tokens. Once full, it overwrites its oldest.
 """
 
 from __future__ import annotations
