@@ -116,8 +116,8 @@ class MlxFormat:
 
     def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
         return (
-            "pass --ignore-chat-template to mlx_lm.generate, and the whole text as --prompt: it leaves out the beginning "
-            "of a chat template, as if the cache held it",
+            "pass --ignore-chat-template to mlx_lm.generate, and the whole text as --prompt: otherwise it leaves the "
+            "beginning of a chat template out, as if the cache held it",
         )
 
 

@@ -73,6 +73,7 @@ class MlxServer:
     @contextmanager
     def open(self, base: Path, prompts: Mapping[str, Path], scratch: Path) -> Iterator[Ask]:
         import mlx.core as mx
+        import mlx_lm
         from mlx_lm.generate import BatchGenerator, generate_step
         from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache
         from mlx_lm.utils import load_model
@@ -95,7 +96,14 @@ class MlxServer:
             except (BaseModelError, CheckpointError) as error:
                 raise EngineError(f"the prompt '{name}': {error.found}", error.expected, error.remedy) from error
             file = path if files.is_file else path / next(one for one in files.names if one.endswith(".safetensors"))
-            held[name] = list(load_prompt_cache(str(file)))
+            try:
+                held[name] = list(load_prompt_cache(str(file)))
+            except Exception as error:  # of a file of another release
+                raise EngineError(
+                    f"mlx-lm {mlx_lm.__version__} does not load the prompt '{name}': {error!r:.200}",
+                    "a file in the layout of this release",
+                    f"write it with another encoding: {', '.join(FORMAT.encodings)}",
+                ) from error
             found = [(type(one).__name__, getattr(one, "max_size", None)) for one in held[name]]
             if found != shapes:
                 raise EngineError(
@@ -191,11 +199,13 @@ def settings(facts: Mapping[str, Any]) -> dict[str, Any]:
     if local is not None:
         found["rope_local_base_freq"] = local["rope_theta"]
     if "rope_theta" in whole:
-        found["rope_theta"] = whole["rope_theta"]
-        if whole.get("rope_type", "default") != "default":
-            found["rope_scaling"] = {name: value for name, value in whole.items() if name != "rope_theta"}
+        found["rope_theta"] = found["rotary_emb_base"] = whole["rope_theta"]
+        scaled = whole.get("rope_type", "default") != "default"
+        found["rope_scaling"] = (
+            {name: value for name, value in whole.items() if name != "rope_theta"} if scaled else None
+        )
         if "partial_rotary_factor" in whole:
-            found["partial_rotary_factor"] = whole["partial_rotary_factor"]
+            found["partial_rotary_factor"] = found["rotary_pct"] = whole["partial_rotary_factor"]
     kinds = facts.get("layer_types") or []
     if SLIDING in kinds:  # every so manieth layer has none
         found["sliding_window_pattern"] = (

@@ -137,12 +137,16 @@ def judge(
         model.save_pretrained(scratch / "base")
         runner, _ = choose_engine(prompt, engine, model)
         texts = _texts(model.config, seed)
+        # What whoever wants the right prompt has accepted of the format is accepted of the wrong ones.
+        accepted = {o.name for o in form.obstacles(prompt, base.geometry) if o.acceptable}
         prompts = {_RIGHT: prompt}
         untried = {}
         for name, wrong in faulty_prompts(prompt, base.positions):
             if wrong is not None:
                 try:
-                    prompts[name] = lower(wrong, Target(form.name, form.capabilities, base), (), form.obstacles).prompt
+                    prompts[name] = lower(
+                        wrong, Target(form.name, form.capabilities, base), accepted, form.obstacles
+                    ).prompt
                 except LoweringError as error:
                     untried[name] = "; ".join(obstacle.reason for obstacle in error.obstacles)
         paths = {name: _written(form, one, base, scratch / f"{n}") for n, (name, one) in enumerate(prompts.items())}
