@@ -55,7 +55,7 @@ class MlxServer:
         try:  # nothing is computed: mlx makes its arrays when they are asked for
             made, arguments = _classes(facts)
             caches = make_prompt_cache(made(arguments.from_dict({**facts, **settings(facts)})))
-        except Exception as error:  # its classes raise what they like
+        except (Exception, SystemExit) as error:  # its classes raise what they like, and OLMo's ends the program
             reason = f"mlx-lm's model of {kind} does not take this configuration: {error!r:.200}"
             return [Obstacle("model", reason, elsewhere)]
         others = sorted({type(one).__name__ for one in caches} - {PLAIN, ROTATING})

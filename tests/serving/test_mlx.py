@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoConfig, PreTrainedTokenizerFast
 from typer.testing import CliRunner
 
 import softbridge as sb
@@ -102,6 +105,35 @@ def test_every_family_is_served(family: str, kind: str) -> None:
 def test_a_window_drops_a_prefix_that_it_has_passed(length: int) -> None:
     base = base_of("gemma3_text")
     check(judge(FORMAT, lowered(random_prefix(base.geometry, length), base), base, weights=True))
+
+
+def test_settings_that_mlx_lm_does_not_find_show(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers 5 has the base angle of the rotation under a name that mlx-lm does not read."""
+    base = base_of("llama")
+    prompt = lowered(random_prefix(base.geometry), base)
+    monkeypatch.setattr("softbridge_mlx.server.settings", lambda facts: {})
+    found = judge(FORMAT, prompt, base, weights=True)
+    assert found.verdict == "insensitive"
+    assert found.noise > 0.01
+
+
+@pytest.mark.parametrize(
+    "scaled",
+    [
+        {"rope_type": "linear", "factor": 4.0},
+        {
+            "rope_type": "llama3",
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+    ],
+    ids=lambda scaled: str(scaled["rope_type"]),
+)
+def test_a_scaled_rotation_is_served(scaled: Mapping[str, Any]) -> None:
+    base = base_of("llama", rope_parameters={**ROPE, **scaled})
+    check(judge(FORMAT, lowered(random_prefix(base.geometry), base), base, weights=True))
 
 
 def test_random_weights_of_the_structure_do_for_a_prefix() -> None:
@@ -314,7 +346,9 @@ def test_what_mlx_lm_serves_meets_no_obstacle_and_the_windows_are_those_of_its_m
 
 @pytest.fixture
 def directory(tmp_path: Path) -> Path:
-    base_of("llama").weights(torch.float32).save_pretrained(tmp_path / "base")
+    """With the base angle that mlx-lm takes if it finds none: what it loads by itself is the same model."""
+    rope = {"rope_type": "default", "rope_theta": 10000.0}
+    base_of("llama", rope_parameters=rope).weights(torch.float32).save_pretrained(tmp_path / "base")
     return tmp_path / "base"
 
 
@@ -349,6 +383,33 @@ def test_files_that_mlx_lm_answers_otherwise_are_not_written(
     with pytest.raises(OutputError, match="different"):
         sb.convert(tmp_path / "peft", tmp_path / "out", "mlx", base=directory, verify=True)
     assert not (tmp_path / "out").exists()
+
+
+def continuation(model: Any) -> str:
+    ids = torch.tensor([[5, 17, 33]])
+    for _ in range(6):
+        with torch.no_grad():
+            ids = torch.cat([ids, model(input_ids=ids).logits[:, -1:].argmax(-1)], 1)
+    return " ".join(f"w{n}" for n in ids[0, 3:].tolist())
+
+
+def test_mlx_lms_own_command_goes_on_from_our_file(directory: Path, tmp_path: Path) -> None:
+    """`mlx_lm.generate`, as a user calls it: the greedy tokens are those of transformers with the prompt."""
+    words = {f"w{n}": n for n in range(96)}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="w2").save_pretrained(directory)
+    base = BaseModel.resolve(directory)
+    sb.save(random_prefix(base.geometry), tmp_path / "out", format="mlx", base=base)
+    model = base.weights(torch.float32)
+    without = continuation(model)
+    expected = continuation(sb.attach(model, sb.load(tmp_path / "out", base=base)))
+    command = [sys.executable, "-m", "mlx_lm", "generate", "--prompt-cache-file", str(tmp_path / "out" / FILE)]
+    command += ["--ignore-chat-template", "--prompt", "w5 w17 w33", "--max-tokens", "6", "--verbose", "False"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == expected
+    assert expected != without
 
 
 def test_the_command_line_names_the_server(directory: Path, tmp_path: Path) -> None:
