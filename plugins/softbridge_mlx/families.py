@@ -10,11 +10,35 @@ from softbridge.geometry import Geometry
 
 #: transformers' name of the family -> whether mlx-lm's model keeps to the window of its layers "sliding_attention".
 FAMILIES: dict[str, bool] = {
+    "afmoe": True,
+    "cohere": False,
+    "cohere2": True,
+    "ernie4_5": False,
+    "gemma": False,
+    "gemma3_text": True,
+    "glm4": False,
     "gpt2": False,
+    "gpt_neox": False,
+    "granite": False,
+    "granitemoe": False,
+    "helium": False,
+    "hunyuan_v1_dense": False,
     "llama": False,
     "mistral": False,
+    "mixtral": False,
+    "nemotron": False,
+    "olmo2": False,
+    "olmo3": True,
+    "olmoe": False,
+    "phi": False,
+    "phi3": False,
+    "qwen2": False,
+    "qwen2_moe": False,
     "qwen3": False,
-    "gemma3_text": True,
+    "seed_oss": False,
+    "smollm3": False,
+    "stablelm": False,
+    "starcoder2": False,
 }
 #: What layers with a window are called in configurations.
 SLIDING = "sliding_attention"

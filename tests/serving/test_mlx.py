@@ -6,7 +6,6 @@ with similar wrong prompts noticed.
 
 from __future__ import annotations
 
-import copy
 import json
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from softbridge.arrays import BFLOAT16, same_array
 from softbridge.base import BaseModel, build
 from softbridge.cli import app
 from softbridge.errors import EngineError, OutputError
+from softbridge.geometry import read_geometry
 from softbridge.lowering.planner import lower
 from softbridge.lowering.steps import Target
 from softbridge.plugin.serving import Request
@@ -34,7 +34,6 @@ from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix
 from softbridge.untrusted import Files
 from softbridge.verification.serving import Serving, judge
-from softbridge_mlx import families
 from softbridge_mlx.families import FAMILIES
 from softbridge_mlx.format import FILE, FORMAT, LAYOUTS
 from softbridge_mlx.server import SERVER
@@ -63,7 +62,21 @@ PARTICULAR: Mapping[str, Mapping[str, Any]] = {
     "gpt2": {"n_embd": 64, "n_layer": 3, "n_head": 4, "n_positions": 128},
     "gemma3_text": {"rope_parameters": LAYERWISE, "sliding_window": WINDOW},
     "cohere2": {"sliding_window": WINDOW},
+    "afmoe": {"sliding_window": WINDOW, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48},
+    "gpt_neox": {"intermediate_size": 256},  # mlx-lm has no other than 4 times the hidden size
+    "olmo3": {"rope_parameters": dict.fromkeys(LAYERWISE, ROPE), "sliding_window": WINDOW},
+    "granitemoe": {"num_local_experts": 4},
+    "mixtral": {"num_local_experts": 4},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "shared_expert_intermediate_size": 48,
+    },
 }
+#: How far mlx-lm itself may be from transformers, where that is more than rounding: it has another approximation of GELU.
+NOISE = {"gemma": 0.1, "starcoder2": 0.01}
 MAKERS = {"prefix": random_prefix, "prompt": random_input_prompt}
 
 
@@ -98,7 +111,7 @@ def test_every_family_is_served(family: str, kind: str) -> None:
     base = base_of(family)
     found = judge(FORMAT, lowered(MAKERS[kind](base.geometry), base), base, weights=True)
     check(found)
-    assert found.noise < 1e-3, "a base model that mlx-lm itself computes otherwise shows little"
+    assert found.noise < NOISE.get(family, 5e-4), "a base model that mlx-lm itself computes otherwise shows little"
 
 
 @pytest.mark.parametrize("length", [1, 7, 8, 13])
@@ -328,17 +341,17 @@ def test_what_mlx_lm_does_not_serve_is_an_obstacle(family: str, changes: Mapping
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_mlx_lm_serves_meets_no_obstacle_and_the_windows_are_those_of_its_model(family: str) -> None:
+def test_what_is_served_meets_no_obstacle_and_the_table_of_windows_is_mlx_lms(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(family)
     assert not SERVER.obstacles(config)
-    if getattr(config, "sliding_window", None) is not None:
-        told, FAMILIES_BEFORE = FAMILIES[family], copy.copy(FAMILIES)  # noqa: N806
-        try:
-            FAMILIES[family] = not told
-            (found,) = SERVER.obstacles(config)
-            assert found.name == "window"
-        finally:
-            families.FAMILIES.update(FAMILIES_BEFORE)
+    shape = read_geometry(config).decoder
+    assert shape is not None
+    if shape.window is not None:
+        monkeypatch.setitem(FAMILIES, family, not FAMILIES[family])
+        (found,) = SERVER.obstacles(config)
+        assert found.name == "window"
 
 
 # --- conversions ------------------------------------------------------------------------------------------------------
