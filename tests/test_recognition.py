@@ -67,6 +67,7 @@ OWN: dict[str, Make] = {
     "peft vectors": by_us("peft", random_input_prompt),
     "peft prefix": by_us("peft", random_prefix),
     "adapterhub prefix": by_us("adapterhub", random_prefix),
+    "mlx prefix": by_us("mlx", random_prefix),
 }
 
 

@@ -75,8 +75,8 @@ PARTICULAR: Mapping[str, Mapping[str, Any]] = {
         "shared_expert_intermediate_size": 48,
     },
 }
-#: How far mlx-lm itself may be from transformers, where that is more than rounding: it has another approximation of GELU.
-NOISE = {"gemma": 0.1, "starcoder2": 0.01}
+#: How far mlx-lm itself may be from transformers, where that is more than rounding: it approximates GELU otherwise.
+NOISE = {"gemma": 0.1, "starcoder2": 0.01, "gpt_neox": 0.01}
 MAKERS = {"prefix": random_prefix, "prompt": random_input_prompt}
 
 
