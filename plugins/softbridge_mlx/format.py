@@ -18,6 +18,7 @@ from softbridge.geometry import Geometry
 from softbridge.lowering.expressible import check_fits
 from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.prompt import BaseId, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt
+from softbridge.prompt.values import Json
 from softbridge_mlx import prompt_cache
 from softbridge_mlx.families import FAMILIES, missed, windows
 from softbridge_mlx.prompt_cache import LayerCache, Layout
@@ -35,7 +36,7 @@ class MlxFormat:
     encodings = tuple(LAYOUTS)
     engine = "native"  # mlx-lm runs no transformers model: it is a server
     server = "mlx"
-    files = ("*.safetensors",)
+    files = ("*cache*.safetensors",)  # not those of a model
     reads = "the file of `save_prompt_cache`, of 0.32 and of earlier releases, with keys and values of every token"
     writes = "the same, for 0.32; for earlier ones `--encoding safetensors-0.31`"
     proven = "mlx-lm's own answers, alone and in batches, within 4 times its own distance from transformers"
@@ -110,8 +111,8 @@ class MlxFormat:
         assert sizes is not None  # it was an obstacle
         layers = prompt.prefixes[0].layers
         caches = [LayerCache(layers[n].keys, layers[n].values, size) for n, size in enumerate(sizes)]
-        # What mlx_lm.generate looks for in a cache. A name that is not known is left out: without it, it asks for one.
-        given = {"tokenizer_config": "{}"} | ({"model": prompt.base.name} if prompt.base.name else {})
+        # What mlx_lm.generate looks for in a cache. Without the model's name it fails, and takes no model of its own.
+        given = {"tokenizer_config": "{}"} | _given(prompt) | ({"model": prompt.base.name} if prompt.base.name else {})
         return {FILE: prompt_cache.write(caches, given, LAYOUTS[encoding or self.encodings[0]])}
 
     def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
@@ -123,11 +124,23 @@ class MlxFormat:
 
 def _windows(prompt: SoftPrompt, geometry: Geometry) -> Sequence[int | None] | None:
     """The window of each layer, by the base model or by the file that the prompt was read from; None: not known."""
-    found = windows(geometry)
-    if found is None and prompt.origin is not None and prompt.origin.format == MlxFormat.name:
-        told = prompt.origin.details.get("windows")
-        return told if isinstance(told, list) and len(told) == len(prompt.prefixes[0].layers) else None
+    found, told = windows(geometry), _told(prompt, "windows")
+    if found is None and isinstance(told, list) and len(told) == len(prompt.prefixes[0].layers):
+        return [size if isinstance(size, int) else None for size in told]
     return found
+
+
+def _given(prompt: SoftPrompt) -> dict[str, str]:
+    """What whoever made the file that the prompt was read from wrote into it, but for the model's name."""
+    told = _told(prompt, "metadata")
+    pairs = told.items() if isinstance(told, dict) else ()
+    return {name: text for name, text in pairs if isinstance(text, str) and name != "model"}
+
+
+def _told(prompt: SoftPrompt, name: str) -> Json:
+    """A detail of the file that the prompt was read from, if that was one of mlx-lm's; else None."""
+    origin = prompt.origin
+    return None if origin is None or origin.format != MlxFormat.name else origin.details.get(name)
 
 
 def _said(sizes: Sequence[int | None]) -> str:

@@ -104,12 +104,14 @@ class MlxServer:
                     "a file in the layout of this release",
                     f"write it with another encoding: {', '.join(FORMAT.encodings)}",
                 ) from error
+            for one in held[name]:  # a batch has the precision of its first row's prompt, and would round the others
+                one.keys, one.values = one.keys.astype(mx.float32), one.values.astype(mx.float32)
             found = [(type(one).__name__, getattr(one, "max_size", None)) for one in held[name]]
             if found != shapes:
                 raise EngineError(
                     f"the prompt '{name}' has caches {found}", f"{shapes}, those of this model", "convert it again"
                 )
-        limit = missed(geometry)
+        window, table = missed(geometry), facts.get("n_positions")
 
         def cache_of(request: Request, length: int) -> list[Any]:
             """A cache of its own for a request: mlx-lm writes into what it is given."""
@@ -123,10 +125,16 @@ class MlxServer:
             if request.prompt is not None:
                 cache = copy.deepcopy(held[request.prompt])
             seen = cache[0].offset + len(request.tokens) + length
-            if limit is not None and seen > limit:
+            if window is not None and seen > window:
                 raise EngineError(
                     f"{seen} tokens, the prompt's among them, and mlx-lm has no sliding window",
-                    f"at most {limit}, the window of {geometry.model_type} in transformers",
+                    f"at most {window}, the window of {geometry.model_type} in transformers",
+                    "ask with a shorter text",
+                )
+            if table is not None and seen > table:  # mlx reads what lies behind it
+                raise EngineError(
+                    f"{seen} tokens, the prompt's among them, and a table of {table} positions",
+                    f"at most {table}",
                     "ask with a shorter text",
                 )
             return cache

@@ -6,6 +6,7 @@ What mlx-lm answers with them is in `tests/serving/test_mlx.py`.
 from __future__ import annotations
 
 import importlib.util
+import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -148,6 +149,22 @@ def test_files_of_mlx_lm_itself_are_read(release: str) -> None:
     assert prompt.origin.details["windows"] == [None, WINDOW, None]
 
 
+def test_what_a_caller_wrote_beside_a_cache_is_given_back() -> None:
+    path = GOLDEN / "mlx_0.32.2.safetensors"
+    tensors, metadata = opened(path)
+    kept = {"0.tokenizer_config": '{"eos_token": "x"}', "0.mine": "a text"}
+    prompt = FORMAT.read(Files(path), None)
+    assert prompt.origin is not None
+    details = {**prompt.origin.details, "metadata": {name[2:]: text for name, text in kept.items()}}
+    prompt = replace(prompt, origin=replace(prompt.origin, details=details))
+    geometry = base_of("gemma3_text").geometry
+    assert geometry.decoder is not None
+    shape = replace(geometry.decoder, layers=3, head_dim=4, kinds=None)  # which layers have a window, the file says
+    content = FORMAT.write(prompt, replace(geometry, decoder=shape))[FILE]
+    assert tensors.keys() == opened_bytes(content)[0].keys()
+    assert opened_bytes(content)[1] == {**metadata, **kept}
+
+
 def test_a_file_without_a_name_of_its_base_says_none(tmp_path: Path) -> None:
     base = base_of("llama")
     files = written(tmp_path, random_prefix(base.geometry), base.geometry)
@@ -248,6 +265,12 @@ Spoil = Callable[[Tensors, Metadata], Any]
 def opened(path: Path) -> tuple[Tensors, Metadata]:
     with safe_open(path, "np") as file:
         return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata())  # noqa: SIM118
+
+
+def opened_bytes(content: bytes) -> tuple[Tensors, Metadata]:
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / FILE).write_bytes(content)
+        return opened(Path(folder) / FILE)
 
 
 #: What is done to a file of gemma3_text (layer 0 with a window, layer 5 without) -> what is said of it.

@@ -96,6 +96,12 @@ def lowered(prompt: SoftPrompt, base: BaseModel) -> SoftPrompt:
     return lower(prompt, Target("mlx", FORMAT.capabilities, base), ("window",), FORMAT.obstacles).prompt
 
 
+def narrowed(prompt: SoftPrompt, dtype: Any) -> SoftPrompt:
+    (part,) = prompt.prefixes
+    layers = {n: KeyValue(pair.keys.astype(dtype), pair.values.astype(dtype)) for n, pair in part.layers.items()}
+    return replace(prompt, parts=(KeyValuePrefix("self", layers),))
+
+
 def check(found: Serving) -> None:
     assert found.verdict == "served", found.summary()
     assert found.effect > 100 * found.bound, found.summary()
@@ -149,6 +155,13 @@ def test_a_scaled_rotation_is_served(scaled: Mapping[str, Any]) -> None:
     check(judge(FORMAT, lowered(random_prefix(base.geometry), base), base, weights=True))
 
 
+@pytest.mark.parametrize("dtype", [np.float16, BFLOAT16], ids=["float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_a_prefix_in_half_precision_is_served(family: str, dtype: Any) -> None:
+    base = base_of(family)
+    check(judge(FORMAT, lowered(narrowed(random_prefix(base.geometry), dtype), base), base, weights=True))
+
+
 def test_random_weights_of_the_structure_do_for_a_prefix() -> None:
     base = BaseModel.resolve(config_of("llama"))
     check(judge(FORMAT, lowered(random_prefix(base.geometry), base), base))
@@ -175,14 +188,13 @@ def test_mlx_lm_loads_our_file_as_its_own_bit_for_bit(length: int, dtype: Any, t
     from mlx_lm.models.cache import KVCache, RotatingKVCache, load_prompt_cache, save_prompt_cache
 
     base = BaseModel.resolve(config_of("gemma3_text"))
-    (part,) = random_prefix(base.geometry, length).prefixes
-    layers = {n: KeyValue(pair.keys.astype(dtype), pair.values.astype(dtype)) for n, pair in part.layers.items()}
-    prompt = replace(random_prefix(base.geometry, length), parts=(KeyValuePrefix("self", layers),))
+    prompt = narrowed(random_prefix(base.geometry, length), dtype)
+    layers = prompt.prefixes[0].layers
     ours = tmp_path / "ours.safetensors"
     ours.write_bytes(FORMAT.write(prompt, base.geometry)[FILE])
     names = {np.float32: mx.float32, np.float16: mx.float16, BFLOAT16: mx.bfloat16}
     made = [RotatingKVCache(max_size=WINDOW) if n < 5 else KVCache() for n in range(6)]
-    for cache, pair in zip(made, part.layers.values(), strict=True):
+    for cache, pair in zip(made, layers.values(), strict=True):
         halves = (mx.array(half[None]).astype(names[dtype]) for half in (pair.keys, pair.values))
         cache.update_and_fetch(*halves)
     theirs = tmp_path / "theirs.safetensors"
@@ -324,6 +336,25 @@ def test_a_text_beyond_a_window_that_mlx_lm_has_not_is_refused(tmp_path: Path) -
         ask([Request((5,) * 8, "it")], 3)
         with pytest.raises(EngineError, match=r"17 tokens, .* and mlx-lm has no sliding window"):
             ask([Request((5,) * 9, "it")], 3)
+
+
+def test_a_text_beyond_a_table_of_positions_is_refused(tmp_path: Path) -> None:
+    base = base_of("gpt2", n_positions=16)
+    base.weights(torch.float32).save_pretrained(tmp_path / "base")
+    (tmp_path / FILE).write_bytes(FORMAT.write(random_prefix(base.geometry, 5), base.geometry)[FILE])
+    with SERVER.open(tmp_path / "base", {"it": tmp_path / FILE}, tmp_path) as ask:
+        ask([Request((5,) * 8, "it")], 3)
+        with pytest.raises(EngineError, match=r"17 tokens, .* and a table of 16 positions"):
+            ask([Request((5,) * 9, "it")], 3)
+
+
+def test_rows_keep_their_precision_beside_a_prompt_in_less(opened: Opened, tmp_path: Path) -> None:
+    short = narrowed(random_prefix(opened.base.geometry, 5, seed=1), BFLOAT16)
+    (tmp_path / "short.safetensors").write_bytes(FORMAT.write(short, opened.base.geometry)[FILE])
+    with opened.open(short=tmp_path / "short.safetensors") as ask:
+        (alone,) = ask([Request((5, 6, 7), "nine")], 4)
+        together = ask([Request((5, 6, 7), "short"), Request((5, 6, 7), "nine")], 4)
+    assert np.abs(together[1].log_probabilities - alone.log_probabilities).max() < 1e-4
 
 
 @pytest.mark.parametrize(
