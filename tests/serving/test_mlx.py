@@ -6,6 +6,7 @@ with similar wrong prompts noticed.
 
 from __future__ import annotations
 
+import copy
 import json
 import subprocess
 import sys
@@ -85,7 +86,8 @@ def config_of(family: str, **changes: Any) -> Any:
     settings = {name: value for name, value in {**SIZES, "rope_parameters": ROPE}.items() if name in known}
     if "sliding_window" in known:
         settings["sliding_window"] = 64  # longer than what is judged, for mlx-lm's models without one
-    return AutoConfig.for_model(family, **{**settings, **PARTICULAR.get(family, {}), **changes})
+    # A copy: some classes write into what they are given.
+    return AutoConfig.for_model(family, **copy.deepcopy({**settings, **PARTICULAR.get(family, {}), **changes}))
 
 
 def base_of(family: str, **changes: Any) -> BaseModel:
