@@ -78,15 +78,36 @@ def read(files: untrusted.Files, name: str) -> tuple[list[LayerCache], dict[str,
     kinds = [kind for kind in takewhile(lambda kind: kind is not None, numbered) if kind is not None]
     others = sorted(set(kinds) - {PLAIN, ROTATING})
     if others:
+        named = few([f"{kind!r:.40}" for kind in others])
         raise _refused(
-            f"{files.path} holds caches of the kinds {few(others)}, which are more, or less, than keys and values",
+            f"{files.path} holds caches of the kinds {named}, which are more, or less, than keys and values",
             f"{PLAIN} or {ROTATING} of every layer",
         )
-    states = {n: {key for key in tree if key.startswith(f"{n}.")} for n in range(len(kinds))}
-    stray = sorted(set(tree) - set().union(*states.values()))
+    states: dict[str, dict[str, untrusted.Stored]] = {}
+    for key, stored in tree.items():
+        layer, _, piece = key.partition(".")
+        states.setdefault(layer, {})[piece] = stored
+    stray = sorted(states.keys() - {str(n) for n in range(len(kinds))})
     if stray:
-        raise _refused(f"{files.path}: tensors {few(stray)}, and {len(kinds)} layers", "the tensors of these layers")
-    caches = [_cache(tree, metadata, layout, n, kind) for n, kind in enumerate(kinds)]
+        raise _refused(f"{files.path}: tensors of {few(stray)}, and {len(kinds)} layers", "the tensors of these layers")
+    scalars = {metadata.get(f"2.{n}.0"): metadata.get(f"2.{n}.1") for n in range(1, len(tree) + 1)}
+    caches = []
+    for n, kind in enumerate(kinds):
+        what, state = f"the {kind} of layer {n}", states.get(str(n), {})
+        names = () if layout == "0.31" else _NUMBERS[layout] if kind == ROTATING else ("offset",)
+        keys, values = _keys_and_values(state, 2 + len(names), what)
+        if layout == "0.32":
+            numbers = {name: _scalar(state[str(i)], what) for i, name in enumerate(names, 2)}
+            if any(scalars.get(f"{n}.{i}") != "scalar" for i in range(2, 2 + len(names))):
+                raise _refused(f"{what}: numbers that mlx-lm would take for arrays", "each in the list of scalars")
+        elif kind == ROTATING:
+            numbers = {name: _number(metadata.get(f"0.{n}.{i}"), what) for i, name in enumerate(_NUMBERS[layout])}
+        else:
+            numbers = {"offset": keys.shape[2]}
+        _check(numbers, keys.shape[2], what)
+        offset = numbers["offset"]
+        first, second = (one.array()[0, :, :offset] for one in (keys, values))
+        caches.append(LayerCache(first, second, numbers.get("max_size")))
     lengths = sorted({cache.keys.shape[1] for cache in caches})
     if len(lengths) > 1:
         raise _refused(f"{files.path}: layers with {few(lengths)} tokens", "as many tokens in every layer")
@@ -94,46 +115,38 @@ def read(files: untrusted.Files, name: str) -> tuple[list[LayerCache], dict[str,
     return caches, given
 
 
-def _cache(
-    tree: Mapping[str, untrusted.Stored], metadata: Mapping[str, str], layout: Layout, layer: int, kind: str
-) -> LayerCache:
-    what = f"the {kind} of layer {layer}"
-    names = (("offset",) if kind == PLAIN else _NUMBERS[layout]) if layout == "0.32" else ()
-    wanted = {f"{layer}.{n}" for n in range(2 + len(names))}
-    found = {key for key in tree if key.startswith(f"{layer}.")}
-    if found != wanted:
-        raise _refused(f"{what}: tensors {few(sorted(found))}", few(sorted(wanted)))
-    keys, values = tree[f"{layer}.0"], tree[f"{layer}.1"]
+def _keys_and_values(
+    state: Mapping[str, untrusted.Stored], pieces: int, what: str
+) -> tuple[untrusted.Stored, untrusted.Stored]:
+    wanted = [str(n) for n in range(pieces)]
+    if state.keys() != set(wanted):
+        raise _refused(f"{what}: tensors {few(sorted(state))}", few(wanted))
+    keys, values = state["0"], state["1"]
     floats = all(one.dtype == BFLOAT16 or one.dtype.kind == "f" for one in (keys, values))
     if len(keys.shape) != 4 or keys.shape != values.shape or keys.shape[0] != 1 or 0 in keys.shape or not floats:
         raise _refused(
             f"{what}: keys {list(keys.shape)} of {keys.dtype.name}, values {list(values.shape)} of {values.dtype.name}",
             "floating-point numbers [1, K, N, D] of one row, alike in both",
         )
-    if layout == "0.32":
-        numbers = {name: _scalar(tree[f"{layer}.{n}"], what) for n, name in enumerate(names, 2)}
-        told = {metadata.get(f"2.{n}.0"): metadata.get(f"2.{n}.1") for n in range(1, len(tree) + 1)}
-        if any(told.get(f"{layer}.{n}") != "scalar" for n in range(2, 2 + len(names))):
-            raise _refused(f"{what}: numbers that mlx-lm would take for arrays", "each in the list of scalars")
-    elif kind == ROTATING:
-        numbers = {name: _number(metadata.get(f"0.{layer}.{n}"), what) for n, name in enumerate(_NUMBERS[layout])}
-    else:
-        numbers = {"offset": keys.shape[2]}
-    held, offset = keys.shape[2], numbers["offset"]
-    if kind == ROTATING and numbers["keep"] != 0:
+    return keys, values
+
+
+def _check(numbers: Mapping[str, int], held: int, what: str) -> None:
+    """Refuse a cache that does not hold each token that it has seen, in order."""
+    offset, keep, window = numbers["offset"], numbers.get("keep", 0), numbers.get("max_size")
+    if keep != 0:
         raise _refused(
-            f"{what} keeps its first {numbers['keep']} tokens and drops those behind (--max-kv-size)",
+            f"{what} keeps its first {keep} tokens and drops those behind (--max-kv-size)",
             "the cache of a layer that drops its oldest tokens, or none",
         )
-    if not 0 < offset <= held or numbers.get("index", offset) != offset:
+    index = numbers.get("index", offset)
+    if not 0 < offset <= held or index != offset:
         raise _refused(
-            f"{what} has seen {offset} tokens, and holds {held}, the next at {numbers.get('index', offset)}",
+            f"{what} has seen {offset} tokens, and holds {held}, the next at {index}",
             "every token that it has seen, in order: a window that has dropped some holds no prompt",
         )
-    window = numbers.get("max_size")
     if window is not None and window < 1:
         raise _refused(f"{what} of at most {window} tokens", "a window of at least one")
-    return LayerCache(keys.array()[0, :, :offset], values.array()[0, :, :offset], window)
 
 
 def _scalar(stored: untrusted.Stored, what: str) -> int:

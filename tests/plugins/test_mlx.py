@@ -276,10 +276,10 @@ def opened_bytes(content: bytes) -> tuple[Tensors, Metadata]:
 #: What is done to a file of gemma3_text (layer 0 with a window, layer 5 without) -> what is said of it.
 MALFORMED: dict[str, tuple[Spoil, str]] = {
     "a tensor is missing": (lambda t, m: t.pop("3.1"), "RotatingKVCache of layer 3: tensors"),
-    "a tensor too many": (lambda t, m: t.update({"6.0": t["0.0"]}), "tensors 6.0, and 6 layers"),
+    "a tensor too many": (lambda t, m: t.update({"6.0": t["0.0"]}), "tensors of 6, and 6 layers"),
     "a piece too many": (lambda t, m: t.update({"5.3": t["5.2"]}), "KVCache of layer 5: tensors"),
-    "quantised": (lambda t, m: m.update({"1.5": "QuantizedKVCache"}), "kinds QuantizedKVCache"),
-    "a state": (lambda t, m: m.update({"1.0": "ArraysCache"}), "kinds ArraysCache"),
+    "quantised": (lambda t, m: m.update({"1.5": "QuantizedKVCache"}), "kinds 'QuantizedKVCache'"),
+    "a state": (lambda t, m: m.update({"1.0": "ArraysCache"}), "kinds 'ArraysCache'"),
     "two rows": (
         lambda t, m: t.update({"0.0": np.repeat(t["0.0"], 2, 0), "0.1": np.repeat(t["0.1"], 2, 0)}),
         "one row",
