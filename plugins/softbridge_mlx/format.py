@@ -3,8 +3,8 @@
 mlx-lm goes on behind a cache: its models rotate, or look up, positions from the cache's offset on, so real tokens stand
 at P, P + 1, ... What `mlx_lm.cache_prompt` made of a text is a prefix as well, and is read as one.
 
-mlx-lm has no file for vectors in the input. Some of its models take ``input_embeddings``, but its batches take caches
-only, and so do its command line and its server. So vectors become a prefix (`softbridge.lowering.prefill`).
+mlx-lm has no file for vectors in the input. Some of its models take ``input_embeddings``, but its batches and its
+command line take caches only. So vectors become a prefix (`softbridge.lowering.prefill`).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class MlxFormat:
     """Prompt caches of `save_prompt_cache`."""
 
     name = "mlx"
-    summary = "mlx-lm: prompt caches, which its generate, batches and server go on from"
+    summary = "mlx-lm: prompt caches, which its generate and its batches go on from"
     encodings = tuple(LAYOUTS)
     engine = "native"  # mlx-lm runs no transformers model: it is a server
     server = "mlx"
