@@ -53,14 +53,14 @@ class MlxFormat:
     )
 
     def sniff(self, files: untrusted.Files) -> bool:
-        name = _only(files)
+        name = file_of(files)
         try:
             return name is not None and prompt_cache.layout_of(files.metadata(name)) is not None
         except CheckpointError:  # what is malformed is of no format, and reading it by name says why
             return False
 
     def read(self, files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
-        name = _only(files)
+        name = file_of(files)
         if name is None:
             raise CheckpointError(
                 f"{files.path} holds {few(files.names)}", "one file of tensors", "give the path of the file itself"
@@ -147,7 +147,7 @@ def _said(sizes: Sequence[int | None]) -> str:
     return ", ".join("none" if size is None else str(size) for size in sizes)
 
 
-def _only(files: untrusted.Files) -> str | None:
+def file_of(files: untrusted.Files) -> str | None:
     """The name of the one file of tensors beside softbridge's own; None: there are others, or none."""
     others = set(files.names) - {MANIFEST, CERTIFICATE}
     name = others.pop() if len(others) == 1 else None

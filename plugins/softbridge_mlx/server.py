@@ -24,7 +24,7 @@ from softbridge.errors import BaseModelError, CheckpointError, EngineError, Obst
 from softbridge.geometry import read_geometry
 from softbridge.plugin.serving import Answer, Ask, Request
 from softbridge_mlx.families import SLIDING, missed, windows
-from softbridge_mlx.format import FORMAT
+from softbridge_mlx.format import FORMAT, file_of
 from softbridge_mlx.prompt_cache import PLAIN, ROTATING
 
 
@@ -95,7 +95,7 @@ class MlxServer:
                 FORMAT.read(files, geometry)
             except (BaseModelError, CheckpointError) as error:
                 raise EngineError(f"the prompt '{name}': {error.found}", error.expected, error.remedy) from error
-            file = path if files.is_file else path / next(one for one in files.names if one.endswith(".safetensors"))
+            file = path if files.is_file else path / str(file_of(files))
             try:
                 held[name] = list(load_prompt_cache(str(file)))
             except Exception as error:  # of a file of another release
