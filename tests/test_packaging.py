@@ -15,10 +15,10 @@ import pytest
 
 import softbridge as sb
 import softbridge_archive
-from softbridge.plugin.registry import engines, formats, owners
+from softbridge.plugin.registry import engines, formats, owners, servers
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "transformers", "peft", "adapters")
+HEAVY = ("torch", "transformers", "peft", "adapters", "mlx", "mlx_lm")
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
@@ -36,6 +36,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
         "softbridge_archive",
         "softbridge_compat",
         "softbridge_llamacpp",
+        "softbridge_mlx",
         "softbridge_native",
         "softbridge_peft",
     }
@@ -120,6 +121,7 @@ def test_the_guard_sees_a_heavy_import() -> None:
 
 def test_what_is_installed_comes_in_by_entry_point() -> None:
     archived = {form.name for form in softbridge_archive.FORMATS}
-    assert set(formats()) == {"adapterhub", "llamacpp", "peft", "softbridge", *archived}
+    assert set(formats()) == {"adapterhub", "llamacpp", "mlx", "peft", "softbridge", *archived}
     assert set(engines()) == {"adapterhub", "native", "peft"}
+    assert set(servers()) == {"llamacpp", "mlx"}
     assert owners()["softbridge_formats"]["google"] == "archive"

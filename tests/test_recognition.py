@@ -68,6 +68,7 @@ OWN: dict[str, Make] = {
     "peft prefix": by_us("peft", random_prefix),
     "adapterhub prefix": by_us("adapterhub", random_prefix),
     "llamacpp prefix": by_us("llamacpp", random_prefix),
+    "mlx prefix": by_us("mlx", random_prefix),
 }
 
 

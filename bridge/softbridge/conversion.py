@@ -48,6 +48,7 @@ class Report:
         files: name -> size in bytes of the format's own files, written or, in a dry run, planned.
         served: what the server that reads the target's files answered with them, if verification was asked for, and
             such a server can be used here.
+        unserved: why it did not answer, if there is such a server.
     """
 
     source: Loaded
@@ -58,6 +59,7 @@ class Report:
     certificate: Certificate | None = None
     files: Mapping[str, int] = field(default_factory=dict)
     served: Serving | None = None
+    unserved: str = ""
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -118,7 +120,7 @@ def convert(
     lowering, content = prepare(chosen, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
     lowering = replace(lowering, steps=(*_notes(loaded.prompt), *_said(choice), *lowering.steps))
     single = is_file_of(Path(target), content)
-    certificate = served = None
+    certificate, served, unserved = None, None, ""
     if verify:
         if resolved is None:
             raise BaseModelError(
@@ -129,14 +131,16 @@ def convert(
         made = Loaded(lowering.prompt, form, Path(target), lowering.steps, dtype, choice, loaded.digests)
         naive = copied(chosen, Target(form.name, form.capabilities, resolved))
         certificate = _certify(loaded, made, content, resolved, naive)
-        served = _served(form, lowering.prompt, resolved, certificate, encoding)
+        unserved = _unserved(form, resolved)
+        if not unserved:
+            served = _served(form, lowering.prompt, resolved, certificate, encoding)
         if not single:
             content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
     if not dry_run:
         write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
     sizes = {name: len(data) for name, data in content.items()}
     advice = advice_for(lowering, form, resolved)
-    return Report(loaded, to, Path(target), lowering, advice, certificate, sizes, served)
+    return Report(loaded, to, Path(target), lowering, advice, certificate, sizes, served, unserved)
 
 
 def _said(choice: Choice) -> list[Step]:
@@ -191,16 +195,24 @@ def _certify(
     return certificate
 
 
+def _unserved(form: Format, base: BaseModel) -> str:
+    """Why the format's server does not answer with what is written, if it has one; empty if it does."""
+    server = serving.server_of(form)
+    if server is None:
+        return ""
+    return server.unavailable() or "; ".join(obstacle.reason for obstacle in server.obstacles(base.config))
+
+
 def _served(
     form: Format, prompt: SoftPrompt, base: BaseModel, certificate: Certificate, encoding: str | None
 ) -> Serving | None:
-    """What the format's server made of the prompt; None: it has none that can be used here.
+    """What the format's server made of the prompt; None: it has none.
 
     Raises:
         OutputError: the server answers otherwise than transformers.
     """
     server = serving.server_of(form)
-    if server is None or server.unavailable() is not None:
+    if server is None:
         return None
     found = serving.judge(form, prompt, base, weights=certificate.claim.weights, encoding=encoding)
     if found.verdict != "served":

@@ -175,6 +175,20 @@ def test_what_was_asked_for_is_judged(encoding: str | None, served_by: Callable[
     assert files == [(encoding, {"float16"})] * (1 + len(found.faults))
 
 
+def test_wrong_prompts_are_tried_under_the_conditions_of_the_right_one(served_by: Callable[[Any], Any]) -> None:
+    base = BaseModel.resolve(tiny_config("llama"))
+
+    class Conditional(Form):
+        def obstacles(self, prompt: sb.SoftPrompt, geometry: Any) -> Sequence[Obstacle]:
+            return [Obstacle("window", "the same only for short texts", "accept it", acceptable=True)]
+
+    served_by(Fake())
+    found = judge(Conditional(), random_prefix(base.geometry), base)  # type: ignore[arg-type]
+    assert found.verdict == "served"
+    assert {fault.name for fault in found.faults} >= {"keys and values swapped", "two layers swapped"}
+    assert not found.untried
+
+
 def test_a_base_that_is_not_served_is_refused(served_by: Callable[[Any], Any]) -> None:
     base = BaseModel.resolve(tiny_config("gpt_neox"))
     with pytest.raises(EngineError, match="fake serves no gpt_neox"):

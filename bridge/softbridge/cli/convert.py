@@ -104,6 +104,7 @@ def convert(
                 "advice": list(report.advice),
                 "certificate": None if report.certificate is None else report.certificate.to_json(),
                 "served": None if report.served is None else report.served.to_json(),
+                "unserved": report.unserved,
             }
         )
         return
@@ -121,6 +122,8 @@ def convert(
         console.print(certificate_table(report.certificate))
     if report.served is not None:
         console.print(serving_table(report.served))
+    if report.unserved:
+        console.print(shown(f"{report.target} itself did not answer with it: {report.unserved}"))
     if report.advice:
         console.print(Text.assemble("to run it in ", shown(report.target), " itself:"))
         for line in report.advice:

@@ -87,9 +87,11 @@ class Serving:
 
     @property
     def verdict(self) -> Literal["served", "different", "insensitive"]:
-        if not (self.effect > NOTICED * self.bound and all(fault.noticed for fault in self.faults)):
+        tried = bool(self.faults) and all(fault.noticed for fault in self.faults)
+        if not (self.effect > NOTICED * self.bound and tried):
             return "insensitive"
-        return "served" if max(self.alone, self.batch, self.bare) <= self.bound else "different"
+        near = max(self.alone, self.batch) <= self.bound and self.bare <= self.bound / self.strain
+        return "served" if near else "different"
 
     def summary(self) -> str:
         """One line."""
@@ -152,12 +154,14 @@ def judge(
         # A server has one cache, of one dtype, and a fault that rotates keys computes in a wider one.
         dtypes = {array.dtype.name for part in prompt.parts for _, array in part.arrays()}
         target = Target(form.name, form.capabilities, base, dtypes.pop() if len(dtypes) == 1 else None)
+        # What whoever wants the right prompt has accepted of the format is accepted of the wrong ones.
+        accepted = {o.name for o in form.obstacles(prompt, base.geometry) if o.acceptable}
         prompts = {_RIGHT: prompt}
         untried = {}
         for name, wrong in faulty_prompts(prompt, base.positions):
             if wrong is not None:
                 try:
-                    prompts[name] = lower(wrong, target, (), form.obstacles).prompt
+                    prompts[name] = lower(wrong, target, accepted, form.obstacles).prompt
                 except LoweringError as error:
                     untried[name] = "; ".join(obstacle.reason for obstacle in error.obstacles)
         folders = {name: scratch / str(n) for n, name in enumerate(prompts)}
