@@ -25,7 +25,7 @@ from softbridge.cli.tables import certificate_table, shown
 from softbridge.errors import PluginError
 from softbridge.lowering.precision import DTYPES
 from softbridge.methods import MultitaskPromptTuning, rematerialise
-from softbridge.plugin.registry import formats
+from softbridge.plugin.registry import formats, servers
 from softbridge.prompt import Origin, pack
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.verification.claim import LEVELS, WORKING
@@ -53,7 +53,7 @@ def test_formats_engines_and_plugins_are_listed() -> None:
     assert names == sorted(formats())
     assert {"adapterhub", "google", "peft", "softbridge"} < set(names)
     engines = {row["name"]: row["unavailable"] for row in json.loads(call("engines", "--json").output)}
-    assert set(engines) == {"adapterhub", "native", "peft"}
+    assert set(engines) == {"adapterhub", "native", "peft", *servers()}
     assert engines["native"] is None
     for command in ("formats", "engines", "plugins"):
         result = call(command)
