@@ -1,0 +1,184 @@
+"""vLLM in this process, in float32, for the judge: named prefixes by the connector, input prompts as vectors."""
+
+from __future__ import annotations
+
+import gc
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from softbridge.errors import EngineError, Obstacle, SoftbridgeError
+from softbridge.geometry import read_geometry
+from softbridge.plugin.serving import Answer, Ask, Request
+from softbridge_vllm.client import Prompts
+from softbridge_vllm.settings import Settings
+from softbridge_vllm.shelf import SUFFIX
+
+#: Set while it runs. The engine in this process, on the threads that torch has here; nothing is sent anywhere.
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_NO_USAGE_STATS": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+#: How many tokens a request may have, if the base model has as many positions.
+LONGEST = 1024
+
+
+class VllmServer:
+    """vLLM with the connector of `softbridge_vllm.connector`."""
+
+    name = "vllm"
+    summary = "vLLM in this process, in float32"
+
+    def unavailable(self) -> str | None:
+        return None if importlib.util.find_spec("vllm") else "vLLM is not installed"
+
+    def version(self) -> str:
+        import vllm
+        from vllm.platforms import current_platform
+
+        return f"vllm {vllm.__version__} on {current_platform.device_name}, float32"
+
+    def obstacles(self, config: Any) -> Sequence[Obstacle]:
+        geometry = read_geometry(config)
+        if geometry.decoder is None or geometry.encoder is not None:
+            return [Obstacle("family", f"vLLM's connectors do not serve {geometry.model_type}", "choose a decoder")]
+        from vllm.platforms import current_platform
+
+        if current_platform.is_cpu():
+            from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+            sizes, found = CPUAttentionBackend.get_supported_head_sizes(), geometry.decoder.head_dim
+            if found not in sizes:
+                reason = f"heads of {found} in {geometry.model_type}, and vLLM attends on a CPU in {sizes}"
+                return [Obstacle("heads", reason, "choose a base model with such heads")]
+        return []
+
+    @contextmanager
+    def open(self, base: Path, prompts: Mapping[str, Path], scratch: Path) -> Iterator[Ask]:
+        numbers = {name: str(number) for number, name in enumerate(prompts)}  # names need not be names of files
+        for name, path in prompts.items():
+            file = path if path.is_file() else path / "prompt.safetensors"
+            shutil.copyfile(file, scratch / f"{numbers[name]}{SUFFIX}")
+        with _environment():
+            from transformers import AutoConfig
+            from vllm import LLM, SamplingParams
+
+            config = AutoConfig.from_pretrained(base)
+            settings = Settings(str(scratch), _marker(config), False)
+            shelf = Prompts(scratch, marker=settings.marker) if prompts else None
+            try:
+                engine: Any = LLM(
+                    model=str(base),
+                    dtype="float32",
+                    skip_tokenizer_init=True,
+                    enforce_eager=True,
+                    seed=0,
+                    max_logprobs=-1,
+                    max_model_len=min(LONGEST, getattr(config, "max_position_embeddings", None) or LONGEST),
+                    max_num_seqs=64,
+                    enable_prefix_caching=True,
+                    enable_prompt_embeds=shelf is not None,
+                    **(transferring(settings) if shelf is not None else {}),
+                )
+            except Exception as error:
+                _close()
+                raise _refused(error, "start") from error
+            sampling = SamplingParams(temperature=0, logprobs=-1, detokenize=False, ignore_eos=True)
+
+            def ask(requests: Sequence[Request], length: int) -> list[Answer]:
+                sampling.max_tokens = length
+                asked = []
+                for one in requests:
+                    if shelf is None:
+                        if one.prompt is not None:
+                            raise EngineError(f"no prompt is called '{one.prompt}'", "none", "serve one")
+                        asked.append({"prompt_token_ids": list(one.tokens)})
+                    elif one.prompt is not None and one.prompt not in numbers:
+                        names = ", ".join(numbers)
+                        raise EngineError(f"no prompt is called '{one.prompt}'", f"one of {names}", "serve it")
+                    else:
+                        asked.append(shelf.request(one.prompt and numbers[one.prompt], one.tokens))
+                try:
+                    found = engine.generate(asked, sampling, use_tqdm=False)
+                except Exception as error:
+                    raise _refused(error, "answer") from error
+                return [_answer(one) for one in found]
+
+            try:
+                yield ask
+            finally:
+                engine.llm_engine.engine_core.shutdown()
+                _close()
+
+
+SERVER = VllmServer()
+
+
+def transferring(settings: Settings) -> dict[str, Any]:
+    """The arguments of ``LLM`` that load the connector."""
+    from vllm.config import KVTransferConfig
+
+    return {
+        "kv_transfer_config": KVTransferConfig(
+            kv_connector="PromptConnector",
+            kv_connector_module_path="softbridge_vllm.connector",
+            kv_role="kv_both",
+            kv_connector_extra_config=settings.to_json(),
+        ),
+        "disable_hybrid_kv_cache_manager": True,
+    }
+
+
+def _marker(config: Any) -> int | None:
+    """A token with which no text begins."""
+    text = config.get_text_config()
+    special = (getattr(text, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((one for one in special if type(one) is int and 0 <= one < text.vocab_size), None)
+
+
+def _answer(output: Any) -> Answer:
+    (made,) = output.outputs
+    if made.finish_reason == "error":
+        raise EngineError(
+            "vLLM ended a request with an error", "an answer", "its log says why: VLLM_LOGGING_LEVEL=INFO"
+        )
+    steps = [[step[token].logprob for token in range(len(step))] for step in made.logprobs]
+    return Answer(np.array(made.token_ids), np.array(steps, np.float64))
+
+
+def _refused(error: Exception, what: str) -> SoftbridgeError:
+    """The connector's own error, if it is one, as vLLM hands it on."""
+    if isinstance(error, SoftbridgeError):
+        return error
+    return EngineError(f"vLLM does not {what}: {error!s:.400}", "a server that does", "see vLLM's own log above")
+
+
+@contextmanager
+def _environment() -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in ENVIRONMENT}
+    os.environ.update(ENVIRONMENT)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+
+
+def _close() -> None:
+    """Leave nothing behind that would keep another one from starting in this process."""
+    from vllm.distributed.kv_transfer import ensure_kv_transfer_shutdown
+    from vllm.distributed.parallel_state import cleanup_dist_env_and_memory
+
+    ensure_kv_transfer_shutdown()
+    cleanup_dist_env_and_memory()
+    gc.collect()
