@@ -37,6 +37,7 @@ class Prompts:
         self, directory: str | Path, *, marker: int | None = None, dtype: str | None = None, rounded: bool = False
     ) -> None:
         self._shelf = read_shelf(directory, marker=marker)
+        self._rounded = rounded
         self._vectors = {
             name: one.prompt.inputs[0].vectors if dtype is None else vectors_of(one, dtype, rounded=rounded)
             for name, one in self._shelf.items()
@@ -92,7 +93,7 @@ class Prompts:
                 takes vectors for a whole text. The prompt is sent in their dtype.
 
         Raises:
-            EngineError: as `request`; or vectors without `words`.
+            EngineError: as `request`; or vectors without `words`, or such that their dtype does not hold.
         """
         tokens = self._text(tokens, bare=name is None)
         if name is None:
@@ -108,7 +109,8 @@ class Prompts:
             )
         import torch
 
-        vectors = to_torch(self._vectors[name], words.dtype)
+        dtype = str(words.dtype).removeprefix("torch.")
+        vectors = to_torch(vectors_of(named, dtype, rounded=self._rounded))
         stream = io.BytesIO()
         torch.save(torch.cat([vectors, words.detach().cpu()[tokens]]), stream)
         return {"prompt": "", "extra_body": {"prompt_embeds": base64.b64encode(stream.getvalue()).decode()}}

@@ -13,9 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from softbridge.errors import EngineError, Obstacle, SoftbridgeError
+from softbridge.errors import EngineError, Obstacle, SoftbridgeError, few
 from softbridge.geometry import read_geometry
 from softbridge.plugin.serving import Answer, Ask, Request
+from softbridge_native.format import FILE
 from softbridge_vllm.client import Prompts
 from softbridge_vllm.settings import Settings
 from softbridge_vllm.shelf import SUFFIX
@@ -67,61 +68,71 @@ class VllmServer:
     def open(self, base: Path, prompts: Mapping[str, Path], scratch: Path) -> Iterator[Ask]:
         numbers = {name: str(number) for number, name in enumerate(prompts)}  # names need not be names of files
         for name, path in prompts.items():
-            file = path if path.is_file() else path / "prompt.safetensors"
+            file = path if path.is_file() else path / FILE
             shutil.copyfile(file, scratch / f"{numbers[name]}{SUFFIX}")
-        with _environment():
-            from transformers import AutoConfig
-            from vllm import LLM, SamplingParams
+        settings = Settings(str(scratch), _marker(base)) if prompts else None
+        with started(base, settings) as engine:
+            shelf = None if settings is None else Prompts(scratch, marker=settings.marker)
 
-            config = AutoConfig.from_pretrained(base)
-            settings = Settings(str(scratch), _marker(config), False)
-            shelf = Prompts(scratch, marker=settings.marker) if prompts else None
-            try:
-                engine: Any = LLM(
-                    model=str(base),
-                    dtype="float32",
-                    skip_tokenizer_init=True,
-                    enforce_eager=True,
-                    seed=0,
-                    max_logprobs=-1,
-                    max_model_len=min(LONGEST, getattr(config, "max_position_embeddings", None) or LONGEST),
-                    max_num_seqs=64,
-                    enable_prefix_caching=True,
-                    enable_prompt_embeds=shelf is not None,
-                    **(transferring(settings) if shelf is not None else {}),
-                )
-            except Exception as error:
-                _close()
-                raise _refused(error, "start") from error
-            sampling = SamplingParams(temperature=0, logprobs=-1, detokenize=False, ignore_eos=True)
+            def request(one: Request) -> dict[str, Any]:
+                if one.prompt is not None and one.prompt not in numbers:
+                    raise EngineError(
+                        f"no prompt is called '{one.prompt}'", f"one of {few(numbers)}", "serve it, or ask for another"
+                    )
+                if shelf is None:
+                    return {"prompt_token_ids": list(one.tokens)}
+                return shelf.request(one.prompt and numbers[one.prompt], one.tokens)
 
-            def ask(requests: Sequence[Request], length: int) -> list[Answer]:
-                sampling.max_tokens = length
-                asked = []
-                for one in requests:
-                    if shelf is None:
-                        if one.prompt is not None:
-                            raise EngineError(f"no prompt is called '{one.prompt}'", "none", "serve one")
-                        asked.append({"prompt_token_ids": list(one.tokens)})
-                    elif one.prompt is not None and one.prompt not in numbers:
-                        names = ", ".join(numbers)
-                        raise EngineError(f"no prompt is called '{one.prompt}'", f"one of {names}", "serve it")
-                    else:
-                        asked.append(shelf.request(one.prompt and numbers[one.prompt], one.tokens))
-                try:
-                    found = engine.generate(asked, sampling, use_tqdm=False)
-                except Exception as error:
-                    raise _refused(error, "answer") from error
-                return [_answer(one) for one in found]
+            def ask(requests: Sequence[Request], length: int) -> Sequence[Answer]:
+                return answers(engine, [request(one) for one in requests], length)
 
-            try:
-                yield ask
-            finally:
-                engine.llm_engine.engine_core.shutdown()
-                _close()
+            yield ask
 
 
 SERVER = VllmServer()
+
+
+@contextmanager
+def started(base: Path, settings: Settings | None, **changes: Any) -> Iterator[Any]:
+    """vLLM's own ``LLM`` of a base model, with the prompts that the settings say, or without any.
+
+    Args:
+        changes: arguments of ``LLM``, instead of those here.
+
+    Raises:
+        EngineError: it does not start. What the connector raises, too.
+    """
+    with _environment():
+        from vllm import LLM
+
+        arguments: dict[str, Any] = {
+            "model": str(base),
+            "dtype": "float32",
+            "skip_tokenizer_init": True,
+            "enforce_eager": True,
+            "seed": 0,
+            "max_logprobs": -1,
+            "max_model_len": min(LONGEST, getattr(_config(base), "max_position_embeddings", None) or LONGEST),
+            "max_num_seqs": 64,
+            "enable_prompt_embeds": settings is not None,
+            **({} if settings is None else transferring(settings)),
+            **changes,
+        }
+        try:
+            engine = LLM(**arguments)
+        except SoftbridgeError:
+            _close()
+            raise
+        except Exception as error:
+            _close()
+            raise EngineError(
+                f"vLLM does not start: {error!s:.400}", "a server", "see its own log: VLLM_LOGGING_LEVEL=INFO"
+            ) from error
+        try:
+            yield engine
+        finally:
+            engine.llm_engine.engine_core.shutdown()
+            _close()
 
 
 def transferring(settings: Settings) -> dict[str, Any]:
@@ -139,11 +150,33 @@ def transferring(settings: Settings) -> dict[str, Any]:
     }
 
 
-def _marker(config: Any) -> int | None:
-    """A token with which no text begins."""
-    text = config.get_text_config()
-    special = (getattr(text, name, None) for name in ("pad_token_id", "eos_token_id"))
-    return next((one for one in special if type(one) is int and 0 <= one < text.vocab_size), None)
+def answers(engine: Any, requests: Sequence[Mapping[str, Any]], length: int) -> list[Answer]:
+    """What a running ``LLM`` answers to requests in one batch, with so many tokens each.
+
+    Raises:
+        EngineError: it refuses one.
+    """
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, logprobs=-1, detokenize=False, ignore_eos=True, max_tokens=length)
+    try:
+        found = engine.generate(list(requests), sampling, use_tqdm=False)
+    except ValueError as error:  # so vLLM says that a request is too long, or that its ids are none
+        raise EngineError(f"vLLM refuses a request: {error!s:.400}", "one that it answers", "correct it") from error
+    return [_answer(one) for one in found]
+
+
+def _config(base: Path) -> Any:
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(base).get_text_config()
+
+
+def _marker(base: Path) -> int | None:
+    """A token with which no text begins, as far as the base model's configuration says."""
+    config = _config(base)
+    special = (getattr(config, name, None) for name in ("pad_token_id", "eos_token_id"))
+    return next((one for one in special if type(one) is int and 0 <= one < config.vocab_size), None)
 
 
 def _answer(output: Any) -> Answer:
@@ -154,13 +187,6 @@ def _answer(output: Any) -> Answer:
         )
     steps = [[step[token].logprob for token in range(len(step))] for step in made.logprobs]
     return Answer(np.array(made.token_ids), np.array(steps, np.float64))
-
-
-def _refused(error: Exception, what: str) -> SoftbridgeError:
-    """The connector's own error, if it is one, as vLLM hands it on."""
-    if isinstance(error, SoftbridgeError):
-        return error
-    return EngineError(f"vLLM does not {what}: {error!s:.400}", "a server that does", "see vLLM's own log above")
 
 
 @contextmanager
