@@ -113,7 +113,7 @@ class Prompts:
         vectors = to_torch(vectors_of(named, dtype, rounded=self._rounded))
         stream = io.BytesIO()
         torch.save(torch.cat([vectors, words.detach().cpu()[tokens]]), stream)
-        return {"prompt": "", "extra_body": {"prompt_embeds": base64.b64encode(stream.getvalue()).decode()}}
+        return {"prompt": None, "extra_body": {"prompt_embeds": base64.b64encode(stream.getvalue()).decode()}}
 
     def _named(self, name: str) -> Named:
         if name not in self._shelf:

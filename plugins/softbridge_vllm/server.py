@@ -53,8 +53,16 @@ class VllmServer:
         geometry = read_geometry(config)
         if geometry.decoder is None or geometry.encoder is not None:
             return [Obstacle("family", f"vLLM's connectors do not serve {geometry.model_type}", "choose a decoder")]
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+        from vllm import ModelRegistry
         from vllm.platforms import current_platform
 
+        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(geometry.model_type) not in ModelRegistry.get_supported_archs():
+            reason = (
+                f"vLLM has no {geometry.model_type} of its own and runs that of transformers, whose classes it changes "
+                "in this process: nothing is left to compare with"
+            )
+            return [Obstacle("family", reason, "choose a base model that vLLM has; such a prompt is served, unjudged")]
         if current_platform.is_cpu():
             from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
 
@@ -102,6 +110,14 @@ def started(base: Path, settings: Settings | None, **changes: Any) -> Iterator[A
     Raises:
         EngineError: it does not start. What the connector raises, too.
     """
+    import torch
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        raise EngineError(
+            "a process that belongs to a torch.distributed group, which vLLM would take for its own",
+            "a process of its own",
+            "judge what was written in another process",
+        )
     with _environment():
         from vllm import LLM
 
