@@ -38,7 +38,7 @@ from softbridge.geometry import read_geometry
 from softbridge_vllm.heads import heads_of
 from softbridge_vllm.requests import Desk, slots
 from softbridge_vllm.settings import Settings
-from softbridge_vllm.shelf import Named, numbers_of, read_shelf
+from softbridge_vllm.shelf import Named, check_apart, numbers_of, read_shelf
 
 logger = init_logger(__name__)
 
@@ -76,6 +76,7 @@ class PromptConnector(KVConnectorBase_V1):  # type: ignore[misc]
         self._size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         geometry = read_geometry(vllm_config.model_config.hf_config)
         prompts = read_shelf(told.directory, geometry, told.marker).values()
+        check_apart(prompts, self._size)
         dtype = str(vllm_config.model_config.dtype).removeprefix("torch.")
         # Looked at in every process, and kept by the workers alone.
         numbers = {one.digest: numbers_of(one, dtype, rounded=told.rounded) for one in prompts if one.is_prefix}
@@ -238,6 +239,7 @@ def _check_server(vllm_config: VllmConfig, kv_cache_config: Any) -> None:
         "several groups of caches": len(kv_cache_config.kv_cache_groups) != 1,
         "speculative decoding": vllm_config.speculative_config is not None,
         "context parallelism": ranks > 1,
+        "pipeline parallelism": parallel.pipeline_parallel_size > 1,
     }
     found = [text for text, holds in faults.items() if holds]
     if found:

@@ -57,7 +57,8 @@ class VllmServer:
         from vllm import ModelRegistry
         from vllm.platforms import current_platform
 
-        if MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(geometry.model_type) not in ModelRegistry.get_supported_archs():
+        model = ModelRegistry.models.get(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(geometry.model_type))
+        if model is None or getattr(model, "class_name", "").startswith("Transformers"):
             reason = (
                 f"vLLM has no {geometry.model_type} of its own and runs that of transformers, whose classes it changes "
                 "in this process: nothing is left to compare with"

@@ -95,7 +95,7 @@ def read_shelf(directory: str | Path, geometry: Geometry | None = None, marker: 
         raise EngineError(
             f"no prompts in {directory}", f"files NAME{SUFFIX}, or folders", "softbridge convert ... --to vllm"
         )
-    _check_apart([one for one in found.values() if one.is_prefix])
+    check_apart(found.values())
     return found
 
 
@@ -113,19 +113,26 @@ def _paths(directory: Path) -> dict[str, Path]:
     return found
 
 
-def _check_apart(prompts: Collection[Named]) -> None:
-    """Refuse ids of one prompt with which those of another begin: nothing would say which of the two is meant."""
-    seen: dict[str, Named] = {}
+def check_apart(prompts: Collection[Named], size: int | None = None) -> None:
+    """Refuse prefixes of which one's ids begin with another's: nothing would say which of the two is meant.
+
+    Args:
+        size: of a block of the server's prefix cache, which takes two blocks for one if their ids are the same.
+
+    Raises:
+        EngineError: there are two such prefixes.
+    """
+    seen: list[Named] = []
     for one in prompts:
-        for other in seen.values():
-            both = min(one.length, other.length)
+        for other in seen if one.is_prefix else ():
+            both = min(one.length, other.length, *([] if size is None else [size]))
             if one.tokens[:both] == other.tokens[:both] and one.digest != other.digest:
                 raise EngineError(
                     f"'{other.name}' and '{one.name}' begin with the same {both} token ids",
                     "prompts whose token ids say which of them is meant",
                     "remove one of the two, or train it with more virtual tokens",
                 )
-        seen[one.name] = one
+        seen += [one] if one.is_prefix else []
 
 
 def numbers_of(named: Named, dtype: str, *, rounded: bool = False) -> Mapping[int, tuple[Array, Array]]:

@@ -34,7 +34,7 @@ from softbridge_vllm.placeholders import placeholders
 from softbridge_vllm.requests import Desk, slots
 from softbridge_vllm.server import SERVER
 from softbridge_vllm.settings import Settings
-from softbridge_vllm.shelf import Named, numbers_of, read_shelf, vectors_of
+from softbridge_vllm.shelf import Named, check_apart, numbers_of, read_shelf, vectors_of
 
 LLAMA = BaseModel(tiny_config("llama"))
 
@@ -296,6 +296,15 @@ def test_prompts_that_no_ids_tell_apart_are_refused(directory: Path) -> None:
     written(directory / "short.safetensors", random_prefix(LLAMA.geometry, 1, seed=4))
     with pytest.raises(EngineError, match="begin with the same 1 token ids"):
         read_shelf(directory)
+
+
+def test_prompts_that_a_prefix_cache_takes_for_one_are_refused(directory: Path) -> None:
+    mood = read_shelf(directory)["mood"]
+    twin = replace(mood, name="twin", digest="other", tokens=(*mood.tokens[:4], (mood.tokens[4] + 1) % 96))
+    check_apart([mood, twin])
+    check_apart([mood, twin], 5)
+    with pytest.raises(EngineError, match="the same 4 token ids"):
+        check_apart([mood, twin], 4)
 
 
 def test_one_prompt_may_have_two_names(directory: Path) -> None:
