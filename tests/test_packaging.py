@@ -37,6 +37,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
         "softbridge_compat",
         "softbridge_native",
         "softbridge_peft",
+        "softbridge_vllm",
     }
     assert len(top) == len(packages) + 1
     assert not any(name.endswith(".md") for name in names), "the READMEs stay where their links lead"
@@ -119,6 +120,6 @@ def test_the_guard_sees_a_heavy_import() -> None:
 
 def test_what_is_installed_comes_in_by_entry_point() -> None:
     archived = {form.name for form in softbridge_archive.FORMATS}
-    assert set(formats()) == {"adapterhub", "peft", "softbridge", *archived}
+    assert set(formats()) == {"adapterhub", "peft", "softbridge", "vllm", *archived}
     assert set(engines()) == {"adapterhub", "native", "peft"}
     assert owners()["softbridge_formats"]["google"] == "archive"

@@ -67,6 +67,8 @@ OWN: dict[str, Make] = {
     "peft vectors": by_us("peft", random_input_prompt),
     "peft prefix": by_us("peft", random_prefix),
     "adapterhub prefix": by_us("adapterhub", random_prefix),
+    "vllm vectors": by_us("vllm", random_input_prompt),
+    "vllm prefix": by_us("vllm", random_prefix),
 }
 
 

@@ -72,7 +72,7 @@ class PromptConnector(KVConnectorBase_V1):  # type: ignore[misc]
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: Any = None) -> None:
         super().__init__(vllm_config=vllm_config, role=role, kv_cache_config=kv_cache_config)
         told = Settings.of(self._kv_transfer_config.kv_connector_extra_config)
-        _check_server(vllm_config, kv_cache_config)
+        check_server(vllm_config, kv_cache_config)
         self._size = int(kv_cache_config.kv_cache_groups[0].kv_cache_spec.block_size)
         geometry = read_geometry(vllm_config.model_config.hf_config)
         prompts = read_shelf(told.directory, geometry, told.marker).values()
@@ -222,7 +222,7 @@ def _unservable(found: str) -> EngineError:
     )
 
 
-def _check_server(vllm_config: VllmConfig, kv_cache_config: Any) -> None:
+def check_server(vllm_config: VllmConfig, kv_cache_config: Any) -> None:
     """Refuse what nobody tried, or what would serve a prompt as something else. Raises `EngineError`."""
     transfer, cache, parallel = (
         vllm_config.kv_transfer_config,

@@ -1,9 +1,10 @@
-"""What vLLM can serve, in softbridge's own container (``prompt.safetensors``): no layout of vLLM's is invented.
+"""What vLLM can serve, in softbridge's own container (``vllm_prompt.safetensors``): no layout of vLLM's is invented.
 
 vLLM has no file for soft prompts. Its connectors hand numbers over in memory, and its ``prompt_embeds`` are part of a
 request. So a prompt is stored as the canonical form is. What makes it this format is that it is lowered to what vLLM
-computes: one part, counted positions, and a prefix in every layer. The bytes cannot tell, so such a file is recognised
-as `softbridge`'s. `softbridge_vllm.shelf` asks again whether a file is servable, whoever wrote it.
+computes: one part, counted positions, and a prefix in every layer. In a folder the file's name says so. The bytes do
+not, so the file alone is recognised as `softbridge`'s, which it is. `softbridge_vllm.shelf` asks again whether a prompt
+is servable, whoever wrote it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,13 @@ from softbridge.geometry import Geometry
 from softbridge.lowering.planner import lower
 from softbridge.lowering.steps import Target
 from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
-from softbridge.prompt import SoftPrompt, pack
+from softbridge.prompt import SoftPrompt, pack, unpack
+from softbridge.prompt.container import KEY
 from softbridge.untrusted import Files
 from softbridge_compat import embedding_scales
-from softbridge_native.format import FILE
 from softbridge_native.format import FORMAT as CONTAINER
+
+FILE = "vllm_prompt.safetensors"
 
 
 class VllmFormat:
@@ -32,8 +35,8 @@ class VllmFormat:
     engine = "native"
     server = "vllm"
     files = (FILE,)
-    reads = "`prompt.safetensors`, if it is named"
-    writes = "`prompt.safetensors`: a prefix of all layers, or vectors in front"
+    reads = "`vllm_prompt.safetensors`, and what is `softbridge`'s"
+    writes = "`vllm_prompt.safetensors`: a prefix of all layers, or vectors in front"
     proven = "vLLM itself answers, alone and in a batch, as transformers does within vLLM's own noise"
     capabilities = Capabilities(
         inputs=frozenset({("decoder", "before", "before-sequence")}),
@@ -49,11 +52,12 @@ class VllmFormat:
     )
 
     def sniff(self, files: Files) -> bool:
-        """Never: the file is `softbridge`'s own, and is recognised as that."""
-        return False
+        """Whether there is a folder with that file. By itself the file is recognised as `softbridge`'s own."""
+        here = not files.is_file and FILE in files
+        return here and files.kind(FILE) == "safetensors" and KEY in files.metadata(FILE)
 
     def read(self, files: Files, geometry: Geometry | None) -> SoftPrompt:
-        return CONTAINER.read(files, geometry)
+        return unpack(files, FILE) if FILE in files else CONTAINER.read(files, geometry)
 
     def obstacles(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[Obstacle]:
         known = geometry or prompt.base.geometry
@@ -82,8 +86,8 @@ class VllmFormat:
         if prompt.inputs:
             return ["start vLLM with --enable-prompt-embeds, and let softbridge_vllm.client make the requests"]
         return [
-            "put it into a directory as NAME/prompt.safetensors or NAME.safetensors, and start vLLM with the connector "
-            "of softbridge_vllm (plugins/README.md); softbridge_vllm.client makes the requests"
+            "put it into the server's directory of prompts, as a folder or as NAME.safetensors, and start vLLM with "
+            "the connector of softbridge_vllm (plugins/README.md); softbridge_vllm.client makes the requests"
         ]
 
 

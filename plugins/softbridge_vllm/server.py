@@ -16,8 +16,8 @@ import numpy as np
 from softbridge.errors import EngineError, Obstacle, SoftbridgeError, few
 from softbridge.geometry import read_geometry
 from softbridge.plugin.serving import Answer, Ask, Request
-from softbridge_native.format import FILE
 from softbridge_vllm.client import Prompts
+from softbridge_vllm.format import FILE
 from softbridge_vllm.settings import Settings
 from softbridge_vllm.shelf import SUFFIX
 

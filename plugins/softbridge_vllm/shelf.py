@@ -50,7 +50,7 @@ class Named:
 
 
 def read_shelf(directory: str | Path, geometry: Geometry | None = None, marker: int | None = None) -> dict[str, Named]:
-    """The prompts of a directory: each ``NAME.safetensors``, and each folder ``NAME`` with a ``prompt.safetensors``.
+    """The prompts of a directory: each ``NAME.safetensors``, and each folder ``NAME`` that was written for vLLM.
 
     Args:
         geometry: of the base model that serves them; None: what the files record, which is the same in all.

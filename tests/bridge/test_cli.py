@@ -52,7 +52,7 @@ def test_formats_engines_and_plugins_are_listed() -> None:
     assert names == sorted(formats())
     assert {"adapterhub", "google", "peft", "softbridge"} < set(names)
     engines = {row["name"]: row["unavailable"] for row in json.loads(call("engines", "--json").output)}
-    assert set(engines) == {"adapterhub", "native", "peft"}
+    assert set(engines) == {"adapterhub", "native", "peft", "vllm"}
     assert engines["native"] is None
     for command in ("formats", "engines", "plugins"):
         result = call(command)

@@ -28,7 +28,7 @@ from softbridge.testing import random_adaption, random_input_prompt, random_pref
 from softbridge.untrusted import Files
 from softbridge_native.format import FORMAT as CONTAINER
 from softbridge_vllm.client import Prompts
-from softbridge_vllm.format import FORMAT
+from softbridge_vllm.format import FILE, FORMAT
 from softbridge_vllm.heads import heads_of
 from softbridge_vllm.placeholders import placeholders
 from softbridge_vllm.requests import Desk, slots
@@ -42,7 +42,7 @@ LLAMA = BaseModel(tiny_config("llama"))
 def written(path: Path, prompt: SoftPrompt, geometry: Geometry | None = None) -> Path:
     """In the plugin's own format, as one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(FORMAT.write(prompt, geometry)["prompt.safetensors"])
+    path.write_bytes(FORMAT.write(prompt, geometry)[FILE])
     return path
 
 
@@ -51,7 +51,7 @@ def directory(tmp_path: Path) -> Path:
     """Two prefixes, one of them as a folder, and vectors."""
     folder = tmp_path / "prompts"
     written(folder / "mood.safetensors", random_prefix(LLAMA.geometry, 5, seed=1))
-    written(folder / "topic" / "prompt.safetensors", random_prefix(LLAMA.geometry, 9, seed=2))
+    written(folder / "topic" / FILE, random_prefix(LLAMA.geometry, 9, seed=2))
     written(folder / "style.safetensors", random_input_prompt(LLAMA.geometry, 6, seed=3))
     return folder
 
@@ -73,8 +73,12 @@ def test_what_is_written_is_the_container(tmp_path: Path, family: str, make: Cal
     files = Files(written(tmp_path / "a.safetensors", prompt, geometry))
     assert FORMAT.read(files, None) == CONTAINER.read(files, None)
     assert FORMAT.read(files, None) == replace(prompt, base=sb.prompt.BaseId("a base", geometry))
-    assert CONTAINER.sniff(files)
+    assert CONTAINER.sniff(files), "by itself it is what it is"
     assert not FORMAT.sniff(files)
+    folder = written(tmp_path / "folder" / FILE, prompt, geometry).parent
+    assert FORMAT.sniff(Files(folder))
+    assert not CONTAINER.sniff(Files(folder))
+    assert FORMAT.read(Files(folder), None) == FORMAT.read(files, None)
 
 
 def test_a_prefix_that_does_not_count_is_rotated_to_where_vllm_has_the_text() -> None:
@@ -287,7 +291,7 @@ def test_a_directory_without_prompts_is_refused(tmp_path: Path) -> None:
 
 
 def test_two_prompts_of_one_name_are_refused(directory: Path) -> None:
-    written(directory / "mood" / "prompt.safetensors", random_prefix(LLAMA.geometry, 5, seed=4))
+    written(directory / "mood" / FILE, random_prefix(LLAMA.geometry, 5, seed=4))
     with pytest.raises(EngineError, match="two prompts are called 'mood'"):
         read_shelf(directory)
 

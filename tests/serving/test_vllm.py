@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -288,6 +289,42 @@ def test_a_server_that_would_compute_what_is_refused_does_not_start(tmp_path: Pa
     arguments["kv_transfer_config"].kv_load_failure_policy = "recompute"
     with pytest.raises(EngineError, match="computed as a text"), started(base, Settings(str(folder)), **arguments):
         pass
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "reason"),
+    [
+        ("kv_transfer_config.kv_load_failure_policy", "recompute", "kv_load_failure_policy"),
+        ("cache_config.cache_dtype", "fp8", "a cache of fp8"),
+        ("speculative_config", SimpleNamespace(), "speculative decoding"),
+        ("parallel_config.decode_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config.prefill_context_parallel_size", 2, "context parallelism"),
+        ("parallel_config.pipeline_parallel_size", 2, "pipeline parallelism"),
+        ("groups", [1, 2], "several groups"),
+        (None, None, None),
+    ],
+)
+def test_settings_in_which_nobody_tried_prompts_are_refused(place: str | None, value: Any, reason: str | None) -> None:
+    from softbridge_vllm.connector import check_server
+
+    told = SimpleNamespace(
+        kv_transfer_config=SimpleNamespace(kv_load_failure_policy="fail"),
+        cache_config=SimpleNamespace(cache_dtype="auto"),
+        model_config=SimpleNamespace(dtype=torch.float32),
+        speculative_config=None,
+        parallel_config=SimpleNamespace(
+            decode_context_parallel_size=1, prefill_context_parallel_size=1, pipeline_parallel_size=1
+        ),
+    )
+    caches = SimpleNamespace(kv_cache_groups=value if place == "groups" else [1])
+    if place is not None and place != "groups":
+        *path, name = place.split(".")
+        setattr(getattr(told, path[0]) if path else told, name, value)
+    if reason is None:
+        check_server(told, caches)
+        return
+    with pytest.raises(EngineError, match=reason):
+        check_server(told, caches)
 
 
 @pytest.mark.usefixtures("judged_here")
