@@ -1,12 +1,13 @@
 """How a request names its prompt: by P token ids in front of its text, which say which prompt stands there.
 
 An API of vLLM takes token ids, and whatever else a request carries differs between its APIs and its releases. vLLM's
-own prefix cache keys blocks on token ids alone. So the ids name the *content* of a prompt: its digest. Two prompts, or
-two states of one, never share a key. A client that has an old copy meets a refusal, and never other numbers.
+own prefix cache keys blocks on token ids alone. So the ids name the *content* of a prompt: its digest. A client that
+has an old copy of a prompt meets a refusal, and not its new numbers.
 
 The P ids are: a marker, which no text begins with; the leading 128 bits of the digest, in digits of the vocabulary's
-size, as many as there is room for; and markers up to P. Of a prompt of one virtual token the marker is all there is.
-So a server can hold one such prompt, which `softbridge_vllm.shelf` checks.
+size, as many as there is room for; and markers up to P. A short prompt has room for few: of one virtual token the
+marker is all there is, and of two (with 32,000 words) one old copy in 32,000 goes unnoticed. Within one server no two
+prompts have the same ids, which `softbridge_vllm.shelf` checks.
 """
 
 from __future__ import annotations
