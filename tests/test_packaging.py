@@ -18,7 +18,7 @@ import softbridge_archive
 from softbridge.plugin.registry import engines, formats, owners, servers
 
 ROOT = Path(__file__).resolve().parent.parent
-HEAVY = ("torch", "transformers", "peft", "adapters", "mlx", "mlx_lm")
+HEAVY = ("torch", "transformers", "peft", "adapters", "mlx", "mlx_lm", "vllm")
 
 
 def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
@@ -39,6 +39,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
         "softbridge_mlx",
         "softbridge_native",
         "softbridge_peft",
+        "softbridge_vllm",
     }
     assert len(top) == len(packages) + 1
     assert not any(name.endswith(".md") for name in names), "the READMEs stay where their links lead"
@@ -121,7 +122,7 @@ def test_the_guard_sees_a_heavy_import() -> None:
 
 def test_what_is_installed_comes_in_by_entry_point() -> None:
     archived = {form.name for form in softbridge_archive.FORMATS}
-    assert set(formats()) == {"adapterhub", "llamacpp", "mlx", "peft", "softbridge", *archived}
+    assert set(formats()) == {"adapterhub", "llamacpp", "mlx", "peft", "softbridge", "vllm", *archived}
     assert set(engines()) == {"adapterhub", "native", "peft"}
-    assert set(servers()) == {"llamacpp", "mlx"}
+    assert set(servers()) == {"llamacpp", "mlx", "vllm"}
     assert owners()["softbridge_formats"]["google"] == "archive"

@@ -69,6 +69,8 @@ OWN: dict[str, Make] = {
     "adapterhub prefix": by_us("adapterhub", random_prefix),
     "llamacpp prefix": by_us("llamacpp", random_prefix),
     "mlx prefix": by_us("mlx", random_prefix),
+    "vllm vectors": by_us("vllm", random_input_prompt),
+    "vllm prefix": by_us("vllm", random_prefix),
 }
 
 

@@ -1,4 +1,4 @@
-"""Train an input prompt for a real model, SmolLM2-135M, and have a server answer with it, within what the server rounds.
+"""Train an input prompt for a real model, SmolLM2-135M, and have a server answer with it.
 
     python tests/examples/serve_a_prompt.py FOLDER FORMAT
 
