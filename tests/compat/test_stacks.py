@@ -133,3 +133,18 @@ def test_this_environment_is_one_of_them_and_has_its_engines() -> None:
     assert len(matching) == 1, here
     usable = [name for name, engine in engines().items() if engine.unavailable() is None]
     assert usable == {**STACKS, **MORE}[matching[0]]["engines"]
+
+
+def test_what_one_stack_leaves_out_the_other_runs() -> None:
+    """And what a list names is there: make ignores the name of a file that is not."""
+    lists = []
+    for stack in ("4", "5"):
+        match = re.search(rf"^ONCE{stack} := ((?:.*\\\n)*.*)$", MAKEFILE, re.MULTILINE)
+        assert match is not None
+        names = match[1].replace("\\\n", " ").split()
+        found = {name: sorted(ROOT.glob(name)) for name in names}
+        assert all(found.values()), [name for name, paths in found.items() if not paths]
+        lists.append(set(chain.from_iterable(found.values())))
+        other = {"4": "5", "5": "4"}[stack]
+        assert f"$(ENV{other})/bin/python $(PYTEST) $(addprefix --ignore=,$(wildcard $(ONCE{stack})))" in MAKEFILE
+    assert not lists[0] & lists[1]
