@@ -35,15 +35,19 @@ export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: test test-stacks test-processors test-long test-slow test-serving test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
 
-# What asks nothing of the release of transformers is proven once. Bytes, other toolkits' files, documents and what reads
-# no model: on the newer stack. What a comparison concludes: on the older one, where every toolkit is.
-ONCE5 := tests/test_recognition.py tests/test_packaging.py tests/test_bad_input.py tests/bridge/test_container.py \
-	tests/bridge/test_foreign_code.py tests/bridge/test_tools.py tests/bridge/test_untrusted_*.py \
-	tests/bridge/test_serving.py tests/plugins/test_archive_kobold.py tests/plugins/test_archive_litgpt.py \
-	tests/plugins/test_archive_prefix_encoders.py tests/plugins/test_archive_ptuning.py \
-	tests/plugins/test_archive_textual_inversion.py tests/plugins/test_archive_thunlp.py \
-	tests/plugins/test_archive_vectors.py tests/plugins/test_llamacpp.py tests/plugins/test_mlx.py \
-	tests/plugins/test_peft_releases.py tests/plugins/test_vllm.py
+# What is no question of the release of transformers is proven once. Bytes, files, documents, commands, what PEFT makes of
+# each method, the engine's check of itself: on the newer stack. What a comparison concludes: on the older one, where every
+# toolkit is. The contract, the conversions and the matrix run on both.
+ONCE5 := tests/test_recognition.py tests/test_packaging.py tests/test_bad_input.py tests/bridge/test_cli.py \
+	tests/bridge/test_container.py tests/bridge/test_explain.py tests/bridge/test_foreign_code.py \
+	tests/bridge/test_rotary_families.py tests/bridge/test_serving.py tests/bridge/test_structure.py \
+	tests/bridge/test_tools.py tests/bridge/test_untrusted_*.py tests/plugins/test_archive_kobold.py \
+	tests/plugins/test_archive_litgpt.py tests/plugins/test_archive_prefix_encoders.py \
+	tests/plugins/test_archive_ptuning.py tests/plugins/test_archive_textual_inversion.py \
+	tests/plugins/test_archive_thunlp.py tests/plugins/test_archive_vectors.py tests/plugins/test_llamacpp.py \
+	tests/plugins/test_mlx.py tests/plugins/test_native_selfcheck.py tests/plugins/test_peft_architectures.py \
+	tests/plugins/test_peft_methods.py tests/plugins/test_peft_releases.py tests/plugins/test_peft_resuming.py \
+	tests/plugins/test_vllm.py
 ONCE4 := tests/test_injected_faults.py tests/test_false_alarms.py tests/bridge/test_claim.py \
 	tests/bridge/test_levels.py tests/bridge/test_recheck.py tests/bridge/test_verification.py
 
