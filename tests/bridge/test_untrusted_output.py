@@ -264,3 +264,12 @@ def test_killed_at_any_instant(what: str, overwrite: bool, tmp_path: Path) -> No
     assert outcomes == sorted(outcomes, reverse=True), outcomes  # old, then new; nothing else and never back
     assert outcomes.count("old") >= 3
     assert outcomes.count("new") >= 2
+    folders = [tmp_path / str(point) for point in range(1, len(codes) + 1)]
+    left = [path for folder in folders for path in folder.glob(".target.*.tmp")]
+    assert left, "a killed process leaves what it was writing"
+    strangers = folders[0] / ".target.notes.tmp"
+    strangers.mkdir()
+    for folder in folders:  # and the next one to write there removes it, and nothing else
+        (write if what == "folder" else write_file)(folder / "target", new, overwrite=True)  # type: ignore[operator]
+        assert {path.name for path in folder.iterdir()} - {strangers.name} == {"target"}
+    assert strangers.is_dir()

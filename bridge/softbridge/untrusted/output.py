@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import glob
 import os
+import platform
 import secrets
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from hashlib import sha256
 from pathlib import Path, PurePosixPath
 from typing import NoReturn
 
@@ -116,9 +119,11 @@ def _staged(target: Path, files: Mapping[str, bytes], check: Callable[[Path], No
         plain = is_safe_name(name) and "\\" not in name and ":" not in name and name == "/".join(parts) != ""
         if not plain or len(parts) > 2:
             raise OutputError(f"a file named {short(name)}", "a plain name, in at most one sub-folder", "rename it")
-    staged = target.parent / f".{target.name}.{secrets.token_hex(8)}.tmp"
+    begin = f".{target.name}.{_MACHINE}-"
+    staged = target.parent / f"{begin}{os.getpid()}-{secrets.token_hex(8)}.tmp"
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(target.parent, begin)
         staged.mkdir()  # with the permissions that the user's umask gives, unlike tempfile's
         for name, content in files.items():
             path = staged / name
@@ -141,6 +146,31 @@ def _staged(target: Path, files: Mapping[str, bytes], check: Callable[[Path], No
         ) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+#: Processes are numbered anew on every machine, and a folder may be shared by several.
+_MACHINE = sha256(platform.node().encode()).hexdigest()[:8]
+
+
+def _sweep(folder: Path, begin: str) -> None:
+    """Remove what killed processes of this machine left when they wrote the same target."""
+    for path in folder.glob(f"{glob.escape(begin)}*.tmp"):
+        number = path.name.removeprefix(begin).partition("-")[0]
+        if number.isdigit() and not _runs(int(number)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(number: int) -> bool:
+    """Whether a process of this number runs, whoever's it is."""
+    if os.name != "posix":  # where os.kill would end it
+        return True
+    try:
+        os.kill(number, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _sync_folder(folder: Path) -> None:
