@@ -25,7 +25,7 @@ from softbridge.lowering.planner import lower, plan
 from softbridge.lowering.steps import Target
 from softbridge.methods import rematerialise
 from softbridge.plugin.registry import format_named
-from softbridge.prompt import InputPrompt, KeyValue, Part, SoftPrompt
+from softbridge.prompt import AdaptionPrompt, InputPrompt, KeyValue, Part, SoftPrompt
 from softbridge.testing import TINY, tiny_model
 from softbridge.verification import Certificate, Claim, Subject, verify_prompts
 
@@ -79,6 +79,8 @@ def made(
     def other(part: Part) -> Part:
         if isinstance(part, InputPrompt):
             return replace(part, vectors=drawn(part.vectors))
+        if isinstance(part, AdaptionPrompt):
+            return replace(part, layers={n: replace(o, vectors=drawn(o.vectors)) for n, o in part.layers.items()})
         pairs = {n: KeyValue(drawn(pair.keys), drawn(pair.values), pair.gate) for n, pair in part.layers.items()}
         return replace(part, layers=pairs)
 

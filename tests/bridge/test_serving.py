@@ -213,5 +213,20 @@ def test_a_conversion_is_judged_by_the_server_that_reads_its_files(
     assert sb.convert(tmp_path / "source", tmp_path / "quick", "peft", base=base).served is None
 
 
+def test_a_base_of_many_words_is_served_as_a_smaller_one(served_by: Callable[[Any], Any]) -> None:
+    """Files are written for the model that is served, of which a server may ask how many words it has."""
+    base = BaseModel.resolve(tiny_config("llama", vocab_size=5000))
+    written = []
+
+    class Recording(Form):
+        def write(self, prompt: sb.SoftPrompt, geometry: Any, encoding: str | None = None) -> Mapping[str, bytes]:
+            written.append((prompt.base.geometry, geometry))
+            return FORMAT.write(prompt, geometry, encoding)
+
+    served_by(Fake())
+    assert judge(Recording(), random_prefix(base.geometry), base).verdict == "served"  # type: ignore[arg-type]
+    assert {geometry.vocabulary for pair in written for geometry in pair if geometry is not None} == {512}
+
+
 def test_servers_are_brought_by_plugins() -> None:
     assert set(registry.servers()) <= set(registry.owners()["softbridge_servers"])

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +20,7 @@ import numpy as np
 from softbridge import untrusted
 from softbridge.base.model import BaseModel
 from softbridge.errors import EngineError, LoweringError
+from softbridge.geometry import Geometry, read_geometry
 from softbridge.lowering.planner import lower
 from softbridge.lowering.steps import Target
 from softbridge.plugin.hookspecs import Engine, Format, Servable
@@ -164,8 +165,10 @@ def judge(
                     prompts[name] = lower(wrong, target, accepted, form.obstacles).prompt
                 except LoweringError as error:
                     untried[name] = "; ".join(obstacle.reason for obstacle in error.obstacles)
+        # The model that is served may have fewer words than the base.
+        geometry = read_geometry(model.config)
         folders = {name: scratch / str(n) for n, name in enumerate(prompts)}
-        paths = {name: _written(form, one, base, folders[name], encoding) for name, one in prompts.items()}
+        paths = {name: _written(form, one, geometry, folders[name], encoding) for name, one in prompts.items()}
         (scratch / "server").mkdir()
         with server.open(scratch / "base", paths, scratch / "server") as ask:
             bare = [ask([Request(text)], TOKENS)[0] for text in texts]
@@ -210,9 +213,9 @@ def _texts(config: Any, seed: int) -> list[tuple[int, ...]]:
     return [tuple(generator.choice(ordinary, length).tolist()) for length in LENGTHS]
 
 
-def _written(form: Format, prompt: SoftPrompt, base: BaseModel, folder: Path, encoding: str | None) -> Path:
-    """What is written of a prompt: the one file, if it is one, or its directory."""
-    content = form.write(prompt, base.geometry, encoding)
+def _written(form: Format, prompt: SoftPrompt, geometry: Geometry, folder: Path, encoding: str | None) -> Path:
+    """What is written of a prompt for a base model: the one file, if it is one, or its directory."""
+    content = form.write(replace(prompt, base=replace(prompt.base, geometry=geometry)), geometry, encoding)
     untrusted.write(folder, content)
     return folder / next(iter(content)) if len(content) == 1 else folder
 
