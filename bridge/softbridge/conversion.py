@@ -135,7 +135,8 @@ def convert(
         if not unserved:
             served = _served(form, lowering.prompt, resolved, certificate, encoding)
         if not single:
-            content = {**content, CERTIFICATE: untrusted.json_bytes(certificate.to_json())}
+            answered = {} if served is None else {"served": served.to_json()}
+            content = {**content, CERTIFICATE: untrusted.json_bytes({**certificate.to_json(), **answered})}
     if not dry_run:
         write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
     sizes = {name: len(data) for name, data in content.items()}

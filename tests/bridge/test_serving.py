@@ -27,6 +27,7 @@ from softbridge.plugin import registry
 from softbridge.plugin.serving import Answer, Ask, Request
 from softbridge.testing import tiny_config, tiny_model
 from softbridge.verification import serving
+from softbridge.verification.recheck import verify_again
 from softbridge.verification.serving import judge
 from softbridge_peft.format import FORMAT
 
@@ -206,6 +207,10 @@ def test_a_conversion_is_judged_by_the_server_that_reads_its_files(
     assert report.served is not None
     assert report.served.verdict == "served"
     assert report.certificate is not None
+    recorded = json.loads((tmp_path / "served" / "certificate.json").read_text())
+    assert recorded["served"]["verdict"] == "served"
+    assert (recorded["served"]["server"], recorded["served"]["version"]) == ("fake", "fake 1.0, float32")
+    assert verify_again(tmp_path / "served" / "certificate.json", base).holds
     served_by(Fake(lambda prompt: None))
     with pytest.raises(OutputError, match="found the converted prompt different by fake"):
         sb.convert(tmp_path / "source", tmp_path / "bad", "peft", base=base, verify=True)
