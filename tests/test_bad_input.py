@@ -166,20 +166,24 @@ def test_without_a_condition_a_manifest_moves_no_token(tmp_path: Path) -> None:
 # --- what is beside the prompt, and how much --------------------------------------------------------------------------
 
 
-def test_what_is_not_the_prompts_is_neither_read_nor_digested(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("form", "files"),
+    [("peft", {"adapter_config.json", "adapter_model.safetensors"}), ("llamacpp", {"prompt.bin"})],
+)
+def test_what_is_not_the_prompts_is_neither_read_nor_digested(form: str, files: set[str], tmp_path: Path) -> None:
     """A file without end beside it costs nothing; one in the place of its weights is refused by its first bytes."""
     config = tiny_config("llama")
-    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "prompt", format="peft", base=config)
+    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "prompt", format=form, base=config)
     other = tmp_path / "prompt" / "notes"
     with other.open("wb") as stream:
         stream.truncate(2**40)
     prompt = sb.load(tmp_path / "prompt", base=config)
     assert prompt.origin is not None
-    read = {"adapter_config.json", "adapter_model.safetensors", MANIFEST}
+    read = {*files, MANIFEST}
     assert set(prompt.origin.digests) == read
     found = sb.inspect(tmp_path / "prompt", base=config)
     assert (set(found["files"]), found["others"]) == (read, ["notes"])
-    other.rename(tmp_path / "prompt" / "adapter_model.safetensors")
+    other.rename(tmp_path / "prompt" / max(files))
     with pytest.raises(CheckpointError):
         sb.load(tmp_path / "prompt", base=config)
 
@@ -215,7 +219,7 @@ BASES: list[tuple[str, dict[str, Any], str]] = [
     ("llama", {"num_hidden_layers": 10**9}, "at most"),
     ("gpt2", {"n_layer": 10**5}, "at most"),
     ("gpt2", {"num_labels": 10**8}, "at most"),
-    ("gpt2", {"num_labels": 10**400}, "a number without end"),
+    ("gpt2", {"num_labels": 10**400}, "num_labels = a number of 401 digits"),
 ]
 
 

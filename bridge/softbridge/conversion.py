@@ -45,7 +45,7 @@ class Report:
         lowering: the prompt as it was written, and the steps that led to it.
         advice: what users of the files in the toolkit itself must do.
         certificate: what verification found, if it was asked for.
-        files: name -> size in bytes of the format's own files, written or, in a dry run, planned.
+        files: name -> size in bytes of what was written beside the manifest or, in a dry run, would have been.
         served: what the server that reads the target's files answered with them, if verification was asked for, and
             such a server can be used here.
         unserved: why it did not answer, if there is such a server.
@@ -131,9 +131,7 @@ def convert(
         made = Loaded(lowering.prompt, form, Path(target), lowering.steps, dtype, choice, loaded.digests)
         naive = copied(chosen, Target(form.name, form.capabilities, resolved))
         certificate = _certify(loaded, made, content, resolved, naive)
-        unserved = _unserved(form, resolved)
-        if not unserved:
-            served = _served(form, lowering.prompt, resolved, certificate, encoding)
+        served, unserved = _served(form, lowering.prompt, resolved, certificate, encoding)
         if not single:
             answered = {} if served is None else {"served": served.to_json()}
             content = {**content, CERTIFICATE: untrusted.json_bytes({**certificate.to_json(), **answered})}
@@ -196,25 +194,20 @@ def _certify(
     return certificate
 
 
-def _unserved(form: Format, base: BaseModel) -> str:
-    """Why the format's server does not answer with what is written, if it has one; empty if it does."""
-    server = serving.server_of(form)
-    if server is None:
-        return ""
-    return server.unavailable() or "; ".join(obstacle.reason for obstacle in server.obstacles(base.config))
-
-
 def _served(
     form: Format, prompt: SoftPrompt, base: BaseModel, certificate: Certificate, encoding: str | None
-) -> Serving | None:
-    """What the format's server made of the prompt; None: it has none.
+) -> tuple[Serving | None, str]:
+    """What the format's server made of the prompt, or why it does not answer; neither, if the format has none.
 
     Raises:
         OutputError: the server answers otherwise than transformers.
     """
     server = serving.server_of(form)
     if server is None:
-        return None
+        return None, ""
+    reason = server.unavailable() or "; ".join(obstacle.reason for obstacle in server.obstacles(base.config))
+    if reason:
+        return None, reason
     found = serving.judge(form, prompt, base, weights=certificate.claim.weights, encoding=encoding)
     if found.verdict != "served":
         raise OutputError(
@@ -222,7 +215,7 @@ def _served(
             f"the answers of transformers from {server.name}, within {serving.FACTOR:g} times its own noise",
             "report this as a defect of softbridge, with the source and the versions above; nothing was written",
         )
-    return found
+    return found, ""
 
 
 def _same_function(naive: SoftPrompt, right: SoftPrompt) -> bool:

@@ -11,11 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 
-def refusal(found: str, expected: str, remedy: str) -> ValueError:
-    """A `ValueError` for arguments that do not fit, which answers the three questions of `softbridge.errors`."""
-    return ValueError(str(SoftbridgeError(found, expected, remedy)))
-
-
 def few(items: Collection[Any]) -> str:
     """The first few of a list, in words."""
     shown = ", ".join(str(item) for item in list(items)[:4]) or "none"
@@ -39,6 +34,15 @@ class SoftbridgeError(Exception):
 
     def __str__(self) -> str:
         return f"{self.found}\n  expected: {self.expected}\n  to do:    {self.remedy}"
+
+
+class ArgumentError(SoftbridgeError, ValueError):
+    """Arguments of a function do not fit each other, or the prompt."""
+
+
+def refusal(found: str, expected: str, remedy: str) -> ArgumentError:
+    """The error for arguments that do not fit."""
+    return ArgumentError(found, expected, remedy)
 
 
 class CheckpointError(SoftbridgeError):

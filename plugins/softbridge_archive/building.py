@@ -9,7 +9,7 @@ from dataclasses import replace
 from softbridge import untrusted
 from softbridge.arrays import Array
 from softbridge.errors import BaseModelError, CheckpointError
-from softbridge.geometry import Geometry, Site, Stack, read_geometry
+from softbridge.geometry import MOST, Geometry, Site, Stack, read_geometry
 from softbridge.methods import materialise, materialise_vectors
 from softbridge.methods.parameterisations import eject
 from softbridge.prompt import BaseId, InputPrompt, KeyValuePrefix, Origin, Placement, Positions, SoftPrompt, Training
@@ -17,8 +17,6 @@ from softbridge.template import Template
 
 #: Evaluating a parameterisation makes at most so many numbers for each that it has.
 GROWTH = 32
-#: More layers than this are not believed of a model.
-MOST_LAYERS = 2**16
 #: A template, as `Template.to_json` has it, that a caller puts beside a prompt whose files do not say where it stands.
 TEMPLATE = "template.json"
 
@@ -132,7 +130,7 @@ def _recorded(files: untrusted.Files) -> Geometry | None:
         return None
     try:
         layers = max((n for name, n in facts.items() if "layer" in name and isinstance(n, int)), default=0)
-        if layers > MOST_LAYERS:  # transformers counts them one by one
+        if layers > MOST:  # transformers counts them one by one
             raise ValueError(f"{layers} layers")
         return read_geometry(CONFIG_MAPPING[kind].from_dict(facts))
     except Exception as error:  # configuration classes raise what they like

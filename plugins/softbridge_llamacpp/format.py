@@ -130,7 +130,7 @@ class LlamaCppFormat:
 
 def states_in(files: untrusted.Files) -> list[str]:
     """The names of the files that begin as a saved state does."""
-    return [name for name in files.names if files.content(name, len(BEGINNING)) == BEGINNING]
+    return [name for name in files.names if files.begins(name, BEGINNING)]
 
 
 def _known(geometry: Geometry | None) -> tuple[Family, StackGeometry]:

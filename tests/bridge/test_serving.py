@@ -23,7 +23,6 @@ from softbridge.errors import EngineError, Obstacle, OutputError
 from softbridge.lowering.examples import random_input_prompt, random_prefix
 from softbridge.lowering.planner import lower
 from softbridge.lowering.steps import Target
-from softbridge.plugin import registry
 from softbridge.plugin.serving import Answer, Ask, Request
 from softbridge.testing import tiny_config, tiny_model
 from softbridge.verification import serving
@@ -192,7 +191,7 @@ def test_wrong_prompts_are_tried_under_the_conditions_of_the_right_one(served_by
 
 def test_a_base_that_is_not_served_is_refused(served_by: Callable[[Any], Any]) -> None:
     base = BaseModel.resolve(tiny_config("gpt_neox"))
-    with pytest.raises(EngineError, match="fake serves no gpt_neox"):
+    with pytest.raises(EngineError, match=r"fake serves no gpt_neox(.|\n)*to do: +choose another base"):
         judge(served_by(Fake()), random_prefix(base.geometry), base)
 
 
@@ -231,7 +230,3 @@ def test_a_base_of_many_words_is_served_as_a_smaller_one(served_by: Callable[[An
     served_by(Fake())
     assert judge(Recording(), random_prefix(base.geometry), base).verdict == "served"  # type: ignore[arg-type]
     assert {geometry.vocabulary for pair in written for geometry in pair if geometry is not None} == {512}
-
-
-def test_servers_are_brought_by_plugins() -> None:
-    assert set(registry.servers()) <= set(registry.owners()["softbridge_servers"])

@@ -332,8 +332,9 @@ def _check_counts(path: Path) -> None:
     for name in ("num_labels", "num_hidden_layers", "num_layers", "n_layer"):
         count = said.get(name)
         if isinstance(count, int) and count > MOST_NAMED:
+            said_so = str(count) if count < 10**20 else f"a number of {len(str(count))} digits"
             raise BaseModelError(
-                f"'{path}' says {name} = {count if count < 10**20 else 'a number without end'}",
+                f"'{path}' says {name} = {said_so}",
                 f"at most {MOST_NAMED}",
                 "check the base model's config.json",
             )

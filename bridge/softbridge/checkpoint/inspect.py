@@ -39,6 +39,7 @@ def inspect(path: str | Path, *, base: Any = None, format: str | None = None) ->
     form = named or recognise(files)
     found: dict[str, Any] = {"path": str(path), "format": form.name, "files": {}, "needs_base": None}
     resolved = None if base is None else BaseModel.resolve(base)
+    loaded = None
     with files.reading() as names:
         try:
             loaded = read_files(files, form, None if resolved is None else resolved.geometry)
@@ -46,9 +47,10 @@ def inspect(path: str | Path, *, base: Any = None, format: str | None = None) ->
             if base is not None:
                 raise
             found["needs_base"] = error.found
-    found["files"] = {name: {"sha256": files.digest(name)} for name in sorted(names & {*files.names})}
-    found["others"] = [name for name in files.names if name not in names]
-    if found["needs_base"] is not None:
+    digests = {name: files.digest(name) for name in sorted(names)} if loaded is None else loaded.digests
+    found["files"] = {name: {"sha256": digest} for name, digest in digests.items()}
+    found["others"] = [name for name in files.names if name not in digests]
+    if loaded is None:
         return found
     return {**found, "conditions": list(loaded.conditions), **_describe(loaded.prompt)}
 

@@ -104,7 +104,7 @@ def read_files(files: untrusted.Files, form: Format, geometry: Geometry | None, 
     with files.reading() as names:
         loaded, scale = _read_files(files, form, geometry, drop)
     # Of others nobody knows how large they are, or whose.
-    digests = {name: files.digest(name) for name in sorted(names & {*files.names})}
+    digests = {name: files.digest(name) for name in sorted(names)}
     prompt = loaded.prompt
     origin = replace(prompt.origin if prompt.origin is not None else Origin(form.name), digests=digests)
     told = tuple(with_scale(part, scale) for part in prompt.parts)

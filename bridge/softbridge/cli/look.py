@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.markup import escape
@@ -14,10 +14,10 @@ from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printe
 from softbridge.cli.tables import rows_table
 from softbridge.cli.verify import NeededBase
 from softbridge.errors import BaseModelError, SoftbridgeError
+from softbridge.geometry import Stack
 from softbridge.tools import nearest_words, similarity_matrix
+from softbridge.tools.similarity import Measure
 from softbridge.verification.texts import tokenizer_of
-
-MEASURES = ("average", "pairwise")
 
 
 @app.command(
@@ -30,9 +30,7 @@ def words(
     path: Annotated[Path, typer.Argument(help="An input prompt: a file, a directory or a hub id.")],
     base: NeededBase,
     top: Annotated[int, typer.Option("--top", help="How many words for each virtual token.", min=1)] = 3,
-    stack: Annotated[
-        str | None, one_of(("encoder", "decoder"), "--stack", "Which of two input prompts to look at.")
-    ] = None,
+    stack: Annotated[str | None, one_of(get_args(Stack), "--stack", "Which of two input prompts to look at.")] = None,
     as_json: AsJson = False,
 ) -> None:
     """Which words of the base model's vocabulary the virtual tokens are nearest to, by cosine."""
@@ -48,8 +46,6 @@ def words(
             except BaseModelError:
                 tokenizer = None  # the ids say it, too
             found = nearest_words(prompt, weights, top, stack=stack, tokenizer=tokenizer)  # type: ignore[arg-type]
-    except ValueError as error:
-        refuse(SoftbridgeError(str(error), "an input prompt of this base model", "see above"), as_json)
     except SoftbridgeError as error:
         refuse(error, as_json)
     rows: list[dict[str, Any]] = []
@@ -81,7 +77,8 @@ def similar(
     paths: Annotated[list[str], typer.Argument(help="Two prompts or more, of the same parts.", metavar="PROMPT...")],
     base: Base = None,
     measure: Annotated[
-        str, one_of(MEASURES, "--measure", "Cosine of the averaged vectors, or average of the pairwise cosines.")
+        str,
+        one_of(get_args(Measure), "--measure", "Cosine of the averaged vectors, or average of the pairwise cosines."),
     ] = "average",
     as_json: AsJson = False,
 ) -> None:
@@ -93,8 +90,6 @@ def similar(
                 raise SoftbridgeError("one prompt", "two or more", "give another")
             prompts = [load(path, base=model) for path in paths]
             found = similarity_matrix(prompts, measure)  # type: ignore[arg-type]
-    except ValueError as error:
-        refuse(SoftbridgeError(str(error), "prompts of the same parts and widths", "see above"), as_json)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:

@@ -97,8 +97,8 @@ class Files:
     @contextmanager
     def _open(self, name: str) -> Iterator[tuple[BinaryIO, int, str]]:
         """A file's stream, its size, and what to call it in an error, to read what it holds."""
-        self._read.add(name)
         with self._stream(name) as opened:
+            self._read.add(name)
             yield opened
 
     @contextmanager
@@ -163,10 +163,15 @@ class Files:
         with self._open(name) as (stream, _, _what):
             return stream.read(LIMIT).decode("utf-8", "replace")
 
-    def content(self, name: str, most: int = -1) -> bytes:
-        """The bytes of a file, or the first few: of a form that is its toolkit's own, and a format takes apart."""
+    def content(self, name: str) -> bytes:
+        """The bytes of a file: of a form that is its toolkit's own, and a format takes apart."""
         with self._open(name) as (stream, _, _what):
-            return stream.read(most)
+            return stream.read()
+
+    def begins(self, name: str, start: bytes) -> bool:
+        """Whether a file begins with these bytes. Like `kind`, this looks at a file and does not read it."""
+        with self._stream(name) as (stream, _, _what):
+            return stream.read(len(start)) == start
 
     def tensors(self, name: str) -> dict[str, Array]:
         """Every tensor of a safetensors file or one that torch.save wrote, checked; a bare tensor is named ''."""
@@ -191,7 +196,6 @@ class Files:
         all other kinds are `Foreign`: their names, and the data that would have made them. Nothing is executed,
         whatever the file holds.
         """
-        self._read.add(name)
         if name not in self._trees:
             kind = self.kind(name)
             with self._open(name) as (stream, size, what):
@@ -207,6 +211,7 @@ class Files:
                     self._trees[name] = flax_state(_whole(stream, size, what), what)
                 else:
                     raise refusal(f"{what}: its content is {_describe(kind)}", "a file of tensors")
+        self._read.add(name)  # now, or when somebody asked for it before
         return self._trees[name]
 
     def zarr(self, description: str) -> Stored:

@@ -146,9 +146,10 @@ def judge(
         model = base.weights(torch.float32) if weights else base.structure(torch.float32, seed)
         found = server.obstacles(model.config)
         if found:
-            raise EngineError(
-                "; ".join(obstacle.reason for obstacle in found), f"a base model that {server.name} serves", "see above"
+            reasons, remedies = (
+                "; ".join(dict.fromkeys(texts)) for texts in zip(*((o.reason, o.remedy) for o in found), strict=True)
             )
+            raise EngineError(reasons, f"a base model that {server.name} serves", remedies)
         model.save_pretrained(scratch / "base")
         runner, _ = choose_engine(prompt, engine, model)
         texts = _texts(model.config, seed)
