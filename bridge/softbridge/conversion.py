@@ -210,10 +210,14 @@ def _served(
         return None, reason
     found = serving.judge(form, prompt, base, weights=certificate.claim.weights, encoding=encoding)
     if found.verdict != "served":
+        remedies = {
+            "different": "report this as a defect of softbridge, with the source and the versions above",
+            "insensitive": f"choose a --dtype or --encoding in which {server.name} rounds less, or leave --verify out",
+        }
         raise OutputError(
             f"verification found the converted prompt {found.summary()}",
             f"the answers of transformers from {server.name}, within {serving.FACTOR:g} times its own noise",
-            "report this as a defect of softbridge, with the source and the versions above; nothing was written",
+            f"{remedies[found.verdict]}; nothing was written",
         )
     return found, ""
 

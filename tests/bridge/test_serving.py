@@ -211,7 +211,10 @@ def test_a_conversion_is_judged_by_the_server_that_reads_its_files(
     assert (recorded["served"]["server"], recorded["served"]["version"]) == ("fake", "fake 1.0, float32")
     assert verify_again(tmp_path / "served" / "certificate.json", base).holds
     served_by(Fake(lambda prompt: None))
-    with pytest.raises(OutputError, match="found the converted prompt different by fake"):
+    with pytest.raises(OutputError, match=r"found the converted prompt different by fake(.|\n)*report this"):
+        sb.convert(tmp_path / "source", tmp_path / "bad", "peft", base=base, verify=True)
+    served_by(Fake(noise=5.0))
+    with pytest.raises(OutputError, match=r"converted prompt insensitive by fake(.|\n)*in which fake rounds less"):
         sb.convert(tmp_path / "source", tmp_path / "bad", "peft", base=base, verify=True)
     assert not (tmp_path / "bad").exists()
     assert sb.convert(tmp_path / "source", tmp_path / "quick", "peft", base=base).served is None

@@ -70,7 +70,7 @@ def _guarded(read: Callable[[int], bytes], length: int, what: str) -> Callable[[
     return guarded
 
 
-def opened_zip(stream: BinaryIO) -> zipfile.ZipFile:
+def opened_zip(stream: BinaryIO, what: str) -> zipfile.ZipFile:
     """A zip archive of not too many members, which are counted before zipfile makes an object of each.
 
     Raises:
@@ -84,16 +84,16 @@ def opened_zip(stream: BinaryIO) -> zipfile.ZipFile:
     # 12 bytes before it ends, how many bytes the directory has; 2**32 - 1: it is said elsewhere, and far too many.
     directory = int.from_bytes(tail[where + 12 : where + 16], "little") if where >= 0 else 0
     if directory > MEMBERS * _ENTRY:
-        raise refusal(f"a zip archive whose directory has {directory} bytes", f"at most {MEMBERS} members")
+        raise refusal(f"{what}: a zip archive whose directory has {directory} bytes", f"at most {MEMBERS} members")
     stream.seek(0)
     archive = zipfile.ZipFile(stream)
     if len(archive.infolist()) > MEMBERS:
-        raise refusal(f"a zip archive of {len(archive.infolist())} members", f"at most {MEMBERS}")
+        raise refusal(f"{what}: a zip archive of {len(archive.infolist())} members", f"at most {MEMBERS}")
     return archive
 
 
 def _zipped(stream: BinaryIO, path: Path) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
-    with opened_zip(stream) as archive:
+    with opened_zip(stream, str(path)) as archive:
 
         def reader(member: zipfile.ZipInfo) -> Callable[[int], bytes]:
             def read(length: int) -> bytes:

@@ -125,7 +125,7 @@ class Files:
         return self._kinds[name]
 
     def _look(self, name: str) -> Kind:
-        with self._stream(name) as (stream, size, _):
+        with self._stream(name) as (stream, size, what):
             start = stream.read(512)
             # First, because the length of a header can begin like a pickle: 640 is 80 02.
             if start[8:9] == b"{" and int.from_bytes(start[:8], "little") <= size - 8:
@@ -134,7 +134,7 @@ class Files:
                 return "npy"
             if start.startswith(ZIP):
                 try:
-                    with opened_zip(stream) as archive:
+                    with opened_zip(stream, what) as archive:
                         return "pickle" if main_member(archive) else "zip"
                 except Exception:  # zipfile raises seven kinds of exception on malformed archives
                     return "unknown"

@@ -178,7 +178,7 @@ def main_member(archive: zipfile.ZipFile) -> str | None:
 
 def _open_zip(stream: BinaryIO, size: int, what: str, plain: bool) -> tuple[Program, Mapping[str, _Place]]:
     """The program of a torch.save archive, and where its storages lie."""
-    with opened_zip(stream) as archive:
+    with opened_zip(stream, what) as archive:
         members = archive.infolist()
         if len({member.filename for member in members}) != len(members):
             raise refusal(f"{what}: an archive of {len(members)} members", "every member with its own name")
