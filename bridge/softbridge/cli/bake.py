@@ -7,18 +7,21 @@ from typing import Annotated
 
 import typer
 
-from softbridge.cli.console import AsJson, app, print_json, printer, quiet, refuse
+from softbridge.cli.console import PROMPT, AsJson, NeededBase, command, print_json, printer, quiet, refuse
 from softbridge.cli.tables import shown
-from softbridge.cli.verify import NeededBase
 from softbridge.errors import SoftbridgeError
 
 
-@app.command()
+@command(
+    "softbridge bake mood=prompts/sst2 baked/ --base path/to/base --verify",
+    "softbridge bake a=prompts/a b=prompts/b baked/ --base owner/name --in-front a",
+)
 def bake(
     paths: Annotated[
         list[str],
         typer.Argument(
-            help="Input prompts, each as PATH or NAME=PATH, and last the folder to write.", metavar="PROMPT... TARGET"
+            help=f"Input prompts, each as PATH or NAME=PATH, and last the folder to write. PATH is {PROMPT}",
+            metavar="PROMPT... TARGET",
         ),
     ],
     base: NeededBase,

@@ -8,12 +8,13 @@ import os
 import shutil
 import sys
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.text import Text
 from typer.core import TyperGroup
 
@@ -43,10 +44,24 @@ app = typer.Typer(
 REFUSED = 2
 DEFECT = 3
 UNREAD = 141  # what a shell reports of a program that SIGPIPE ends
+#: What a prompt and a base model may be given as, for the help. What looks like rich's markup is a hub id's brackets.
+PROMPT = escape("a file, a directory, or a hub id (owner/name[/folder][@revision]). A local path comes first.")
+BASE = "The base model: a directory, a config.json, or a hub id (owner/name). A local path comes first."
 Base = Annotated[
     str | None,
-    typer.Option("--base", help="The base model: a directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG"),
+    typer.Option("--base", help=BASE, metavar="MODEL_OR_CONFIG"),
 ]
+NeededBase = Annotated[str, typer.Option("--base", help=BASE, metavar="MODEL_OR_CONFIG")]
+
+
+def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command of its own name. `examples` are command lines for its help."""
+
+    def register(function: Callable[..., None]) -> Callable[..., None]:
+        app.command(epilog="\n\n".join(map(escape, ("Examples:", *examples))))(function)
+        return function
+
+    return register
 
 
 def one_of(names: Iterable[str], flag: str, help: str) -> Any:

@@ -10,16 +10,19 @@ from rich.text import Text
 
 from softbridge import conversion, parts
 from softbridge.checkpoint.choice import DROPPED
-from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
+from softbridge.cli.console import PROMPT, AsJson, Base, command, one_of, print_json, printer, quiet, refuse
 from softbridge.cli.tables import certificate_table, serving_table, shown, steps_table
 from softbridge.errors import SoftbridgeError
 from softbridge.lowering.planner import CONDITIONS
 from softbridge.lowering.precision import DTYPES
 
 
-@app.command()
+@command(
+    "softbridge convert prefix/ out/ --to adapterhub --base path/to/base --verify",
+    "softbridge convert owner/name@v1 out/ --to softbridge --dry-run",
+)
 def convert(
-    source: Annotated[Path, typer.Argument(help="The checkpoint to read.")],
+    source: Annotated[Path, typer.Argument(help=f"The checkpoint to read: {PROMPT}")],
     target: Annotated[
         Path,
         typer.Argument(help="Output directory; or a file name, if the format writes a single file with that suffix."),

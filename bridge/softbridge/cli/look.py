@@ -6,13 +6,11 @@ from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
-from rich.markup import escape
 
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.read import load
-from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
+from softbridge.cli.console import PROMPT, AsJson, Base, NeededBase, command, one_of, print_json, printer, quiet, refuse
 from softbridge.cli.tables import rows_table
-from softbridge.cli.verify import NeededBase
 from softbridge.errors import BaseModelError, SoftbridgeError
 from softbridge.geometry import Stack
 from softbridge.tools import nearest_words, similarity_matrix
@@ -20,14 +18,12 @@ from softbridge.tools.similarity import Measure
 from softbridge.verification.texts import tokenizer_of
 
 
-@app.command(
-    epilog=escape(
-        "softbridge words peft_prompt/ --base path/to/base   |   "
-        "softbridge words prompt.npy --base owner/name --top 5 --json"
-    )
+@command(
+    "softbridge words peft_prompt/ --base path/to/base",
+    "softbridge words prompt.npy --base owner/name --top 5 --json",
 )
 def words(
-    path: Annotated[Path, typer.Argument(help="An input prompt: a file, a directory or a hub id.")],
+    path: Annotated[Path, typer.Argument(help=f"An input prompt: {PROMPT}")],
     base: NeededBase,
     top: Annotated[int, typer.Option("--top", help="How many words for each virtual token.", min=1)] = 3,
     stack: Annotated[str | None, one_of(get_args(Stack), "--stack", "Which of two input prompts to look at.")] = None,
@@ -68,13 +64,14 @@ def words(
     printer().print(rows_table(["virtual token", "nearest, and its cosine"], cells))
 
 
-@app.command(
-    epilog=escape(
-        "softbridge similar prompts/sst2 prompts/imdb prompts/mnli   |   softbridge similar a/ b/ --measure pairwise"
-    )
+@command(
+    "softbridge similar prompts/sst2 prompts/imdb prompts/mnli",
+    "softbridge similar prompts/sst2 owner/name/folder --measure pairwise",
 )
 def similar(
-    paths: Annotated[list[str], typer.Argument(help="Two prompts or more, of the same parts.", metavar="PROMPT...")],
+    paths: Annotated[
+        list[str], typer.Argument(help=f"Two prompts or more, of the same parts. Each is {PROMPT}", metavar="PROMPT...")
+    ],
     base: Base = None,
     measure: Annotated[
         str,

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from softbridge.checkpoint.inspect import inspect as run_inspect
-from softbridge.cli.console import AsJson, Base, Output, app, print_json, printer, quiet, refuse
+from softbridge.cli.console import PROMPT, AsJson, Base, Output, command, print_json, printer, quiet, refuse
 from softbridge.cli.demo import run as run_demo
 from softbridge.cli.doctor import diagnosis_table
 from softbridge.cli.tables import engines_table, explanation_table, formats_table, plugins_table, prompt_table
@@ -19,9 +19,12 @@ from softbridge.lowering.matrix import markdown
 from softbridge.lowering.matrix import matrix as run_matrix
 
 
-@app.command()
+@command(
+    "softbridge inspect peft_prefix/",
+    "softbridge inspect owner/name/folder@v1 --base path/to/base --json",
+)
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A file or a directory.")],
+    path: Annotated[Path, typer.Argument(help=f"What to look at: {PROMPT}")],
     base: Base = None,
     source_format: Annotated[
         str | None,
@@ -40,7 +43,10 @@ def inspect(
         printer().print(prompt_table(found))
 
 
-@app.command()
+@command(
+    "softbridge explain --from peft --to adapterhub",
+    "softbridge explain --from peft --to mlx --method prefix-tuning --base base/",
+)
 def explain(
     source: Annotated[str, typer.Option("--from", help="The format that is read.", metavar="FORMAT")],
     target: Annotated[str, typer.Option("--to", help="The format that is written.", metavar="FORMAT")],
@@ -62,7 +68,7 @@ def explain(
         printer().print(explanation_table(found))
 
 
-@app.command()
+@command("softbridge matrix", "softbridge matrix --json")
 def matrix(as_json: AsJson = False) -> None:
     """The outcome of every conversion of every method: tests/MATRIX.md, from what is installed here."""
     try:
@@ -75,9 +81,11 @@ def matrix(as_json: AsJson = False) -> None:
         printer().out(markdown(found), end="", highlight=False)
 
 
-@app.command()
+@command("softbridge doctor", "softbridge doctor peft_prefix/ --base path/to/base")
 def doctor(
-    path: Annotated[Path | None, typer.Argument(help="A prompt: only defects that concern it are listed.")] = None,
+    path: Annotated[
+        Path | None, typer.Argument(help=f"A prompt: only defects that concern it are listed. It is {PROMPT}")
+    ] = None,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
@@ -92,19 +100,19 @@ def doctor(
         printer().print(diagnosis_table(found))
 
 
-@app.command()
+@command("softbridge formats", "softbridge formats --json")
 def formats(as_json: AsJson = False) -> None:
     """List the formats that are installed."""
     _list(formats_table, as_json)
 
 
-@app.command()
+@command("softbridge engines", "softbridge engines --json")
 def engines(as_json: AsJson = False) -> None:
     """List the engines, and why one cannot be used here."""
     _list(engines_table, as_json)
 
 
-@app.command()
+@command("softbridge plugins", "softbridge plugins --json")
 def plugins(as_json: AsJson = False) -> None:
     """List what each plugin brings."""
     _list(plugins_table, as_json)
@@ -121,7 +129,7 @@ def _list(make: Any, as_json: bool) -> None:
         printer().print(table)
 
 
-@app.command()
+@command("softbridge demo --from peft --to adapterhub", "softbridge demo --directory demo/ --json")
 def demo(
     source: Annotated[str, typer.Option("--from", help="The engine that trains.", metavar="ENGINE")] = "native",
     target: Annotated[str, typer.Option("--to", help="The format to convert to.", metavar="FORMAT")] = "softbridge",

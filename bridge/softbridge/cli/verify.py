@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from softbridge import untrusted
-from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
+from softbridge.cli.console import PROMPT, AsJson, Base, NeededBase, command, one_of, print_json, printer, quiet, refuse
 from softbridge.cli.page import page
 from softbridge.cli.tables import certificate_table, shown
 from softbridge.errors import SoftbridgeError
@@ -48,15 +48,18 @@ AsLevel = Annotated[
 AsPage = Annotated[
     Path | None, typer.Option("--html", help="Write the certificate as a page with plots, too.", metavar="FILE")
 ]
-NeededBase = Annotated[
-    str, typer.Option("--base", help="A directory, a config.json, or a hub id.", metavar="MODEL_OR_CONFIG")
-]
 
 
-@app.command()
+@command(
+    "softbridge verify peft_prefix/ adapterhub_prefix/ --base path/to/base",
+    "softbridge verify out/certificate.json",
+)
 def verify(
-    a: Annotated[Path, typer.Argument(help="The reference; or a certificate.json, to see whether it still holds.")],
-    b: Annotated[Path | None, typer.Argument(help="What is compared with it.")] = None,
+    a: Annotated[
+        Path,
+        typer.Argument(help=f"The reference: {PROMPT} A certificate.json alone is run again."),
+    ],
+    b: Annotated[Path | None, typer.Argument(help=f"What is compared with it: {PROMPT}")] = None,
     base: Base = None,
     weights: Weights = False,
     dtype: Working = "float32",
@@ -99,9 +102,12 @@ def verify(
     _show_certificate(certify, html, as_json)
 
 
-@app.command()
+@command(
+    "softbridge probe peft_prefix/ --base path/to/base --output a.safetensors",
+    "softbridge probe a/ --against b/ --base path/to/base --output a.safetensors",
+)
 def probe(
-    path: Annotated[Path, typer.Argument(help="A file or a directory.")],
+    path: Annotated[Path, typer.Argument(help=f"What to run: {PROMPT}")],
     base: NeededBase,
     output: Annotated[Path, typer.Option("--output", help="The file to write, .safetensors.")],
     weights: Weights = False,
@@ -111,7 +117,9 @@ def probe(
     memory: Memory = None,
     against: Annotated[
         Path | None,
-        typer.Option("--against", help="The other side, whose files, too, say what is claimed of the two."),
+        typer.Option(
+            "--against", help=f"The other side. Its files, too, say what is claimed of the two. It is {PROMPT}"
+        ),
     ] = None,
     window: Annotated[
         int | None, typer.Option("--window", help="What a sliding window is shortened to, for both sides alike.", min=1)
@@ -137,7 +145,10 @@ def probe(
     printer().print(shown(f"{path}, run by {recording.side.engine}: {output}"))
 
 
-@app.command()
+@command(
+    "softbridge compare a.safetensors b.safetensors",
+    "softbridge compare a.safetensors b.safetensors --html page.html",
+)
 def compare(
     a: Annotated[Path, typer.Argument(help="The reference, as 'softbridge probe' wrote it.")],
     b: Annotated[Path, typer.Argument(help="What is compared with it.")],
