@@ -47,13 +47,13 @@ def words(
     rows: list[dict[str, Any]] = []
     for number, (ids, cosines) in enumerate(zip(found.ids.tolist(), found.similarities.tolist(), strict=True)):
         named = {} if found.words is None else {"words": list(found.words[number])}
-        rows.append({"virtual token": number, "ids": ids, "cosines": [round(one, 6) for one in cosines], **named})
+        rows.append({"virtual_token": number, "ids": ids, "cosines": [round(one, 6) for one in cosines], **named})
     if as_json:
         print_json(rows)
         return
     cells = [
         [
-            str(row["virtual token"]),
+            str(row["virtual_token"]),
             "  ".join(
                 f"{row['words'][n]!r} {cosine:.2f}" if "words" in row else f"{row['ids'][n]} {cosine:.2f}"
                 for n, cosine in enumerate(row["cosines"])

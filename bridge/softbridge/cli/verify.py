@@ -124,6 +124,7 @@ def probe(
     window: Annotated[
         int | None, typer.Option("--window", help="What a sliding window is shortened to, for both sides alike.", min=1)
     ] = None,
+    as_json: AsJson = False,
 ) -> None:
     """Record what one checkpoint computes, to compare it with another that runs in another environment."""
     try:
@@ -141,8 +142,12 @@ def probe(
             )
             untrusted.write_file(output, pack(recording))
     except SoftbridgeError as error:
-        refuse(error, as_json=False)
-    printer().print(shown(f"{path}, run by {recording.side.engine}: {output}"))
+        refuse(error, as_json)
+    if as_json:
+        side, ran = recording.side, {"base": recording.base, "weights": recording.weights}
+        print_json({**vars(side), "files": dict(side.files), "path": str(path), "output": str(output), **ran})
+    else:
+        printer().print(shown(f"{path}, run by {recording.side.engine}: {output}"))
 
 
 @command(
