@@ -28,6 +28,7 @@ from softbridge.errors import BaseModelError, LoweringError, Obstacle, Softbridg
 from softbridge.lowering.planner import lower
 from softbridge.lowering.steps import Target
 from softbridge.plugin.capabilities import Capabilities
+from softbridge.progress import stage
 from softbridge.prompt.part import InputPrompt
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.untested import warn_of_untested
@@ -134,7 +135,10 @@ def bake(
             made = _verified(folder, made, read, resolved)
 
     said = {"tokens": tokens, "ids": ids, "placement": placement, "in_front": in_front}
-    untrusted.write(Path(target), {"softbridge_bake.json": untrusted.json_bytes(said)}, overwrite=overwrite, check=fill)
+    with stage(f"writing {target}"):
+        untrusted.write(
+            Path(target), {"softbridge_bake.json": untrusted.json_bytes(said)}, overwrite=overwrite, check=fill
+        )
     return made
 
 

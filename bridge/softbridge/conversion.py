@@ -25,6 +25,7 @@ from softbridge.lowering.planner import Lowering
 from softbridge.lowering.steps import Step, Target
 from softbridge.plugin.hookspecs import Format
 from softbridge.plugin.registry import format_named
+from softbridge.progress import stage
 from softbridge.prompt.soft_prompt import Origin, SoftPrompt
 from softbridge.untested import warn_of_untested
 from softbridge.verification import proof, serving
@@ -117,7 +118,9 @@ def convert(
     choice = Choice(format, tuple(drop), trained_on, task, part)
     chosen = choice.of(loaded.prompt)
     form = format_named(to)
-    lowering, content = prepare(chosen, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
+    with stage("lowering"):
+        goal = Target(form.name, form.capabilities, resolved, dtype)
+        lowering, content = prepare(chosen, form, goal, accept, encoding)
     lowering = replace(lowering, steps=(*_notes(loaded.prompt), *_said(choice), *lowering.steps))
     single = is_file_of(Path(target), content)
     certificate, served, unserved = None, None, ""
@@ -136,7 +139,8 @@ def convert(
             answered = {} if served is None else {"served": served.to_json()}
             content = {**content, CERTIFICATE: untrusted.json_bytes({**certificate.to_json(), **answered})}
     if not dry_run:
-        write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
+        with stage(f"writing {target}"):
+            write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
     sizes = {name: len(data) for name, data in content.items()}
     advice = advice_for(lowering, form, resolved)
     return Report(loaded, to, Path(target), lowering, advice, certificate, sizes, served, unserved)
@@ -208,7 +212,8 @@ def _served(
     reason = server.unavailable() or "; ".join(obstacle.reason for obstacle in server.obstacles(base.config))
     if reason:
         return None, reason
-    found = serving.judge(form, prompt, base, weights=certificate.claim.weights, encoding=encoding)
+    with stage(f"asking {server.name}"):
+        found = serving.judge(form, prompt, base, weights=certificate.claim.weights, encoding=encoding)
     if found.verdict != "served":
         remedies = {
             "different": "report this as a defect of softbridge, with the source and the versions above",

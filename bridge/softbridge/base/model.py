@@ -30,6 +30,7 @@ from softbridge.base.embedding_scale import measure_scale
 from softbridge.base.positions import PositionScheme, probe
 from softbridge.errors import BaseModelError, SoftbridgeError
 from softbridge.geometry import Geometry, read_geometry, text_part
+from softbridge.progress import stage
 from softbridge.prompt.soft_prompt import BaseId
 from softbridge_compat import embedding_scales, transformers_configs, versions
 
@@ -70,7 +71,8 @@ class BaseModel:
         if isinstance(base, BaseModel):
             return base
         if isinstance(base, (str, Path)):
-            return cls(_read_whole(_load_config(str(base), trust_remote_code)), str(base))
+            with stage(f"reading the base model {base}"):
+                return cls(_read_whole(_load_config(str(base), trust_remote_code)), str(base))
         name = getattr(base, "name_or_path", None) or getattr(base, "_name_or_path", None) or None
         if hasattr(base, "config") and hasattr(base, "forward"):
             return cls(_read_whole(base.config), name, base)
@@ -93,7 +95,8 @@ class BaseModel:
     @cached_property
     def positions(self) -> PositionScheme:
         """How the model knows where its tokens stand, measured on a small model of the same structure."""
-        return probe(self.config)
+        with stage("measuring the base model's positions"):
+            return probe(self.config)
 
     @cached_property
     def scale(self) -> float | None:
@@ -253,7 +256,7 @@ class BaseModel:
                 "pass a directory or a model",
             )
         try:
-            with torch.random.fork_rng(devices=[]):
+            with stage(f"loading the weights of {self.name}"), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)  # a head that the checkpoint lacks is drawn anew each time
                 model = auto_class(self.task, self.config).from_pretrained(
                     self.name,

@@ -17,6 +17,7 @@ from softbridge.lowering.expressible import check_fits
 from softbridge.plugin.hookspecs import Format, Listing, Resumable
 from softbridge.plugin.optional import able
 from softbridge.plugin.registry import format_named, formats
+from softbridge.progress import stage
 from softbridge.prompt.soft_prompt import Origin, SoftPrompt
 
 
@@ -79,7 +80,8 @@ def read(
     if unknown:
         raise SoftbridgeError(f"nothing that can be dropped: {', '.join(unknown)}", ", ".join(DROPPED), "correct it")
     resolved = None if base is None else BaseModel.resolve(base)
-    loaded = read_files(files, form, None if resolved is None else resolved.geometry, drop)
+    with stage(f"reading {path}"):
+        loaded = read_files(files, form, None if resolved is None else resolved.geometry, drop)
     return loaded if trained_on is None else replace(loaded, prompt=trained_with(loaded.prompt, resolved, trained_on))
 
 

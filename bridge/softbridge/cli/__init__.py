@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 
 from softbridge.cli import bake, convert, look, show, verify  # noqa: F401  # each adds its commands
-from softbridge.cli.console import DEFECT, app, printer
+from softbridge.cli.console import DEFECT, Quiet, Verbose, app, printer, speak
 from softbridge.cli.tables import shown_lines
 from softbridge_compat import versions
 
@@ -26,7 +26,7 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
     try:
-        app()
+        app(prog_name="softbridge")
     except Exception:
         lines = shown_lines(traceback.format_exc()).plain
         print(f"{lines}this is a defect of softbridge: please report it, with the lines above", file=sys.stderr)
@@ -44,5 +44,7 @@ def _options(
     version: Annotated[
         bool, typer.Option("--version", help="Versions of what can change a result.", callback=_version, is_eager=True)
     ] = False,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
 ) -> None:
-    pass
+    speak(quiet, verbose)

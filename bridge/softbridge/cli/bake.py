@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from softbridge.cli.console import PROMPT, AsJson, NeededBase, command, print_json, printer, quiet, refuse
+from softbridge.cli.console import PROMPT, AsJson, NeededBase, command, print_json, quiet, refuse, reporter
 from softbridge.cli.tables import shown
 from softbridge.errors import SoftbridgeError
 
@@ -52,7 +52,7 @@ def bake(
     if as_json:
         print_json({**vars(made), "path": str(made.path)})
         return
-    console = printer()
+    console = reporter()
     console.print(shown(f"{base} with {', '.join(made.tokens)} in its vocabulary -> {made.path}/"))
     for name, tokens in made.tokens.items():
         first, last = made.ids[name][0], made.ids[name][-1]

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import inspect
 import json
 import logging
 import os
-import shutil
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from typing import Annotated, Any, NoReturn
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextvars import ContextVar
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
 from rich.console import Console
@@ -18,10 +20,11 @@ from rich.markup import escape
 from rich.text import Text
 from typer.core import TyperGroup
 
+from softbridge.cli.display import line, tell_time
 from softbridge.cli.tables import shown_lines
-from softbridge.errors import SoftbridgeError
-from softbridge.untested import warn_of_untested
-from softbridge.verification.progress import watching
+from softbridge.errors import SoftbridgeError, UntestedVersionWarning
+from softbridge.plugin.registry import formats
+from softbridge.progress import watching
 
 
 class _Group(TyperGroup):
@@ -38,12 +41,12 @@ app = typer.Typer(
     cls=_Group,
     help="Translate soft prompts between toolkits, and prove that the outputs are the same.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
 )
 REFUSED = 2
 DEFECT = 3
 UNREAD = 141  # what a shell reports of a program that SIGPIPE ends
+_loudness: ContextVar[Literal["quiet", "normal", "verbose"]] = ContextVar("loudness", default="normal")
 #: What a prompt and a base model may be given as, for the help. What looks like rich's markup is a hub id's brackets.
 PROMPT = escape("a file, a directory, or a hub id (owner/name[/folder][@revision]). A local path comes first.")
 BASE = "The base model: a directory, a config.json, or a hub id (owner/name). A local path comes first."
@@ -54,14 +57,66 @@ Base = Annotated[
 NeededBase = Annotated[str, typer.Option("--base", help=BASE, metavar="MODEL_OR_CONFIG")]
 
 
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing of what was done. Errors are told.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Show what toolkits log and warn of, and how long each stage took.")
+]
+
+
+def speak(quiet: bool, verbose: bool) -> None:
+    """Act on ``--quiet`` and ``--verbose`` from here on.
+
+    Raises:
+        typer.BadParameter: both are given.
+    """
+    if quiet and verbose:
+        raise typer.BadParameter("one of --quiet and --verbose, not both.")
+    _loudness.set("quiet" if quiet else "verbose" if verbose else "normal")
+
+
 def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a command of its own name. `examples` are command lines for its help."""
+    """Make a function a command of its own name, with ``--quiet`` and ``--verbose`` as options.
+
+    Args:
+        examples: command lines for its help.
+    """
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
-        app.command(epilog="\n\n".join(map(escape, ("Examples:", *examples))))(function)
+        @functools.wraps(function)
+        def run(*, quiet: bool, verbose: bool, **given: Any) -> None:
+            if quiet or verbose:  # else what was said before the command's name holds
+                speak(quiet, verbose)
+            function(**given)
+
+        own = inspect.signature(function, eval_str=True)
+        more = {"quiet": Quiet, "verbose": Verbose}
+        run.__signature__ = own.replace(  # type: ignore[attr-defined]  # what typer looks at
+            parameters=[
+                *own.parameters.values(),
+                *(
+                    inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=a)
+                    for n, a in more.items()
+                ),
+            ]
+        )
+        app.command(epilog="\n\n".join(map(escape, ("Examples:", *examples))))(run)
         return function
 
     return register
+
+
+def completing(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]:
+    """What a shell is offered for an option: those of the names that begin with what was typed."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [name for name in names() if name.startswith(incomplete)]
+
+    return complete
+
+
+def format_option(flag: str, help: str) -> Any:
+    """An option that takes the name of a format."""
+    return typer.Option(flag, help=help, metavar="FORMAT", autocompletion=completing(formats))
 
 
 def one_of(names: Iterable[str], flag: str, help: str) -> Any:
@@ -73,7 +128,8 @@ def one_of(names: Iterable[str], flag: str, help: str) -> Any:
             raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, known))}.")
         return text
 
-    return typer.Option(flag, help=help, parser=parse, metavar=f"[{'|'.join(known)}]")
+    shape = f"[{'|'.join(known)}]"
+    return typer.Option(flag, help=help, parser=parse, metavar=shape, autocompletion=completing(lambda: known))
 
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of a table.")]
@@ -90,8 +146,17 @@ class Output(Console):
 
 
 def printer() -> Console:
-    """Standard output, 120 columns wide where it is no terminal."""
-    return Output(width=None if Console().is_terminal else 120)
+    """Standard output, for what was asked for: 120 columns wide where it is no terminal."""
+    return _output(silent=False)
+
+
+def reporter() -> Console:
+    """Standard output, for what is said of what was done: ``--quiet`` leaves it out."""
+    return _output(silent=_loudness.get() == "quiet")
+
+
+def _output(*, silent: bool) -> Console:
+    return Output(file=sys.stdout, width=None if Console().is_terminal else 120, quiet=silent)
 
 
 def refuse(error: SoftbridgeError, as_json: bool) -> NoReturn:
@@ -112,28 +177,36 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep what toolkits say while they run off the terminal: what matters of it is in the certificate.
+    """Keep what toolkits print, log and warn of off the terminal: what matters of it is in the certificate.
 
-    What softbridge itself has to say of what is installed comes first, on standard error; and, in a line that goes away
-    again, how far a verification has come.
+    What softbridge itself warns of comes through, and a line that goes away again says what is being done. With
+    ``--quiet`` neither does. With ``--verbose`` all of it does, on standard error, with how long each stage took.
     """
-    warn_of_untested()
+    loudness = _loudness.get()
+    if loudness == "verbose":
+        with redirect_stdout(sys.stderr), watching(lambda what: None, tell_time):
+            yield
+        return
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
-    shows = sys.stderr.isatty()
     try:
-        with warnings.catch_warnings(), watching(_tell) if shows else _no_bars():
+        with ExitStack() as stack:
+            stack.enter_context(redirect_stdout(stack.enter_context(open(os.devnull, "w"))))
+            stack.enter_context(warnings.catch_warnings())
             warnings.simplefilter("ignore")
+            if loudness == "normal":
+                warnings.simplefilter("default", UntestedVersionWarning)
+            stack.enter_context(_no_bars())
+            if loudness == "normal" and sys.stderr.isatty():
+                stack.enter_context(watching(stack.enter_context(line())))
             yield
     finally:
         logging.disable(before)
-        if shows:
-            _tell("")
 
 
 @contextmanager
 def _no_bars() -> Iterator[None]:
-    """Let transformers draw no progress bar, be it imported already or not: nobody watches."""
+    """Let transformers draw no progress bar, be it imported already or not."""
     name, said = "HF_HUB_DISABLE_PROGRESS_BARS", sys.modules.get("transformers.utils.logging")
     before, drawing = os.environ.get(name), said is not None and said.is_progress_bar_enabled()
     os.environ[name] = "1"
@@ -148,8 +221,3 @@ def _no_bars() -> Iterator[None]:
             os.environ[name] = before
         if said is not None and drawing:
             said.enable_progress_bar()
-
-
-def _tell(line: str) -> None:
-    width = shutil.get_terminal_size().columns - 1
-    print(f"\r\x1b[2K{line[:width]}", end="", file=sys.stderr, flush=True)

@@ -10,7 +10,19 @@ from rich.text import Text
 
 from softbridge import conversion, parts
 from softbridge.checkpoint.choice import DROPPED
-from softbridge.cli.console import PROMPT, AsJson, Base, command, one_of, print_json, printer, quiet, refuse
+from softbridge.cli.console import (
+    PROMPT,
+    AsJson,
+    Base,
+    command,
+    completing,
+    format_option,
+    one_of,
+    print_json,
+    quiet,
+    refuse,
+    reporter,
+)
 from softbridge.cli.tables import certificate_table, serving_table, shown, steps_table
 from softbridge.errors import SoftbridgeError
 from softbridge.lowering.planner import CONDITIONS
@@ -27,11 +39,10 @@ def convert(
         Path,
         typer.Argument(help="Output directory; or a file name, if the format writes a single file with that suffix."),
     ],
-    to: Annotated[str, typer.Option("--to", help="The format to write.", metavar="FORMAT")],
+    to: Annotated[str, format_option("--to", "The format to write.")],
     base: Base = None,
     source_format: Annotated[
-        str | None,
-        typer.Option("--from", help="The format to read; recognised by content if left out.", metavar="FORMAT"),
+        str | None, format_option("--from", "The format to read. It is recognised by content if left out.")
     ] = None,
     accept: Annotated[
         list[str] | None,
@@ -52,6 +63,7 @@ def convert(
             "--part",
             help=f"Convert one part only, of those that the source has: {', '.join(parts.NAMES)}.",
             metavar="NAME",
+            autocompletion=completing(lambda: parts.NAMES),
         ),
     ] = None,
     drop: Annotated[
@@ -111,7 +123,7 @@ def convert(
             }
         )
         return
-    console = printer()
+    console = reporter()
     console.print(
         Text.assemble(
             shown(f"{report.source.format.name} {report.source.path} -> {report.target} "), shown(report.path, "bold")

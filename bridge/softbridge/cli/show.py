@@ -8,15 +8,30 @@ from typing import Annotated, Any
 import typer
 
 from softbridge.checkpoint.inspect import inspect as run_inspect
-from softbridge.cli.console import PROMPT, AsJson, Base, Output, command, print_json, printer, quiet, refuse
+from softbridge.cli.console import (
+    PROMPT,
+    AsJson,
+    Base,
+    Output,
+    command,
+    completing,
+    format_option,
+    print_json,
+    printer,
+    quiet,
+    refuse,
+    reporter,
+)
 from softbridge.cli.demo import run as run_demo
 from softbridge.cli.doctor import diagnosis_table
 from softbridge.cli.tables import engines_table, explanation_table, formats_table, plugins_table, prompt_table
 from softbridge.doctor import diagnose
 from softbridge.errors import SoftbridgeError
+from softbridge.lowering.examples import METHODS
 from softbridge.lowering.explain import explanations
 from softbridge.lowering.matrix import markdown
 from softbridge.lowering.matrix import matrix as run_matrix
+from softbridge.plugin.registry import engines as known_engines
 
 
 @command(
@@ -27,14 +42,14 @@ def inspect(
     path: Annotated[Path, typer.Argument(help=f"What to look at: {PROMPT}")],
     base: Base = None,
     source_format: Annotated[
-        str | None,
-        typer.Option("--from", help="The format to read; recognised by content if left out.", metavar="FORMAT"),
+        str | None, format_option("--from", "The format to read. It is recognised by content if left out.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What is this file, for which base model, and is it healthy?"""
     try:
-        found = run_inspect(path, base=base, format=source_format)
+        with quiet():
+            found = run_inspect(path, base=base, format=source_format)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:
@@ -48,18 +63,24 @@ def inspect(
     "softbridge explain --from peft --to mlx --method prefix-tuning --base base/",
 )
 def explain(
-    source: Annotated[str, typer.Option("--from", help="The format that is read.", metavar="FORMAT")],
-    target: Annotated[str, typer.Option("--to", help="The format that is written.", metavar="FORMAT")],
+    source: Annotated[str, format_option("--from", "The format that is read.")],
+    target: Annotated[str, format_option("--to", "The format that is written.")],
     method: Annotated[
         str | None,
-        typer.Option("--method", help="A method, as 'softbridge matrix' names it; all if left out.", metavar="NAME"),
+        typer.Option(
+            "--method",
+            help="A method, as 'softbridge matrix' names it. All if left out.",
+            metavar="NAME",
+            autocompletion=completing(lambda: METHODS),
+        ),
     ] = None,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Is a conversion exact, and why not? Without --base: for absolute, rotary and relative positions."""
     try:
-        found = explanations(source, target, method, base)
+        with quiet():
+            found = explanations(source, target, method, base)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:
@@ -72,7 +93,8 @@ def explain(
 def matrix(as_json: AsJson = False) -> None:
     """The outcome of every conversion of every method: tests/MATRIX.md, from what is installed here."""
     try:
-        found = run_matrix()
+        with quiet():
+            found = run_matrix()
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:
@@ -91,7 +113,8 @@ def doctor(
 ) -> None:
     """What can be run here, and which known defects of the toolkits are met?"""
     try:
-        found = diagnose(path, base)
+        with quiet():
+            found = diagnose(path, base)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:
@@ -131,17 +154,23 @@ def _list(make: Any, as_json: bool) -> None:
 
 @command("softbridge demo --from peft --to adapterhub", "softbridge demo --directory demo/ --json")
 def demo(
-    source: Annotated[str, typer.Option("--from", help="The engine that trains.", metavar="ENGINE")] = "native",
-    target: Annotated[str, typer.Option("--to", help="The format to convert to.", metavar="FORMAT")] = "softbridge",
+    source: Annotated[
+        str,
+        typer.Option(
+            "--from", help="The engine that trains.", metavar="ENGINE", autocompletion=completing(known_engines)
+        ),
+    ] = "native",
+    target: Annotated[str, format_option("--to", "The format to convert to.")] = "softbridge",
     directory: Annotated[
         Path | None, typer.Option("--directory", help="Where to keep the files; a temporary folder if left out.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
     """The whole job on a tiny Llama built in process: train a prefix, convert it, run both, and compare."""
+    console = Output(quiet=True) if as_json else reporter()
     try:
         with quiet():
-            certificate = run_demo(source, target, directory, Output(quiet=True) if as_json else printer())
+            certificate = run_demo(source, target, directory, console)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:

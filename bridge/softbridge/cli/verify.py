@@ -9,10 +9,23 @@ from typing import Annotated, NoReturn
 import typer
 
 from softbridge import untrusted
-from softbridge.cli.console import PROMPT, AsJson, Base, NeededBase, command, one_of, print_json, printer, quiet, refuse
+from softbridge.cli.console import (
+    PROMPT,
+    AsJson,
+    Base,
+    NeededBase,
+    command,
+    completing,
+    one_of,
+    print_json,
+    quiet,
+    refuse,
+    reporter,
+)
 from softbridge.cli.page import page
 from softbridge.cli.tables import certificate_table, shown
 from softbridge.errors import SoftbridgeError
+from softbridge.plugin.registry import engines
 from softbridge.verification import proof
 from softbridge.verification.certificate import Certificate
 from softbridge.verification.claim import LEVELS, WORKING, Level
@@ -72,6 +85,7 @@ def verify(
             "--python",
             help="Run the side of this engine's toolkit with another environment's interpreter; may be repeated.",
             metavar="ENGINE=PATH",
+            autocompletion=completing(lambda: (f"{name}=" for name in engines())),
         ),
     ] = None,
     level: AsLevel = "exact",
@@ -147,7 +161,7 @@ def probe(
         side, ran = recording.side, {"base": recording.base, "weights": recording.weights}
         print_json({**vars(side), "files": dict(side.files), "path": str(path), "output": str(output), **ran})
     else:
-        printer().print(shown(f"{path}, run by {recording.side.engine}: {output}"))
+        reporter().print(shown(f"{path}, run by {recording.side.engine}: {output}"))
 
 
 @command(
@@ -180,7 +194,7 @@ def _show_certificate(certify: Callable[[], Certificate], html: Path | None, as_
     if as_json:
         print_json(certificate.to_json())
     else:
-        printer().print(certificate_table(certificate))
+        reporter().print(certificate_table(certificate))
     raise typer.Exit(certificate.exit_status)
 
 
@@ -195,7 +209,7 @@ def _verify_again(path: Path, base: str | None, html: Path | None, as_json: bool
         found = {"holds": again.holds, "recorded": again.recorded, "changes": list(again.changes)}
         print_json({**found, "certificate": again.certificate.to_json()})
     else:
-        console = printer()
+        console = reporter()
         console.print(certificate_table(again.certificate))
         for change in again.changes:
             console.print(shown(change))

@@ -18,6 +18,7 @@ import numpy as np
 from softbridge.base.model import BaseModel
 from softbridge.errors import SoftbridgeError
 from softbridge.plugin.hookspecs import Engine
+from softbridge.progress import announced, stage
 from softbridge.prompt.container import digest_of
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.untested import warn_of_untested
@@ -26,7 +27,6 @@ from softbridge.verification.bench import Bench, Capture, Subject, capture, comm
 from softbridge.verification.certificate import Certificate, Fault, Figure, Side
 from softbridge.verification.claim import Claim, Level
 from softbridge.verification.judge import judge
-from softbridge.verification.progress import announced
 from softbridge.verification.recording import Recording, check_same_setting, fingerprint, record_elsewhere
 from softbridge.verification.run import threads
 from softbridge.verification.setting import fitted_to, is_gated, plan_of, versions_here, weights_note
@@ -167,8 +167,8 @@ def verify_prompts(
             copy = None if naive is None else piece.fit(naive)
             captures.append(
                 (
-                    capture(bench, first, chosen[0][0], dtype, faults=False),
-                    capture(bench, second, chosen[1][0], dtype, reference=False, naive=copy),
+                    _captured(bench, first, chosen[0][0], dtype, faults=False),
+                    _captured(bench, second, chosen[1][0], dtype, reference=False, naive=copy),
                 )
             )
     return _certificate(
@@ -223,7 +223,7 @@ def probe(
             part = fitted_to(piece, subject)
             if part is not None:
                 bench = Bench(piece.base, weights, seed, claim.window, texts, template, cached, piece.first)
-                captures.append(capture(bench, part, chosen[0][0], dtype))
+                captures.append(_captured(bench, part, chosen[0][0], dtype))
                 models.append(fingerprint(bench))
     return Recording(
         side=_side(subject, *chosen[0]),
@@ -235,6 +235,11 @@ def probe(
         claim=claim,
         versions=versions_here(),
     )
+
+
+def _captured(bench: Bench, subject: Subject, engine: Engine, dtype: str, **setting: Any) -> Capture:
+    with stage(f"running {subject.path} in {engine.name}"):
+        return capture(bench, subject, engine, dtype, **setting)
 
 
 def compare(a: Recording, b: Recording, *, level: Level = "exact") -> Certificate:
