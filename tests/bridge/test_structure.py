@@ -113,7 +113,7 @@ def test_a_head_that_is_off_is_noticed_among_those_run_some_at_a_time(monkeypatc
     assert (same.verdict, other.verdict) == ("bitwise", "different")
     assert "2 of 10 heads at a time" in same.weights
     assert same.effect > 0.05
-    begun = [what for what, then in pairwise(said) if then == "running a in native"]
+    begun = [what for what, then in pairwise(said) if what.startswith("verifying") and then == "running a in native"]
     assert len(begun) == 10
     assert begun[0].startswith("verifying: model 1 of 5 (vocabulary")
     assert begun[4].startswith("verifying: model 5 of 5")

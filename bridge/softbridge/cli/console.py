@@ -146,7 +146,7 @@ class Output(Console):
 
 
 def printer() -> Console:
-    """Standard output, for what was asked for: 120 columns wide where it is no terminal."""
+    """Standard output, for what was asked for: 120 columns wide where neither a terminal nor COLUMNS says it."""
     return _output(silent=False)
 
 
@@ -156,7 +156,8 @@ def reporter() -> Console:
 
 
 def _output(*, silent: bool) -> Console:
-    return Output(file=sys.stdout, width=None if Console().is_terminal else 120, quiet=silent)
+    known = Console().is_terminal or "COLUMNS" in os.environ
+    return Output(file=sys.stdout, width=None if known else 120, quiet=silent)
 
 
 def refuse(error: SoftbridgeError, as_json: bool) -> NoReturn:

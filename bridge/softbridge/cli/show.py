@@ -24,12 +24,19 @@ from softbridge.cli.console import (
 )
 from softbridge.cli.demo import run as run_demo
 from softbridge.cli.doctor import diagnosis_table
-from softbridge.cli.tables import engines_table, explanation_table, formats_table, plugins_table, prompt_table
+from softbridge.cli.tables import (
+    engines_table,
+    explanation_table,
+    formats_table,
+    matrix_tables,
+    plugins_table,
+    prompt_table,
+)
 from softbridge.doctor import diagnose
 from softbridge.errors import SoftbridgeError
 from softbridge.lowering.examples import METHODS
 from softbridge.lowering.explain import explanations
-from softbridge.lowering.matrix import markdown
+from softbridge.lowering.matrix import markdown, summary
 from softbridge.lowering.matrix import matrix as run_matrix
 from softbridge.plugin.registry import engines as known_engines
 
@@ -91,7 +98,7 @@ def explain(
 
 @command("softbridge matrix", "softbridge matrix --json")
 def matrix(as_json: AsJson = False) -> None:
-    """The outcome of every conversion of every method: tests/MATRIX.md, from what is installed here."""
+    """The outcome of every conversion of every method, from what is installed here. Not on a terminal: in Markdown."""
     try:
         with quiet():
             found = run_matrix()
@@ -99,8 +106,10 @@ def matrix(as_json: AsJson = False) -> None:
         refuse(error, as_json)
     if as_json:
         print_json([{"base": family, **one.to_json()} for cell in found.values() for family, one in cell.items()])
+    elif (console := printer()).is_terminal:
+        console.print(matrix_tables(summary(found)))
     else:
-        printer().out(markdown(found), end="", highlight=False)
+        console.out(markdown(found), end="", highlight=False)
 
 
 @command("softbridge doctor", "softbridge doctor peft_prefix/ --base path/to/base")

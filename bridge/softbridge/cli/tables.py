@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from softbridge.cli.grid import Grid
 from softbridge.lowering.examples import LENGTH
 from softbridge.lowering.explain import Explanation
+from softbridge.lowering.matrix import Summary
 from softbridge.lowering.steps import Step
 from softbridge.plugin.hookspecs import Engine
 from softbridge.plugin.registry import engines, formats, owners, servers
@@ -37,18 +38,15 @@ def shown_lines(text: str, indent: str = "") -> Text:
     return Text("\n" + indent).join(shown(line) for line in text.split("\n"))
 
 
-def _table(*headings: str) -> Table:
-    table = Table(box=box.SIMPLE, pad_edge=False)
-    for heading in headings:
-        table.add_column(shown(heading), overflow="fold")
-    return table
+def _table(*headings: str) -> Grid:
+    return Grid(*map(shown, headings))
 
 
 def _row(table: Table, *cells: object) -> None:
     table.add_row(*map(shown, cells))
 
 
-def rows_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Table:
+def rows_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Grid:
     """A table of plain cells."""
     table = _table(*headings)
     for row in rows:
@@ -151,6 +149,16 @@ def explanation_table(explanations: Sequence[tuple[str, Explanation]]) -> Table:
         why = Text("\n").join(map(shown, reasons or ["the same numbers"]))
         table.add_row(shown(base), shown(found.method), shown(found.outcome), why)
     return table
+
+
+def matrix_tables(told: Summary) -> Group:
+    """What `softbridge matrix` shows on a terminal."""
+    tables: list[Grid] = []
+    for source, methods in told.sources.items():
+        targets = [target for target in told.sources if target != source]
+        rows = [[method, *(cells[target] for target in targets)] for method, cells in methods.items()]
+        tables.append(rows_table([f"from {source}", *(f"to {target}" for target in targets)], rows))
+    return Group(*tables, rows_table(["named above", "what it is"], list(told.reasons.items())))
 
 
 def certificate_table(certificate: Certificate) -> Group:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import permutations
 
 from softbridge.base.model import BaseModel
@@ -33,20 +34,44 @@ def matrix() -> Matrix:
     }
 
 
+@dataclass(frozen=True)
+class Summary:
+    """The matrix in words.
+
+    Attributes:
+        sources: format that is read -> (method -> (format that is written -> the outcome)), of the methods that it can
+            hold.
+        reasons: names that outcomes mention -> what they stand for, sorted.
+    """
+
+    sources: Mapping[str, Mapping[str, Mapping[str, str]]]
+    reasons: Mapping[str, str]
+
+
+def summary(found: Matrix) -> Summary:
+    """The matrix in words; families of base models that agree are told together."""
+    reasons: dict[str, str] = {}
+    names = dict.fromkeys(source for _, source, _ in found)
+    sources: dict[str, dict[str, dict[str, str]]] = {}
+    for source in names:
+        sources[source] = {}
+        for method in METHODS:
+            cells = {target: found[method, source, target] for target in names if target != source}
+            if any(one.held for cell in cells.values() for one in cell.values()):
+                sources[source][method] = {target: _cell(cell, reasons) for target, cell in cells.items()}
+    return Summary(sources, dict(sorted(reasons.items())))
+
+
 def markdown(found: Matrix) -> str:
     """The matrix as tables, one for each source, with the reasons below."""
-    lines: list[str] = []
-    reasons: dict[str, str] = {}
-    sources = dict.fromkeys(source for _, source, _ in found)
-    for source in sources:
-        targets = [target for target in sources if target != source]
-        lines += ["", f"From `{source}` | " + " | ".join(f"to `{target}`" for target in targets), "---|" * len(sources)]
-        for method in METHODS:
-            cells = [found[method, source, target] for target in targets]
-            if any(one.held for cell in cells for one in cell.values()):
-                lines.append(" | ".join([method, *(_cell(cell, reasons) for cell in cells)]))
+    told, lines = summary(found), []
+    for source, methods in told.sources.items():
+        targets = [target for target in told.sources if target != source]
+        lines += ["", f"From `{source}` | " + " | ".join(f"to `{target}`" for target in targets)]
+        lines += ["---|" * len(told.sources)]
+        lines += [" | ".join([method, *cells.values()]) for method, cells in methods.items()]
     lines += ["", "| | |", "|---|---|"]
-    lines += [f"| `{name}` | {reason} |" for name, reason in sorted(reasons.items())]
+    lines += [f"| `{name}` | {reason} |" for name, reason in told.reasons.items()]
     return "\n".join(lines).strip() + "\n"
 
 
