@@ -38,9 +38,9 @@ class Config:
         peft_type, task = config.get("peft_type"), config.get("task_type")
         if not isinstance(peft_type, str) or peft_type not in facts.KINDS:
             raise CheckpointError(
-                f"{facts.CONFIG_FILE} has peft_type {peft_type!r}",
+                f"an adapter that is no soft prompt: {facts.CONFIG_FILE} has peft_type {peft_type!r:.80}",
                 f"one of {', '.join((*facts.KINDS, adaption.TYPE))}",
-                "LoRA and its kin, which change weights or layers, are not soft prompts; keep them in PEFT",
+                "keep it in PEFT: LoRA and its kin change weights or layers",
             )
         prefix, several = facts.KINDS[peft_type] == "prefix", _TASKS if peft_type == facts.MULTITASK else ()
         needed = ("num_virtual_tokens", *(_SHAPE if prefix else ()), *several)

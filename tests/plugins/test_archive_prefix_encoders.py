@@ -524,7 +524,7 @@ def with_nan(tensor: torch.Tensor) -> torch.Tensor:
 EDITS: dict[str, tuple[Edit, type[SoftbridgeError], str]] = {
     "no last layer": (without("prefix_encoder.trans.2.weight"), CheckpointError, "trans.0.bias"),
     "no bias": (without(LAST), CheckpointError, "trans.0.bias"),
-    "no embedding": (without(EMBEDDING), UnknownFormatError, "no known format"),
+    "no embedding": (without(EMBEDDING), UnknownFormatError, "no soft prompt"),
     "nan": (other(EMBEDDING, with_nan), CheckpointError, "finite"),
     "nan in the projection": (other(LAST, with_nan), CheckpointError, "finite"),
     "three axes": (other(EMBEDDING, lambda t: t[None]), CheckpointError, r"\[1, 4, 32\]"),

@@ -451,7 +451,7 @@ def test_other_files_are_not_taken_for_it(tmp_path: Path) -> None:
     for number, content in enumerate(others):
         torch.save(content, tmp_path / f"{number}.bin")
         assert not prefixtuning.sniff(untrusted.Files(tmp_path / f"{number}.bin"))
-    with pytest.raises(UnknownFormatError, match="no known format"):
+    with pytest.raises(UnknownFormatError, match="no soft prompt"):
         sb.load(folder(tmp_path / "base", tiny_config("gpt2"), model_of("gpt2").state_dict()))
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from softbridge import untrusted
 from softbridge.base.model import BaseModel
+from softbridge.checkpoint import no_prompt
 from softbridge.checkpoint.choice import DROPPED, of_task
 from softbridge.checkpoint.manifest import MANIFEST, Loaded, same_attention, trained_with, with_manifest, with_scale
 from softbridge.errors import BaseModelError, CheckpointError, SoftbridgeError, UnknownFormatError
@@ -37,8 +38,12 @@ def recognise(files: untrusted.Files) -> Format:
             "files of one format",
             "name the format: --from FORMAT (format=... in Python)",
         )
+    known = no_prompt.recognised(files, formats())
+    if known is not None:
+        what, instead = known
+        raise UnknownFormatError(f"{files.path} is no soft prompt, but {what}", "a soft prompt", instead)
     raise UnknownFormatError(
-        f"{files.path} ({listing or 'empty'}) is in no known format",
+        f"{files.path} ({listing}) is in no known format",
         f"files of one of these formats: {', '.join(formats())}",
         "check the path; 'softbridge formats' lists what is installed",
     )

@@ -13,7 +13,7 @@ from softbridge.conversion import convert
 from softbridge.errors import EngineError
 from softbridge.plugin.hookspecs import Demonstrating
 from softbridge.plugin.optional import able
-from softbridge.plugin.registry import engine_named, engines
+from softbridge.plugin.registry import engine_named, engines, format_named
 from softbridge.verification.certificate import Certificate
 
 STEPS = 20
@@ -27,6 +27,7 @@ def run(source: str, target: str, directory: Path | None, console: Console) -> C
             return run(source, target, Path(folder), console)
     import torch
 
+    format_named(target)  # before the work, and again when it is written
     trained, converted = directory / "trained", directory / "converted"
     model = tiny_model("llama", torch.float32)
     trainer = able(engine_named(source), Demonstrating)
