@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from softbridge.checkpoint.read import load as load
     from softbridge.checkpoint.read import read as read
     from softbridge.checkpoint.write import save as save
+    from softbridge.collection.run import convert_all as convert_all
     from softbridge.conversion import convert as convert
     from softbridge.errors import SoftbridgeError as SoftbridgeError
     from softbridge.geometry import Geometry as Geometry
@@ -64,6 +65,7 @@ _HOME = {
     "BaseModel": "base",
     "bake": "baking",
     "convert": "conversion",
+    "convert_all": "collection.run",
     "explain": "lowering.explain",
     "inspect": "checkpoint.inspect",
     "load": "checkpoint.read",

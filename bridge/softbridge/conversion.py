@@ -20,7 +20,7 @@ from softbridge.checkpoint.choice import DROPPED, Choice
 from softbridge.checkpoint.manifest import CERTIFICATE, Loaded, sha256_of
 from softbridge.checkpoint.read import read
 from softbridge.checkpoint.write import advice_for, check_target, is_file_of, prepare, write_files
-from softbridge.errors import BaseModelError, OutputError
+from softbridge.errors import BaseModelError, DifferentError, OutputError
 from softbridge.lowering.planner import Lowering
 from softbridge.lowering.steps import Step, Target
 from softbridge.plugin.hookspecs import Format
@@ -171,7 +171,8 @@ def _certify(
         naive: the source's numbers, copied.
 
     Raises:
-        OutputError: source and target are not the same function.
+        DifferentError: source and target are not the same function.
+        OutputError: that cannot be judged.
     """
     origin = Origin(made.format.name, digests={name: sha256_of(data) for name, data in content.items()})
     with tempfile.TemporaryDirectory() as scratch:
@@ -190,7 +191,8 @@ def _certify(
             claim=claim,
         )
     if not certificate.same:
-        raise OutputError(
+        kind = DifferentError if certificate.verdict != "insensitive" else OutputError
+        raise kind(
             f"verification found the converted prompt {certificate.verdict}: {certificate.summary()}",
             "the same outputs from source and target",
             "report this as a defect of softbridge, with the two files; nothing was written",
@@ -204,7 +206,8 @@ def _served(
     """What the format's server made of the prompt, or why it does not answer; neither, if the format has none.
 
     Raises:
-        OutputError: the server answers otherwise than transformers.
+        DifferentError: the server answers otherwise than transformers.
+        OutputError: that cannot be judged.
     """
     server = serving.server_of(form)
     if server is None:
@@ -219,7 +222,8 @@ def _served(
             "different": "report this as a defect of softbridge, with the source and the versions above",
             "insensitive": f"choose a --dtype or --encoding in which {server.name} rounds less, or leave --verify out",
         }
-        raise OutputError(
+        kind = DifferentError if found.verdict == "different" else OutputError
+        raise kind(
             f"verification found the converted prompt {found.summary()}",
             f"the answers of transformers from {server.name}, within {serving.FACTOR:g} times its own noise",
             f"{remedies[found.verdict]}; nothing was written",

@@ -53,6 +53,10 @@ class UnknownFormatError(CheckpointError):
     """No installed format recognises the file, or none has the name that was asked for."""
 
 
+class NotAPromptError(CheckpointError):
+    """The files are sound, and they are not a soft prompt: a LoRA adapter, say."""
+
+
 class BaseModelError(SoftbridgeError):
     """The base model is missing, cannot be read, or does not fit the prompt."""
 
@@ -67,6 +71,10 @@ class PluginError(SoftbridgeError):
 
 class OutputError(SoftbridgeError):
     """The output cannot be written, or would overwrite something."""
+
+
+class DifferentError(OutputError):
+    """Verification found that the output would be another function than the source. Nothing was written."""
 
 
 class UntestedVersionWarning(UserWarning):

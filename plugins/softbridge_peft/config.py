@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from softbridge.errors import CheckpointError
+from softbridge.errors import CheckpointError, NotAPromptError
 from softbridge_peft import adaption, facts
 
 _SHAPE = ("token_dim", "num_attention_heads", "num_layers")
@@ -37,7 +37,8 @@ class Config:
     def check(cls, config: Mapping[str, Any]) -> Config:
         peft_type, task = config.get("peft_type"), config.get("task_type")
         if not isinstance(peft_type, str) or peft_type not in facts.KINDS:
-            raise CheckpointError(
+            kind = NotAPromptError if isinstance(peft_type, str) else CheckpointError
+            raise kind(
                 f"an adapter that is no soft prompt: {facts.CONFIG_FILE} has peft_type {peft_type!r:.80}",
                 f"one of {', '.join((*facts.KINDS, adaption.TYPE))}",
                 "keep it in PEFT: LoRA and its kin change weights or layers",

@@ -54,12 +54,14 @@ class BaseModel:
         head: Mapping[str, Array] = {},
         *,
         imagined: bool = False,
+        kept: dict[Any, Any] | None = None,
     ) -> None:
         self.config = config
         self.name = name
         self._model = model
         self._head = head
         self._imagined = imagined
+        self._kept = kept
 
     @classmethod
     def resolve(cls, base: Any, *, trust_remote_code: bool = False) -> BaseModel:
@@ -142,7 +144,14 @@ class BaseModel:
             return self
         config = copy.deepcopy(self.config)
         config.num_labels = next((count for count in rows if count != self.geometry.hidden), rows[-1])
-        return BaseModel(config, self.name, self._model, head, imagined=self._imagined)
+        return BaseModel(config, self.name, self._model, head, imagined=self._imagined, kept=self._kept)
+
+    def keeping(self) -> BaseModel:
+        """A copy that reads its weights once, for many prompts; memory: the model, in each precision that is asked for.
+
+        It stands in for the base model in one process, and is given to no other.
+        """
+        return BaseModel(self.config, self.name, self._model, self._head, imagined=self._imagined, kept={})
 
     def imagine(self) -> BaseModel:
         """A copy that answers with random weights, for planning a conversion without loading any."""
@@ -237,16 +246,27 @@ class BaseModel:
         """Another configuration under the same name and head, without weights."""
         return BaseModel(config, self.name, head=self._head)
 
-    def weights(self, dtype: Any) -> Any:
+    def weights(self, dtype: Any, *, lent: bool = False) -> Any:
         """The model itself, with its weights, in `dtype`.
+
+        Args:
+            lent: the caller leaves the model as it was, and others may be given the same one.
 
         Raises:
             BaseModelError: the base model was given as a configuration, or its weights cannot be loaded.
         """
-        import torch
-
         if self._imagined:
             return self.structure(dtype)
+        if self._kept is None:
+            return self._read(dtype)
+        key = (self.task, getattr(self.config, "num_labels", None), dtype)
+        if key not in self._kept:
+            self._kept[key] = self._read(dtype)
+        return self._kept[key] if lent else fresh(self._kept[key])
+
+    def _read(self, dtype: Any) -> Any:
+        import torch
+
         if self._model is not None:
             return fresh(self._model).to(dtype).eval()
         if self.name is None or self.name.endswith(".json"):

@@ -22,13 +22,18 @@ from softbridge.progress import stage
 from softbridge.prompt.soft_prompt import Origin, SoftPrompt
 
 
+def matching(files: untrusted.Files) -> list[Format]:
+    """The formats that take the files for their own, by content."""
+    return [form for form in formats().values() if form.sniff(files)]
+
+
 def recognise(files: untrusted.Files) -> Format:
     """The one format that the files are of, judged by their content.
 
     Raises:
         UnknownFormatError: no format recognises the files, or more than one does.
     """
-    matches = [form for form in formats().values() if form.sniff(files)]
+    matches = matching(files)
     if len(matches) == 1:
         return matches[0]
     listing = ", ".join(files.names[:8]) + (", ..." if len(files.names) > 8 else "")
@@ -145,8 +150,7 @@ def _read_files(
 def _files_of(folder: Path, form: Format | None) -> Sequence[str] | None:
     """The files that a format reads, if it says so; the format is known by descriptions alone if it is not named."""
     if form is None:
-        files = untrusted.Files(folder)
-        matches = [known for known in formats().values() if known.sniff(files)]
+        matches = matching(untrusted.Files(folder))
         form = matches[0] if len(matches) == 1 else None
     listing = None if form is None else able(form, Listing)
     return None if listing is None else listing.files

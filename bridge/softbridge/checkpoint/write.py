@@ -12,7 +12,7 @@ from softbridge.arrays import same_array
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.choice import ALL, Choice
 from softbridge.checkpoint.manifest import MANIFEST, MANIFEST_VERSION, Loaded, names_of, sha256_of, signed
-from softbridge.checkpoint.read import read_files
+from softbridge.checkpoint.read import matching, read_files
 from softbridge.errors import OutputError
 from softbridge.lowering.planner import Lowering, lower
 from softbridge.lowering.steps import Target
@@ -62,15 +62,8 @@ def advice_for(lowering: Lowering, form: Format, base: BaseModel | None) -> tupl
     return tuple(form.advice(lowering.prompt, lowering.prompt.base.geometry, first))
 
 
-def prepare(
-    prompt: SoftPrompt, form: Format, target: Target, accept: Collection[str], encoding: str | None
-) -> tuple[Lowering, Mapping[str, bytes]]:
-    """The prompt as the format can hold it, and the bytes of its files.
-
-    Raises:
-        OutputError: the format does not have this encoding.
-        LoweringError: the format cannot hold the prompt.
-    """
+def check_encoding(form: Format, encoding: str | None) -> None:
+    """Refuse a format that is not written, or not with tensors stored so."""
     if not form.encodings:
         written = ", ".join(name for name, other in formats().items() if other.encodings)
         raise OutputError(
@@ -84,6 +77,18 @@ def prepare(
             f"one of {', '.join(form.encodings)}",
             "leave --encoding out for the toolkit's own default",
         )
+
+
+def prepare(
+    prompt: SoftPrompt, form: Format, target: Target, accept: Collection[str], encoding: str | None
+) -> tuple[Lowering, Mapping[str, bytes]]:
+    """The prompt as the format can hold it, and the bytes of its files.
+
+    Raises:
+        OutputError: the format does not have this encoding.
+        LoweringError: the format cannot hold the prompt.
+    """
+    check_encoding(form, encoding)
     lowering = lower(prompt, target, accept, form.obstacles)
     if target.base is not None:
         lowering = replace(lowering, prompt=replace(lowering.prompt, base=_known(lowering.prompt, target.base)))
@@ -110,7 +115,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         return
     files = untrusted.Files(target)
     written = MANIFEST in files and files.names == tuple(name for name in files.names if "/" not in name)
-    if not written and not (files.is_file and any(form.sniff(files) for form in formats().values())):
+    if not written and not (files.is_file and matching(files)):
         raise OutputError(
             f"{target} was not written by softbridge, and replacing it would delete {', '.join(files.names[:6])}",
             f"a folder with {MANIFEST} and no sub-folders, or one file that is a prompt",

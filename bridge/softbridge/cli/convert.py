@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.text import Text
@@ -23,8 +23,9 @@ from softbridge.cli.console import (
     refuse,
     reporter,
 )
+from softbridge.cli.many import convert_many
 from softbridge.cli.tables import certificate_table, serving_table, shown, steps_table
-from softbridge.errors import SoftbridgeError
+from softbridge.errors import ArgumentError, SoftbridgeError
 from softbridge.lowering.planner import CONDITIONS
 from softbridge.lowering.precision import DTYPES
 
@@ -85,28 +86,43 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do all but write: the plan, the files, their sizes.")
     ] = False,
+    recursive: Annotated[
+        bool, typer.Option("--recursive", help="Convert all checkpoints in the directory, each to its place in TARGET.")
+    ] = False,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", help="With --recursive: how many processes convert; 1 if left out.", min=1)
+    ] = None,
+    shard: Annotated[
+        str | None, typer.Option("--shard", help="With --recursive: one of N parts, I from 1.", metavar="I/N")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a checkpoint to another toolkit's format. Refuses whatever would compute another function."""
+    """Convert a checkpoint to another toolkit's format. Refuses whatever would compute another function.
+
+    With --recursive the exit status is 0 if all were converted, now or earlier; else 3 if there was a defect, 1 if one
+    would be another function, and 2 if one was refused. The same command goes on where an earlier one stopped.
+    """
+    asked: dict[str, Any] = {
+        "base": base,
+        "format": source_format,
+        "accept": accept or (),
+        "encoding": encoding,
+        "dtype": dtype,
+        "task": task,
+        "part": part,
+        "drop": drop or (),
+        "trained_on": trained_on,
+        "verify": verify,
+        "overwrite": overwrite,
+        "dry_run": dry_run,
+    }
+    if recursive:
+        convert_many(source, target, to, as_json, jobs=jobs or 1, shard=shard, **asked)
+    if jobs is not None or shard is not None:
+        refuse(ArgumentError("--jobs or --shard for one checkpoint", "a directory of many", "say --recursive"), as_json)
     try:
         with quiet():
-            report = conversion.convert(
-                source,
-                target,
-                to,
-                base=base,
-                format=source_format,
-                accept=accept or (),
-                encoding=encoding,
-                dtype=dtype,
-                task=task,
-                part=part,
-                drop=drop or (),
-                trained_on=trained_on,
-                verify=verify,
-                overwrite=overwrite,
-                dry_run=dry_run,
-            )
+            report = conversion.convert(source, target, to, **asked)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:

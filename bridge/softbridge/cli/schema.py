@@ -260,6 +260,46 @@ class Words(NamedWords, total=False):
     words: list[str]
 
 
+class Reason(TypedDict):
+    """Why a checkpoint of many was not converted."""
+
+    kind: Annotated[str, "class of the error in `softbridge.errors`, or of a kind of its own"]
+    found: str
+    expected: str
+    remedy: str
+
+
+class Failure(TypedDict):
+    """A checkpoint of many that somebody has to look at."""
+
+    path: Annotated[str, "from the source folder"]
+    verdict: Annotated[str, "`refused`, `differs`, `defect` or `pending`"]
+    reason: Reason | None
+
+
+class Summary(TypedDict):
+    """What became of many checkpoints."""
+
+    schema: Annotated[str, "`softbridge/collection-summary/1`"]
+    manifest: Annotated[str | None, "the file that says it of each, or null in a dry run"]
+    counts: Annotated[dict[str, int], "by verdict"]
+    failures: list[Failure]
+    exit_status: int
+
+
+class Collected(Summary):
+    """`convert --recursive`."""
+
+    taken_over: Annotated[int, "how many an earlier run had done"]
+
+
+class Merged(Summary):
+    """`merge-manifests`."""
+
+    missing: Annotated[list[str], "in no manifest, or not reached"]
+    double: Annotated[list[str], "in two manifests, alike"]
+
+
 class Similar(TypedDict):
     """`similar`."""
 
@@ -284,7 +324,7 @@ class Baked(TypedDict):
 #: Command -> what it prints; with exit status 2, each prints `Refused`.
 SCHEMAS: Mapping[str, Any] = {
     "inspect": Inspected,
-    "convert": Converted,
+    "convert": Converted | Collected,
     "verify": Certificate | Again,
     "probe": Probed,
     "compare": Certificate,
@@ -298,6 +338,7 @@ SCHEMAS: Mapping[str, Any] = {
     "words": list[Words],
     "similar": Similar,
     "bake": Baked,
+    "merge-manifests": Merged,
 }
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from softbridge.cli.grid import Grid
+from softbridge.collection.record import Record, Verdict
 from softbridge.lowering.examples import LENGTH
 from softbridge.lowering.explain import Explanation
 from softbridge.lowering.matrix import Summary
@@ -21,6 +22,8 @@ from softbridge.verification.certificate import Certificate
 from softbridge.verification.serving import Serving
 
 Rows = list[dict[str, Any]]
+#: So many of a collection's failures are shown; the manifest has all.
+MOST_FAILURES = 20
 
 
 def shown(text: object, style: str = "") -> Text:
@@ -241,3 +244,24 @@ def verdict_of(certificate: Certificate) -> str:
 def _with_unit(relative: float | None, certificate: Certificate) -> str:
     """A difference in the working precision, also in units of least precision."""
     return "" if relative is None else f"{relative:.1e} ({relative / certificate.unit:.3g} units)"
+
+
+def collection_table(records: Sequence[Record], taken_over: int = 0) -> Group:
+    """What became of a folder of checkpoints: how many of each, and why what failed did."""
+    counts = _table("verdict", "checkpoints", "")
+    notes = {"converted": f"{taken_over} of them by an earlier run" if taken_over else ""}
+    for verdict in get_args(Verdict):
+        count = sum(record.verdict == verdict for record in records)
+        if count:
+            _row(counts, verdict, count, notes.get(verdict, ""))
+    failed = [record for record in records if record.verdict in ("refused", "differs", "defect")]
+    if not failed:
+        return Group(counts)
+    table = _table("checkpoint", "why", "to do")
+    for record in failed[:MOST_FAILURES]:
+        reason = record.reason
+        assert reason is not None  # it was not converted
+        found = reason.found.strip().splitlines()[-1] if record.verdict == "defect" else reason.found
+        _row(table, record.path, f"{record.verdict}: {found}", reason.remedy)
+    more = len(failed) - MOST_FAILURES
+    return Group(counts, table, *([shown(f"and {more} more, in the manifest")] if more > 0 else []))

@@ -28,7 +28,7 @@ def leave_block(base: BaseModel, vectors: Array, first: int) -> Array:
     """
     import torch
 
-    model = base.weights(torch.float64).base_model
+    model = base.weights(torch.float64, lent=True).base_model
     block = getattr(model, "embeddings", None)
     if block is None:
         raise BaseModelError(
@@ -55,7 +55,7 @@ def enter_block(base: BaseModel, vectors: Array, first: int) -> Array:
     """
     import torch
 
-    model = base.weights(torch.float64).base_model
+    model = base.weights(torch.float64, lent=True).base_model
     count = None if base.geometry.decoder is None or base.geometry.encoder is not None else base.geometry.decoder.layers
     stacks = (module for module in model.modules() if isinstance(module, torch.nn.ModuleList) and len(module) == count)
     layers = next(stacks, None)

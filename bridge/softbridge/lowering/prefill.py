@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import replace
 from hashlib import sha256
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -61,14 +62,14 @@ def prefill(prompt: SoftPrompt, target: Target) -> list[Option]:
     try:
         base = target.need_base(f"{target.name} has prefixes only, and {why}")
         if not base.imagined:
-            model = base.weights(_wider(part.vectors))
+            model = base.weights(_wider(part.vectors), lent=True)
             made, causal = run_into_cache(model, part, base.positions, prompt.positions.start["decoder"], shape)
             if not causal:
                 reason = (
                     f"{type(model).__name__} lets a token see what follows it, so no cache holds what a prompt does"
                 )
                 return blocked(prompt, Obstacle("part", reason, "choose a target with vectors in the input"))
-            digest = digest_of(model)
+            digest = _digest_once(model)
     except BaseModelError as error:
         missing = error
     note = "vectors run through the base model into keys and values; float32 rounding, and for these weights alone"
@@ -131,6 +132,16 @@ def digest_of(model: Any) -> str:
         state.update(f"{name} {tuple(parameter.shape)}".encode())
         state.update(parameter.detach().cpu().float().numpy().tobytes())
     return state.hexdigest()
+
+
+_DIGESTS: WeakKeyDictionary[Any, str] = WeakKeyDictionary()
+
+
+def _digest_once(model: Any) -> str:
+    """`digest_of` a model that nobody changes."""
+    if model not in _DIGESTS:
+        _DIGESTS[model] = digest_of(model)
+    return _DIGESTS[model]
 
 
 def _cached(model: Any, vectors: Any, first: int | None) -> dict[int, tuple[Array, Array]]:

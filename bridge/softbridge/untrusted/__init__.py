@@ -29,7 +29,7 @@ from softbridge.untrusted.content import (
 )
 from softbridge.untrusted.files import Files, Kind
 from softbridge.untrusted.hub import hub_id, located
-from softbridge.untrusted.output import check_name, check_vacant, write, write_file
+from softbridge.untrusted.output import Log, check_name, check_vacant, write, write_file
 from softbridge.untrusted.pickle_walk import Foreign
 from softbridge.untrusted.pickles import Stored, pickled
 
@@ -41,6 +41,7 @@ __all__ = [
     "Files",
     "Foreign",
     "Kind",
+    "Log",
     "Stored",
     "check_name",
     "check_vacant",

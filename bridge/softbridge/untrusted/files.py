@@ -26,6 +26,9 @@ class Files:
 
     A link is followed only within the folder, or from a snapshot in the hub's cache to the cache's own store.
 
+    Args:
+        below: whether the files one folder below are listed, too.
+
     Attributes:
         path: as given.
         is_file: whether the path is one file; `names` is then its own name alone.
@@ -39,7 +42,7 @@ class Files:
     is_file: bool
     names: tuple[str, ...]
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, below: bool = True) -> None:
         self.path = Path(path)
         try:
             root = Path(os.path.realpath(self.path))
@@ -47,7 +50,7 @@ class Files:
             if self.is_file:
                 self._files: dict[str, Path | Callable[[], bytes]] = {self.path.name: root}
             elif root.is_dir():
-                self._files = dict(_listed(root))
+                self._files = dict(_listed(root, below))
             else:
                 raise refusal(
                     f"'{self.path}' is neither a file nor a folder", "a checkpoint", "check the spelling of the path"
@@ -304,8 +307,8 @@ def _describe(kind: Kind) -> str:
     return "of no known kind, or cut off at its beginning or end" if kind == "unknown" else f"of the kind {kind}"
 
 
-def _listed(root: Path) -> Iterator[tuple[str, Path]]:
-    """Name -> real path of the regular files in a folder and one level below."""
+def _listed(root: Path, deep: bool) -> Iterator[tuple[str, Path]]:
+    """Name -> real path of the regular files in a folder and, if `deep`, one level below."""
     # A snapshot, or a folder in one.
     snapshot = next((path for path in (root, root.parent) if path.parent.name == "snapshots"), None)
     stores = (root,) if snapshot is None else (root, snapshot.parent.parent / "blobs")
@@ -318,7 +321,7 @@ def _listed(root: Path) -> Iterator[tuple[str, Path]]:
         real = inside(path)
         if real is not None and real.is_file():
             yield path.name, real
-        elif real is not None and real.is_dir() and os.access(real, os.R_OK | os.X_OK):
+        elif deep and real is not None and real.is_dir() and os.access(real, os.R_OK | os.X_OK):
             for below in path.iterdir():
                 deeper = inside(below)
                 if deeper is not None and deeper.is_file():

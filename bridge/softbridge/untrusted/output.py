@@ -80,6 +80,62 @@ def write_file(
             os.replace(staged / target.name, target)
 
 
+class Log:
+    """A file that one process adds lines to. Each is on the disk before the next; a kill leaves whole lines.
+
+    Raises:
+        OutputError: another process has it open, or it cannot be written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        if not _locked(self._file):
+            os.close(self._file)
+            raise OutputError(
+                f"'{path}', which another process is writing", "one process for each", "wait until that one has ended"
+            )
+        os.ftruncate(self._file, path.read_bytes().rfind(b"\n") + 1)  # what was cut off in a line
+
+    def add(self, line: bytes) -> None:
+        """Add a line, with its end."""
+        try:
+            if os.write(self._file, line) < len(line):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            os.fsync(self._file)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+    def close(self) -> None:
+        """Leave the file to others."""
+        if self._file >= 0:
+            os.close(self._file)
+            self._file = -1
+
+    def remove(self) -> None:
+        """Remove the file: all that it says stands elsewhere."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+
+def _locked(descriptor: int) -> bool:
+    """Whether the file is this process's alone, now. (Some file systems cannot tell.)"""
+    if sys.platform != "win32":
+        import fcntl
+
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return False
+        except OSError:
+            return True
+    return True
+
+
 def check_name(target: Path) -> None:
     """Refuse a path that this machine can have nothing at: a name that is too long, a NUL in it."""
     try:
@@ -139,13 +195,15 @@ def _staged(target: Path, files: Mapping[str, bytes], check: Callable[[Path], No
         yield staged
         _sync_folder(target.parent)
     except OSError as error:
-        raise OutputError(
-            f"'{target}' cannot be written: {error}",
-            "a place that can be written to",
-            "check free space and permissions",
-        ) from error
+        raise _unwritable(target, error) from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    return OutputError(
+        f"'{path}' cannot be written: {error}", "a place that can be written to", "check free space and permissions"
+    )
 
 
 #: Processes are numbered anew on every machine, and a folder may be shared by several.
