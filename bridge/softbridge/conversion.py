@@ -16,8 +16,9 @@ from typing import Any
 from softbridge import parts, untrusted
 from softbridge.arrays import same_array
 from softbridge.base.model import BaseModel
+from softbridge.checkpoint.card import BEGINS, model_card
 from softbridge.checkpoint.choice import DROPPED, Choice
-from softbridge.checkpoint.manifest import CERTIFICATE, Loaded, sha256_of
+from softbridge.checkpoint.manifest import CARD, CERTIFICATE, Loaded, sha256_of
 from softbridge.checkpoint.read import read
 from softbridge.checkpoint.write import advice_for, check_target, is_file_of, prepare, write_files
 from softbridge.errors import BaseModelError, OutputError
@@ -46,6 +47,7 @@ class Report:
         advice: what users of the files in the toolkit itself must do.
         certificate: what verification found, if it was asked for.
         files: name -> size in bytes of what was written beside the manifest or, in a dry run, would have been.
+        replaced: whether the source has a model card of its own, which was not carried over.
         served: what the server that reads the target's files answered with them, if verification was asked for, and
             such a server can be used here.
         unserved: why it did not answer, if there is such a server.
@@ -58,6 +60,7 @@ class Report:
     advice: tuple[str, ...] = ()
     certificate: Certificate | None = None
     files: Mapping[str, int] = field(default_factory=dict)
+    replaced: bool = False
     served: Serving | None = None
     unserved: str = ""
 
@@ -135,11 +138,48 @@ def convert(
         if not single:
             answered = {} if served is None else {"served": served.to_json()}
             content = {**content, CERTIFICATE: untrusted.json_bytes({**certificate.to_json(), **answered})}
-    if not dry_run:
-        write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
-    sizes = {name: len(data) for name, data in content.items()}
     advice = advice_for(lowering, form, resolved)
-    return Report(loaded, to, Path(target), lowering, advice, certificate, sizes, served, unserved)
+    replaced = _digest_of_card(loaded)
+    card = None
+    if not single:
+        card = model_card(
+            lowering.prompt,
+            form,
+            steps=lowering.steps,
+            advice=advice,
+            encoding=encoding,
+            origin=loaded.prompt.origin,
+            replaced=replaced,
+            verified=_verified(certificate, served),
+        )
+    if not dry_run:
+        write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice, card)
+    beside = {} if card is None else {CARD: card}
+    sizes = {name: len(data) for name, data in {**content, **beside}.items()}
+    was = replaced is not None
+    return Report(loaded, to, Path(target), lowering, advice, certificate, sizes, was, served, unserved)
+
+
+def _digest_of_card(source: Loaded) -> str | None:
+    """sha256 of the model card of somebody else that lies with the source."""
+    files = untrusted.Files(source.path)
+    theirs = CARD in files and not files.begins(CARD, BEGINS)
+    return files.digest(CARD) if theirs else None
+
+
+def _verified(certificate: Certificate | None, served: Serving | None) -> list[str]:
+    """What verification found, a sentence each."""
+    found = []
+    if certificate is not None:
+        sides = {"the source": certificate.source, "the files here": certificate.target}
+        ran = (
+            f"{name} by {side.engine}" + f" ({side.instead_of})" * bool(side.instead_of) for name, side in sides.items()
+        )
+        found = [
+            certificate.summary(),
+            f"run {' and '.join(ran)}, on texts of up to {certificate.longest} tokens; weights: {certificate.weights}",
+        ]
+    return found if served is None else [*found, served.summary()]
 
 
 def _said(choice: Choice) -> list[Step]:

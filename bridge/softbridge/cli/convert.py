@@ -10,6 +10,7 @@ from rich.text import Text
 
 from softbridge import conversion, parts
 from softbridge.checkpoint.choice import DROPPED
+from softbridge.checkpoint.manifest import CARD
 from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
 from softbridge.cli.tables import certificate_table, serving_table, shown, steps_table
 from softbridge.errors import SoftbridgeError
@@ -105,6 +106,7 @@ def convert(
                 "certificate": None if report.certificate is None else report.certificate.to_json(),
                 "served": None if report.served is None else report.served.to_json(),
                 "unserved": report.unserved,
+                "replaced": report.replaced,
             }
         )
         return
@@ -124,6 +126,8 @@ def convert(
         console.print(serving_table(report.served))
     if report.unserved:
         console.print(shown(f"{report.target} itself did not answer with it: {report.unserved}"))
+    if report.replaced:
+        console.print(shown(f"the source's model card was not carried over: {CARD} of the target is one of its own"))
     if report.advice:
         console.print(Text.assemble("to run it in ", shown(report.target), " itself:"))
         for line in report.advice:
