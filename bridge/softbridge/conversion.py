@@ -19,6 +19,7 @@ from softbridge.base.model import BaseModel
 from softbridge.checkpoint.card import BEGINS, model_card
 from softbridge.checkpoint.choice import DROPPED, Choice
 from softbridge.checkpoint.manifest import CARD, CERTIFICATE, Loaded, sha256_of
+from softbridge.checkpoint.publish import PullRequest, check_publishable, publish
 from softbridge.checkpoint.read import read
 from softbridge.checkpoint.write import advice_for, check_target, is_file_of, prepare, write_files
 from softbridge.errors import BaseModelError, OutputError
@@ -51,6 +52,7 @@ class Report:
         served: what the server that reads the target's files answered with them, if verification was asked for, and
             such a server can be used here.
         unserved: why it did not answer, if there is such a server.
+        pull_request: what was proposed to a repository on the hub.
     """
 
     source: Loaded
@@ -63,6 +65,7 @@ class Report:
     replaced: bool = False
     served: Serving | None = None
     unserved: str = ""
+    pull_request: PullRequest | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -86,6 +89,8 @@ def convert(
     verify: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    push_to_hub: str | None = None,
+    create_repo: bool = False,
 ) -> Report:
     """Convert a checkpoint to another format, and prove on request that it computes the same function.
 
@@ -107,11 +112,17 @@ def convert(
             and is held to what transformers answers.
         overwrite: replace an existing target.
         dry_run: do all of it, verification too where it is asked for, and write nothing.
+        push_to_hub: id of a repository on the hub, ``owner/name``: what is written becomes a pull request there. Its
+            main branch is not touched.
+        create_repo: make that repository, private, if it does not exist.
 
     Raises:
+        PublishError: the files were written, and the hub did not take them. Before that: it cannot be asked.
         SoftbridgeError: see `read`, `save` and `softbridge.verify`. Nothing is written.
     """
     warn_of_untested()
+    if push_to_hub is not None:
+        check_publishable(push_to_hub)
     resolved = None if base is None else BaseModel.resolve(base)
     if untrusted.hub_id(source) is None:
         _apart(Path(source), Path(target))
@@ -123,6 +134,8 @@ def convert(
     lowering, content = prepare(chosen, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
     lowering = replace(lowering, steps=(*_notes(loaded.prompt), *_said(choice), *lowering.steps))
     single = is_file_of(Path(target), content)
+    if single and push_to_hub is not None:
+        raise OutputError(f"one file, {target}, to push", "a folder, which has a model card", "name a folder")
     certificate, served, unserved = None, None, ""
     if verify:
         if resolved is None:
@@ -151,13 +164,18 @@ def convert(
             origin=loaded.prompt.origin,
             replaced=replaced,
             verified=_verified(certificate, served),
+            repository=push_to_hub,
         )
+    pull_request = None
     if not dry_run:
-        write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice, card)
+        written = write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice, card)
+        if push_to_hub is not None:
+            title = f"Add a soft prompt for {form.name}"
+            pull_request = publish(push_to_hub, written, title=title, written=Path(target), create=create_repo)
     beside = {} if card is None else {CARD: card}
     sizes = {name: len(data) for name, data in {**content, **beside}.items()}
     was = replaced is not None
-    return Report(loaded, to, Path(target), lowering, advice, certificate, sizes, was, served, unserved)
+    return Report(loaded, to, Path(target), lowering, advice, certificate, sizes, was, served, unserved, pull_request)
 
 
 def _digest_of_card(source: Loaded) -> str | None:

@@ -69,6 +69,10 @@ class OutputError(SoftbridgeError):
     """The output cannot be written, or would overwrite something."""
 
 
+class PublishError(SoftbridgeError):
+    """Files cannot be proposed to a repository on the hub. What was written on this machine stays."""
+
+
 class UntestedVersionWarning(UserWarning):
     """A library is newer than the newest release that softbridge was tested with."""
 

@@ -155,8 +155,11 @@ def write_files(
     dtype: str | None = None,
     choice: Choice = ALL,
     card: bytes | None = None,
-) -> None:
-    """Put the files in place with their manifest and their card, once they were read back and hold what they should."""
+) -> Mapping[str, bytes]:
+    """Put the files in place with their manifest and their card, once they were read back and hold what they should.
+
+    Returns: what was written.
+    """
 
     def check(written: Path) -> None:
         geometry = lowering.prompt.base.geometry
@@ -184,7 +187,7 @@ def write_files(
                 f"write to {target.with_suffix('')}",
             )
         untrusted.write_file(target, next(iter(content.values())), overwrite=overwrite, check=check)
-        return
+        return content
     manifest: dict[str, Any] = {
         "softbridge": MANIFEST_VERSION,
         "format": form.name,
@@ -204,3 +207,4 @@ def write_files(
         manifest["choice"] = asdict(choice)
     whole = {**content, **({} if card is None else {CARD: card}), MANIFEST: untrusted.json_bytes(signed(manifest))}
     untrusted.write(target, whole, overwrite=overwrite, check=check)
+    return whole

@@ -71,6 +71,17 @@ def convert(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do all but write: the plan, the files, their sizes.")
     ] = False,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            help="Open a pull request with what is written, in this repository; its main branch is not touched.",
+            metavar="OWNER/NAME",
+        ),
+    ] = None,
+    create_repo: Annotated[
+        bool, typer.Option("--create-repo", help="Make that repository, private, if it does not exist.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to another toolkit's format. Refuses whatever would compute another function."""
@@ -92,6 +103,8 @@ def convert(
                 verify=verify,
                 overwrite=overwrite,
                 dry_run=dry_run,
+                push_to_hub=push_to_hub,
+                create_repo=create_repo,
             )
     except SoftbridgeError as error:
         refuse(error, as_json)
@@ -107,6 +120,7 @@ def convert(
                 "served": None if report.served is None else report.served.to_json(),
                 "unserved": report.unserved,
                 "replaced": report.replaced,
+                "pull_request": None if report.pull_request is None else vars(report.pull_request),
             }
         )
         return
@@ -128,6 +142,11 @@ def convert(
         console.print(shown(f"{report.target} itself did not answer with it: {report.unserved}"))
     if report.replaced:
         console.print(shown(f"the source's model card was not carried over: {CARD} of the target is one of its own"))
+    if report.pull_request is not None:
+        said = report.pull_request.url or f"none: {push_to_hub} has all of it already"
+        console.print(shown(f"pull request: {said}"))
+        if report.pull_request.replaces:
+            console.print(shown(f"it replaces {', '.join(report.pull_request.replaces)}"))
     if report.advice:
         console.print(Text.assemble("to run it in ", shown(report.target), " itself:"))
         for line in report.advice:
