@@ -128,12 +128,12 @@ def _told(value: Any) -> Any:
 
 
 def _files(directory: Path) -> dict[str, str]:
-    """What a toolkit reads of its own files: the manifest and the certificate are not its own."""
-    from softbridge.checkpoint.manifest import CERTIFICATE, MANIFEST
+    """What a toolkit reads of its own files: what else stands beside them is not its own."""
+    from softbridge.checkpoint.manifest import BESIDE
 
     paths = sorted(path for path in directory.rglob("*") if path.is_file())
     return {
         str(path.relative_to(directory)): hashlib.sha256(path.read_bytes()).hexdigest()
         for path in paths
-        if path.name not in (MANIFEST, CERTIFICATE)
+        if path.name not in BESIDE
     }

@@ -182,7 +182,7 @@ def test_what_is_not_the_prompts_is_neither_read_nor_digested(form: str, files: 
     read = {*files, MANIFEST}
     assert set(prompt.origin.digests) == read
     found = sb.inspect(tmp_path / "prompt", base=config)
-    assert (set(found["files"]), found["others"]) == (read, ["notes"])
+    assert (set(found["files"]), found["others"]) == (read, ["README.md", "notes"])
     other.rename(tmp_path / "prompt" / max(files))
     with pytest.raises(CheckpointError):
         sb.load(tmp_path / "prompt", base=config)

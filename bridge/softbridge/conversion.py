@@ -16,8 +16,10 @@ from typing import Any
 from softbridge import parts, untrusted
 from softbridge.arrays import same_array
 from softbridge.base.model import BaseModel
+from softbridge.checkpoint.card import BEGINS, model_card
 from softbridge.checkpoint.choice import DROPPED, Choice
-from softbridge.checkpoint.manifest import CERTIFICATE, Loaded, sha256_of
+from softbridge.checkpoint.manifest import CARD, CERTIFICATE, Loaded, sha256_of
+from softbridge.checkpoint.publish import PullRequest, check_publishable, publish
 from softbridge.checkpoint.read import read
 from softbridge.checkpoint.write import advice_for, check_target, is_file_of, prepare, write_files
 from softbridge.errors import BaseModelError, DifferentError, OutputError
@@ -47,9 +49,11 @@ class Report:
         advice: what users of the files in the toolkit itself must do.
         certificate: what verification found, if it was asked for.
         files: name -> size in bytes of what was written beside the manifest or, in a dry run, would have been.
+        replaced: whether the source has a model card of its own, which was not carried over.
         served: what the server that reads the target's files answered with them, if verification was asked for, and
             such a server can be used here.
         unserved: why it did not answer, if there is such a server.
+        pull_request: what was proposed to a repository on the hub.
     """
 
     source: Loaded
@@ -59,8 +63,10 @@ class Report:
     advice: tuple[str, ...] = ()
     certificate: Certificate | None = None
     files: Mapping[str, int] = field(default_factory=dict)
+    replaced: bool = False
     served: Serving | None = None
     unserved: str = ""
+    pull_request: PullRequest | None = None
 
     @property
     def steps(self) -> tuple[Step, ...]:
@@ -84,6 +90,8 @@ def convert(
     verify: bool = False,
     overwrite: bool = False,
     dry_run: bool = False,
+    push_to_hub: str | None = None,
+    create_repo: bool = False,
 ) -> Report:
     """Convert a checkpoint to another format, and prove on request that it computes the same function.
 
@@ -105,11 +113,17 @@ def convert(
             and is held to what transformers answers.
         overwrite: replace an existing target.
         dry_run: do all of it, verification too where it is asked for, and write nothing.
+        push_to_hub: id of a repository on the hub, ``owner/name``: what is written becomes a pull request there. Its
+            main branch is not touched.
+        create_repo: make that repository, private, if it does not exist.
 
     Raises:
+        PublishError: the files were written, and the hub did not take them. Before that: it cannot be asked.
         SoftbridgeError: see `read`, `save` and `softbridge.verify`. Nothing is written.
     """
     warn_of_untested()
+    if push_to_hub is not None:
+        check_publishable(push_to_hub)
     resolved = None if base is None else BaseModel.resolve(base)
     if untrusted.hub_id(source) is None:
         _apart(Path(source), Path(target))
@@ -123,6 +137,8 @@ def convert(
         lowering, content = prepare(chosen, form, goal, accept, encoding)
     lowering = replace(lowering, steps=(*_notes(loaded.prompt), *_said(choice), *lowering.steps))
     single = is_file_of(Path(target), content)
+    if single and push_to_hub is not None:
+        raise OutputError(f"one file, {target}, to push", "a folder, which has a model card", "name a folder")
     certificate, served, unserved = None, None, ""
     if verify:
         if resolved is None:
@@ -138,12 +154,56 @@ def convert(
         if not single:
             answered = {} if served is None else {"served": served.to_json()}
             content = {**content, CERTIFICATE: untrusted.json_bytes({**certificate.to_json(), **answered})}
+    advice = advice_for(lowering, form, resolved)
+    replaced = _digest_of_card(loaded)
+    card = None
+    if not single:
+        card = model_card(
+            lowering.prompt,
+            form,
+            steps=lowering.steps,
+            advice=advice,
+            encoding=encoding,
+            origin=loaded.prompt.origin,
+            replaced=replaced,
+            verified=_verified(certificate, served),
+            repository=push_to_hub,
+        )
+    pull_request = None
     if not dry_run:
         with stage(f"writing {target}"):
-            write_files(Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice)
-    sizes = {name: len(data) for name, data in content.items()}
-    advice = advice_for(lowering, form, resolved)
-    return Report(loaded, to, Path(target), lowering, advice, certificate, sizes, served, unserved)
+            written = write_files(
+                Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice, card
+            )
+        if push_to_hub is not None:
+            title = f"Add a soft prompt for {form.name}"
+            pull_request = publish(push_to_hub, written, title=title, written=Path(target), create=create_repo)
+    beside = {} if card is None else {CARD: card}
+    sizes = {name: len(data) for name, data in {**content, **beside}.items()}
+    was = replaced is not None
+    return Report(loaded, to, Path(target), lowering, advice, certificate, sizes, was, served, unserved, pull_request)
+
+
+def _digest_of_card(source: Loaded) -> str | None:
+    """sha256 of the model card of somebody else that lies with the source."""
+    files = untrusted.Files(source.path)
+    theirs = CARD in files and not files.begins(CARD, BEGINS)
+    return files.digest(CARD) if theirs else None
+
+
+def _verified(certificate: Certificate | None, served: Serving | None) -> list[str]:
+    """What verification found, a sentence each."""
+    found = []
+    if certificate is not None:
+        sides = {"the source": certificate.source, "the files here": certificate.target}
+        ran = (
+            f"{name} by {side.engine}" + f" ({side.instead_of})" * bool(side.instead_of) for name, side in sides.items()
+        )
+        found = [
+            certificate.summary(),
+            f"run {' and '.join(ran)}, on texts of up to {certificate.longest} tokens; weights: {certificate.weights}",
+        ]
+    return found if served is None else [*found, served.summary()]
 
 
 def _said(choice: Choice) -> list[Step]:

@@ -77,6 +77,10 @@ class DifferentError(OutputError):
     """Verification found that the output would be another function than the source. Nothing was written."""
 
 
+class PublishError(SoftbridgeError):
+    """Files cannot be proposed to a repository on the hub. What was written on this machine stays."""
+
+
 class UntestedVersionWarning(UserWarning):
     """A library is newer than the newest release that softbridge was tested with."""
 

@@ -19,6 +19,7 @@ from softbridge.arrays import BFLOAT16, Array, same_array
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
 from softbridge.geometry import Geometry
 from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
+from softbridge.plugin.snippet import labels_of, model_class, program, targets
 from softbridge.prompt import BaseId, Origin, Positions, SoftPrompt
 from softbridge.untrusted import Files
 from softbridge_adapterhub import composition, facts, heads
@@ -50,6 +51,7 @@ class AdapterHubFormat:
     summary = "AdapterHub: prefix tuning (flat, parameterised, gated), prompt tuning"
     encodings = ("bin", "safetensors")
     engine = "adapterhub"
+    library = "adapter-transformers"  # as AdapterHub's own cards say
     capabilities = CAPABILITIES
 
     def sniff(self, files: Files) -> bool:
@@ -221,6 +223,24 @@ class AdapterHubFormat:
             if start != 0
         ]
         return advice
+
+    def snippet(
+        self, prompt: SoftPrompt, geometry: Geometry | None, *, path: str, base: str, encoding: str | None
+    ) -> str:
+        """`load_adapter` and `set_active_adapters`. See `Introducing.snippet`."""
+        kind = "" if geometry is None else geometry.model_type
+        counterpart = heads.counterpart_of(kind, prompt.head, _head_of(prompt))
+        cls = model_class(prompt, geometry) if counterpart is None else counterpart.model_class
+        how = ", use_safetensors=True" if encoding == "safetensors" else ""
+        steps = (
+            f'model = {cls}.from_pretrained(base, attn_implementation="eager"{labels_of(prompt, geometry)})',
+            "adapters.init(model)",
+            f"model.set_active_adapters(model.load_adapter({path!r}{how}))",
+            "model = model.eval()",
+        )
+        uncached = kind in facts.CACHE_STAYS_EMPTY | facts.CACHE_FAILS
+        cache = ("use_cache=False",) if geometry is not None and geometry.decoder is not None and uncached else ()
+        return program(("import adapters",), cls, base, steps, (*targets(geometry), *cache))
 
 
 FORMAT = AdapterHubFormat()

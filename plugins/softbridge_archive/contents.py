@@ -11,7 +11,7 @@ import numpy as np
 
 from softbridge import untrusted
 from softbridge.arrays import BFLOAT16, Array
-from softbridge.checkpoint.manifest import CERTIFICATE, MANIFEST
+from softbridge.checkpoint.manifest import BESIDE
 from softbridge.errors import CheckpointError, few
 from softbridge.prompt.values import Json, json_object
 
@@ -166,7 +166,7 @@ def renamed(tensors: Mapping[str, untrusted.Stored], beginnings: Mapping[str, st
 
 def alone(files: untrusted.Files) -> str | None:
     """The name of the one file that is there beside softbridge's own, or None."""
-    others = set(files.names) - {MANIFEST, CERTIFICATE}
+    others = set(files.names) - BESIDE
     return others.pop() if len(others) == 1 else None
 
 
@@ -241,7 +241,7 @@ def only_array(files: untrusted.Files) -> int | None:
 
     0 where its header is none that is believed, too: that is for the reader to say.
     """
-    others = [name for name in files.names if name not in (MANIFEST, CERTIFICATE)]
+    others = [name for name in files.names if name not in BESIDE]
     if len(others) != 1 or files.kind(others[0]) != "npy":
         return None
     with suppress(CheckpointError):

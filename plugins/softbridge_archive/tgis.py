@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from softbridge import untrusted
-from softbridge.checkpoint.manifest import CERTIFICATE, MANIFEST
+from softbridge.checkpoint.manifest import BESIDE
 from softbridge.errors import BaseModelError, CheckpointError
 from softbridge.geometry import Geometry, Stack
 from softbridge.plugin.capabilities import Capabilities
@@ -24,7 +24,7 @@ from softbridge_archive.frame import ArchiveFormat
 
 FILES: Mapping[str, Stack] = {"encoder.pt": "encoder", "decoder.pt": "decoder"}
 WEIGHTS, TENSOR = ("adapter_model.safetensors", "adapter_model.bin"), "prompt_embeddings"
-CONFIG, CARD = "config.yml", "README.md"
+CONFIG = "config.yml"
 #: What caikit says of a prompt that no place of ours has.
 DETAILS = ("verbalizer", "tuning_type", "task_type", "eos_token", "trained_torch_dtype", "output_model_types")
 
@@ -39,7 +39,7 @@ def sniff(files: untrusted.Files) -> bool:
 
 
 def _weights(files: untrusted.Files) -> list[str]:
-    if set(files.names) - {*WEIGHTS, CARD, MANIFEST, CERTIFICATE}:
+    if set(files.names) - {*WEIGHTS, *BESIDE}:
         return []
     named = [name for name in WEIGHTS if name in files and files.kind(name) in ("safetensors", "pickle")]
     return [name for name in named if isinstance(tree := files.tree(name), dict) and list(tree) == [TENSOR]]

@@ -8,7 +8,7 @@ import numpy as np
 
 from softbridge import untrusted
 from softbridge.arrays import Array
-from softbridge.checkpoint.manifest import CERTIFICATE, MANIFEST
+from softbridge.checkpoint.manifest import BESIDE
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle, few
 from softbridge.geometry import Geometry, StackGeometry
 from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
@@ -63,7 +63,7 @@ class LlamaCppFormat:
     def read(self, files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
         names = states_in(files)
         if len(names) != 1:
-            others = [name for name in files.names if name not in (MANIFEST, CERTIFICATE)]
+            others = [name for name in files.names if name not in BESIDE]
             raise CheckpointError(
                 f"{files.path} holds {len(names)} states of sequences, among {few(others)}",
                 "one file that llama_state_seq_save_file wrote",

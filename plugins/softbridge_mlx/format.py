@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from softbridge import untrusted
-from softbridge.checkpoint.manifest import CERTIFICATE, MANIFEST
+from softbridge.checkpoint.manifest import BESIDE
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle, few
 from softbridge.geometry import Geometry
 from softbridge.lowering.expressible import check_fits
@@ -149,7 +149,7 @@ def _said(sizes: Sequence[int | None]) -> str:
 
 def file_of(files: untrusted.Files) -> str | None:
     """The name of the one file of tensors beside softbridge's own; None: there are others, or none."""
-    others = set(files.names) - {MANIFEST, CERTIFICATE}
+    others = set(files.names) - BESIDE
     name = others.pop() if len(others) == 1 else None
     return name if name is not None and files.kind(name) == "safetensors" else None
 

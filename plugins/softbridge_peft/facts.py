@@ -88,6 +88,16 @@ SEQ_CLS = "SEQ_CLS"
 QUESTION_ANS = "QUESTION_ANS"
 FEATURE_EXTRACTION = "FEATURE_EXTRACTION"
 
+#: task_type -> the class of transformers that has a model of it.
+CLASSES: Mapping[str, str] = {
+    CAUSAL_LM: "AutoModelForCausalLM",
+    SEQ_2_SEQ_LM: "AutoModelForSeq2SeqLM",
+    SEQ_CLS: "AutoModelForSequenceClassification",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    QUESTION_ANS: "AutoModelForQuestionAnswering",
+    FEATURE_EXTRACTION: "AutoModel",
+}
+
 #: task_type -> the table in transformers.models.auto.modeling_auto that names the model classes of that task. PEFT
 #: picks its PeftModelFor... class, and with it what happens to labels, masks and the head, by task_type alone.
 TASKS: Mapping[str, str] = {

@@ -19,12 +19,14 @@ from packaging.version import Version
 
 from softbridge import untrusted
 from softbridge.arrays import Array
+from softbridge.checkpoint.card import BEGINS
 from softbridge.checkpoint.manifest import MANIFEST
 from softbridge.errors import BaseModelError, CheckpointError, Obstacle
 from softbridge.geometry import Geometry, Stack, may_be_causal
 from softbridge.lowering.expressible import check_fits
 from softbridge.methods import KINDS, materialise_vectors, rematerialise
 from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
+from softbridge.plugin.snippet import labels_of, program, targets
 from softbridge.prompt import (
     AdaptionPrompt,
     BaseId,
@@ -54,7 +56,7 @@ class PeftFormat:
         "Hugging Face PEFT: prompt, P-, prefix, multitask and context-aware prompt tuning, cartridges, LLaMA-Adapter"
     )
     encodings = ("safetensors", "bin")
-    engine = "peft"
+    engine = library = "peft"
     training_files = (facts.TRAINING_FILE,)
     files = (*facts.WEIGHTS_FILES, facts.CONFIG_FILE, facts.CARD_FILE, facts.TRAINING_FILE, MANIFEST)
     capabilities = Capabilities(
@@ -96,6 +98,7 @@ class PeftFormat:
                 "pass the directory that save_pretrained wrote",
             )
         kept, card = folder + facts.TRAINING_FILE, folder + facts.CARD_FILE
+        theirs = card in files and not files.begins(card, BEGINS)
         others = [] if folder else [f"not read: {files.path / name}, an adapter of its own" for name in _nested(files)]
         config = files.json(folder + facts.CONFIG_FILE)
         return parse(
@@ -104,7 +107,7 @@ class PeftFormat:
             geometry,
             training.read(files, kept) if kept in files else None,
             others,
-            peft_releases.release(config, files.text(card) if card in files else None),
+            peft_releases.release(config, files.text(card) if theirs else None),
         )
 
     def obstacles(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[Obstacle]:
@@ -154,6 +157,23 @@ class PeftFormat:
         if prompt.adaptions:
             return advice
         return [*advice, "pad batches on the right: PEFT puts virtual tokens before the pads of a left-padded row"]
+
+    def snippet(
+        self, prompt: SoftPrompt, geometry: Geometry | None, *, path: str, base: str, encoding: str | None
+    ) -> str:
+        """`PeftModel.from_pretrained`. See `Introducing.snippet`."""
+        config = config_of(prompt, geometry or prompt.base.geometry)
+        cls = facts.CLASSES.get(config["task_type"], "AutoModel")
+        steps = (
+            f"model = {cls}.from_pretrained(base{labels_of(prompt, geometry)})",
+            f"model = PeftModel.from_pretrained(model, {path!r}).eval()",
+        )
+        imports = ["from peft import PeftModel"]
+        arguments = [*targets(geometry)]
+        if config["peft_type"] == facts.MULTITASK and prompt.training is not None:
+            imports.insert(0, "import torch")
+            arguments.append(f"task_ids=torch.tensor([{prompt.training.settings.get('task', 0)}])")
+        return program(imports, cls, base, steps, arguments)
 
 
 FORMAT = PeftFormat()

@@ -157,6 +157,7 @@ def test_a_dry_run_does_all_but_write(peft: Path, base: Path, tmp_path: Path) ->
     assert done["written"]
     sizes = {name: (out / name).stat().st_size for name in done["target"]["files"]}
     assert done["target"]["files"] == sizes
+    assert sizes.pop("README.md") < planned["target"]["files"]["README.md"], "which says what verification found"
     assert planned["target"]["files"].items() >= sizes.items()
     assert call(*arguments, "--dry-run").exit_code == 2, "what stands against writing stands against planning it"
 

@@ -91,6 +91,7 @@ def test_the_command_line_converts_and_proves_it(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert "the same, bit for bit" in result.output
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
         "certificate.json",
@@ -138,7 +139,7 @@ def test_a_folder_is_recognised_if_an_array_is_all_it_holds(tmp_path: Path) -> N
     sb.save(prompt, tmp_path / "source", format="softbridge", base=config)
     sb.convert(tmp_path / "source", tmp_path / "google", "google", base=config, verify=True)
     names = {path.name for path in (tmp_path / "google").iterdir()}
-    assert names == {"prompt.npy", "softbridge.json", "certificate.json"}
+    assert names == {"prompt.npy", "softbridge.json", "certificate.json", "README.md"}
     assert read(tmp_path / "google").format.name == "google"
     (tmp_path / "google" / "softbridge.json").unlink()
     assert read(tmp_path / "google").format.name == "google"

@@ -183,7 +183,7 @@ def test_no_more_than_the_prompt_is_fetched(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     assert same(sb.load("org/name/german@v1"), 1)
-    files = {"adapter_config.json", "adapter_model.safetensors", "softbridge.json"}
+    files = {"README.md", "adapter_config.json", "adapter_model.safetensors", "softbridge.json"}
     assert fetched == {f"german/{name}" for name in files}
     shutil.rmtree(local)
     fetched.clear()
@@ -197,4 +197,4 @@ def test_no_more_than_the_prompt_is_fetched(tmp_path: Path, monkeypatch: pytest.
     (remote / "softbridge.json").unlink()
     with pytest.raises(CheckpointError):
         sb.load("org/name@v1")
-    assert fetched == {"adapter_model.safetensors", "logs/run.bin"}
+    assert fetched == {"README.md", "adapter_model.safetensors", "logs/run.bin"}

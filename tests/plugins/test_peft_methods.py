@@ -240,8 +240,8 @@ def test_the_training_state_of_a_live_model_is_kept_beside_what_peft_saves(
     again = read(tmp_path / "ours", family)
     assert again == prompt
     kept = method in THROWN and not lost
-    names = {facts.CONFIG_FILE, facts.WEIGHTS_FILES[0], "softbridge.json"} | ({facts.TRAINING_FILE} if kept else set())
-    assert {path.name for path in (tmp_path / "ours").iterdir()} == names
+    names = {facts.CONFIG_FILE, facts.WEIGHTS_FILES[0], *([facts.TRAINING_FILE] if kept else [])}
+    assert {path.name for path in (tmp_path / "ours").iterdir()} == names | {"softbridge.json", "README.md"}
     assert config_in(tmp_path / "ours") == config_in(tmp_path / "theirs")
     ours, theirs = tensors_in(tmp_path / "ours"), tensors_in(tmp_path / "theirs")
     assert ours.keys() == theirs.keys()
@@ -461,6 +461,7 @@ def test_stale_files_of_softbridge_are_dropped_on_request(tmp_path: Path) -> Non
         facts.CONFIG_FILE,
         facts.WEIGHTS_FILES[0],
         "softbridge.json",
+        "README.md",
     }
     assert sb.load(tmp_path / "fresh") == replace(sb.load(tmp_path / "ours"), training=None)
 

@@ -7,6 +7,7 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from softbridge.arrays import Array
 from softbridge.errors import BaseModelError
 from softbridge.geometry import read_geometry
 
@@ -35,6 +36,12 @@ SMALL_FEED_FORWARD = 64
 def first_line(error: Exception) -> str:
     """Transformers lists the names of all its classes below."""
     return (str(error) or repr(error)).splitlines()[0]
+
+
+def label_count(head: Mapping[str, Array], hidden: int) -> int | None:
+    """The number of labels of a head: its last matrix has a row for each, and those before it have the hidden size."""
+    rows = [len(array) for array in head.values() if array.ndim == 2]
+    return next((count for count in rows if count != hidden), rows[-1]) if rows else None
 
 
 def usual_task(config: Any) -> Task:

@@ -23,6 +23,7 @@ from softbridge.base.build import (
     classes_of,
     first_line,
     fresh,
+    label_count,
     shrink,
     usual_task,
 )
@@ -135,15 +136,12 @@ class BaseModel:
             raise SoftbridgeError(str(error), "a version, as in 4.57", "correct --trained-on") from error
 
     def with_head(self, head: Mapping[str, Array]) -> BaseModel:
-        """The same base model under a head like this one: a classifier with as many labels.
-
-        The last matrix of a head has a row for each label, and those before it have the hidden size.
-        """
-        rows = [len(array) for array in head.values() if array.ndim == 2]
-        if not rows:
+        """The same base model under a head like this one: a classifier with as many labels."""
+        labels = label_count(head, self.geometry.hidden)
+        if labels is None:
             return self
         config = copy.deepcopy(self.config)
-        config.num_labels = next((count for count in rows if count != self.geometry.hidden), rows[-1])
+        config.num_labels = labels
         return BaseModel(config, self.name, self._model, head, imagined=self._imagined, kept=self._kept)
 
     def keeping(self) -> BaseModel:

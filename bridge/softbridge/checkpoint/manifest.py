@@ -23,6 +23,9 @@ from softbridge.prompt.soft_prompt import Positions, SoftPrompt
 MANIFEST = "softbridge.json"
 MANIFEST_VERSION = 1
 CERTIFICATE = "certificate.json"
+CARD = "README.md"
+#: What may stand beside a toolkit's files, and says nothing of their format.
+BESIDE = frozenset((MANIFEST, CERTIFICATE, CARD))
 
 
 @dataclass(frozen=True)

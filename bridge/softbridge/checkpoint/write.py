@@ -10,8 +10,9 @@ from typing import Any
 from softbridge import parts, untrusted
 from softbridge.arrays import same_array
 from softbridge.base.model import BaseModel
+from softbridge.checkpoint.card import model_card
 from softbridge.checkpoint.choice import ALL, Choice
-from softbridge.checkpoint.manifest import MANIFEST, MANIFEST_VERSION, Loaded, names_of, sha256_of, signed
+from softbridge.checkpoint.manifest import CARD, MANIFEST, MANIFEST_VERSION, Loaded, names_of, sha256_of, signed
 from softbridge.checkpoint.read import matching, read_files
 from softbridge.errors import OutputError
 from softbridge.lowering.planner import Lowering, lower
@@ -37,7 +38,8 @@ def save(
 ) -> Lowering:
     """Lower a prompt to a format and write it: a directory, or one file if the path has that file's suffix.
 
-    The output appears whole or not at all; it is read back and compared before it does.
+    The output appears whole or not at all; it is read back and compared before it does. In a directory a model card
+    and a manifest are beside it.
 
     Args:
         accept: names of the conditions that the caller accepts (see `LoweringError`).
@@ -51,7 +53,13 @@ def save(
     resolved = None if base is None else BaseModel.resolve(base)
     form = format_named(format)
     lowering, content = prepare(prompt, form, Target(form.name, form.capabilities, resolved, dtype), accept, encoding)
-    write_files(Path(path), content, lowering, form, resolved, overwrite, dtype=dtype)
+    card = None
+    if not is_file_of(Path(path), content):
+        advice = advice_for(lowering, form, resolved)
+        card = model_card(
+            lowering.prompt, form, steps=lowering.steps, advice=advice, encoding=encoding, origin=prompt.origin
+        )
+    write_files(Path(path), content, lowering, form, resolved, overwrite, dtype=dtype, card=card)
     return lowering
 
 
@@ -151,8 +159,12 @@ def write_files(
     source: Loaded | None = None,
     dtype: str | None = None,
     choice: Choice = ALL,
-) -> None:
-    """Put the files in place with their manifest, once they were read back and hold what they should."""
+    card: bytes | None = None,
+) -> Mapping[str, bytes]:
+    """Put the files in place with their manifest and their card, once they were read back and hold what they should.
+
+    Returns: what was written.
+    """
 
     def check(written: Path) -> None:
         geometry = lowering.prompt.base.geometry
@@ -180,7 +192,7 @@ def write_files(
                 f"write to {target.with_suffix('')}",
             )
         untrusted.write_file(target, next(iter(content.values())), overwrite=overwrite, check=check)
-        return
+        return content
     manifest: dict[str, Any] = {
         "softbridge": MANIFEST_VERSION,
         "format": form.name,
@@ -198,5 +210,6 @@ def write_files(
         manifest["source"] = {"format": source.format.name, "digests": dict(source.digests)}
     if choice != ALL:
         manifest["choice"] = asdict(choice)
-    whole = {**content, MANIFEST: untrusted.json_bytes(signed(manifest))}
+    whole = {**content, **({} if card is None else {CARD: card}), MANIFEST: untrusted.json_bytes(signed(manifest))}
     untrusted.write(target, whole, overwrite=overwrite, check=check)
+    return whole

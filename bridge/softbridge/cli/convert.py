@@ -10,6 +10,7 @@ from rich.text import Text
 
 from softbridge import conversion, parts
 from softbridge.checkpoint.choice import DROPPED
+from softbridge.checkpoint.manifest import CARD
 from softbridge.cli.console import (
     PROMPT,
     AsJson,
@@ -95,6 +96,17 @@ def convert(
     shard: Annotated[
         str | None, typer.Option("--shard", help="With --recursive: one of N parts, I from 1.", metavar="I/N")
     ] = None,
+    push_to_hub: Annotated[
+        str | None,
+        typer.Option(
+            "--push-to-hub",
+            help="Open a pull request with what is written, in this repository; its main branch is not touched.",
+            metavar="OWNER/NAME",
+        ),
+    ] = None,
+    create_repo: Annotated[
+        bool, typer.Option("--create-repo", help="Make that repository, private, if it does not exist.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to another toolkit's format. Refuses whatever would compute another function.
@@ -117,12 +129,14 @@ def convert(
         "dry_run": dry_run,
     }
     if recursive:
+        if push_to_hub is not None:
+            refuse(ArgumentError("--push-to-hub, of many", "one checkpoint to push", "push one at a time"), as_json)
         convert_many(source, target, to, as_json, jobs=jobs or 1, shard=shard, **asked)
     if jobs is not None or shard is not None:
         refuse(ArgumentError("--jobs or --shard for one checkpoint", "a directory of many", "say --recursive"), as_json)
     try:
         with quiet():
-            report = conversion.convert(source, target, to, **asked)
+            report = conversion.convert(source, target, to, **asked, push_to_hub=push_to_hub, create_repo=create_repo)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:
@@ -136,6 +150,8 @@ def convert(
                 "certificate": None if report.certificate is None else report.certificate.to_json(),
                 "served": None if report.served is None else report.served.to_json(),
                 "unserved": report.unserved,
+                "replaced": report.replaced,
+                "pull_request": None if report.pull_request is None else vars(report.pull_request),
             }
         )
         return
@@ -155,6 +171,13 @@ def convert(
         console.print(serving_table(report.served))
     if report.unserved:
         console.print(shown(f"{report.target} itself did not answer with it: {report.unserved}"))
+    if report.replaced:
+        console.print(shown(f"the source's model card was not carried over: {CARD} of the target is one of its own"))
+    if report.pull_request is not None:
+        said = report.pull_request.url or f"none: {push_to_hub} has all of it already"
+        console.print(shown(f"pull request: {said}"))
+        if report.pull_request.replaces:
+            console.print(shown(f"it replaces {', '.join(report.pull_request.replaces)}"))
     if report.advice:
         console.print(Text.assemble("to run it in ", shown(report.target), " itself:"))
         for line in report.advice:

@@ -141,6 +141,13 @@ class Written(TypedDict):
     files: Annotated[dict[str, int], "sizes in bytes, without the manifest"]
 
 
+class PullRequest(TypedDict):
+    """What `convert --push-to-hub` opened."""
+
+    url: Annotated[str | None, "null where the repository has all of it already"]
+    replaces: Annotated[list[str], "files that the main branch has, too"]
+
+
 class Converted(TypedDict):
     """`convert`."""
 
@@ -152,6 +159,8 @@ class Converted(TypedDict):
     certificate: Annotated[Certificate | None, "with `--verify`"]
     served: Annotated[dict[str, Any] | None, "what the target's server answered (`softbridge/serving/1`)"]
     unserved: Annotated[str, "why the target's server did not answer, or empty"]
+    replaced: Annotated[bool, "whether the source has a model card, which the new one replaces"]
+    pull_request: Annotated[PullRequest | None, "with `--push-to-hub`"]
 
 
 class Again(TypedDict):

@@ -154,6 +154,29 @@ class Servable(Protocol):
 
 
 @runtime_checkable
+class Introducing(Protocol):
+    """What a format can say besides, for the model card beside its files.
+
+    Without it the card says how softbridge itself loads them.
+    """
+
+    #: What the hub calls its toolkit (``library_name``).
+    library: str
+
+    def snippet(
+        self, prompt: SoftPrompt, geometry: Geometry | None, *, path: str, base: str, encoding: str | None
+    ) -> str:
+        """A Python program that loads the files with the toolkit itself, and calls the model once.
+
+        Args:
+            path: of their folder, or their id on the hub.
+            base: name of the base model, which anybody may have chosen: write it as ``repr`` does.
+            encoding: as `Format.write` was told.
+        """
+        ...
+
+
+@runtime_checkable
 class Demonstrating(Protocol):
     """What an engine can do besides, if its toolkit has an interface to train with: it can start `softbridge demo`."""
 
@@ -254,7 +277,7 @@ class SelfChecking(Protocol):
 
 
 #: Every protocol that a format, and an engine, may follow besides.
-FORMAT_EXTRAS = (Listing, Resumable, Catalogued, Servable)
+FORMAT_EXTRAS = (Listing, Resumable, Catalogued, Servable, Introducing)
 ENGINE_EXTRAS = (Loader, Insertable, Misgenerating, Narrowing, Banker, SelfChecking, Demonstrating)
 
 
