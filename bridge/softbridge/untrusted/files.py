@@ -24,6 +24,7 @@ Kind = Literal["safetensors", "pickle", "npy", "json", "zip", "tar", "gzip", "ms
 class Files:
     """A checkpoint as it lies on the disk: one file, or a folder with its files and those one folder below.
 
+    Hidden folders are not looked into: what a killed process was writing, a repository's own, a downloader's.
     A link is followed only within the folder, or from a snapshot in the hub's cache to the cache's own store.
 
     Attributes:
@@ -318,7 +319,9 @@ def _listed(root: Path) -> Iterator[tuple[str, Path]]:
         real = inside(path)
         if real is not None and real.is_file():
             yield path.name, real
-        elif real is not None and real.is_dir() and os.access(real, os.R_OK | os.X_OK):
+        elif (
+            real is not None and real.is_dir() and not path.name.startswith(".") and os.access(real, os.R_OK | os.X_OK)
+        ):
             for below in path.iterdir():
                 deeper = inside(below)
                 if deeper is not None and deeper.is_file():
