@@ -96,7 +96,7 @@ def write_into(folder: Path, files: Mapping[str, bytes], *, check: Callable[[Pat
     """
     folder = Path(os.path.realpath(folder))
     # In the folder, not beside it, which may be another file system or not be writable.
-    with _staged(folder / next(reversed(files)), files, check) as staged:
+    with _staged(folder / list(files)[-1], files, check) as staged:
         for name in files:
             os.replace(staged / name, folder / name)
         _sync_folder(folder)
