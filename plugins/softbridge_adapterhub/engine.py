@@ -21,6 +21,7 @@ from typing import Any
 from softbridge.arrays import from_torch, to_torch
 from softbridge.base import BaseModel
 from softbridge.base.head import load_head
+from softbridge.base.snapshot import Snapshot
 from softbridge.errors import EngineError, Obstacle, SoftbridgeError
 from softbridge.geometry import Geometry, read_geometry
 from softbridge.lowering.expressible import left_behind
@@ -32,7 +33,6 @@ from softbridge_adapterhub.adapter import FLAT, Adapter
 from softbridge_adapterhub.format import CAPABILITIES, FORMAT, folder_of
 from softbridge_adapterhub.hooks import (
     hide_virtual_tokens,
-    holders,
     make_eager,
     move_tokens,
     once,
@@ -99,12 +99,8 @@ class AdapterHubEngine:
         """Attach in place. See `Engine.attach`."""
         self._check(model, prompt)
         flat = replace(prompt, training=None)
-        snapshot = _Snapshot(model)
-        try:
-            _run(model, prompt, lambda: _add(model, flat))
-        except BaseException:
-            snapshot.restore()
-            raise
+        snapshot = Snapshot(model)
+        _run(model, prompt, lambda: _add(model, flat))
         keys = Adapter.of(flat, read_geometry(model.config), ADAPTER).shapes()
         own = {id(model.base_model.get_parameter(key)) for key in keys}
         for name, parameter in model.named_parameters():
@@ -269,49 +265,12 @@ class AdapterHubEngine:
 ENGINE = AdapterHubEngine()
 
 
-class _Snapshot:
-    """Everything that AdapterHub changes in a model: classes, submodules, hooks, configurations, what is frozen.
-
-    It holds references, no copies of weights. Dictionaries keep their identity, so that a hook's handle still removes
-    the hook after `restore`.
-    """
-
-    def __init__(self, model: Any) -> None:
-        held = {id(holder): holder for holder in holders(model)}.values()
-        self.states = [
-            (
-                holder,
-                type(holder),
-                {
-                    name: (value, dict(value) if isinstance(value, dict) else None)
-                    for name, value in vars(holder).items()
-                },
-            )
-            for holder in held
-        ]
-        self.frozen = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-
-    def restore(self) -> None:
-        for holder, kind, state in self.states:
-            if type(holder) is not kind:
-                holder.__class__ = kind
-            attributes = vars(holder)
-            attributes.clear()
-            for name, (value, items) in state.items():
-                if items is not None:
-                    value.clear()
-                    value.update(items)
-                attributes[name] = value
-        for parameter, requires_grad in self.frozen:
-            parameter.requires_grad_(requires_grad)
-
-
 @dataclass
 class _Attachment:
     """What `extract` and `detach` need to know of an attached model."""
 
     prompt: SoftPrompt
-    snapshot: _Snapshot
+    snapshot: Snapshot
 
 
 def _attachment(model: Any) -> _Attachment:

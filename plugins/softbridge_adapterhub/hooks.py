@@ -3,25 +3,16 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 from softbridge.base import cache as caches
+from softbridge.base.snapshot import holders
 from softbridge.errors import EngineError
 from softbridge.prompt import InputPrompt
 
 log = logging.getLogger(__name__)
-
-
-def holders(model: Any) -> Iterator[Any]:
-    """Whatever of a model may name its attention: modules, and their configurations."""
-    for module in model.modules():
-        yield module
-        if hasattr(module, "config"):
-            yield module.config
-        if getattr(module, "generation_config", None) is not None:
-            yield module.generation_config
 
 
 def once(forward: Callable[[int], tuple[Any, ...]], dtype: Any) -> Callable[[int], tuple[Any, ...]]:

@@ -289,20 +289,16 @@ def install(model: Any, injected: Injection, geometry: Geometry, prefixed: bool,
     for parameter in injected.trainable:
         parameter.requires_grad_(False)
     model.add_module(NAME, injected.train(model.training))
-    try:
-        # An input prompt needs of ours, in eager attention, what bounds the mask: see `attention._above_float32`.
-        besides = list(injected.besides())
-        if prefixed or besides or (any(modules.values()) and model.config._attn_implementation == "eager"):
-            _switch_attention(model, injected)
-        if prefixed:
-            _bind(injected, modules, wiring_of(model, geometry))
-        for site, layer, source, joins in besides:
-            injected.bound.append(modules[site][layer])
-            injected.handles += adaption.bind(modules[site][layer], source, joins, injected.switch.is_off)
-        _hook(model, injected, geometry, pads, prefixed)
-    except BaseException:
-        detach(model)
-        raise
+    # An input prompt needs of ours, in eager attention, what bounds the mask: see `attention._above_float32`.
+    besides = list(injected.besides())
+    if prefixed or besides or (any(modules.values()) and model.config._attn_implementation == "eager"):
+        _switch_attention(model, injected)
+    if prefixed:
+        _bind(injected, modules, wiring_of(model, geometry))
+    for site, layer, source, joins in besides:
+        injected.bound.append(modules[site][layer])
+        injected.handles += adaption.bind(modules[site][layer], source, joins, injected.switch.is_off)
+    _hook(model, injected, geometry, pads, prefixed)
     return model
 
 

@@ -17,12 +17,14 @@ import safetensors.numpy
 
 from softbridge.errors import CheckpointError, OutputError
 from softbridge.untrusted import (
+    Files,
     json_bytes,
     output,
     pickle_bytes,
     safetensors_bytes,
     write,
     write_file,
+    write_into,
 )
 
 RANDOM = np.random.default_rng(0)
@@ -80,7 +82,9 @@ def test_json_bytes() -> None:
 
 
 @pytest.mark.parametrize("make", [safetensors_bytes, pickle_bytes])
-@pytest.mark.parametrize("tensors", [{"a": ARRAY.astype(complex)}, {"../a": ARRAY}, {"/a": ARRAY}, {"a\0": ARRAY}])
+@pytest.mark.parametrize(
+    "tensors", [{"a": ARRAY.astype(complex)}, {"../a": ARRAY}, {"/a": ARRAY}, {"a\0": ARRAY}, {"a": ARRAY * np.nan}]
+)
 def test_what_cannot_be_read_is_not_written(make: Any, tensors: Any) -> None:
     with pytest.raises(OutputError):
         make(tensors)
@@ -203,7 +207,7 @@ def test_without_exchange(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 KILLED = """
     import os, signal, sys
     from pathlib import Path
-    from softbridge.untrusted import write, write_file
+    from softbridge.untrusted import write, write_file, write_into
 
     what, overwrite = sys.argv[2], sys.argv[3] == "True"
 
@@ -222,6 +226,8 @@ KILLED = """
         sys.addaudithook(audit)
         if what == "folder":
             write(target, {"a": b"new" * 1000, "sub/b": b"new"}, overwrite=overwrite)
+        elif what == "into":
+            write_into(target, {"a": b"new" * 1000, "b": b"new"})
         else:
             write_file(target, b"new" * 1000, overwrite=overwrite)
         os._exit(0)
@@ -273,3 +279,29 @@ def test_killed_at_any_instant(what: str, overwrite: bool, tmp_path: Path) -> No
         (write if what == "folder" else write_file)(folder / "target", new, overwrite=True)  # type: ignore[operator]
         assert {path.name for path in folder.iterdir()} - {strangers.name} == {"target"}
     assert strangers.is_dir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the audit of system calls was tried on Linux")
+def test_killed_while_it_writes_into_a_folder(tmp_path: Path) -> None:
+    """Each file is old or new, whole, the last one last; and other files stay."""
+    for point in range(1, 100):
+        target = tmp_path / str(point) / "target"
+        target.mkdir(parents=True)
+        for name in ("a", "b", "mine"):
+            (target / name).write_bytes(b"old")
+    program = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path), "into", "True"]
+    done = subprocess.run(program, check=True, capture_output=True, text=True)
+    codes = [int(line) for line in done.stdout.split()]
+    assert codes == [-signal.SIGKILL] * (len(codes) - 1) + [0], done.stderr
+    stages = [{"a": b"old", "b": b"old"}, {"a": b"new" * 1000, "b": b"old"}, {"a": b"new" * 1000, "b": b"new"}]
+    seen: list[int] = []
+    for point in range(1, len(codes) + 1):
+        target = tmp_path / str(point) / "target"
+        found = {name: (target / name).read_bytes() for name in ("a", "b", "mine")}
+        assert found.pop("mine") == b"old"
+        seen.append(stages.index(found))
+        assert set(Files(target).names) == {"a", "b", "mine"}, "what is left of a killed writer is no part of it"
+        write_into(target, stages[2])
+        assert set(os.listdir(target)) == {"a", "b", "mine"}
+    assert seen == sorted(seen)
+    assert set(seen) == {0, 1, 2}

@@ -12,6 +12,7 @@ from softbridge.attachment import trainer_model as drop_in
 from softbridge.attachment.attached import ATTACHED, Attached, attached_to
 from softbridge.base.head import load_head, restore_head
 from softbridge.base.model import BaseModel
+from softbridge.base.snapshot import Snapshot
 from softbridge.checkpoint.choice import of_task
 from softbridge.checkpoint.read import load
 from softbridge.errors import EngineError, SoftbridgeError
@@ -61,7 +62,8 @@ def attach(
         task: which task of a multitask prompt, alone; None: that of the prompt, with the matrices of all tasks.
 
     Returns:
-        The model to call: the same object for engines that work in place, the toolkit's wrapper otherwise.
+        The model to call: the same object for engines that work in place, the toolkit's wrapper otherwise. Where this
+        raises, whatever it is, the model is bit for bit as it was.
 
     Raises:
         EngineError: the engine is missing or cannot run this prompt on this model; it says which engine does here.
@@ -72,20 +74,45 @@ def attach(
     warn_of_untested()
     chosen = engine_named(engine)
     _check_base(model)
-    base = BaseModel.resolve(model)
-    if isinstance(prompt, PromptBank):
-        banker = able(chosen, Banker)
-        if banker is None:
-            those = [name for name, other in engines().items() if able(other, Banker) is not None]
-            raise EngineError(
-                f"engine '{engine}' runs one prompt for all rows of a batch",
-                f"an engine that takes a bank: {', '.join(those)}",
-                "choose one of them, or attach one prompt",
-            )
-        running = banker.attach_bank(model, prompt, partial(_fetch, engine, model, accept))
-        setattr(running, ATTACHED, Attached(engine, {}, {}))
+    snapshot = Snapshot(model)
+    try:
+        if isinstance(prompt, PromptBank):
+            running = _attach_bank(engine, model, prompt, accept)
+        else:
+            running = _attach_prompt(engine, model, prompt, snapshot, seed, accept, task)
         _check_itself(chosen, running, self_check)
-        return running
+        if running is model and not isinstance(prompt, PromptBank) and able(chosen, Insertable) is not None:
+            drop_in.become(running)
+    except BaseException:
+        snapshot.restore()
+        raise
+    return running
+
+
+def _attach_bank(engine: str, model: Any, bank: PromptBank, accept: Collection[str]) -> Any:
+    banker = able(engine_named(engine), Banker)
+    if banker is None:
+        those = [name for name, other in engines().items() if able(other, Banker) is not None]
+        raise EngineError(
+            f"engine '{engine}' runs one prompt for all rows of a batch",
+            f"an engine that takes a bank: {', '.join(those)}",
+            "choose one of them, or attach one prompt",
+        )
+    running = banker.attach_bank(model, bank, partial(_fetch, engine, model, accept))
+    setattr(running, ATTACHED, Attached(engine, {}, {}))
+    return running
+
+
+def _attach_prompt(
+    engine: str,
+    model: Any,
+    prompt: SoftPrompt | Method | str | Path,
+    snapshot: Snapshot,
+    seed: int | None,
+    accept: Collection[str],
+    task: int | None,
+) -> Any:
+    chosen, base = engine_named(engine), BaseModel.resolve(model)
     method = prompt if isinstance(prompt, Method) else None
     if isinstance(prompt, Method):
         prompt = prompt.initialise(base.geometry, _drawn() if seed is None else seed)
@@ -94,18 +121,16 @@ def attach(
     prompt = _expressed(given, engine, model, accept)
     if method is not None:
         _check_kept(engine, given, prompt, type(method).__name__)
+    snapshot.keep(parameter for name, parameter in model.named_parameters() if name in prompt.head)
     displaced = load_head(model, prompt.head)
     try:
         running = chosen.attach(model, prompt)
-    except BaseException as error:
-        restore_head(model, displaced)
-        if isinstance(error, EngineError) and chosen.obstacles(prompt, model):
+    except EngineError as error:
+        snapshot.restore()
+        if chosen.obstacles(prompt, model):
             raise _with_a_way_out(error, given, engine, model, accept) from error
         raise
     setattr(running, ATTACHED, Attached(engine, prompt.head, displaced))
-    _check_itself(chosen, running, self_check)
-    if running is model and able(chosen, Insertable) is not None:
-        drop_in.become(running)
     return running
 
 

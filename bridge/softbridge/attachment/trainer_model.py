@@ -12,20 +12,22 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from softbridge.arrays import from_torch
 from softbridge.attachment.attached import attached_by, extract
 from softbridge.base.head import load_head
-from softbridge.errors import EngineError
+from softbridge.errors import EngineError, OutputError, SoftbridgeError
 from softbridge.plugin.hookspecs import Insertable
 from softbridge.plugin.optional import able
 from softbridge.plugin.registry import engine_named
-from softbridge.prompt.container import WEIGHTS_FILE, pack, refilled
+from softbridge.prompt.container import WEIGHTS_FILE, pack, refilled, unpack
 from softbridge.prompt.soft_prompt import SoftPrompt
+from softbridge.untrusted import Files, write_into
 
 #: What transformers says of a folder of ours, if it is to load a model from it.
 NO_WEIGHTS = (
@@ -99,7 +101,11 @@ class DropIn(Derived):
         """Write the prompt, with the head and the parameterisation that are trained with it, and no other weights.
 
         The directory gets ``config.json`` (and ``generation_config.json``) of the base model, and ``model.safetensors``
-        in softbridge's format: `softbridge.load` reads it, and so does this model's `load_state_dict`.
+        in softbridge's format: `softbridge.load` reads it, and so does this model's `load_state_dict`. Each file
+        appears whole or not at all, and only after all were written and read back. Other files stay.
+
+        A prompt that is not finite is refused, and so ends a training that has diverged. To go on would let the trainer
+        remove the last sound checkpoint in favour of worthless ones (``save_total_limit``).
 
         Args:
             save_directory: made if it is missing.
@@ -111,6 +117,7 @@ class DropIn(Derived):
 
         Raises:
             EngineError: a pickle is asked for.
+            OutputError: the prompt holds NaN or infinity, or the files cannot be written.
         """
         if not safe_serialization:
             raise EngineError(
@@ -122,14 +129,22 @@ class DropIn(Derived):
             return
         model: Any = self
         folder = Path(save_directory)
-        folder.mkdir(parents=True, exist_ok=True)
-        config = copy.deepcopy(model.config)
-        config.architectures = [type(model).__name__]
-        config.save_pretrained(folder)
-        _say_that_there_are_none(folder)
-        if model.can_generate() and getattr(model, "generation_config", None) is not None:
-            model.generation_config.save_pretrained(folder)
-        (folder / WEIGHTS_FILE).write_bytes(pack(_now(model, state_dict or {})))
+
+        def check(written: Path) -> None:
+            if pack(unpack(Files(written), WEIGHTS_FILE)) != weights:
+                raise OutputError(
+                    f"{WEIGHTS_FILE} reads back as another prompt",
+                    "the prompt that was to be written",
+                    "report this as a defect of softbridge; nothing was written",
+                )
+
+        try:
+            weights = pack(_now(model, state_dict or {}))
+            write_into(folder, {**_described(model), WEIGHTS_FILE: weights}, check=check)
+        except SoftbridgeError:
+            with suppress(OSError):
+                folder.rmdir()  # the trainer made it, and would take an empty checkpoint for the last one
+            raise
         if push_to_hub:
             hub = {name: value for name, value in settings.items() if name in ("commit_message", "private", "token")}
             model.push_to_hub(settings.get("repo_id", folder.name), **hub)
@@ -179,15 +194,22 @@ class DropIn(Derived):
         print(f"trainable params: {trained:,d} || all params: {total:,d} || trainable%: {100 * trained / total:.4f}")
 
 
-def _say_that_there_are_none(folder: Path) -> None:
-    """Let `from_pretrained` raise on a prompt's folder, and not return a model of random weights.
+def _described(model: Any) -> dict[str, bytes]:
+    """The files of the base model's configuration, as transformers writes them.
 
-    The key names the file of weights; transformers never hands it on to a model that is saved anew.
+    A key of ``config.json`` that names the file of weights says that there are none: `from_pretrained` raises on a
+    prompt's folder, and returns no model of random weights. transformers hands the key on to no model that is saved
+    anew.
     """
-    path = folder / "config.json"
-    document = json.loads(path.read_text(encoding="utf-8"))
-    document["transformers_weights"] = NO_WEIGHTS
-    path.write_text(json.dumps(document, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    config = copy.deepcopy(model.config)
+    config.architectures = [type(model).__name__]
+    with TemporaryDirectory() as scratch:
+        config.save_pretrained(scratch)
+        if model.can_generate() and getattr(model, "generation_config", None) is not None:
+            model.generation_config.save_pretrained(scratch)
+        files = {path.name: path.read_bytes() for path in sorted(Path(scratch).iterdir())}
+    document = {**json.loads(files["config.json"]), "transformers_weights": NO_WEIGHTS}
+    return {**files, "config.json": (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()}
 
 
 def _now(model: Any, state: Mapping[str, Any]) -> SoftPrompt:

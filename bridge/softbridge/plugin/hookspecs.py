@@ -99,6 +99,9 @@ class Engine(Protocol):
     def attach(self, model: Any, prompt: SoftPrompt) -> Any:
         """Make the model run with the prompt, and return the model to call (the same one, where possible).
 
+        What it has done to the model when it raises, `softbridge.attach` undoes (see `softbridge.base.snapshot`); the
+        values of parameters it must not have changed by then.
+
         Raises:
             EngineError: the engine is unavailable, or `obstacles` are not empty.
         """

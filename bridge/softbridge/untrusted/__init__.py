@@ -29,7 +29,7 @@ from softbridge.untrusted.content import (
 )
 from softbridge.untrusted.files import Files, Kind
 from softbridge.untrusted.hub import hub_id, located
-from softbridge.untrusted.output import Log, check_name, check_vacant, write, write_file
+from softbridge.untrusted.output import Log, check_name, check_vacant, write, write_file, write_into
 from softbridge.untrusted.pickle_walk import Foreign
 from softbridge.untrusted.pickles import Stored, pickled
 
@@ -59,5 +59,6 @@ __all__ = [
     "tensor_bytes",
     "write",
     "write_file",
+    "write_into",
     "zip_bytes",
 ]

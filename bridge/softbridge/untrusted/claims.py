@@ -191,8 +191,8 @@ def checked_values(what: str, array: Array) -> Array:
         wrong = int(np.count_nonzero(array.view(np.uint8) > 1))
         if wrong:
             raise refusal(f"{what}: {wrong} of {array.size} truth values are neither 0 nor 1", "a byte of 0 or 1 each")
-    elif array.dtype == BFLOAT16 or array.dtype.kind == "f":
-        wrong = array.size - int(np.count_nonzero(np.isfinite(array)))
+    else:
+        wrong = not_finite(array)
         if wrong:
             raise refusal(
                 f"{what}: {wrong} of {array.size} values are not finite",
@@ -200,6 +200,12 @@ def checked_values(what: str, array: Array) -> Array:
                 "the training that made this file has diverged: take an earlier checkpoint",
             )
     return frozen(array)
+
+
+def not_finite(array: Array) -> int:
+    """How many of the values are NaN or infinite."""
+    is_float = array.dtype == BFLOAT16 or array.dtype.kind == "f"
+    return array.size - int(np.count_nonzero(np.isfinite(array))) if is_float else 0
 
 
 def is_size(value: object) -> bool:

@@ -24,6 +24,7 @@ Kind = Literal["safetensors", "pickle", "npy", "json", "zip", "tar", "gzip", "ms
 class Files:
     """A checkpoint as it lies on the disk: one file, or a folder with its files and those one folder below.
 
+    Hidden folders are not looked into: what a killed process was writing, a repository's own, a downloader's.
     A link is followed only within the folder, or from a snapshot in the hub's cache to the cache's own store.
 
     Args:
@@ -321,8 +322,12 @@ def _listed(root: Path, deep: bool) -> Iterator[tuple[str, Path]]:
         real = inside(path)
         if real is not None and real.is_file():
             yield path.name, real
-        elif deep and real is not None and real.is_dir() and os.access(real, os.R_OK | os.X_OK):
+        elif deep and real is not None and not path.name.startswith(".") and _listable(real):
             for below in path.iterdir():
                 deeper = inside(below)
                 if deeper is not None and deeper.is_file():
                     yield f"{path.name}/{below.name}", deeper
+
+
+def _listable(folder: Path) -> bool:
+    return folder.is_dir() and os.access(folder, os.R_OK | os.X_OK)

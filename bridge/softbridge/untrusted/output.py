@@ -136,6 +136,28 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
+def write_into(folder: Path, files: Mapping[str, bytes], *, check: Callable[[Path], None] | None = None) -> None:
+    """Write files into a folder that may hold others, which stay. Those of the same names are replaced.
+
+    All are on the disk, and checked, before the first one takes its place. A process that is killed in between leaves
+    each file old or new, whole, in the order in which they are given.
+
+    Args:
+        folder: made if it is missing, as are its parents.
+        files: plain name -> content, at least one; the last is the one that the others are for.
+        check: called with a folder that holds these files alone; what it raises, `write_into` raises.
+
+    Raises:
+        OutputError: a file cannot be written.
+    """
+    folder = Path(os.path.realpath(folder))
+    # In the folder, not beside it, which may be another file system or not be writable.
+    with _staged(folder / list(files)[-1], files, check) as staged:
+        for name in files:
+            os.replace(staged / name, folder / name)
+        _sync_folder(folder)
+
+
 def check_name(target: Path) -> None:
     """Refuse a path that this machine can have nothing at: a name that is too long, a NUL in it."""
     try:
