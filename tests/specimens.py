@@ -147,7 +147,7 @@ def _specimen(name: str, form: str, make: Make) -> Specimen:
     with tempfile.TemporaryDirectory() as folder:
         path = make(Path(folder))
         found = Files(path)
-        files = {one: found.content(one) for one in found.names}
+        files = {one: (path if found.is_file else path / one).read_bytes() for one in found.names}
         why: SoftbridgeError | None = None
         for geometry in (None, *geometries()):
             try:

@@ -203,5 +203,5 @@ def checked_values(what: str, array: Array) -> Array:
 
 
 def is_size(value: object) -> bool:
-    """Whether the value is a whole number from 0 (True and False are not)."""
-    return type(value) is int and value >= 0
+    """Whether the value is a whole number from 0, of 63 bits at most (True and False are not)."""
+    return type(value) is int and 0 <= value < 2**63
