@@ -1,13 +1,8 @@
-"""Files of every format are taken for what they are, and what is no prompt is taken for none.
-
-The files of the archive's formats are those that its own tests make: each ``tests/plugins/test_archive_*.py`` has a
-table `FILES` of what makes them, under names that begin with the format's.
-"""
+"""Files of every format are taken for what they are, and what is no prompt is taken for none."""
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import io
 import json
 import pickle
@@ -15,7 +10,6 @@ import random
 import tarfile
 import zipfile
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -23,56 +17,16 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from specimens import OWN, Make, of_the_archive
 
 import softbridge as sb
 from softbridge.base import BaseModel
 from softbridge.checkpoint.read import recognise
 from softbridge.errors import SoftbridgeError, UnknownFormatError
 from softbridge.plugin.registry import formats
-from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.testing import tiny_config, tiny_model
 from softbridge.untrusted import Files
 from softbridge_archive.tensor import CHOICES
-
-Make = Callable[[Path], Path]
-HERE = Path(__file__).parent
-
-
-@cache
-def of_the_archive() -> dict[str, Make]:
-    found: dict[str, Make] = {}
-    for path in sorted((HERE / "plugins").glob("test_archive_*.py")):
-        spec = importlib.util.spec_from_file_location(f"made_by_{path.stem}", path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        assert not found.keys() & module.FILES.keys()
-        found |= module.FILES
-    return found
-
-
-def by_us(form: str, make: Callable[..., sb.SoftPrompt], family: str = "gpt2") -> Make:
-    def written(folder: Path) -> Path:
-        config = tiny_config(family)
-        sb.save(make(BaseModel(config).geometry), folder / "out", format=form, base=config, accept=["positions"])
-        return folder / "out"
-
-    return written
-
-
-#: Of the formats with engines of their own.
-OWN: dict[str, Make] = {
-    "softbridge vectors": by_us("softbridge", random_input_prompt),
-    "softbridge prefix": by_us("softbridge", random_prefix),
-    "peft vectors": by_us("peft", random_input_prompt),
-    "peft prefix": by_us("peft", random_prefix),
-    "adapterhub prefix": by_us("adapterhub", random_prefix),
-    "llamacpp prefix": by_us("llamacpp", random_prefix),
-    "mlx prefix": by_us("mlx", random_prefix),
-    "vllm vectors": by_us("vllm", random_input_prompt),
-    "vllm prefix": by_us("vllm", random_prefix),
-}
-
 
 # --- what is no prompt ------------------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from softbridge.geometry import Geometry, StackGeometry
 from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
 from softbridge.prompt import BaseId, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt
 from softbridge_llamacpp.families import FAMILIES, Family, paired, unpaired
-from softbridge_llamacpp.state import BEGINNING, NUMBERS, VERSIONS, State, from_bytes, to_bytes
+from softbridge_llamacpp.state import BEGINNING, NUMBERS, VERSIONS, State, read_state, to_bytes
 
 FILE = "prompt.bin"
 #: Stands in the file in the place of each virtual token: an id that every vocabulary has.
@@ -69,7 +69,8 @@ class LlamaCppFormat:
                 "one file that llama_state_seq_save_file wrote",
                 "give the path of the file itself",
             )
-        state = from_bytes(files.content(names[0]), str(files.path))
+        with files.stream(names[0]) as (stream, size):
+            state = read_state(stream, size, str(files.path))
         family, shape = _known(geometry)
         width = shape.kv_heads * shape.head_dim
         sizes = [array.shape[1] for array in (*state.keys, *state.values)]

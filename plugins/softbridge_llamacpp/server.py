@@ -18,7 +18,7 @@ from softbridge.plugin.serving import Answer, Ask, Request
 from softbridge_llamacpp import base_file, functions
 from softbridge_llamacpp.format import states_in
 from softbridge_llamacpp.library import Cache, Context, Model, Row, loaded
-from softbridge_llamacpp.state import MOST_STREAMS, NUMBERS, State, from_bytes
+from softbridge_llamacpp.state import MOST_STREAMS, NUMBERS, State, read_state
 
 #: llama.cpp rounds a cache up to so many cells.
 _CELLS = 256
@@ -149,7 +149,8 @@ def _read(path: Path) -> tuple[Path, State]:
         found = states_in(files)
         if len(found) != 1:
             raise CheckpointError(f"{path} holds {len(found)} states of sequences", "one", "give the file itself")
-        state = from_bytes(files.content(found[0]), str(path))
+        with files.stream(found[0]) as (stream, size):
+            state = read_state(stream, size, str(path))
         return (path if files.is_file else path / found[0]), state
     except CheckpointError as error:
         raise EngineError(error.found, error.expected, error.remedy) from error

@@ -23,7 +23,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -93,23 +93,25 @@ def _packed(rows: Array) -> bytes:
     return np.ascontiguousarray(rows, TYPES[_number(rows)]).tobytes()
 
 
-def from_bytes(content: bytes, what: str) -> State:
+def read_state(stream: BinaryIO, size: int, what: str) -> State:
     """The state in a file.
 
     Args:
+        stream: the file, open at its beginning.
+        size: its length in bytes.
         what: what to call the file in an error.
 
     Raises:
         CheckpointError: it is malformed, of another version, quantised, or holds other positions than 0, 1, ... P - 1.
     """
-    return _Reader(content, what).state()
+    return _Reader(stream, size, what).state()
 
 
 class _Reader:
     """Takes a file apart from its beginning to its end; nothing is believed that its bytes do not hold."""
 
-    def __init__(self, content: bytes, what: str) -> None:
-        self.content, self.what, self.at = content, what, 0
+    def __init__(self, stream: BinaryIO, size: int, what: str) -> None:
+        self.file, self.left, self.what = stream, size, what
 
     def state(self) -> State:
         magic, version = self.numbers("<II", "its beginning")
@@ -128,8 +130,8 @@ class _Reader:
             for _ in range(streams)
             if (cells := self.numbers("<I", "the number of cells")[0])
         ]
-        if self.at != len(self.content):
-            raise self.wrong(f"{len(self.content) - self.at} bytes behind its end", "none")
+        if self.left:
+            raise self.wrong(f"{self.left} bytes behind its end", "none")
         if len(found) != 1:
             raise self.wrong(f"cells in {len(found)} streams", "those of one sequence")
         return State(tokens, *found[0], version)
@@ -187,10 +189,10 @@ class _Reader:
         return checked_values(f"{self.what}: {name}", np.frombuffer(self.take(size, name), dtype).reshape(shape))
 
     def take(self, size: int, name: str) -> bytes:
-        if size > len(self.content) - self.at:
-            raise self.wrong(f"ends in {name}: {len(self.content) - self.at} bytes are left", f"{size} bytes")
-        self.at += size
-        return self.content[self.at - size : self.at]
+        if size > self.left:
+            raise self.wrong(f"ends in {name}: {self.left} bytes are left", f"{size} bytes")
+        self.left -= size
+        return self.file.read(size)
 
     def wrong(self, found: str, expected: str) -> CheckpointError:
         return CheckpointError(f"{self.what}: {found}", expected, _TO_DO)

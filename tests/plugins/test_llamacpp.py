@@ -5,6 +5,7 @@ What llama.cpp itself makes of written files, `tests/serving/test_llamacpp.py` s
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import struct
@@ -32,7 +33,7 @@ from softbridge.testing import random_input_prompt, random_prefix, tiny_config, 
 from softbridge.untrusted import Files
 from softbridge_llamacpp.families import FAMILIES, paired, unpaired
 from softbridge_llamacpp.format import ENCODINGS, FORMAT
-from softbridge_llamacpp.state import from_bytes
+from softbridge_llamacpp.state import State, read_state
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "llamacpp.safetensors"
 SIZES = {
@@ -44,6 +45,10 @@ SIZES = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
+
+
+def from_bytes(content: bytes, what: str) -> State:
+    return read_state(io.BytesIO(content), len(content), what)
 
 
 def config_of(family: str, **changes: Any) -> Any:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import bz2
 import io
+import lzma
 import tarfile
 import zipfile
 import zlib
@@ -23,6 +25,10 @@ USTAR = slice(257, 262)
 _END, _TAIL, _ENTRY = b"PK\x05\x06", 2**16 + 22, 46 + 128
 #: To how many times its size, and how many bytes beyond that, an archive may be unpacked. Numbers hardly shrink.
 EXPANSION, ALLOWANCE = 32, 2**24
+#: How many bytes of an archive belong to none of its members: in all, and for each (headers; torch aligns the data).
+_SLACK, _SLACK_EACH = 2**20, 2**12
+_PIECE = 2**16
+LOCAL = b"PK\x03\x04"
 
 
 def members_of(path: Path, kind: Archive, what: str) -> dict[str, Callable[[], bytes]]:
@@ -36,7 +42,7 @@ def members_of(path: Path, kind: Archive, what: str) -> dict[str, Callable[[], b
     try:
         with path.open("rb") as stream:
             if kind == "zip":
-                found = list(_zipped(stream, path))
+                found = list(_zipped(stream, path, what))
             elif kind == "gzip":
                 content = inflated(stream, limit, what)
                 found = list(_tarred(io.BytesIO(content), len(content), lambda: io.BytesIO(content)))
@@ -87,24 +93,68 @@ def opened_zip(stream: BinaryIO, what: str) -> zipfile.ZipFile:
         raise refusal(f"{what}: a zip archive whose directory has {directory} bytes", f"at most {MEMBERS} members")
     stream.seek(0)
     archive = zipfile.ZipFile(stream)
-    if len(archive.infolist()) > MEMBERS:
-        raise refusal(f"{what}: a zip archive of {len(archive.infolist())} members", f"at most {MEMBERS}")
+    members = archive.infolist()
+    if len(members) > MEMBERS:
+        raise refusal(f"{what}: a zip archive of {len(members)} members", f"at most {MEMBERS}")
+    held = sum(member.compress_size for member in members)
+    if not held <= end <= held + _SLACK + _SLACK_EACH * len(members):
+        raise refusal(
+            f"{what}: a zip archive of {end} bytes with members of {held}", "members side by side, and nothing else"
+        )
     return archive
 
 
-def _zipped(stream: BinaryIO, path: Path) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
-    with opened_zip(stream, str(path)) as archive:
+def data_of(stream: BinaryIO, member: zipfile.ZipInfo) -> int:
+    """At which byte of a zip archive a member's data begins: after its own header, the length of which that says."""
+    stream.seek(member.header_offset)
+    header = stream.read(30)
+    if not header.startswith(LOCAL) or len(header) < 30:
+        raise ValueError(f"no header of {short(member.filename)}")
+    name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
+    return member.header_offset + 30 + name + extra
 
-        def reader(member: zipfile.ZipInfo) -> Callable[[int], bytes]:
-            def read(length: int) -> bytes:
-                with zipfile.ZipFile(path) as again, again.open(member) as content:
-                    return content.read(length + 1)
 
-            return read
+def _zipped(stream: BinaryIO, path: Path, what: str) -> Iterator[tuple[str, int, Callable[[int], bytes]]]:
+    def reader(member: zipfile.ZipInfo) -> Callable[[int], bytes]:
+        def read(length: int) -> bytes:
+            with path.open("rb") as again:
+                again.seek(data_of(again, member))
+                content = _unpacked(member, again.read(member.compress_size), length + 1)
+            if zlib.crc32(content) != member.CRC:
+                raise ValueError("not the bytes that were written")
+            return content
 
+        return read
+
+    with opened_zip(stream, what) as archive:
         for member in archive.infolist():
             if not member.is_dir():
                 yield member.filename, member.file_size, reader(member)
+
+
+def _unpacked(member: zipfile.ZipInfo, content: bytes, most: int) -> bytes:
+    """The first bytes of what a member holds. zipfile itself unpacks LZMA and bzip2 without a bound."""
+    if member.flag_bits & 1:
+        raise ValueError("encrypted")
+    if member.compress_type == zipfile.ZIP_STORED:
+        return content[:most]
+    if member.compress_type == zipfile.ZIP_DEFLATED:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(content, most)
+    if member.compress_type == zipfile.ZIP_BZIP2:
+        return bz2.BZ2Decompressor().decompress(content, most)
+    if member.compress_type != zipfile.ZIP_LZMA or len(content) < 9 or content[2:4] != b"\5\0":
+        raise ValueError(f"packed in a way that is not known: {member.compress_type}")
+    # APPNOTE of PKWARE, 5.8.8: a version, the length of the properties (5), and LZMA's own: lc, lp and pb in a byte,
+    # and how far back it may reach. That is allocated, so it is believed as far as what is read can be.
+    settings, reach = content[4], int.from_bytes(content[5:9], "little")
+    filters = {
+        "lc": settings % 9,
+        "lp": settings // 9 % 5,
+        "pb": settings // 45,
+        "dict_size": max(4096, min(reach, most)),
+    }
+    machine = lzma.LZMADecompressor(lzma.FORMAT_RAW, filters=[{"id": lzma.FILTER_LZMA1, **filters}])
+    return machine.decompress(content[9:], most)
 
 
 def _tarred(
@@ -126,6 +176,8 @@ def _tarred(
                 if member.offset_data + member.size > size:
                     raise ValueError(f"{short(member.name)} reaches beyond the file")
                 yield member.name.removeprefix("./"), member.size, reader(member.offset_data)
+        if size - archive.offset > _SLACK:
+            raise ValueError(f"{size - archive.offset} bytes behind its last member")
 
 
 def inflated(stream: BinaryIO, limit: int, what: str) -> bytes:
@@ -134,13 +186,19 @@ def inflated(stream: BinaryIO, limit: int, what: str) -> bytes:
     Raises:
         CheckpointError: it would be more than `limit` bytes, is damaged or is cut off.
     """
-    machine = zlib.decompressobj(wbits=31)
+    machine, pieces, length = zlib.decompressobj(wbits=31), [], 0
     try:
-        content = machine.decompress(stream.read(), limit + 1)
+        while not machine.eof and (piece := machine.unconsumed_tail or stream.read(_PIECE)):
+            pieces.append(machine.decompress(piece, limit + 1 - length))
+            length += len(pieces[-1])
+            if length > limit:
+                raise refusal(
+                    f"{what}: would be more than {limit} bytes unpacked", f"at most {EXPANSION} times its size"
+                )
     except zlib.error as error:
         raise refusal(f"{what}: not readable as gzip: {error}", "a whole gzip stream") from error
-    if len(content) > limit:
-        raise refusal(f"{what}: would be more than {limit} bytes unpacked", f"at most {EXPANSION} times its size")
     if not machine.eof:
         raise refusal(f"{what}: a gzip stream that is cut off", "a whole gzip stream")
-    return content
+    if machine.unused_data or stream.read(1):
+        raise refusal(f"{what}: more behind the end of its gzip stream", "one gzip stream")
+    return b"".join(pieces)

@@ -209,5 +209,5 @@ def not_finite(array: Array) -> int:
 
 
 def is_size(value: object) -> bool:
-    """Whether the value is a whole number from 0 (True and False are not)."""
-    return type(value) is int and value >= 0
+    """Whether the value is a whole number from 0, of 63 bits at most (True and False are not)."""
+    return type(value) is int and 0 <= value < 2**63

@@ -7,15 +7,16 @@ import io
 import os
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from softbridge.arrays import Array
-from softbridge.untrusted.archives import GZIP, USTAR, members_of, opened_zip
+from softbridge.untrusted.archives import GZIP, LOCAL, USTAR, members_of, opened_zip
 from softbridge.untrusted.claims import LIMIT, checked_values, parse_json, parse_yaml, refusal, short
 from softbridge.untrusted.flax_state import begins_msgpack, flax_state
 from softbridge.untrusted.headers import NPY, Range, npy_header, safetensors_header
-from softbridge.untrusted.pickles import ZIP, Pickle, Stored, main_member
+from softbridge.untrusted.pickles import Pickle, Stored, main_member
 from softbridge.untrusted.zarr_array import DESCRIPTION, zarr_array
 
 Kind = Literal["safetensors", "pickle", "npy", "json", "zip", "tar", "gzip", "msgpack", "unknown"]
@@ -121,6 +122,10 @@ class Files:
                 yield stream, size, what
         except OSError as error:
             raise refusal(f"{what}: cannot be read: {error}", "a readable file", "check its permissions") from error
+        except MemoryError as error:  # it may be all there, and still be too much
+            raise refusal(
+                f"{what}: more than there is room for in memory", "a file of the size of a prompt", "check what it is"
+            ) from error
 
     def kind(self, name: str) -> Kind:
         """What the file is, by its first bytes."""
@@ -136,7 +141,7 @@ class Files:
                 return "safetensors"
             if start.startswith(NPY):
                 return "npy"
-            if start.startswith(ZIP):
+            if start.startswith(LOCAL):
                 try:
                     with opened_zip(stream, what) as archive:
                         return "pickle" if main_member(archive) else "zip"
@@ -163,14 +168,20 @@ class Files:
             return parse_yaml(stream.read(LIMIT + 1), what)
 
     def text(self, name: str) -> str:
-        """The beginning of a text file, up to `LIMIT` bytes; what is no UTF-8 in it is replaced."""
-        with self._open(name) as (stream, _, _what):
+        """The beginning of a text file, up to `LIMIT` bytes; what is no UTF-8 in it is replaced.
+
+        Of a longer one a part is looked at, and it does not count as read: nobody digests what has no end.
+        """
+        with self._stream(name) as (stream, size, _what):
+            if size <= LIMIT:
+                self._read.add(name)
             return stream.read(LIMIT).decode("utf-8", "replace")
 
-    def content(self, name: str) -> bytes:
-        """The bytes of a file: of a form that is its toolkit's own, and a format takes apart."""
-        with self._open(name) as (stream, _, _what):
-            return stream.read()
+    @contextmanager
+    def stream(self, name: str) -> Iterator[tuple[BinaryIO, int]]:
+        """A file and its size, to read what has a form of its toolkit's own. Its size is a claim like any other."""
+        with self._open(name) as (stream, size, _what):
+            yield stream, size
 
     def begins(self, name: str, start: bytes) -> bool:
         """Whether a file begins with these bytes. Like `kind`, this looks at a file and does not read it."""
@@ -212,7 +223,7 @@ class Files:
                     dtype, shape, _ = npy_header(stream, size, what)
                     self._trees[name] = Stored(dtype.newbyteorder("="), shape, "the array", lambda: self.array(name))
                 elif kind == "msgpack":
-                    self._trees[name] = flax_state(_whole(stream, size, what), what)
+                    self._trees[name] = flax_state(stream, size, what)
                 else:
                     raise refusal(f"{what}: its content is {_describe(kind)}", "a file of tensors")
         self._read.add(name)  # now, or when somebody asked for it before
@@ -222,14 +233,9 @@ class Files:
         """The array of a folder of zarr's, of which this file is the ``.zarray``; its chunks are read when it is."""
         folder = description.removesuffix(DESCRIPTION)
 
-        def reader(name: str) -> Callable[[], bytes]:
-            def read() -> bytes:
-                with self._open(name) as (stream, size, what):
-                    return _whole(stream, size, what)
-
-            return read
-
-        chunks = {name.removeprefix(folder): reader(name) for name in self.names if name.startswith(folder)}
+        chunks = {
+            name.removeprefix(folder): partial(self._open, name) for name in self.names if name.startswith(folder)
+        }
         chunks.pop(DESCRIPTION, None)
         return zarr_array(self.json(description), chunks, f"{self.path}: {folder or 'the array'}")
 

@@ -8,7 +8,7 @@ of (shape, name of the dtype, bytes).
 from __future__ import annotations
 
 import math
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -21,6 +21,7 @@ _BY_NAME = {dtype.name: dtype for dtype in DTYPES.values()}
 _ARRAY, _SCALAR = 1, 3
 #: States have dictionaries only; what is listed in them is a shape. A list is allocated as it is announced.
 _LONGEST_LIST = 64
+_PIECE = 2**20
 
 
 def begins_msgpack(start: bytes) -> bool:
@@ -37,7 +38,7 @@ def begins_msgpack(start: bytes) -> bool:
     return 0xA0 < key < 0xC0 or key in (0xD9, 0xDA)
 
 
-def flax_state(content: bytes, what: str) -> Any:
+def flax_state(stream: BinaryIO, size: int, what: str) -> Any:
     """Dictionaries, nested, with `Stored` for arrays; complex numbers and other extensions are None.
 
     Raises:
@@ -61,7 +62,14 @@ def flax_state(content: bytes, what: str) -> Any:
         return _stored(tuple(shape), _BY_NAME[name.decode("ascii")], numbers, what)
 
     try:
-        return msgpack.unpackb(content, ext_hook=extension, max_array_len=_LONGEST_LIST)
+        # Piece by piece: where the state ends, only reading it tells.
+        reader = msgpack.Unpacker(
+            stream, read_size=min(size, _PIECE), max_buffer_size=size, ext_hook=extension, max_array_len=_LONGEST_LIST
+        )
+        state = reader.unpack()
+        if reader.tell() != size:
+            raise ValueError(f"{size - reader.tell()} bytes behind its end")
+        return state
     except CheckpointError:
         raise
     except Exception as error:  # hostile bytes end in ValueError, KeyError, TypeError, RecursionError, ...

@@ -7,7 +7,9 @@ understood here; any other call is a `Foreign`, which says what would have been 
 
 from __future__ import annotations
 
+import io
 import pickletools
+import re
 from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Any, BinaryIO, cast
@@ -76,6 +78,11 @@ class Program:
     views: Set[View]
 
 
+#: Steps of a program. The longest that was seen in a real prompt checkpoint has 30,000.
+OPERATIONS = 2**20
+#: Bits of a whole number in a pickle: the states of random generators have 128.
+_BITS = 256
+
 #: Loads the storage that bytes of the old format hold; the bytes -> that storage. A pickle that torch.save did not make
 #: (a tensor given to pickle.dumps) has its numbers so.
 Nested = Callable[[bytes], Storage]
@@ -119,6 +126,9 @@ def walk(stream: BinaryIO, what: str, nested: Nested | None = None, *, plain: bo
         ValueError, and what a walk over hostile bytes else ends in: KeyError, IndexError, ...
     """
     start = stream.tell()
+    program = io.BytesIO(stream.read(LIMIT + 1))  # whatever its steps claim, there is no more
+    room = LIMIT  # for what calls make out of what is there already
+    loaded: dict[bytes, Storage] = {}
     stack: list[Any] = []
     memo: dict[int, Any] = {}
     storages: dict[str, Storage] = {}
@@ -136,13 +146,15 @@ def walk(stream: BinaryIO, what: str, nested: Nested | None = None, *, plain: bo
         for name, value in zip(items[::2], items[1::2], strict=True):
             if not isinstance(target, dict):
                 continue  # an object with a dictionary's interface: what it would hold is not known
-            if isinstance(name, (str, int)):
+            # Longer numbers can be chosen to have one hash, and each would be compared with all.
+            if isinstance(name, str) or (isinstance(name, int) and abs(name) < 2**63):
                 target[name] = value
             elif plain:
                 raise ValueError("items set on something that is no dictionary of names")
 
     def reduced(function: Any, arguments: Any) -> Any:
         """What a call makes, if plain tensors need it."""
+        nonlocal room
         name = function.name
         if name in _REBUILD and len(arguments) <= 8:
             storage, offset, shape, stride, *rest = arguments
@@ -159,8 +171,13 @@ def walk(stream: BinaryIO, what: str, nested: Nested | None = None, *, plain: bo
         if name == _ORDERED and arguments in ((), ([],)):
             return {}
         if name == _NESTED and nested is not None and len(arguments) == 1 and isinstance(arguments[0], bytes):
-            return nested(arguments[0])
+            if arguments[0] not in loaded:
+                loaded[arguments[0]] = nested(arguments[0])
+            return loaded[arguments[0]]
         if name == _ENCODED and not plain and arguments[1:] == ("latin1",) and isinstance(arguments[0], str):
+            room -= len(arguments[0])
+            if room < 0:
+                raise ValueError(f"more than {LIMIT} bytes made out of texts")
             return arguments[0].encode("latin1")  # bytes, as protocol 2 writes them
         if plain:
             raise refusal(
@@ -171,10 +188,12 @@ def walk(stream: BinaryIO, what: str, nested: Nested | None = None, *, plain: bo
             )
         return Foreign(name, arguments)
 
-    for opcode, argument, position in pickletools.genops(stream):
-        if (position or 0) - start > LIMIT:
-            raise ValueError(f"a program of more than {LIMIT} bytes")
+    for count, (opcode, argument, position) in enumerate(pickletools.genops(program)):
+        if (position or 0) > LIMIT or count > OPERATIONS:
+            raise ValueError(f"a program of more than {LIMIT} bytes or {OPERATIONS} steps")
         name = opcode.name
+        if isinstance(argument, int) and argument.bit_length() > _BITS:
+            raise ValueError(f"a number of {argument.bit_length()} bits")
         if plain and name in _MORE:
             raise ValueError(f"the opcode {name}, which torch.save does not need for plain tensors")
         if name in _VALUES or name in _MORE_VALUES:
@@ -185,6 +204,7 @@ def walk(stream: BinaryIO, what: str, nested: Nested | None = None, *, plain: bo
                 pass
             case "STOP":
                 (result,) = stack
+                stream.seek(start + program.tell())
                 return Program(result, storages, views)
             case "MARK":
                 stack.append(_MARK)
@@ -196,7 +216,9 @@ def walk(stream: BinaryIO, what: str, nested: Nested | None = None, *, plain: bo
                 stack.append(Global(str(argument)))
             case "STACK_GLOBAL":
                 module, attribute = stack.pop(-2), stack.pop()
-                stack.append(Global(f"{module} {attribute}"[:200]))
+                if not isinstance(module, str) or not isinstance(attribute, str):
+                    raise ValueError("a name that is no text")
+                stack.append(Global(f"{module[:100]} {attribute[:100]}"))
             case "EMPTY_DICT":
                 stack.append({})
             case "EMPTY_LIST" | "EMPTY_SET":
@@ -212,10 +234,10 @@ def walk(stream: BinaryIO, what: str, nested: Nested | None = None, *, plain: bo
             case "POP_MARK":
                 pop_to_mark()
             case "TUPLE1" | "TUPLE2" | "TUPLE3":
-                count = int(name[-1])
-                if len(stack) < count:
+                length = int(name[-1])
+                if len(stack) < length:
                     raise ValueError("the stack is empty")
-                stack[-count:] = [tuple(stack[-count:])]
+                stack[-length:] = [tuple(stack[-length:])]
             case "BINPUT" | "LONG_BINPUT":
                 memo[cast("int", argument)] = stack[-1]
             case "MEMOIZE":
@@ -259,7 +281,12 @@ def walk(stream: BinaryIO, what: str, nested: Nested | None = None, *, plain: bo
 
 def _storage(identity: Any) -> Storage:
     tag, kind, key, _, count, *view = identity
-    if tag != "storage" or kind.name not in STORAGES or not isinstance(key, str) or not key.isdecimal():
+    if (
+        tag != "storage"
+        or kind.name not in STORAGES
+        or not isinstance(key, str)
+        or not re.fullmatch("[0-9]{1,20}", key)
+    ):
         raise ValueError(f"a storage described as {short(identity)}")
     if not is_size(count) or any(view):
         raise ValueError(f"a storage of {short(count)} elements, or one that is part of another")

@@ -5,6 +5,7 @@ unpickler. Their numbers are read here, from where they lie in the file.
 from __future__ import annotations
 
 import io
+import math
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
@@ -15,7 +16,7 @@ import numpy as np
 
 from softbridge.arrays import BFLOAT16, Array
 from softbridge.errors import CheckpointError
-from softbridge.untrusted.archives import opened_zip
+from softbridge.untrusted.archives import ALLOWANCE, EXPANSION, LOCAL, data_of, opened_zip
 from softbridge.untrusted.claims import (
     DEPTH,
     LIMIT,
@@ -27,7 +28,6 @@ from softbridge.untrusted.claims import (
 )
 from softbridge.untrusted.pickle_walk import Foreign, Global, Program, Storage, View, walk
 
-ZIP = b"PK\x03\x04"
 LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 
 #: Opens the file again, for as long as its numbers are read.
@@ -84,12 +84,13 @@ class Pickle:
         self.what, self.size, self._reopen = what, size, reopen
         self._arrays: dict[View, Array] = {}
         self._numbers: dict[Storage, Array] = {}
+        self._given = 0
         start = stream.read(len(LEGACY))
         stream.seek(0)
-        if not start.startswith((ZIP, LEGACY)):
+        if not start.startswith((LOCAL, LEGACY)):
             raise refusal(f"{what}: a pickle that torch.save did not write", "a file that torch.save wrote")
         try:
-            opened = _open_zip if start.startswith(ZIP) else _open_legacy
+            opened = _open_zip if start.startswith(LOCAL) else _open_legacy
             self.program, self._places = opened(stream, size, what, plain)
         except CheckpointError:
             raise
@@ -120,6 +121,14 @@ class Pickle:
         if view not in self._arrays:  # names that share a tensor share an array
             numbers = self._of(view.storage)
             steps = tuple(stride * numbers.itemsize for stride in view.stride)
+            # Windows cost nothing by themselves. What is made of them does, as much as if they were apart.
+            self._given += math.prod(view.shape) * numbers.itemsize
+            if self._given > EXPANSION * self.size + ALLOWANCE:
+                raise refusal(
+                    f"{self.what}: tensors that share storages, of more than {self._given} bytes out of {self.size}",
+                    f"at most {EXPANSION} times the size of the file",
+                    "save the prompt's tensors alone, each with a storage of its own",
+                )
             window = np.lib.stride_tricks.as_strided(numbers[view.offset :], view.shape, steps, writeable=False)
             self._arrays[view] = checked_values(here, window)
         return self._arrays[view]
@@ -148,7 +157,7 @@ def pickled(content: bytes, what: str) -> Any:
     """
     reader: Pickle = object.__new__(Pickle)
     reader.what, reader.size, reader._places = what, len(content), {}
-    reader._arrays, reader._numbers = {}, {}
+    reader._arrays, reader._numbers, reader._given = {}, {}, 0
     try:
         reader.program = walk(io.BytesIO(content), what, lambda inner: _nested(inner, what))
     except CheckpointError:
@@ -207,18 +216,8 @@ def _open_zip(stream: BinaryIO, size: int, what: str, plain: bool) -> tuple[Prog
                     f"{what}: storage {storage.key} has {member.file_size} bytes",
                     f"{storage.count} elements of {storage.dtype.name}, as the program says",
                 )
-            places[storage.key] = _Place(_data_of(stream, member), member.file_size, member.CRC, big)
+            places[storage.key] = _Place(data_of(stream, member), member.file_size, member.CRC, big)
     return program, places
-
-
-def _data_of(stream: BinaryIO, member: zipfile.ZipInfo) -> int:
-    """At which byte of the archive a member's data begins: after its own header, the length of which that says."""
-    stream.seek(member.header_offset)
-    header = stream.read(30)
-    if not header.startswith(ZIP) or len(header) < 30:
-        raise ValueError(f"no header of {short(member.filename)}")
-    name, extra = int.from_bytes(header[26:28], "little"), int.from_bytes(header[28:30], "little")
-    return member.header_offset + 30 + name + extra
 
 
 def _open_legacy(stream: BinaryIO, size: int, what: str, plain: bool) -> tuple[Program, Mapping[str, _Place]]:
@@ -242,6 +241,8 @@ def _open_legacy(stream: BinaryIO, size: int, what: str, plain: bool) -> tuple[P
             )
         places[key] = _Place(stream.tell(), stored, None)
         stream.seek(stored, io.SEEK_CUR)
+    if stream.tell() != size:
+        raise refusal(f"{what}: {size - stream.tell()} bytes behind its last storage", "none")
     return program, places
 
 
@@ -292,6 +293,11 @@ def _unfolded(value: Any, stored: Callable[[View, str], Stored], what: str) -> A
     """The value with `Stored` in the place of views. What stands in several places is unfolded once."""
     done: dict[int, Any] = {}
 
+    def below(path: str, name: str | int) -> str:
+        """A path for messages: one name may be as long as the file, and stand at the front of all others."""
+        name = name[:80] if isinstance(name, str) else str(name)
+        return f"{path}.{name}" if path else name
+
     def of(node: Any, path: str, depth: int) -> Any:
         if isinstance(node, (dict, list, tuple, Foreign, View)) and id(node) in done:
             return done[id(node)]
@@ -301,11 +307,9 @@ def _unfolded(value: Any, stored: Callable[[View, str], Stored], what: str) -> A
         if isinstance(node, View):
             made = stored(node, f"tensor {short(path)}")
         elif isinstance(node, dict):
-            made = {name: of(child, f"{path}.{name}" if path else str(name), depth + 1) for name, child in node.items()}
+            made = {name: of(child, below(path, name), depth + 1) for name, child in node.items()}
         elif isinstance(node, (list, tuple)):
-            made = [
-                of(child, f"{path}.{number}" if path else str(number), depth + 1) for number, child in enumerate(node)
-            ]
+            made = [of(child, below(path, number), depth + 1) for number, child in enumerate(node)]
         elif isinstance(node, Foreign):
             made = Foreign(node.name, of(node.arguments, path, depth + 1), of(node.state, path, depth + 1))
         elif isinstance(node, Global):

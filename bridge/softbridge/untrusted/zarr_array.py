@@ -5,11 +5,11 @@ Followed: the zarr storage specification, version 2. Read are chunks in C order,
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from itertools import product
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -22,12 +22,16 @@ DESCRIPTION = ".zarray"
 _BY_CODE = {dtype.str: dtype for dtype in DTYPES.values() if dtype != BFLOAT16} | {"bfloat16": BFLOAT16}
 
 
-def zarr_array(described: Mapping[str, Any], chunks: Mapping[str, Callable[[], bytes]], what: str) -> Stored:
+#: Opens a chunk: its stream, its size, and what to call it in an error.
+Opened = Callable[[], AbstractContextManager[tuple[BinaryIO, int, str]]]
+
+
+def zarr_array(described: Mapping[str, Any], chunks: Mapping[str, Opened], what: str) -> Stored:
     """The array of a folder.
 
     Args:
         described: what its ``.zarray`` says.
-        chunks: name -> reads the file, of the others in the folder.
+        chunks: name -> opens the file, of the others in the folder.
         what: what to call it in an error.
 
     Raises:
@@ -60,12 +64,14 @@ def zarr_array(described: Mapping[str, Any], chunks: Mapping[str, Callable[[], b
             name = ".".join(map(str, at)) or "0"
             if name not in chunks:
                 raise refusal(f"{what}: no chunk {name}", "every chunk that it describes")
-            content = chunks[name]()
-            if packed is not None:
-                limit = min(length, EXPANSION * len(content) + ALLOWANCE)
-                content = inflated(io.BytesIO(content), limit, f"{what}: chunk {name}")
+            with chunks[name]() as (stream, size, _):
+                if packed is not None:
+                    limit = min(length, EXPANSION * size + ALLOWANCE)
+                    content = inflated(stream, limit, f"{what}: chunk {name}")
+                else:
+                    content = stream.read(length) if size == length else b""
             if len(content) != length:
-                raise refusal(f"{what}: chunk {name} of {len(content)} bytes", f"{length}, as described")
+                raise refusal(f"{what}: chunk {name} of {size} bytes", f"{length}, as described")
             parts[at] = np.frombuffer(content, dtype).reshape(sizes)
         array = np.empty(shape, dtype)  # no more than the chunks that are there
         for at, part in parts.items():
