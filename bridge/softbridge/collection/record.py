@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -178,11 +179,12 @@ def lines(path: Path) -> list[dict[str, Any]]:
     Raises:
         CheckpointError: a line is not a JSON object.
     """
-    content = untrusted.Files(path).content(path.name)
-    return [
-        untrusted.parse_json(text, f"{path}, line {number}")
-        for number, text in enumerate(content.split(b"\n")[:-1], start=1)
-    ]
+    with untrusted.Files(path).stream(path.name) as (stream, _):
+        return [
+            untrusted.parse_json(text, f"{path}, line {number}")
+            for number, text in enumerate(iter(partial(stream.readline, untrusted.LIMIT + 1), b""), start=1)
+            if text.endswith(b"\n") or len(text) > untrusted.LIMIT
+        ]
 
 
 def unpack(path: Path) -> Manifest:
