@@ -105,6 +105,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     sb.save(random_prefix(geometry), folder / "prefix", format="peft", base=model)
     sb.save(random_input_prompt(geometry), folder / "vectors", format="peft", base=model)
     sb.save(random_input_prompt(geometry, seed=1), folder / "more", format="peft", base=model)
+    sb.save(random_prefix(geometry), folder / "several" / "one", format="peft", base=model)
+    np.save(folder / "several" / "ids.npy", np.zeros(9, np.int64))
     bert = tiny_config("bert")
     sb.save(random_prefix(BaseModel(bert).geometry), folder / "bert", format="peft", base=bert)
     (folder / "bert" / "softbridge.json").unlink()
@@ -120,6 +122,8 @@ CALLS: list[tuple[int, list[str]]] = [
     (0, ["inspect", "bert"]),
     (0, ["convert", "prefix", "out", "--to", "softbridge", *BASE, "--verify"]),
     (0, ["convert", "prefix", "dry", "--to", "softbridge", "--dry-run"]),
+    (0, ["convert", "several", "each", "--to", "softbridge", "--recursive"]),
+    (0, ["merge-manifests", "each/softbridge-collection.jsonl", "--output", "all.jsonl"]),
     (0, ["verify", "prefix", "out", *BASE]),
     (1, ["verify", "vectors", "more", *BASE]),
     (0, ["verify", "out/certificate.json", *BASE]),
@@ -153,6 +157,8 @@ REFUSED = [
     ["words", "prefix", *BASE],
     ["similar", "vectors"],
     ["bake", "prefix", "baked2", *BASE],
+    ["convert", "nowhere", "elsewhere", "--to", "softbridge", "--recursive"],
+    ["merge-manifests", "prefix", "--output", "all2.jsonl"],
 ]
 
 
