@@ -187,7 +187,7 @@ def test_bidirectional_attention_leaves_no_such_cache(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(model, "forward", both_ways)
     base = BaseModel.resolve(model)
-    monkeypatch.setattr(base, "weights", lambda dtype: model)
+    monkeypatch.setattr(base, "weights", lambda dtype, lent: model)
     found = plan(prompt_of(model), Target("cache", CACHE, base))
     assert found.outcome == "impossible"
     assert "lets a token see what follows it" in found.obstacles[0].reason

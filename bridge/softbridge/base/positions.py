@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -40,6 +40,9 @@ TOLERANCE = 1e-5
 
 #: Angles at position 10^5 are rounded to 10^-2 in float32; a changed frequency moves the map by about 1.
 REGIME_TOLERANCE = 0.05
+
+#: Prompts of a collection are of few lengths, and a large model's maps take megabytes.
+MOVES = 8
 
 #: Rows at the start of a table of positions that may be reserved; the padding token's index is the last of them.
 RESERVED = 512
@@ -114,6 +117,7 @@ class _Keys:
         size = (4 * head_dim, 1, model.get_input_embeddings().embedding_dim)
         self.tokens = torch.randn(size, generator=generator, dtype=torch.float64)
         self.origin, self.values = self.at(0)
+        self.maps = lru_cache(MOVES)(self._maps)
 
     def at(self, position: int) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
         """Keys and values of all layers that have some, each [N, D], with every token at `position`."""
@@ -126,7 +130,8 @@ class _Keys:
         held = caches.pairs(cache)
         return {n: keys[:, 0, 0] for n, (keys, _) in held.items()}, {n: v[:, 0, 0] for n, (_, v) in held.items()}
 
-    def maps(self, position: int) -> dict[int, Array]:
+    def _maps(self, position: int) -> dict[int, Array]:
+        """Layer -> the map that takes its keys from 0 to `position`: `maps` measures the latest few once."""
         import torch
 
         keys, _ = self.at(position)

@@ -114,7 +114,7 @@ def _disagreeing(given: dict[Path, Manifest]) -> Iterator[str]:
         strange = [record.path for record in manifest.records if not manifest.shard.holds(record.path)]
         if strange:
             yield f"{path} has {few(strange)} of another shard"
-        changed = [record.path for record in manifest.records if record.options not in ({}, manifest.options)]
+        changed = [record.path for record in manifest.records if record.options != manifest.options]
         if changed:
             yield f"{path} has {few(changed)} with other options than it says of all"
         for record in manifest.records:

@@ -139,8 +139,11 @@ class Pool:
             yield running.task, Death(running.process.exitcode)
 
     def _stop(self) -> None:
+        """Interrupt those that are at work, and end the others, of which some are still starting."""
         for running in self._workers.values():
-            if running.process.is_alive():
+            if running.task is None:
+                running.process.kill()
+            elif running.process.is_alive():
                 with suppress(OSError):
                     os.kill(running.process.pid, signal.SIGINT)
         for end, running in self._workers.items():

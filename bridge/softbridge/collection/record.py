@@ -70,9 +70,13 @@ class Record:
     version: str = ""
     before: Sequence[Mapping[str, Any]] = ()
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "steps", tuple(self.steps))
+        object.__setattr__(self, "before", tuple(self.before))
+
     def to_json(self) -> dict[str, Any]:
         """The object of its line: what there is to say."""
-        return {name: value for name, value in asdict(self).items() if value not in (None, (), [], {}, "")}
+        return {name: value for name, value in asdict(self).items() if value not in (None, (), {}, "")}
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Record:
@@ -91,7 +95,6 @@ class Record:
             "options": dict,
             "version": str,
         }
-        kinds |= {"steps": (list, tuple), "before": (list, tuple)}
         wrong = [name for name, kind in kinds.items() if not isinstance(getattr(record, name), kind)]
         wrong += [name for name in ("source", "target") if not isinstance(getattr(record, name).get("files", {}), dict)]
         if wrong or record.verdict not in get_args(Verdict):

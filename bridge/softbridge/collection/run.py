@@ -17,7 +17,7 @@ from typing import Any
 
 from softbridge import conversion, untrusted
 from softbridge.checkpoint.write import check_encoding
-from softbridge.collection.find import Found, find
+from softbridge.collection.find import find
 from softbridge.collection.pool import Death, Pool
 from softbridge.collection.record import (
     STEM,
@@ -151,8 +151,9 @@ def convert_all(
                 watch(len(results), len(tasks))
 
     def outcome() -> Outcome:
-        records = [results[one.path].record if one.path in results else _unconverted(one, options) for one in mine]
-        records = [_with_before(record, before.records[record.path]) for record in records]
+        left = {one.path: Record(one.path, one.verdict, one.reason, options=options) for one in mine}
+        known = {**left, **{path: result.record for path, result in results.items()}}
+        records = [_with_before(record, before.records[path]) for path, record in known.items()]
         manifest = Manifest(str(source), options, part, listing([one.path for one in found]), records)
         if not dry:
             untrusted.write_file(target / part.file, manifest.pack(), overwrite=True)
@@ -197,10 +198,6 @@ def _of_dead(task: Task, death: Death, options: Mapping[str, Any]) -> Result:
         "if the machine ran out of memory, use fewer --jobs; else report this as a defect of softbridge",
     )
     return Result(Record(task.path, "defect", reason, options=options))
-
-
-def _unconverted(one: Found, options: Mapping[str, Any]) -> Record:
-    return Record(one.path, one.verdict, one.reason, options=options if one.verdict == "pending" else {})
 
 
 def _with_before(record: Record, earlier: Iterable[Record]) -> Record:

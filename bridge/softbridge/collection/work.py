@@ -66,6 +66,7 @@ class Worker:
     def __init__(self, base: Any, asked: Mapping[str, Any], options: Mapping[str, Any]) -> None:
         self._base = None if base is None else BaseModel.resolve(base).keeping()
         self._asked, self._options = asked, options
+        self._version = versions()["softbridge"]
 
     def __call__(self, task: Task) -> Result:
         """Convert it. Whatever goes wrong is in the record."""
@@ -85,7 +86,7 @@ class Worker:
             return Result(self._record(task, "defect", reason=reason))
 
     def _record(self, task: Task, verdict: Any, **told: Any) -> Record:
-        return Record(task.path, verdict, options=self._options, version=str(versions()["softbridge"]), **told)
+        return Record(task.path, verdict, options=self._options, version=self._version, **told)
 
     def _convert(self, task: Task) -> Record:
         report = conversion.convert(task.source, task.target, base=self._base, **self._asked)

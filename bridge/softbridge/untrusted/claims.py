@@ -147,9 +147,9 @@ def _object(value: Any, what: str, language: str) -> dict[str, Any]:
     level: list[Any] = [value]
     for _ in range(DEPTH):
         level = [child for node in level for child in _children(node, what)]
-    if level:
-        raise refusal(f"{what}: {language} nested too deeply", f"at most {DEPTH} levels")
-    return value
+        if not level:
+            return value
+    raise refusal(f"{what}: {language} nested too deeply", f"at most {DEPTH} levels")
 
 
 def _children(node: Any, what: str) -> Iterator[Any]:
