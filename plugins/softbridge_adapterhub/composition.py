@@ -7,6 +7,7 @@ one after the other. Input prompts do not compose: AdapterHub uses the first ada
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -19,6 +20,11 @@ from softbridge_adapterhub.adapter import starts
 #: Families whose mask hides what AdapterHub fills shorter prefixes up with, so that lengths, and which layers have a
 #: prefix, may differ among rows.
 UNEQUAL_LENGTHS = frozenset(("distilbert",))
+
+
+#: So many adapters a composition may name, and so often each of them.
+MOST = 64
+MOST_AGAIN = 8
 
 
 class Block(NamedTuple):
@@ -46,7 +52,7 @@ def describe(setup: object) -> str:
         case {"type": "single", "children": [str(name)]}:
             return f"{name:.200}"
         case {"type": str(kind), "children": [*children]}:
-            return f"{kind}[{', '.join(map(describe, children))}]"[:200]
+            return f"{kind}[{', '.join(map(describe, children[:8]))}]"[:200]
     return f"{setup!r:.40}"
 
 
@@ -80,6 +86,24 @@ def blocks(setup: object) -> tuple[Block, ...]:
     raise ValueError(f"AdapterHub has no prompts composed as {describe(setup)}")
 
 
+def _check_size(setup: object) -> None:
+    """Refuse a composition of more than `MOST` parts, of whatever kind and depth, before it is looked at further.
+
+    Raises:
+        ValueError: it has more, or names one adapter more than `MOST_AGAIN` times.
+    """
+    names: Counter[str] = Counter()
+    level, count = [setup], 0
+    while level:
+        count += len(level)
+        names.update(one for one in level if isinstance(one, str))
+        if count > 4 * MOST or names.total() > MOST or any(number > MOST_AGAIN for number in names.values()):
+            what = f"more than {MOST} adapters, or one of them more than {MOST_AGAIN} times"
+            raise ValueError(f"a composition of {what}: {describe(setup):.80}")
+        children = [one.get("children") for one in level if isinstance(one, dict)]
+        level = [child for some in children if isinstance(some, list) for child in some[: 4 * MOST + 1]]
+
+
 def _alone(setup: object) -> tuple[str, ...]:
     found = blocks(setup)
     if len(found) > 1 or found[0].rows is not None:
@@ -96,8 +120,9 @@ def prompted(setup: object, prompt_of: Callable[[str], SoftPrompt]) -> tuple[Pro
     Raises:
         ValueError: of what AdapterHub computes there is no prompt; with the reason.
     """
+    _check_size(setup)
     found = blocks(setup)
-    prompts = {name: prompt_of(name) for block in found for name in block.names}
+    prompts = {name: prompt_of(name) for name in dict.fromkeys(name for block in found for name in block.names)}
     first = found[0].names[0]
     if len(found) > 1 and found[0].rows is None and any(prompt.inputs for prompt in prompts.values()):
         raise ValueError(f"{describe(setup)}: AdapterHub's prompt tuning does not repeat the batch for {first}")

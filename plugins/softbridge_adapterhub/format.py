@@ -8,7 +8,6 @@ front: `load_adapter` takes that on every model class.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -24,9 +23,6 @@ from softbridge.prompt import BaseId, Origin, Positions, SoftPrompt
 from softbridge.untrusted import Files
 from softbridge_adapterhub import composition, facts, heads
 from softbridge_adapterhub.adapter import FLAT, Adapter, Configs, starts
-
-#: What stands in front of a copy of the pool.
-_COPY = re.compile(r"(?:\w+\.)*prefix_tuning\.(?:pool\.)?(?=prefix_tunings\.)")
 
 CAPABILITIES = Capabilities(
     inputs=frozenset(("encoder", "after", placement) for placement in facts.PLACEMENTS.values()),
@@ -126,7 +122,7 @@ class AdapterHubFormat:
             parts, training = adapter.read(tensors)
         except ValueError as error:
             raise CheckpointError(
-                str(error), "an activation that AdapterHub knows", "check adapter_config.json"
+                str(error), "a parameterisation that AdapterHub evaluates", "check adapter_config.json"
             ) from error
         return SoftPrompt(
             parts,
@@ -389,6 +385,13 @@ def _check_base(document: Mapping[str, Any], configs: Configs, geometry: Geometr
         )
 
 
+def _pooled(key: str) -> str:
+    """The name in the pool of a prefix's tensor, which is there under every attention module again."""
+    before, found, rest = key.partition("prefix_tunings.")
+    copied = found and before.removesuffix("pool.").endswith("prefix_tuning.")
+    return f"prefix_tuning.{found}{rest}" if copied else key
+
+
 def _checked(tensors: Mapping[str, Array], adapter: Adapter, partial: bool) -> dict[str, Array]:
     """Key -> array, without the base model's name in front, after a look at all copies.
 
@@ -402,7 +405,7 @@ def _checked(tensors: Mapping[str, Array], adapter: Adapter, partial: bool) -> d
     for given, array in sorted(tensors.items()):
         if partial and "prefix_tuning." not in given and "prompt_tuning." not in given:
             continue
-        key = _COPY.sub("prefix_tuning.", given)
+        key = _pooled(given)
         key = key if key in expected else key.partition(".")[2]
         if key not in expected:
             unexpected.append(given)

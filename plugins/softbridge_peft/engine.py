@@ -10,7 +10,7 @@ import inspect
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,8 @@ class PeftEngine:
     def load(self, model: Any, prompt: SoftPrompt, directory: Path) -> Any:
         """Run files with PEFT's own loader, `PeftModel.from_pretrained`: the prompt and a head come from there.
 
-        PEFT holds them in float32 and takes them into the model's dtype where it uses them. A file for a model
+        What training began with is left out of the configuration: PEFT would open a path that a stranger's file names.
+        It holds numbers in float32 and takes them into the model's dtype where it uses them. A file for a model
         without a head (FEATURE_EXTRACTION) runs under the head of the model that is given. A multitask prompt runs as
         its own task, unless a caller passes `task_ids`.
 
@@ -132,7 +133,11 @@ class PeftEngine:
             raise EngineError(f"no weights in {directory}", " or ".join(facts.WEIGHTS_FILES), "give PEFT's directory")
         import peft
 
-        task = peft.PeftConfig.from_pretrained(str(directory)).task_type
+        config = peft.PeftConfig.from_pretrained(str(directory))
+        for said in fields(config):
+            if said.name.startswith(facts.BEGINNINGS):
+                setattr(config, said.name, said.default)
+        task = config.task_type
         headless = task == facts.FEATURE_EXTRACTION and _called(model) is not model
         untold = task is None and prompt.adaptions  # which PEFT runs all the same
         if task != _task(model) and not headless and not untold:
@@ -144,7 +149,7 @@ class PeftEngine:
             )
         target = model.base_model if headless else model
         with _quiet():
-            adapted = peft.PeftModel.from_pretrained(target, str(directory))
+            adapted = peft.PeftModel.from_pretrained(target, str(directory), config=config)
         if adapted.peft_type == facts.MULTITASK:
             adapted.prompt_encoder[adapted.active_adapter].register_forward_pre_hook(_TellTask(prompt))
             if task == facts.SEQ_2_SEQ_LM and peft_defects.MULTITASK_DECODER.applies():

@@ -120,6 +120,10 @@ UNTOLD = (QUESTION_ANS, FEATURE_EXTRACTION)
 
 #: Fields of adapter_config.json that every type has, with PEFT's defaults (config.py). They survive a change of type.
 COMMON: Mapping[str, Any] = {"auto_mapping": None, "modules_to_save": None, "revision": None}
+#: What the names of settings start with that say what training began with. PEFT opens the path in
+#: ``prompt_tuning_init_state_dict_path`` each time that it loads a multitask prompt, and then overwrites what it found
+#: there (tuners/multitask_prompt_tuning/model.py).
+BEGINNINGS = ("prompt_tuning_init", "tokenizer_")
 _PROMPT_TUNING: Mapping[str, Any] = {
     "prompt_tuning_init": "RANDOM",
     "prompt_tuning_init_text": None,

@@ -303,6 +303,8 @@ def test_the_commands_write_a_page_and_heed_the_level(tmp_path: Path) -> None:
 
     (tmp_path / "certificate.json").write_text(done.output, "utf-8")
     again = CliRunner().invoke(app, ["verify", str(tmp_path / "certificate.json")])
+    assert again.exit_code == 1, "what counts as the same is the caller's word, not the certificate's"
+    again = CliRunner().invoke(app, ["verify", str(tmp_path / "certificate.json"), "--level", "rounding"])
     assert again.exit_code == 0, again.output
     # As an earlier release wrote it, which had no such level.
     older = {**found, "schema": "softbridge/certificate/1", "verdict": "different"}

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 
 import softbridge as sb
-from softbridge.arrays import BFLOAT16
+from softbridge.arrays import BFLOAT16, Array
 from softbridge.base import BaseModel
 from softbridge.errors import LoweringError, SoftbridgeError
 from softbridge.lowering.planner import lower
 from softbridge.lowering.precision import as_dtype
 from softbridge.lowering.steps import Target
 from softbridge.plugin.capabilities import Capabilities
-from softbridge.prompt import KeyValue, KeyValuePrefix
+from softbridge.prompt import KeyValue, KeyValuePrefix, Positions, SoftPrompt
 from softbridge.testing import random_prefix, tiny_config
 
 COUNTED = Capabilities(
@@ -116,6 +116,56 @@ def test_narrowing_is_done_on_request_and_says_its_error(tmp_path: Path) -> None
         sb.save(huge, tmp_path / "huge", format="peft", base=config, dtype="float16")
     with pytest.raises(SoftbridgeError, match="no dtype is called 'int8'"):
         sb.save(prompt, tmp_path / "int8", format="peft", base=config, dtype="int8")
+
+
+def scaled(prompt: SoftPrompt, factor: float, dtype: type = np.float64) -> SoftPrompt:
+    """A prefix with all but the first of its virtual tokens made smaller or larger."""
+
+    def change(array: Array) -> Array:
+        return np.concatenate([array[:, :1].astype(dtype), array[:, 1:].astype(dtype) * factor], 1)
+
+    part = prompt.prefixes[0]
+    layers = {n: KeyValue(change(pair.keys), change(pair.values)) for n, pair in part.layers.items()}
+    return replace(prompt, parts=(replace(part, layers=layers),))
+
+
+def test_numbers_that_become_nothing_are_a_condition_with_their_count(tmp_path: Path) -> None:
+    config = tiny_config("gpt2")
+    prompt = random_prefix(base("gpt2").geometry)
+    sb.save(scaled(prompt, 1e-9, np.float32), tmp_path / "wide", format="softbridge", base=config)
+    with pytest.raises(LoweringError, match=r"768 of 960 numbers, up to \d\.\de-09, become 0 in float16") as refused:
+        sb.convert(tmp_path / "wide", tmp_path / "narrow", "softbridge", base=config, dtype="float16", verify=True)
+    assert obstacles(refused) == {"underflow": True}
+    given = {"base": config, "dtype": "float16", "verify": True, "accept": ["underflow"]}
+    report = sb.convert(tmp_path / "wide", tmp_path / "narrow", "softbridge", **given)  # type: ignore[arg-type]
+    assert report.certificate is not None
+    assert report.certificate.conditions == ("underflow",)
+    assert [(step.name, step.exactness) for step in report.steps] == [
+        ("narrow", "rounding"),
+        ("underflow", "conditional"),
+    ]
+    assert sb.verify(tmp_path / "wide", tmp_path / "narrow", base=config).conditions == ("underflow",)
+    # A single one among thousands is what rounding is; its count stands in the step.
+    wide = random_prefix(base("gpt2").geometry, 64).prefixes[0]
+    keys = wide.layers[0].keys.copy()
+    keys[0, 0, 0] = 1e-9
+    few = replace(prompt, parts=(replace(wide, layers={**wide.layers, 0: replace(wide.layers[0], keys=keys)}),))
+    few = replace(few, positions=Positions({"decoder": 64}))
+    (step,) = lower(few, Target("x", COUNTED, base("gpt2"), "float16")).steps
+    assert step.exactness == "rounding"
+    assert step.note.endswith("; 1 of 12288 numbers, up to 1.0e-09, become 0 in float16")
+
+
+@pytest.mark.parametrize("target", ["peft", "adapterhub"])
+def test_numbers_that_no_float32_holds_are_named_as_such(target: str, tmp_path: Path) -> None:
+    """And not as a training that has diverged."""
+    config = tiny_config("llama")
+    sb.save(scaled(random_prefix(base("llama").geometry), 1e300), tmp_path / "a", format="softbridge", base=config)
+    for accept in ((), ("dtype",)):
+        with pytest.raises(LoweringError, match=r"numbers, up to \d\.\de\+300, are too large for float32") as refused:
+            sb.convert(tmp_path / "a", tmp_path / "b", target, base=config, accept=accept)
+        assert obstacles(refused) == {"dtype": False}
+        assert "diverged" not in str(refused.value)
 
 
 def test_widening_is_exact(tmp_path: Path) -> None:

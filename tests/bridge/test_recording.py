@@ -18,7 +18,8 @@ from softbridge.errors import CheckpointError, EngineError, SoftbridgeError
 from softbridge.plugin.registry import engines
 from softbridge.testing import random_prefix, tiny_config
 from softbridge.verification import Certificate, compare, probe, proof, verify
-from softbridge.verification.recording import Recording, pack, unpack
+from softbridge.verification.recorded import Recording
+from softbridge.verification.recording import pack, unpack
 
 pytestmark = pytest.mark.usefixtures("remembered_runs")
 

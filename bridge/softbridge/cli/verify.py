@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -29,7 +29,7 @@ from softbridge.plugin.registry import engines
 from softbridge.verification import proof
 from softbridge.verification.certificate import Certificate
 from softbridge.verification.claim import LEVELS, WORKING, Level
-from softbridge.verification.recheck import verify_again
+from softbridge.verification.recheck import Again, verify_again
 from softbridge.verification.recording import pack, unpack
 from softbridge.verification.small_models import BUDGET
 from softbridge.verification.texts import read_texts
@@ -68,6 +68,7 @@ AsPage = Annotated[
     "softbridge verify out/certificate.json",
 )
 def verify(
+    context: typer.Context,
     a: Annotated[
         Path,
         typer.Argument(help=f"The reference: {PROMPT} A certificate.json alone is run again."),
@@ -88,13 +89,18 @@ def verify(
             autocompletion=completing(lambda: (f"{name}=" for name in engines())),
         ),
     ] = None,
+    source: Annotated[str | None, typer.Option("--source", help="Of a certificate: its source, elsewhere.")] = None,
+    target: Annotated[str | None, typer.Option("--target", help="Of a certificate: its target, elsewhere.")] = None,
     level: AsLevel = "exact",
     html: AsPage = None,
     as_json: AsJson = False,
 ) -> None:
     """Do two checkpoints compute the same function? Exit status: 0 same, 1 different, 2 refused or not judged."""
+    given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
     if b is None:
-        _verify_again(a, base, html, as_json)
+        _check_asked(given - _OF_CERTIFICATES, "a certificate, which says with what it is run again", as_json)
+        _show_again(lambda: verify_again(a, base, source=source, target=target, level=level), html, as_json)
+    _check_asked(given & {"source", "target"}, "two checkpoints", as_json)
 
     def certify() -> Certificate:
         if b is None or base is None:
@@ -198,10 +204,20 @@ def _show_certificate(certify: Callable[[], Certificate], html: Path | None, as_
     raise typer.Exit(certificate.exit_status)
 
 
-def _verify_again(path: Path, base: str | None, html: Path | None, as_json: bool) -> NoReturn:
+#: The options that the re-run of a certificate has.
+_OF_CERTIFICATES = frozenset(("a", "base", "source", "target", "level", "html", "as_json"))
+
+
+def _check_asked(names: Collection[str], what: str, as_json: bool) -> None:
+    if names:
+        options = ", ".join(f"--{name}" for name in sorted(names))
+        refuse(SoftbridgeError(f"{options} with {what}", "options that mean something there", "leave it out"), as_json)
+
+
+def _show_again(run: Callable[[], Again], html: Path | None, as_json: bool) -> NoReturn:
     try:
         with quiet():
-            again = verify_again(path, base)
+            again = run()
         _write_page(again.certificate, html)
     except SoftbridgeError as error:
         refuse(error, as_json)

@@ -32,6 +32,7 @@ CONDITIONS = {
     "length": 1,
     "head": 1,
     "dtype": 1,
+    "underflow": 1,
     "task": 1,
     "partial": 1,
     "scale": 1,

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from softbridge.arrays import BFLOAT16, Array
 from softbridge.errors import Obstacle
-from softbridge.lowering.steps import Exactness, Option, Step, Target
+from softbridge.lowering.steps import ELSEWHERE, Exactness, Option, Step, Target
 from softbridge.prompt.part import Adaption, AdaptionPrompt, Gate, InputPrompt, KeyValue, Part
 from softbridge.prompt.soft_prompt import SoftPrompt
 
@@ -23,39 +23,51 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 
 
+#: So large a share of numbers may become 0 in a narrower dtype before that is a condition, and no mere rounding.
+FLUSHED = 1e-3
+
+
 def round_numbers(prompt: SoftPrompt, target: Target) -> list[Option]:
     """Store numbers in the dtype that was asked for, and in one that the target keeps.
 
-    Wider is exact. Narrower is what the caller asked for, or else a condition; either way its error is said.
+    Wider is exact. Narrower is what the caller asked for, or else a condition; either way its error is said. Numbers
+    that are too large for it are an obstacle. Where many become 0, that is a condition of its own.
     """
     kept = target.capabilities.dtypes
     arrays = _numbers(prompt)
     steps: list[Step] = []
+    found: list[Obstacle] = []
     if target.dtype is not None:
         wanted = DTYPES[target.dtype]
-        error = max(_relative_error(array, wanted) for array in arrays)
+        loss = _loss(arrays, wanted)
+        if loss.large:
+            return [Option(prompt, (), (Obstacle("dtype", loss.large, "ask for another dtype"),))]
         if any(array.dtype != wanted for array in arrays):
             prompt = as_dtype(prompt, wanted)
-            exactness: Exactness = "rounding" if error else "exact"
-            note = f"stored in {target.dtype} as asked; numbers change by {error:.1e} of themselves at worst"
-            steps.append(Step("narrow" if error else "dtype", exactness, note))
-        if not np.isfinite(error):
-            reason = f"some numbers are too large for {target.dtype}"
-            return [Option(prompt, tuple(steps), (Obstacle("dtype", reason, "ask for another dtype"),))]
+            exactness: Exactness = "rounding" if loss.error else "exact"
+            note = f"stored in {target.dtype} as asked; numbers change by {loss.error:.1e} of themselves at worst"
+            note = f"{note}; {loss.flushed}" if loss.flushed else note
+            steps.append(Step("narrow" if loss.error else "dtype", exactness, note))
+        if loss.share > FLUSHED:
+            found.append(Obstacle("underflow", loss.flushed, "ask for another dtype, or accept it", acceptable=True))
         arrays = _numbers(prompt)
     lost = [array for array in arrays if kept is not None and array.dtype.name not in kept]
     if not lost:
-        return [Option(prompt, tuple(steps))]
+        return [Option(prompt, tuple(steps), tuple(found))]
+    loss = _loss(lost, np.dtype(np.float32))
+    if loss.large:
+        return [Option(prompt, (), (Obstacle("dtype", f"{target.name} keeps float32: {loss.large}", ELSEWHERE),))]
     narrow = as_dtype(prompt, np.dtype(np.float32))
-    error = max(_relative_error(array, np.dtype(np.float32)) for array in lost)
-    if error == 0:
+    if loss.error == 0:
         steps.append(Step("dtype", "exact", "stored in float32, which holds every number"))
-        return [Option(narrow, tuple(steps))]
+        return [Option(narrow, tuple(steps), tuple(found))]
     reason = (
         f"{target.name} keeps float32, and the prompt's {lost[0].dtype.name} numbers would be rounded, "
-        f"by {error:.1e} of themselves at worst"
+        f"by {loss.error:.1e} of themselves at worst"
     )
-    return [Option(narrow, tuple(steps), (Obstacle("dtype", reason, "accept the rounding", True),))]
+    reason = f"{reason}; {loss.flushed}" if loss.flushed else reason
+    found.append(Obstacle("dtype", reason, "accept the rounding", acceptable=True))
+    return [Option(narrow, tuple(steps), tuple(found))]
 
 
 def _numbers(prompt: SoftPrompt) -> list[Array]:
@@ -82,10 +94,38 @@ def _pair_as_dtype(pair: KeyValue, dtype: np.dtype[Any]) -> KeyValue:
     return KeyValue(pair.keys.astype(dtype), pair.values.astype(dtype), gate)
 
 
-def _relative_error(array: Array, dtype: np.dtype[Any]) -> float:
-    """The largest relative change of a number that is stored in `dtype`; infinite if one no longer fits."""
-    exact = array.astype(np.float64)
-    with np.errstate(over="ignore"):
-        change = np.abs(array.astype(dtype).astype(np.float64) - exact)
-    size = np.abs(exact)
-    return float(np.max(np.divide(change, size, out=np.zeros_like(change), where=size > 0), initial=0.0))
+@dataclass(frozen=True)
+class _Loss:
+    """What storing numbers in a dtype does to them.
+
+    Attributes:
+        error: the largest relative change.
+        large: what does not fit, in words, or empty.
+        flushed: how many numbers become 0, in words, or empty.
+        share: how many of the numbers that are not 0 that is.
+    """
+
+    error: float
+    large: str
+    flushed: str
+    share: float
+
+
+def _loss(arrays: Sequence[Array], dtype: np.dtype[Any]) -> _Loss:
+    exact = np.concatenate([array.astype(np.float64).ravel() for array in arrays])
+    with np.errstate(over="ignore", under="ignore"):
+        stored = np.concatenate([array.astype(dtype).astype(np.float64).ravel() for array in arrays])
+        size = np.abs(exact)
+        change = np.divide(np.abs(stored - exact), size, out=np.zeros_like(exact), where=size > 0)
+    gone, over = (stored == 0) & (size > 0), ~np.isfinite(stored)
+
+    def of(which: Array, what: str) -> str:
+        most = size.max(initial=0.0, where=which)
+        return f"{which.sum()} of {size.size} numbers, up to {most:.1e}, {what} {dtype.name}" if which.any() else ""
+
+    return _Loss(
+        float(change.max(initial=0.0)),
+        of(over, "are too large for"),
+        of(gone, "become 0 in"),
+        float(gone.sum() / max(1, np.count_nonzero(size))),
+    )

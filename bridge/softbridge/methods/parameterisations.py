@@ -93,15 +93,43 @@ def _check_shapes(kind: str, prefix: str, specs: Mapping[str, Tensor], tensors: 
         raise ValueError(f"{kind}: tensors of {found}, expected one floating-point type for all")
 
 
+#: A parameterisation may make at most so many times as many numbers as it consists of: a stranger's few rows and
+#: columns could stand for gigabytes. Trained ones stay below 20.
+GROWTH = 64
+#: So many numbers it may make in any case.
+SMALL = 2**22
+
+
 def eject(training: Training, site: Site | None = None) -> Array:
-    """`evaluate` on the arrays of a training state: [P, H], or [P, W] of one site. Raises the same."""
+    """`evaluate` on the arrays of a training state: [P, H], or [P, W] of one site.
+
+    Raises:
+        ValueError: as `evaluate`; or it stands for more numbers than `GROWTH` allows.
+    """
     import torch
 
+    _check_growth(training)
     tensors = {name: to_torch(array) for name, array in training.tensors.items()}
     # With gradients on, though none is asked for: so the toolkits evaluate when they save, and without gradients torch
     # computes a float32 LSTM on the CPU by other kernels, which round otherwise.
     with torch.enable_grad():
         return from_torch(evaluate(training.kind, training.settings, tensors, site))
+
+
+def _check_growth(training: Training) -> None:
+    """Look at the shapes alone: nothing on the way is wider than the widest tensor, in each of P rows."""
+    specs = kind_of(training.kind).tensors(training.settings)
+    sizes: dict[bool, int] = {}
+    for name, array in training.tensors.items():
+        sides = dimensions(specs[local].shape) if (local := _local(name)) in specs else []
+        for size, (_, symbol) in zip(array.shape, sides, strict=False):
+            sizes[symbol == "P"] = max(size, sizes.get(symbol == "P", 0))
+    rows, widest = sizes.get(True, 0), sizes.get(False, 0)
+    own = sum(array.size for array in training.tensors.values())
+    if rows * widest > max(SMALL, GROWTH * own):
+        raise ValueError(
+            f"{training.kind}: {own} numbers stand for {rows} rows of up to {widest}, which is more than {GROWTH} times"
+        )
 
 
 def materialise(training: Training, site: Site, layers: Sequence[int], kv_heads: int, head_dim: int) -> KeyValuePrefix:

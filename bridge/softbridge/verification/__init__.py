@@ -6,7 +6,7 @@ from softbridge.verification.bench import Subject
 from softbridge.verification.certificate import Certificate, Fault, Figure, Layer, Side
 from softbridge.verification.claim import Claim, Level
 from softbridge.verification.proof import compare, probe, verify, verify_claim, verify_prompts
-from softbridge.verification.recording import Recording
+from softbridge.verification.recorded import Recording
 
 __all__ = [
     "Certificate",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from softbridge.errors import SoftbridgeError
 from softbridge.verification.bench import Capture, how_far
 from softbridge.verification.certificate import Fault, Figure, Layer
 from softbridge.verification.claim import Claim
@@ -42,9 +43,17 @@ class Findings:
 
 
 def judge(a: Capture, b: Capture, claim: Claim) -> Findings:
-    """How far two sides are apart under a claim; the first is the reference."""
+    """How far two sides are apart under a claim; the first is the reference.
+
+    Raises:
+        SoftbridgeError: the reference puts out nothing but zeros.
+    """
     bound = FLOAT32_BOUND if a.float32_regions or b.float32_regions or claim.rounded else BOUND
     scale = max(float(np.abs(logits).max()) for name, logits in a.exact.items() if name != GREEDY)
+    if scale == 0:
+        raise SoftbridgeError(
+            "a reference whose outputs are all 0", "outputs that something could change", "check the base model's head"
+        )
     alone = [name for name in a.exact if name.startswith("alone")]
     figures = []
     for group, names in {"alone": alone, **{name: [name] for name in a.exact if name not in alone}}.items():
@@ -105,7 +114,8 @@ def _training(a: Capture, b: Capture, claim: Claim) -> list[Figure]:
     figures = [Figure("loss", loss, None)]
     together = a.start == b.start or not a.rotated
     ours, theirs = (side.gradient if together else side.rotated for side in (a, b))
-    if ours.keys() != theirs.keys():  # what was moved to another place is not trained there alike
+    shapes = ({name: array.shape for name, array in side.items()} for side in (ours, theirs))
+    if next(shapes) != next(shapes):  # what was moved to another place, or has another length, is not trained alike
         return figures
     note = ""
     if claim.moved:

@@ -27,7 +27,8 @@ from softbridge.verification.bench import Bench, Capture, Subject, capture, comm
 from softbridge.verification.certificate import Certificate, Fault, Figure, Side
 from softbridge.verification.claim import Claim, Level
 from softbridge.verification.judge import judge
-from softbridge.verification.recording import Recording, check_same_setting, fingerprint, record_elsewhere
+from softbridge.verification.recorded import Recording
+from softbridge.verification.recording import check_same_setting, fingerprint, record_elsewhere
 from softbridge.verification.run import threads
 from softbridge.verification.setting import fitted_to, is_gated, plan_of, versions_here, weights_note
 from softbridge.verification.sides import Pair, alone, claim_of, read_sides, subjects

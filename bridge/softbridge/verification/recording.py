@@ -10,7 +10,7 @@ import hashlib
 import json
 import subprocess
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,48 +18,16 @@ import numpy as np
 
 from softbridge import untrusted
 from softbridge.arrays import Array
-from softbridge.errors import CheckpointError, EngineError, SoftbridgeError
-from softbridge.geometry import Geometry, StackGeometry
-from softbridge.verification.bench import Bench, Capture
-from softbridge.verification.certificate import Side
-from softbridge.verification.claim import Claim
+from softbridge.errors import CheckpointError, EngineError, OutputError, SoftbridgeError
+from softbridge.verification.bench import Bench
+from softbridge.verification.probes import GREEDY
+from softbridge.verification.recorded import ARRAYS, Recording, recording_of
 
 KEY = "softbridge-recording"
-VERSION = 3
-#: Earlier ones, which have ``conditions`` and ``rounded`` instead of a claim, can still be judged.
-OLDER = (2,)
-#: Group of arrays in the file -> attribute of `Capture`.
-_ARRAYS = {name: name for name in ("exact", "rough", "states", "gradient")} | {"turned": "rotated"}
-
-
+#: Earlier ones have no digest, and anybody's edit of them would pass.
+VERSION = 4
 #: What another interpreter runs. The current folder, which may be a stranger's checkpoint, is nothing to import from.
 _PROGRAM = "import sys; sys.path[:] = filter(None, sys.path); from softbridge.cli import main; main()"
-
-
-@dataclass(frozen=True)
-class Recording:
-    """What one side put out, and on what.
-
-    Attributes:
-        side: what was run.
-        setting: everything that both sides must share, as JSON: seed, precision, window, texts, weights; the digests
-            of the probes and of the model's weights, piece by piece.
-        captures: what came out, piece by piece.
-        base: name of the base model, or None.
-        geometry: its attention.
-        weights: with which weights it was run, in words.
-        claim: in which sense it is to be the same as another, which is the target.
-        versions: of everything that can change a result.
-    """
-
-    side: Side
-    setting: Mapping[str, Any]
-    captures: tuple[Capture, ...]
-    base: str | None
-    geometry: Geometry
-    weights: str
-    claim: Claim
-    versions: Mapping[str, str]
 
 
 def fingerprint(bench: Bench) -> dict[str, str]:
@@ -80,7 +48,7 @@ def pack(recording: Recording) -> bytes:
     tensors: dict[str, Array] = {}
     plain = []
     for number, capture in enumerate(recording.captures):
-        for group, attribute in _ARRAYS.items():
+        for group, attribute in ARRAYS.items():
             arrays = getattr(capture, attribute)
             tensors |= {f"{number}.{group}.{name}": array for name, array in arrays.items()}
         numbers = {
@@ -93,19 +61,34 @@ def pack(recording: Recording) -> bytes:
             "stepwise": capture.stepwise,
             "unit": capture.unit,
         }
-        order = {group: list(getattr(capture, attribute)) for group, attribute in _ARRAYS.items()}
+        order = {group: list(getattr(capture, attribute)) for group, attribute in ARRAYS.items()}
         plain.append({"islands": list(capture.float32_regions), "longest": capture.longest, "order": order, **numbers})
     described = {name: value for name, value in asdict(recording).items() if name != "captures"}
     content = {"version": VERSION, "captures": plain, **described}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), default=dict)
-    return untrusted.safetensors_bytes(tensors, {KEY: text})
+    return untrusted.safetensors_bytes(tensors, {KEY: _text({**content, "digest": _digest(content, tensors)})})
+
+
+def _text(content: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(content, sort_keys=True, separators=(",", ":"), default=dict, allow_nan=False)
+    except ValueError as error:
+        raise OutputError(
+            "a loss or an effect that is NaN or infinite, which no recording holds",
+            "outputs that are numbers",
+            "record with another seed or --dtype, or check the base model",
+        ) from error
+
+
+def _digest(content: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:
+    """sha256 of the file without it: of what was run, what is claimed of it, and every number."""
+    return hashlib.sha256(untrusted.safetensors_bytes(tensors, {KEY: _text(content)})).hexdigest()
 
 
 def unpack(path: str | Path) -> Recording:
     """The recording in a file.
 
     Raises:
-        CheckpointError: the file is not a recording, or is damaged.
+        CheckpointError: the file is not a recording, is damaged, or was changed since it was written.
     """
     files = untrusted.Files(path)
     name = files.names[0] if files.is_file else ""
@@ -114,66 +97,17 @@ def unpack(path: str | Path) -> Recording:
     if metadata.keys() != {KEY}:
         raise CheckpointError(f"{path} is no recording", "a file that 'softbridge probe' wrote", remedy)
     content = untrusted.parse_json(metadata[KEY].encode(), str(path))
-    if content.get("version") not in (VERSION, *OLDER):
-        raise CheckpointError(f"{path}: a recording of version {content.get('version')!r:.20}", f"{VERSION}", remedy)
+    version = content.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise CheckpointError(f"{path}: a recording of version {version!r:.20}", f"{VERSION}", remedy)
     tensors = files.tensors(name)
+    digest = content.pop("digest", None)
+    if digest != _digest(content, tensors):
+        raise CheckpointError(f"{path} has been changed since it was recorded", "what its digest is of", remedy)
     try:
-        engine = content["side"]["engine"]
-        captures = []
-        for number, plain in enumerate(content["captures"]):
-            groups = {
-                attribute: {name: tensors.pop(f"{number}.{group}.{name}") for name in plain["order"][group]}
-                for group, attribute in _ARRAYS.items()
-            }
-            captures.append(
-                Capture(
-                    engine=engine,
-                    float32_regions=tuple(plain["islands"]),
-                    longest=plain["longest"],
-                    loss=float(plain["loss"]),
-                    start=plain["start"],
-                    repeats=plain["repeats"],
-                    left_pads=plain["left_pads"],
-                    faults=plain["faults"],
-                    untried=plain["untried"],
-                    stepwise=plain.get("stepwise", ""),  # earlier recordings do not have it
-                    unit=float(plain["unit"]),
-                    naive=None,
-                    **groups,
-                )
-            )
-        return Recording(
-            side=Side(**content["side"]),
-            setting=content["setting"],
-            captures=tuple(captures),
-            base=content["base"],
-            geometry=_geometry(content["geometry"]),
-            weights=content["weights"],
-            claim=Claim.from_json(content["claim"])
-            if "claim" in content
-            else Claim(tuple(content["conditions"]), tuple(content["rounded"])),
-            versions=content["versions"],
-        )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is a damaged recording: {error!r:.200}", "an undamaged recording", remedy
-        ) from error
-
-
-def _geometry(value: Mapping[str, Any]) -> Geometry:
-    def stack(one: Mapping[str, Any] | None) -> StackGeometry | None:
-        if one is None:
-            return None
-        shapes, sources = one["shapes"], one.get("sources")
-        return StackGeometry(
-            **{
-                **one,
-                "shapes": None if shapes is None else tuple((k, d) for k, d in shapes),
-                "sources": None if sources is None else tuple(sources),
-            }
-        )
-
-    return Geometry(**{**value, "encoder": stack(value["encoder"]), "decoder": stack(value["decoder"])})
+        return recording_of(content, tensors)
+    except ValueError as error:
+        raise CheckpointError(f"{path} is a damaged recording: {error!s:.200}", "an undamaged one", remedy) from error
 
 
 def check_same_setting(a: Recording, b: Recording) -> None:
@@ -190,13 +124,20 @@ def check_same_setting(a: Recording, b: Recording) -> None:
             "record both with 'softbridge probe A --against B', or both without",
         )
     other = sorted(n for n in a.setting.keys() | b.setting.keys() if a.setting.get(n) != b.setting.get(n))
-    same_probes = a.captures and [list(c.exact) for c in a.captures] == [list(c.exact) for c in b.captures]
-    if other or not same_probes:
+    if other or _shapes(a) != _shapes(b):
         raise SoftbridgeError(
             f"recordings of different {', '.join(other) or 'probes'}",
             "two recordings with one seed, precision, window, texts and model",
             "record both with the same options of 'softbridge probe'",
         )
+
+
+def _shapes(recording: Recording) -> list[list[tuple[str, tuple[int, ...]]]]:
+    """What came out of each piece: of tokens, how many are generated depends on them."""
+    return [
+        [(name, array.shape if name != GREEDY else array.shape[:1]) for name, array in capture.exact.items()]
+        for capture in recording.captures
+    ]
 
 
 def record_elsewhere(python: str, arguments: Sequence[str], output: Path) -> Recording:
