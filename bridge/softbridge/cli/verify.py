@@ -14,6 +14,7 @@ from softbridge.cli.console import (
     AsJson,
     Base,
     NeededBase,
+    Overwrite,
     command,
     completing,
     one_of,
@@ -69,10 +70,9 @@ AsPage = Annotated[
 )
 def verify(
     a: Annotated[
-        Path,
-        typer.Argument(help=f"The reference: {PROMPT} A certificate.json alone is run again."),
+        str, typer.Argument(help=f"The reference: {PROMPT} A certificate.json alone is run again.", metavar="PROMPT")
     ],
-    b: Annotated[Path | None, typer.Argument(help=f"What is compared with it: {PROMPT}")] = None,
+    b: Annotated[str | None, typer.Argument(help=f"What is compared with it: {PROMPT}", metavar="PROMPT")] = None,
     base: Base = None,
     weights: Weights = False,
     dtype: Working = "float32",
@@ -90,11 +90,12 @@ def verify(
     ] = None,
     level: AsLevel = "exact",
     html: AsPage = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Do two checkpoints compute the same function? Exit status: 0 same, 1 different, 2 refused or not judged."""
     if b is None:
-        _verify_again(a, base, html, as_json)
+        _verify_again(a, base, html, overwrite, as_json)
 
     def certify() -> Certificate:
         if b is None or base is None:
@@ -113,7 +114,7 @@ def verify(
             memory=BUDGET if memory is None else memory,
         )
 
-    _show_certificate(certify, html, as_json)
+    _show_certificate(certify, html, overwrite, as_json)
 
 
 @command(
@@ -121,7 +122,7 @@ def verify(
     "softbridge probe a/ --against b/ --base path/to/base --output a.safetensors",
 )
 def probe(
-    path: Annotated[Path, typer.Argument(help=f"What to run: {PROMPT}")],
+    path: Annotated[str, typer.Argument(help=f"What to run: {PROMPT}", metavar="PROMPT")],
     base: NeededBase,
     output: Annotated[Path, typer.Option("--output", help="The file to write, .safetensors.")],
     weights: Weights = False,
@@ -130,14 +131,17 @@ def probe(
     texts: Texts = None,
     memory: Memory = None,
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--against", help=f"The other side. Its files, too, say what is claimed of the two. It is {PROMPT}"
+            "--against",
+            help=f"The other side. Its files, too, say what is claimed of the two. It is {PROMPT}",
+            metavar="PROMPT",
         ),
     ] = None,
     window: Annotated[
         int | None, typer.Option("--window", help="What a sliding window is shortened to, for both sides alike.", min=1)
     ] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Record what one checkpoint computes, to compare it with another that runs in another environment."""
@@ -154,12 +158,12 @@ def probe(
                 window=window,
                 **({} if memory is None else {"memory": memory}),
             )
-            untrusted.write_file(output, pack(recording))
+            untrusted.write_file(output, pack(recording), overwrite=overwrite)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:
         side, ran = recording.side, {"base": recording.base, "weights": recording.weights}
-        print_json({**vars(side), "files": dict(side.files), "path": str(path), "output": str(output), **ran})
+        print_json({**vars(side), "files": dict(side.files), "path": path, "output": str(output), **ran})
     else:
         reporter().print(shown(f"{path}, run by {recording.side.engine}: {output}"))
 
@@ -169,26 +173,29 @@ def probe(
     "softbridge compare a.safetensors b.safetensors --html page.html",
 )
 def compare(
-    a: Annotated[Path, typer.Argument(help="The reference, as 'softbridge probe' wrote it.")],
-    b: Annotated[Path, typer.Argument(help="What is compared with it.")],
+    a: Annotated[Path, typer.Argument(help="The reference, as 'softbridge probe' wrote it.", metavar="RECORDING")],
+    b: Annotated[Path, typer.Argument(help="What is compared with it.", metavar="RECORDING")],
     level: AsLevel = "exact",
     html: AsPage = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge two recordings. Exit status as of 'verify'."""
-    _show_certificate(lambda: proof.compare(unpack(a), unpack(b), level=level), html, as_json)
+    _show_certificate(lambda: proof.compare(unpack(a), unpack(b), level=level), html, overwrite, as_json)
 
 
-def _write_page(certificate: Certificate, path: Path | None) -> None:
+def _write_page(certificate: Certificate, path: Path | None, overwrite: bool) -> None:
     if path is not None:
-        untrusted.write_file(path, page(certificate).encode())
+        untrusted.write_file(path, page(certificate).encode(), overwrite=overwrite)
 
 
-def _show_certificate(certify: Callable[[], Certificate], html: Path | None, as_json: bool) -> NoReturn:
+def _show_certificate(
+    certify: Callable[[], Certificate], html: Path | None, overwrite: bool, as_json: bool
+) -> NoReturn:
     try:
         with quiet():
             certificate = certify()
-        _write_page(certificate, html)
+        _write_page(certificate, html, overwrite)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:
@@ -198,11 +205,11 @@ def _show_certificate(certify: Callable[[], Certificate], html: Path | None, as_
     raise typer.Exit(certificate.exit_status)
 
 
-def _verify_again(path: Path, base: str | None, html: Path | None, as_json: bool) -> NoReturn:
+def _verify_again(path: str, base: str | None, html: Path | None, overwrite: bool, as_json: bool) -> NoReturn:
     try:
         with quiet():
             again = verify_again(path, base)
-        _write_page(again.certificate, html)
+        _write_page(again.certificate, html, overwrite)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:

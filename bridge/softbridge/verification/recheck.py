@@ -48,7 +48,11 @@ def verify_again(path: str | Path, base: Any = None) -> Again:
     recorded = files.json(files.names[0]) if files.is_file else {}
     remedy = "make it anew with 'softbridge verify --json' or 'softbridge convert --verify'"
     if recorded.get("schema") not in (SCHEMA, *OLDER):
-        raise CheckpointError(f"{path} is no certificate of the schema {SCHEMA}", "a certificate.json", remedy)
+        raise CheckpointError(
+            f"{path}, alone, is no certificate of the schema {SCHEMA}",
+            "a certificate.json, or two prompts to compare",
+            f"give the second prompt, too; of a certificate, {remedy}",
+        )
     sides = [recorded.get(name) for name in ("source", "target")]
     level = recorded.get("level", "exact")
     settings = [recorded.get(name) for name in ("dtype", "seed", "weights", "verdict")]
