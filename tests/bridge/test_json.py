@@ -23,6 +23,7 @@ from softbridge.cli.schema import SCHEMAS, Certificate, Refused, markdown
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.verification import certificate
 
+pytestmark = pytest.mark.usefixtures("remembered_runs")
 GROUP: Any = typer.main.get_command(app)
 README = Path(__file__).parents[2] / "bridge" / "README.md"
 CERTIFICATE = {

@@ -18,6 +18,7 @@ from typing import Any
 
 import pytest
 import shellingham
+import torch
 import typer.main
 from typer.testing import CliRunner, Result
 
@@ -28,8 +29,9 @@ from softbridge.lowering.examples import METHODS
 from softbridge.lowering.planner import CONDITIONS
 from softbridge.plugin.registry import engines, formats
 from softbridge.progress import stage, watching
-from softbridge.testing import random_prefix, tiny_config
+from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
 
+pytestmark = pytest.mark.usefixtures("remembered_runs")
 GROUP: Any = typer.main.get_command(app)
 
 
@@ -163,7 +165,7 @@ def test_stages_within_stages_are_told_in_their_order() -> None:
 COLOUR = re.compile(r"\x1b\[([0-9]+;)*(3[0-8]|4[0-8]|9[0-7])[;m]")
 
 
-@pytest.mark.parametrize("words", [["inspect", "no/such/place/here"], ["verify", "--help"], ["verify"]])
+@pytest.mark.parametrize("words", [["inspect", "no/such/place/here"], ["verify", "--help"]], ids=" ".join)
 def test_no_color_is_honoured(words: list[str]) -> None:
     """A subprocess: typer looks at the environment when it is imported."""
     code = "from softbridge.cli import main; main()"
@@ -301,3 +303,37 @@ def test_a_program_that_is_interrupted_ends_with_130_and_no_traceback(
     assert "KeyboardInterrupt" not in text
     assert out == ""
     assert left(place) == before
+
+
+# --- replacing -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "written"),
+    [
+        (["convert", "prefix", "out", "--to", "softbridge"], "out/prompt.safetensors"),
+        (["bake", "vectors", "out", "--base", "base"], "out/model.safetensors"),
+        (["probe", "prefix", "--base", "base", "--output", "out"], "out"),
+        (["verify", "prefix", "prefix", "--base", "base", "--html", "out"], "out"),
+        (["compare", "recording", "recording", "--html", "out"], "out"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_nothing_is_replaced_unless_that_is_asked_for(words: list[str], written: str, place: Path) -> None:
+    model = tiny_model("llama", torch.float32)
+    model.save_pretrained("base")
+    sb.save(random_input_prompt(BaseModel(model.config).geometry), "vectors", format="peft", base=model)
+    if words[0] == "compare":
+        assert call("probe", "prefix", "--base", "base", "--output", "recording").exit_code == 0
+    theirs = Path(written)
+    theirs.parent.mkdir(exist_ok=True)
+    theirs.write_text("somebody else's")
+    if words[0] == "convert":
+        assert "would delete prompt.safetensors" in call(*words, "--overwrite").stderr, "that is no prompt of ours"
+        (theirs.parent / "softbridge.json").write_text("{}")
+    refused = call(*words)
+    assert refused.exit_code == 2
+    assert "--overwrite" in refused.stderr
+    assert theirs.read_text() == "somebody else's"
+    assert call(*words, "--overwrite").exit_code == 0
+    assert b"somebody else's" not in theirs.read_bytes()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from softbridge.cli.console import PROMPT, AsJson, NeededBase, command, print_json, quiet, refuse, reporter
+from softbridge.cli.console import PROMPT, AsJson, NeededBase, Overwrite, command, print_json, quiet, refuse, reporter
 from softbridge.cli.tables import shown
 from softbridge.errors import SoftbridgeError
 
@@ -32,7 +32,7 @@ def bake(
     verify: Annotated[
         bool, typer.Option("--verify", help="Run the checkpoint and the prompts, and write nothing if they differ.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Write a base model whose vocabulary has the prompts: a checkpoint that any server loads."""

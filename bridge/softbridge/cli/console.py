@@ -128,10 +128,12 @@ def one_of(names: Iterable[str], flag: str, help: str) -> Any:
             raise typer.BadParameter(f"{text!r} is not one of {', '.join(map(repr, known))}.")
         return text
 
-    shape = f"[{'|'.join(known)}]"
-    return typer.Option(flag, help=help, parser=parse, metavar=shape, autocompletion=completing(lambda: known))
+    offered = completing(lambda: known)
+    told = f"{help} One of: {', '.join(known)}."
+    return typer.Option(flag, help=told, parser=parse, metavar="NAME", autocompletion=offered)
 
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there already.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for a program instead of a table.")]
 
 

@@ -15,6 +15,7 @@ from softbridge.cli.console import (
     PROMPT,
     AsJson,
     Base,
+    Overwrite,
     command,
     completing,
     format_option,
@@ -36,10 +37,13 @@ from softbridge.lowering.precision import DTYPES
     "softbridge convert owner/name@v1 out/ --to softbridge --dry-run",
 )
 def convert(
-    source: Annotated[Path, typer.Argument(help=f"The checkpoint to read: {PROMPT}")],
+    source: Annotated[str, typer.Argument(help=f"The checkpoint to read: {PROMPT}", metavar="PROMPT")],
     target: Annotated[
         Path,
-        typer.Argument(help="Output directory; or a file name, if the format writes a single file with that suffix."),
+        typer.Argument(
+            help="Output directory; or a file name, if the format writes a single file with that suffix.",
+            metavar="TARGET",
+        ),
     ],
     to: Annotated[str, format_option("--to", "The format to write.")],
     base: Base = None,
@@ -48,13 +52,13 @@ def convert(
     ] = None,
     accept: Annotated[
         list[str] | None,
-        one_of(CONDITIONS, "--accept", "Accept a condition that a refusal named; may be repeated."),
+        one_of(CONDITIONS, "--accept", "Accept a condition that a refusal named. May be repeated."),
     ] = None,
     encoding: Annotated[
         str | None, typer.Option("--encoding", help="How to store tensors; see 'softbridge formats'.", metavar="NAME")
     ] = None,
     dtype: Annotated[
-        str | None, one_of(DTYPES, "--dtype", "Store the numbers in this; the report says what it rounds.")
+        str | None, one_of(DTYPES, "--dtype", "Store the numbers in this. The report says what it rounds.")
     ] = None,
     task: Annotated[
         int | None, typer.Option("--task", help="Which task of a multitask prompt to convert.", min=0)
@@ -70,7 +74,7 @@ def convert(
     ] = None,
     drop: Annotated[
         list[str] | None,
-        one_of(DROPPED, "--drop", "Ignore this part of the source, even if it is valid; may be repeated."),
+        one_of(DROPPED, "--drop", "Ignore this part of the source, even if it is valid. May be repeated."),
     ] = None,
     trained_on: Annotated[
         str | None,
@@ -83,7 +87,7 @@ def convert(
     verify: Annotated[
         bool, typer.Option("--verify", help="Run both, and write nothing if they differ. Needs --base.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing target.")] = False,
+    overwrite: Overwrite = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Do all but write: the plan, the files, their sizes.")
     ] = False,

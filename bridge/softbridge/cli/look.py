@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, get_args
 
 import typer
@@ -23,7 +22,7 @@ from softbridge.verification.texts import tokenizer_of
     "softbridge words prompt.npy --base owner/name --top 5 --json",
 )
 def words(
-    path: Annotated[Path, typer.Argument(help=f"An input prompt: {PROMPT}")],
+    path: Annotated[str, typer.Argument(help=f"An input prompt: {PROMPT}", metavar="PROMPT")],
     base: NeededBase,
     top: Annotated[int, typer.Option("--top", help="How many words for each virtual token.", min=1)] = 3,
     stack: Annotated[str | None, one_of(get_args(Stack), "--stack", "Which of two input prompts to look at.")] = None,

@@ -46,7 +46,7 @@ from softbridge.plugin.registry import engines as known_engines
     "softbridge inspect owner/name/folder@v1 --base path/to/base --json",
 )
 def inspect(
-    path: Annotated[Path, typer.Argument(help=f"What to look at: {PROMPT}")],
+    path: Annotated[str, typer.Argument(help=f"What to look at: {PROMPT}", metavar="PROMPT")],
     base: Base = None,
     source_format: Annotated[
         str | None, format_option("--from", "The format to read. It is recognised by content if left out.")
@@ -115,7 +115,8 @@ def matrix(as_json: AsJson = False) -> None:
 @command("softbridge doctor", "softbridge doctor peft_prefix/ --base path/to/base")
 def doctor(
     path: Annotated[
-        Path | None, typer.Argument(help=f"A prompt: only defects that concern it are listed. It is {PROMPT}")
+        str | None,
+        typer.Argument(help=f"A prompt: only defects that concern it are listed. It is {PROMPT}", metavar="PROMPT"),
     ] = None,
     base: Base = None,
     as_json: AsJson = False,

@@ -14,6 +14,7 @@ from softbridge.cli.console import (
     AsJson,
     Base,
     NeededBase,
+    Overwrite,
     command,
     completing,
     one_of,
@@ -70,10 +71,9 @@ AsPage = Annotated[
 def verify(
     context: typer.Context,
     a: Annotated[
-        Path,
-        typer.Argument(help=f"The reference: {PROMPT} A certificate.json alone is run again."),
+        str, typer.Argument(help=f"The reference: {PROMPT} A certificate.json alone is run again.", metavar="PROMPT")
     ],
-    b: Annotated[Path | None, typer.Argument(help=f"What is compared with it: {PROMPT}")] = None,
+    b: Annotated[str | None, typer.Argument(help=f"What is compared with it: {PROMPT}", metavar="PROMPT")] = None,
     base: Base = None,
     weights: Weights = False,
     dtype: Working = "float32",
@@ -93,13 +93,14 @@ def verify(
     target: Annotated[str | None, typer.Option("--target", help="Of a certificate: its target, elsewhere.")] = None,
     level: AsLevel = "exact",
     html: AsPage = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Do two checkpoints compute the same function? Exit status: 0 same, 1 different, 2 refused or not judged."""
     given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
     if b is None:
         _check_asked(given - _OF_CERTIFICATES, "a certificate, which says with what it is run again", as_json)
-        _show_again(lambda: verify_again(a, base, source=source, target=target, level=level), html, as_json)
+        _show_again(lambda: verify_again(a, base, source=source, target=target, level=level), html, overwrite, as_json)
     _check_asked(given & {"source", "target"}, "two checkpoints", as_json)
 
     def certify() -> Certificate:
@@ -119,7 +120,7 @@ def verify(
             memory=BUDGET if memory is None else memory,
         )
 
-    _show_certificate(certify, html, as_json)
+    _show_certificate(certify, html, overwrite, as_json)
 
 
 @command(
@@ -127,7 +128,7 @@ def verify(
     "softbridge probe a/ --against b/ --base path/to/base --output a.safetensors",
 )
 def probe(
-    path: Annotated[Path, typer.Argument(help=f"What to run: {PROMPT}")],
+    path: Annotated[str, typer.Argument(help=f"What to run: {PROMPT}", metavar="PROMPT")],
     base: NeededBase,
     output: Annotated[Path, typer.Option("--output", help="The file to write, .safetensors.")],
     weights: Weights = False,
@@ -136,14 +137,17 @@ def probe(
     texts: Texts = None,
     memory: Memory = None,
     against: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
-            "--against", help=f"The other side. Its files, too, say what is claimed of the two. It is {PROMPT}"
+            "--against",
+            help=f"The other side. Its files, too, say what is claimed of the two. It is {PROMPT}",
+            metavar="PROMPT",
         ),
     ] = None,
     window: Annotated[
         int | None, typer.Option("--window", help="What a sliding window is shortened to, for both sides alike.", min=1)
     ] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Record what one checkpoint computes, to compare it with another that runs in another environment."""
@@ -160,12 +164,12 @@ def probe(
                 window=window,
                 **({} if memory is None else {"memory": memory}),
             )
-            untrusted.write_file(output, pack(recording))
+            untrusted.write_file(output, pack(recording), overwrite=overwrite)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:
         side, ran = recording.side, {"base": recording.base, "weights": recording.weights}
-        print_json({**vars(side), "files": dict(side.files), "path": str(path), "output": str(output), **ran})
+        print_json({**vars(side), "files": dict(side.files), "path": path, "output": str(output), **ran})
     else:
         reporter().print(shown(f"{path}, run by {recording.side.engine}: {output}"))
 
@@ -175,26 +179,29 @@ def probe(
     "softbridge compare a.safetensors b.safetensors --html page.html",
 )
 def compare(
-    a: Annotated[Path, typer.Argument(help="The reference, as 'softbridge probe' wrote it.")],
-    b: Annotated[Path, typer.Argument(help="What is compared with it.")],
+    a: Annotated[Path, typer.Argument(help="The reference, as 'softbridge probe' wrote it.", metavar="RECORDING")],
+    b: Annotated[Path, typer.Argument(help="What is compared with it.", metavar="RECORDING")],
     level: AsLevel = "exact",
     html: AsPage = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Judge two recordings. Exit status as of 'verify'."""
-    _show_certificate(lambda: proof.compare(unpack(a), unpack(b), level=level), html, as_json)
+    _show_certificate(lambda: proof.compare(unpack(a), unpack(b), level=level), html, overwrite, as_json)
 
 
-def _write_page(certificate: Certificate, path: Path | None) -> None:
+def _write_page(certificate: Certificate, path: Path | None, overwrite: bool) -> None:
     if path is not None:
-        untrusted.write_file(path, page(certificate).encode())
+        untrusted.write_file(path, page(certificate).encode(), overwrite=overwrite)
 
 
-def _show_certificate(certify: Callable[[], Certificate], html: Path | None, as_json: bool) -> NoReturn:
+def _show_certificate(
+    certify: Callable[[], Certificate], html: Path | None, overwrite: bool, as_json: bool
+) -> NoReturn:
     try:
         with quiet():
             certificate = certify()
-        _write_page(certificate, html)
+        _write_page(certificate, html, overwrite)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:
@@ -205,7 +212,9 @@ def _show_certificate(certify: Callable[[], Certificate], html: Path | None, as_
 
 
 #: The options that the re-run of a certificate has.
-_OF_CERTIFICATES = frozenset(("a", "base", "source", "target", "level", "html", "as_json"))
+_OF_CERTIFICATES = frozenset(
+    ("a", "base", "source", "target", "level", "html", "overwrite", "as_json", "quiet", "verbose")
+)
 
 
 def _check_asked(names: Collection[str], what: str, as_json: bool) -> None:
@@ -214,11 +223,11 @@ def _check_asked(names: Collection[str], what: str, as_json: bool) -> None:
         refuse(SoftbridgeError(f"{options} with {what}", "options that mean something there", "leave it out"), as_json)
 
 
-def _show_again(run: Callable[[], Again], html: Path | None, as_json: bool) -> NoReturn:
+def _show_again(run: Callable[[], Again], html: Path | None, overwrite: bool, as_json: bool) -> NoReturn:
     try:
         with quiet():
             again = run()
-        _write_page(again.certificate, html)
+        _write_page(again.certificate, html, overwrite)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:

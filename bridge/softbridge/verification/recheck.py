@@ -100,7 +100,11 @@ def _read(path: str | Path) -> tuple[Mapping[str, Any], Claim | None]:
     files = Files(path)
     recorded = files.json(files.names[0]) if files.is_file else {}
     if recorded.get("schema") not in (SCHEMA, *OLDER):
-        raise CheckpointError(f"{path} is no certificate of the schema {SCHEMA}", "a certificate.json", _REMEDY)
+        raise CheckpointError(
+            f"{path}, alone, is no certificate of the schema {SCHEMA}",
+            "a certificate.json, or two prompts to compare",
+            f"give the second prompt, too; of a certificate, {_REMEDY}",
+        )
     seed, base = recorded.get("seed"), recorded.get("base")
     known = {"dtype": (*WORKING, "float64"), "verdict": get_args(Verdict), "level": LEVELS}
     wrong = [
