@@ -7,10 +7,12 @@ from typing import Annotated, Any
 
 import typer
 
+from softbridge import untrusted
 from softbridge.checkpoint.inspect import inspect as run_inspect
 from softbridge.cli.console import AsJson, Base, Output, app, print_json, printer, quiet, refuse
 from softbridge.cli.demo import run as run_demo
 from softbridge.cli.doctor import diagnosis_table
+from softbridge.cli.portrait_page import drawn
 from softbridge.cli.tables import engines_table, explanation_table, formats_table, plugins_table, prompt_table
 from softbridge.doctor import diagnose
 from softbridge.errors import SoftbridgeError
@@ -27,11 +29,22 @@ def inspect(
         str | None,
         typer.Option("--from", help="The format to read; recognised by content if left out.", metavar="FORMAT"),
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            help="Write a page with pictures, too. Where --base has weights, beside the model's own keys and words.",
+            metavar="FILE",
+        ),
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
     """What is this file, for which base model, and is it healthy?"""
     try:
         found = run_inspect(path, base=base, format=source_format)
+        if html is not None:
+            with quiet():
+                untrusted.write_file(html, drawn(found, base).encode())
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:
