@@ -135,7 +135,7 @@ def convert(
     if recursive:
         if push_to_hub is not None:
             refuse(ArgumentError("--push-to-hub, of many", "one checkpoint to push", "push one at a time"), as_json)
-        convert_many(source, target, to, as_json, jobs=jobs or 1, shard=shard, **asked)
+        convert_many(Path(source), target, to, as_json, jobs=jobs or 1, shard=shard, **asked)
     if jobs is not None or shard is not None:
         refuse(ArgumentError("--jobs or --shard for one checkpoint", "a directory of many", "say --recursive"), as_json)
     try:

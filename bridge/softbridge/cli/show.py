@@ -7,12 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
+from softbridge import untrusted
 from softbridge.checkpoint.inspect import inspect as run_inspect
 from softbridge.cli.console import (
     PROMPT,
     AsJson,
     Base,
     Output,
+    Overwrite,
     command,
     completing,
     format_option,
@@ -24,6 +26,7 @@ from softbridge.cli.console import (
 )
 from softbridge.cli.demo import run as run_demo
 from softbridge.cli.doctor import diagnosis_table
+from softbridge.cli.portrait_page import drawn
 from softbridge.cli.tables import (
     engines_table,
     explanation_table,
@@ -51,12 +54,23 @@ def inspect(
     source_format: Annotated[
         str | None, format_option("--from", "The format to read. It is recognised by content if left out.")
     ] = None,
+    html: Annotated[
+        Path | None,
+        typer.Option(
+            "--html",
+            help="Write a page with pictures, too. Where --base has weights, beside the model's own keys and words.",
+            metavar="FILE",
+        ),
+    ] = None,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """What is this file, for which base model, and is it healthy?"""
     try:
         with quiet():
             found = run_inspect(path, base=base, format=source_format)
+            if html is not None:
+                untrusted.write_file(html, drawn(found, base).encode(), overwrite=overwrite)
     except SoftbridgeError as error:
         refuse(error, as_json)
     if as_json:

@@ -50,7 +50,7 @@ def similarity_matrix(prompts: Sequence[SoftPrompt], measure: Measure = "average
     summaries = []
     for prompt, parts in zip(prompts, zip(*match(prompts), strict=True), strict=True):
         one_length(prompt)
-        rows = np.concatenate([_rows(part) for part in parts], axis=1)
+        rows = np.concatenate([rows_of(part) for part in parts], axis=1)
         summary = unit(rows).mean(axis=0) if measure == "pairwise" else unit(rows.mean(axis=0, keepdims=True))[0]
         summaries.append(summary)
     stacked = np.stack(summaries)
@@ -58,8 +58,8 @@ def similarity_matrix(prompts: Sequence[SoftPrompt], measure: Measure = "average
     return (cosines + cosines.T) / 2
 
 
-def _rows(part: Part) -> Array:
-    """[P, width], float64."""
+def rows_of(part: Part) -> Array:
+    """What each virtual token is to `similarity_matrix`: [P, width], float64."""
     match part:
         case InputPrompt():
             rows = part.vectors
