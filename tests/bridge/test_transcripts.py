@@ -70,6 +70,9 @@ CASES: dict[str, list[tuple[int, str]]] = {
         (2, "inspect prefix --base ./nothing"),
         (2, "inspect prefix --base bert-base"),
         (2, "inspect ids.npy --json"),
+        (0, "inspect prefix --base base --html page.html"),
+        (2, "inspect prefix --base base --html page.html"),
+        (0, "inspect prefix --base base --html page.html --overwrite"),
     ],
     "convert": [
         (0, "convert --help"),
@@ -102,6 +105,29 @@ CASES: dict[str, list[tuple[int, str]]] = {
         (2, "convert prefix prefix/new2 --to softbridge"),
         (2, "convert base new2 --to softbridge"),
         (2, "convert prefix new2 --to tensor"),
+        (0, "convert several each --to softbridge --recursive"),
+        (0, "convert several each --to softbridge --recursive"),
+        (2, "convert several shards --to adapterhub --recursive --shard 1/1"),
+        (2, "convert several shards --to softbridge --recursive --shard 3/2"),
+        (2, "convert several shards --to softbridge --recursive --shard half"),
+        (2, "convert several several/out --to softbridge --recursive"),
+        (2, "convert nowhere shards --to softbridge --recursive"),
+        (2, "convert empty shards --to softbridge --recursive"),
+        (2, "convert prefix new2 --to softbridge --jobs 2"),
+        (2, "convert prefix new2 --to softbridge --push-to-hub prompts"),
+        (2, "convert prefix new2 --to softbridge --push-to-hub owner/name"),
+        (2, "convert several new2 --to softbridge --recursive --push-to-hub owner/name"),
+    ],
+    "merge-manifests": [
+        (0, "merge-manifests --help"),
+        (0, "convert several each --to softbridge --recursive --shard 1/2 -q"),
+        (2, "merge-manifests each --output all.jsonl"),
+        (0, "convert several each --to softbridge --recursive --shard 2/2 -q"),
+        (0, "merge-manifests each --output all.jsonl --overwrite"),
+        (2, "merge-manifests each --output all.jsonl"),
+        (2, "merge-manifests each"),
+        (2, "merge-manifests prefix --output new.jsonl"),
+        (2, "merge-manifests ids.npy --output new.jsonl"),
     ],
     "verify": [
         (0, "verify --help"),
@@ -118,6 +144,9 @@ CASES: dict[str, list[tuple[int, str]]] = {
         (0, "verify prefix same --base base -q --html page.html"),
         (2, "verify prefix same --base base -q --html page.html"),
         (0, "verify prefix same --base base -q --html page.html --overwrite"),
+        (0, "verify claimed/certificate.json --source prefix --base base"),
+        (2, "verify claimed/certificate.json --base base --weights"),
+        (2, "verify prefix same --base base --source other"),
         (2, "verify prefix same --base base --level close"),
         (2, "verify prefix same --base base --seed -1"),
         (2, "verify prefix same --base base --texts nothing.txt"),
@@ -243,6 +272,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copy(folder / "other" / "softbridge.json", folder / "stale")
     for name in ("a", "b"):
         shutil.copytree(folder / "vectors", folder / "adapters" / name)
+    for name in ("one", "two"):
+        shutil.copytree(folder / "vectors", folder / "several" / name)
+    shutil.copytree(folder / "t5-base", folder / "several" / "model")
     (folder / "empty").mkdir()
     (folder / "texts.txt").write_text("a text\n")
     np.save(folder / "ids.npy", np.zeros(9, np.int64))

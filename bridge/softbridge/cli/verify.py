@@ -89,8 +89,12 @@ def verify(
             autocompletion=completing(lambda: (f"{name}=" for name in engines())),
         ),
     ] = None,
-    source: Annotated[str | None, typer.Option("--source", help="Of a certificate: its source, elsewhere.")] = None,
-    target: Annotated[str | None, typer.Option("--target", help="Of a certificate: its target, elsewhere.")] = None,
+    source: Annotated[
+        str | None, typer.Option("--source", help=f"Where a certificate's source is now: {PROMPT}", metavar="PROMPT")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option("--target", help=f"Where a certificate's target is now: {PROMPT}", metavar="PROMPT")
+    ] = None,
     level: AsLevel = "exact",
     html: AsPage = None,
     overwrite: Overwrite = False,
