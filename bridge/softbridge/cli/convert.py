@@ -39,7 +39,7 @@ def convert(
     target: Annotated[
         Path,
         typer.Argument(
-            help="Output directory; or a file name, if the format writes a single file with that suffix.",
+            help="The directory to write. If the format has one file, a file name with its suffix will do.",
             metavar="TARGET",
         ),
     ],
@@ -53,7 +53,12 @@ def convert(
         one_of(CONDITIONS, "--accept", "Accept a condition that a refusal named. May be repeated."),
     ] = None,
     encoding: Annotated[
-        str | None, typer.Option("--encoding", help="How to store tensors; see 'softbridge formats'.", metavar="NAME")
+        str | None,
+        typer.Option(
+            "--encoding",
+            help="How to store tensors. 'softbridge formats' lists the ways of each format.",
+            metavar="NAME",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, one_of(DTYPES, "--dtype", "Store the numbers in this. The report says what it rounds.")
@@ -91,7 +96,7 @@ def convert(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a checkpoint to another toolkit's format. Refuses whatever would compute another function."""
+    """Convert a checkpoint to another toolkit's format. What would compute another function is refused."""
     try:
         with quiet():
             report = conversion.convert(
