@@ -65,3 +65,15 @@ def test_hub_ids_are_mentioned_where_they_are_taken() -> None:
             elif parameter.param_type_name == "argument":
                 assert parameter.name in OTHERS or (command, parameter.name) in EXCEPT, (command, parameter.name)
     assert seen >= 17
+
+
+def test_help_is_one_idea_in_a_sentence() -> None:
+    seen = 0
+    for command in (GROUP, *GROUP.commands.values()):
+        told = [command.help, *(getattr(parameter, "help", None) for parameter in command.params)]
+        for text in filter(None, told):
+            assert text[0].isupper()
+            assert text[-1] in ".?"
+            assert ";" not in text
+            seen += 1
+    assert seen > 80

@@ -41,6 +41,7 @@ app = typer.Typer(
     cls=_Group,
     help="Translate soft prompts between toolkits, and prove that the outputs are the same.",
     no_args_is_help=True,
+    rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
 REFUSED = 2
@@ -86,7 +87,10 @@ def command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., Non
         def run(*, quiet: bool, verbose: bool, **given: Any) -> None:
             if quiet or verbose:  # else what was said before the command's name holds
                 speak(quiet, verbose)
-            function(**given)
+            try:
+                function(**given)
+            finally:
+                _loudness.set("normal")
 
         own = inspect.signature(function, eval_str=True)
         more = {"quiet": Quiet, "verbose": Verbose}

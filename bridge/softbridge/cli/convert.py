@@ -41,7 +41,7 @@ def convert(
     target: Annotated[
         Path,
         typer.Argument(
-            help="Output directory; or a file name, if the format writes a single file with that suffix.",
+            help="The directory to write. If the format has one file, a file name with its suffix will do.",
             metavar="TARGET",
         ),
     ],
@@ -55,7 +55,12 @@ def convert(
         one_of(CONDITIONS, "--accept", "Accept a condition that a refusal named. May be repeated."),
     ] = None,
     encoding: Annotated[
-        str | None, typer.Option("--encoding", help="How to store tensors; see 'softbridge formats'.", metavar="NAME")
+        str | None,
+        typer.Option(
+            "--encoding",
+            help="How to store tensors. 'softbridge formats' lists the ways of each format.",
+            metavar="NAME",
+        ),
     ] = None,
     dtype: Annotated[
         str | None, one_of(DTYPES, "--dtype", "Store the numbers in this. The report says what it rounds.")
@@ -113,7 +118,7 @@ def convert(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Convert a checkpoint to another toolkit's format. Refuses whatever would compute another function.
+    """Convert a checkpoint to another toolkit's format. What would compute another function is refused.
 
     With --recursive the exit status is 0 if all were converted, now or earlier; else 3 if there was a defect, 1 if one
     would be another function, and 2 if one was refused. The same command goes on where an earlier one stopped.

@@ -112,7 +112,7 @@ def explain(
 
 @command("softbridge matrix", "softbridge matrix --json")
 def matrix(as_json: AsJson = False) -> None:
-    """The outcome of every conversion of every method, from what is installed here. Not on a terminal: in Markdown."""
+    """The outcome of every conversion of every method. It is in Markdown, unless a terminal shows it."""
     try:
         with quiet():
             found = run_matrix()
@@ -130,7 +130,7 @@ def matrix(as_json: AsJson = False) -> None:
 def doctor(
     path: Annotated[
         str | None,
-        typer.Argument(help=f"A prompt: only defects that concern it are listed. It is {PROMPT}", metavar="PROMPT"),
+        typer.Argument(help=f"A prompt. Only defects that concern it are listed. It is {PROMPT}", metavar="PROMPT"),
     ] = None,
     base: Base = None,
     as_json: AsJson = False,
@@ -186,7 +186,7 @@ def demo(
     ] = "native",
     target: Annotated[str, format_option("--to", "The format to convert to.")] = "softbridge",
     directory: Annotated[
-        Path | None, typer.Option("--directory", help="Where to keep the files; a temporary folder if left out.")
+        Path | None, typer.Option("--directory", help="Where to keep the files. If it is left out, they are temporary.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

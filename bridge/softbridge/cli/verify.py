@@ -39,24 +39,24 @@ Weights = Annotated[
     bool, typer.Option("--weights", help="Use the base model's own weights, not random ones of its structure.")
 ]
 Working = Annotated[str, one_of(WORKING, "--dtype", "The working precision, reported in addition to float64.")]
-Seed = Annotated[int, typer.Option("--seed", help="Of texts and random weights.", min=0, max=2**32 - 1)]
+Seed = Annotated[int, typer.Option("--seed", help="Where random texts and weights start from.", min=0, max=2**32 - 1)]
 Texts = Annotated[
     Path | None,
     typer.Option(
         "--texts",
-        help="Run these instead of random tokens: one text a line, for the model's tokenizer; or JSON with 'ids'.",
+        help="Texts to run instead of random tokens: one on each line, or JSON with token 'ids'.",
     ),
 ]
 Memory = Annotated[
     int | None,
-    typer.Option("--memory", help="Bytes that a model without weights may take; larger ones run in pieces.", min=1),
+    typer.Option("--memory", help="Bytes that a model without weights may take. Larger ones run in pieces.", min=1),
 ]
 AsLevel = Annotated[
     Level,
     one_of(
         LEVELS,
         "--level",
-        "What counts as the same: no bit differs; float64 agrees; or no more than the working precision rounds.",
+        "What counts as the same: no bit differs, float64 agrees, or no more differs than rounding.",
     ),
 ]
 AsPage = Annotated[
@@ -84,7 +84,7 @@ def verify(
         list[str] | None,
         typer.Option(
             "--python",
-            help="Run the side of this engine's toolkit with another environment's interpreter; may be repeated.",
+            help="Run the side of this engine's toolkit with another environment's interpreter. May be repeated.",
             metavar="ENGINE=PATH",
             autocompletion=completing(lambda: (f"{name}=" for name in engines())),
         ),
