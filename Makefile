@@ -6,6 +6,8 @@
 #              every architecture of its tests, on the newer stack; a hundred pairs of equal prompts and
 #              every option of every conversion on each; a compiled kernel
 # make test-serving  files in the servers that read them: mlx-lm, llama.cpp and vLLM, each certified by itself
+# make test-pythons  install, import, command line and the quick part of the suite on each Python of 3.10 to 3.13 that is here
+# make test-dist  the wheel and the source distribution, each installed in an empty environment, where they run the demo
 # make test-slow   the twenty slowest tests of the newer stack
 # make test-strangers  prompt and prefix on every text architecture of the installed transformers, for each stack
 # make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
@@ -33,7 +35,7 @@ export TOKENIZERS_PARALLELISM := false
 # What is compiled is kept, whatever the caller's shell says: pytest writes every assertion anew, for seconds a worker.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: test test-stacks test-processors test-long test-slow test-serving test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
+.PHONY: dist test-pythons test-dist test test-stacks test-processors test-long test-slow test-serving test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
 
 # What is no question of the release of transformers is proven once. Bytes, files, documents, commands, what PEFT makes of
 # each method, the engine's check of itself, TRL, many processes: on the newer stack. What a comparison concludes: on the
@@ -110,6 +112,25 @@ test-serving: $(SERVING)/ready $(VLLM)/ready
 	$(VLLM)/bin/python -m pytest tests/serving/test_vllm.py
 	$(VLLM)/bin/python -m pytest tests/serving/test_baked.py
 	$(VLLM)/bin/python -m pytest tests/serving/test_real_model.py
+
+dist: $(ENV5)/ready
+	rm -rf dist
+	$(ENV5)/bin/python -m build --no-isolation --outdir dist .
+
+# PYTHONS='3.10 3.12' for some of them.
+test-pythons: export OMP_NUM_THREADS := 1
+test-pythons: dist
+	$(ENV5)/bin/python tests/pythons.py dist/*.whl $(PYTHONS)
+
+# Nothing but what pip brings: no toolkit, no tools of tests, and in no folder from which anything could be imported.
+test-dist: dist
+	for kind in dist/*.whl dist/*.tar.gz; do \
+		rm -rf .envs/dist && $(PYTHON) -m venv .envs/dist && \
+		.envs/dist/bin/python -m pip install --quiet --constraint compat/transformers5.txt torch && \
+		.envs/dist/bin/python -m pip install --quiet --constraint compat/transformers5.txt "$$kind" && \
+		.envs/dist/bin/python -m pip check && \
+		(cd .envs/dist && bin/softbridge --version && bin/softbridge demo) || exit 1; \
+	done
 
 # Resumable: make test-strangers ONLY='causal llama' or RESUME=--resume
 test-strangers: export OMP_NUM_THREADS := 1

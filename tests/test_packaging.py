@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import configparser
 import json
 import subprocess
 import sys
+import tarfile
 import zipfile
 from graphlib import TopologicalSorter
 from importlib import import_module
@@ -21,13 +23,46 @@ ROOT = Path(__file__).resolve().parent.parent
 HEAVY = ("torch", "transformers", "peft", "adapters", "mlx", "mlx_lm", "vllm")
 
 
-def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(tmp_path), str(ROOT)]
+#: Bytes. What comes near has files in it that nobody needs.
+MOST_IN_WHEEL, MOST_IN_SDIST = 1_000_000, 5_000_000
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The source distribution, and the wheel that is made from it."""
+    folder = tmp_path_factory.mktemp("dist")
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder), str(ROOT)]
     subprocess.run(command, check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("*.whl")
+    return next(folder.glob("*.tar.gz")), next(folder.glob("*.whl"))
+
+
+def sources() -> set[str]:
+    """The files of the packages, as a wheel has them."""
+    packages = [ROOT / "bridge" / "softbridge", ROOT / "compat" / "softbridge_compat"]
+    packages += [path for path in (ROOT / "plugins").glob("softbridge_*") if path.is_dir()]
+    files = (path for package in packages for path in package.rglob("*") if path.is_file())
+    return {str(Path(*path.relative_to(ROOT).parts[1:])) for path in files if "__pycache__" not in path.parts}
+
+
+def test_the_source_distribution_is_whole_and_small(built: tuple[Path, Path]) -> None:
+    with tarfile.open(built[0]) as archive:
+        names = {str(Path(*Path(name).parts[1:])) for name in archive.getnames()}
+    for name in ("README.md", "LICENSE", "Makefile", "pyproject.toml", "compat/transformers5.txt", "tests/README.md"):
+        assert name in names
+    assert all(str(path.relative_to(ROOT)) in names for path in (ROOT / "tests").rglob("*.py"))
+    assert not {name.split("/")[0] for name in names} & {".envs", "dist", "build", ".git", ".mypy_cache", "shared"}
+    assert built[0].stat().st_size < MOST_IN_SDIST
+
+
+def test_the_wheel_holds_the_packages_and_nothing_else(built: tuple[Path, Path]) -> None:
+    wheel = built[1]
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         metadata = next(archive.read(name).decode() for name in names if name.endswith("METADATA"))
+        entries = next(archive.read(name).decode() for name in names if name.endswith("entry_points.txt"))
+    assert wheel.stat().st_size < MOST_IN_WHEEL
+    assert {name for name in names if ".dist-info/" not in name} == sources()
+    assert len(names) == len(set(names)) == len(sources()) + 5, "and METADATA, WHEEL, RECORD, LICENSE, entry_points.txt"
     top = {name.split("/")[0] for name in names}
     packages = {name for name in top if not name.endswith(".dist-info")}
     assert packages == {
@@ -43,9 +78,22 @@ def test_the_wheel_holds_the_packages_and_nothing_else(tmp_path: Path) -> None:
     }
     assert len(top) == len(packages) + 1
     assert not any(name.endswith(".md") for name in names), "the READMEs stay where their links lead"
-    assert any(name.endswith("py.typed") for name in names)
+    assert {name.removesuffix("/py.typed") for name in names if name.endswith("py.typed")} == packages
     assert any(name.endswith("licenses/LICENSE") for name in names)
     assert "License-Expression: Apache-2.0" in metadata
+    listed = configparser.ConfigParser()
+    listed.read_string(entries)
+    assert dict(listed["console_scripts"]) == {"softbridge": "softbridge.cli:main"}
+    plugins = packages - {"softbridge", "softbridge_compat"}
+    assert dict(listed["softbridge"]) == {name.removeprefix("softbridge_"): name for name in plugins}
+
+
+def test_the_version_is_stated_once(built: tuple[Path, Path]) -> None:
+    """And the change log has an entry for it."""
+    version = built[1].name.split("-")[1]
+    assert built[0].name == f"softbridge-{version}.tar.gz"
+    assert f'\nversion = "{version}"\n' in (ROOT / "pyproject.toml").read_text()
+    assert f"\n## {version}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["formats"], ["engines"], ["plugins"]], ids=" ".join)

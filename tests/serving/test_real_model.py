@@ -50,7 +50,7 @@ def test_the_server_says_what_the_prompt_makes_the_model_say(
     assert report.served is not None, report.unserved
     print(report.served.summary())
     files = Files(report.path)
-    (written,) = [file for file in files.names if not file.endswith(".json")]
+    (written,) = [file for file in files.names if not file.endswith((".json", ".md"))]
     (tmp_path / "scratch").mkdir()
     with server.open(path, {"prompt": report.path / written}, tmp_path / "scratch") as ask:
         for number, sentence in enumerate(example.SENTENCES[-example.HELD_OUT :]):
