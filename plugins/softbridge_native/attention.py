@@ -27,8 +27,9 @@ from softbridge.errors import EngineError
 from softbridge_native.adaption import beside
 from softbridge_native.call import Own
 from softbridge_native.flex_and_flash import by_name, lengthened, packing
+from softbridge_native.joined_cache import MASKS, Running
 from softbridge_native.prefix import Joined, Source
-from softbridge_native.shared_prefix import attend, pays
+from softbridge_native.shared_prefix import SHORTEST, attend, pays
 
 FLEX, FLASH = "flex_attention", "flash_attention_2"
 
@@ -38,6 +39,8 @@ UNDERLYING = ("eager", "sdpa", FLEX, FLASH)
 #: Additive masks are far below this where they hide a key, in every dtype.
 HIDDEN = -1e4
 _BINDING = "_softbridge"
+#: transformers' attention functions by name, as they are when they are asked for.
+_FUNCTIONS = AttentionInterface()
 
 
 class Entered:
@@ -58,6 +61,8 @@ class Binding:
         off: says whether a module is to run without it.
         biased: whether real tokens have the model's relative bias.
         entered: what entered the module, in the running thread, where a gate asks for it.
+        layer: the number of the layer whose prefix it is.
+        running: what the layers of a running call know of each other.
     """
 
     source: Source
@@ -66,6 +71,8 @@ class Binding:
     off: Callable[[nn.Module], bool]
     biased: bool = True
     entered: Own[Entered] = field(default_factory=lambda: Own(Entered))
+    layer: int = 0
+    running: Own[Running] = field(default_factory=lambda: Own(Running))
 
 
 def registered(implementation: str) -> str:
@@ -150,11 +157,11 @@ def _attend(
     """
     near = beside(module)
     if near is None:
-        return _attend_joined(implementation, module, query, key, value, attention_mask, **settings)
+        return _attend_joined(implementation, module, query, key, value, attention_mask, settings)
     nothing = near.watches(query, key, value, settings)
     if nothing is not None:
         return nothing, None
-    output, *more = _attend_joined(implementation, module, query, key, value, attention_mask, **settings)
+    output, *more = _attend_joined(implementation, module, query, key, value, attention_mask, settings)
     return near.add(output, query), *more
 
 
@@ -165,7 +172,7 @@ def _attend_joined(
     key: Tensor,
     value: Tensor,
     attention_mask: Any,
-    **settings: Any,
+    settings: dict[str, Any],
 ) -> Any:
     """Attention with the layer's prefix.
 
@@ -179,12 +186,24 @@ def _attend_joined(
             flash attention [B, <= N].
         settings: as the underlying function takes them.
     """
-    own = sys.modules[type(module).__module__]
-    function = own.eager_attention_forward if implementation == "eager" else AttentionInterface()[implementation]
-    length, real = query.shape[2], key.shape[2]
-    attention_mask = _above_float32(attention_mask)
     binding: Binding | None = module.__dict__.get(_BINDING)
-    joined = None if binding is None else _joined(binding, module, key)
+    cached = None if binding is None else _cached(binding, key)
+    if implementation == "eager":
+        function = sys.modules[type(module).__module__].eager_attention_forward
+    else:
+        function = _FUNCTIONS[implementation]
+        if (
+            cached is not None
+            and attention_mask is None
+            and implementation == "sdpa"
+            and _sees_all(cached, query, settings)
+        ):
+            return function(module, query, key, value, None, **settings)  # a step of decoding
+    rows, length, real = query.shape[0], query.shape[2], key.shape[2]
+    attention_mask = _above_float32(attention_mask)
+    joined = cached if binding is None or cached is not None else _joined(binding, module, key)
+    if cached is not None:
+        real -= cached.length
     if binding is not None and not binding.biased and not binding.off(module):
         settings["position_bias"] = torch.zeros_like(settings["position_bias"])
     seen = by_name(module, implementation) if implementation == FLASH else module
@@ -195,49 +214,94 @@ def _attend_joined(
             attention_mask = _past(query, real)
         return function(seen, query, key, value, attention_mask, **settings)
 
-    _check(joined, module, key, value)
-    if implementation == "sdpa" and _falls_apart(joined, settings) and pays(joined.groups, query, key):
+    if joined.sizes != (key.shape[1], value.shape[1], key.shape[3], value.shape[3]):
+        raise _misfit(joined, module, key, value)
+    apart = implementation == "sdpa" and joined.virtual >= SHORTEST and _falls_apart(joined, settings)
+    if apart and cached is None and pays(joined.groups, query, key):
         return _in_two_parts(module, binding, joined, query, key, value, attention_mask, settings), None
     if implementation == FLASH:
-        attention_mask = packing(joined, attention_mask, settings, len(query), real)
+        attention_mask = packing(joined, attention_mask, settings, rows, real)
     else:
         attention_mask = _with_columns(binding, joined, query, real, attention_mask, settings)
     # Elsewhere the mask says what is past. In flash attention it does not; yet transformers 4 tells a padded GPT-2 that
     # it does, as in sdpa, and then it would look ahead.
     settings["is_causal"] = binding.causal and implementation == FLASH
     if implementation == FLEX and isinstance(attention_mask, Tensor):  # it asks for the score of each row and query
-        attention_mask = _additive(attention_mask, query).expand(len(query), -1, length, -1)
-    keys, values = joined.whole
-    key = torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)
-    value = torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)
+        attention_mask = _additive(attention_mask, query).expand(rows, -1, length, -1)
+    if cached is None:
+        keys, values = joined.rows(rows)
+        key, value = torch.cat((keys, key), 2), torch.cat((values, value), 2)
     return function(seen, query, key, value, attention_mask, **settings)
 
 
+def _cached(binding: Binding, key: Tensor) -> Joined | None:
+    """What the cache has joined to these keys already; it is taken once."""
+    layers = binding.running.now.layers
+    joined, length = layers.pop(binding.layer, (None, 0)) if layers else (None, 0)
+    return joined if key.shape[2] == length else None
+
+
+def _sees_all(joined: Joined, query: Tensor, settings: Mapping[str, Any]) -> bool:
+    """Whether a call without a mask is of one query a row, which sees all real and virtual tokens alike."""
+    if query.shape[2] != 1 or joined.lengths is not None or settings.get("position_bias") is not None:
+        return False
+    return joined.stand.slides is False or settings.get("sliding_window") is None
+
+
 def _joined(binding: Binding, module: nn.Module, key: Tensor) -> Joined | None:
-    kept = binding.entered.now
-    entered, kept.states = kept.states, None
+    kept, entered = binding.entered.now, None
+    if kept.states is not None:
+        entered, kept.states = kept.states, None
     return None if binding.off(module) else binding.source.join(entered, key)
 
 
 def _with_columns(
     binding: Binding, joined: Joined, query: Tensor, real: int, mask: Any, settings: dict[str, Any]
 ) -> Tensor | BlockMask | None:
-    """The mask with columns for the virtual tokens in front; and so the bias in the settings, if there is one."""
-    length, positions = query.shape[2], settings.get("position_ids")
+    """The mask with columns for the virtual tokens in front; and so the bias in the settings, if there is one.
+
+    All layers of a call that are given one mask, or none, get the same in return.
+    """
+    if mask is None and _sees_all(joined, query, settings):
+        return None
     window = settings.get("sliding_window") if joined.stand.slides is not False else None
+    positions = settings.get("position_ids")
     if isinstance(mask, BlockMask):
         return lengthened(mask, joined, query, real, window, None if window is None else _stands(positions))
+    biased = settings.get("position_bias") is not None
+    if biased or torch.compiler.is_compiling() or (mask is not None and mask.requires_grad):
+        own = _own_mask(binding, joined, query, real, mask, window)
+        if biased:
+            bias = _bias(binding, joined, query.shape[2], real, own, settings["position_bias"])
+            settings["position_bias"] = bias
+        return None if own is None else _lengthened(joined, own, query.shape[2], window, positions)
+    # What the mask is made of. While it is kept all of these are, so that no other tensor gets the id of one.
+    of = (mask, joined.lengths, joined.stand.slides, None if window is None else positions)
+    key = (*map(id, of), None if mask is None else mask._version, joined.length, real, window, binding.causal)
+    key = (*key, query.shape[2], query.dtype, query.device)
+    masks = binding.running.now.masks
+    if key not in masks:
+        own = _own_mask(binding, joined, query, real, mask, window)
+        if len(masks) >= MASKS:
+            masks.clear()
+        masks[key] = of, None if own is None else _lengthened(joined, own, query.shape[2], window, positions)
+    found: Tensor | None = masks[key][1]
+    return found
+
+
+def _own_mask(
+    binding: Binding, joined: Joined, query: Tensor, real: int, mask: Tensor | None, window: int | None
+) -> Tensor | None:
+    """The mask of the real keys, or None where none is needed."""
     # No mask means causal, which SDPA's own flag would align to the first key; that one is virtual here.
-    if mask is None and (window is not None or (binding.causal and length > 1)):
+    if mask is None and (window is not None or (binding.causal and query.shape[2] > 1)):
         mask = _past(query, real)
     if mask is None and joined.lengths is not None:
         mask = query.new_zeros(1, 1, 1, real)
-    if mask is not None:
-        mask = mask[..., :real]
-    if settings.get("position_bias") is not None:
-        settings["position_bias"] = _bias(binding, joined, length, real, mask, settings["position_bias"])
-    if mask is None:
-        return None
+    return None if mask is None else mask[..., :real]
+
+
+def _lengthened(joined: Joined, mask: Tensor, length: int, window: int | None, positions: Tensor | None) -> Tensor:
     virtual = _columns(joined, mask, length, window, positions)
     return torch.cat([virtual, mask.expand(*virtual.shape[:-1], -1)], dim=-1)
 
@@ -285,17 +349,15 @@ def _past(query: Tensor, real: int) -> Tensor:
     return query.new_zeros(hidden.shape).masked_fill(hidden, torch.finfo(query.dtype).min)[None, None]
 
 
-def _check(joined: Joined, module: nn.Module, key: Tensor, value: Tensor) -> None:
-    """Refuse attention whose keys or values are of other shapes than the model's configuration let expect."""
-    one = (joined.groups[0].keys, joined.groups[0].values) if joined.groups else joined.whole
-    ours = [(part.shape[-3], part.shape[-1]) for part in one]
-    theirs = [(part.shape[1], part.shape[3]) for part in (key, value)]
-    if ours != theirs:
-        raise EngineError(
-            f"{type(module).__name__} attends to keys {list(theirs[0])} and values {list(theirs[1])} [heads, width]",
-            f"keys {list(ours[0])} and values {list(ours[1])}, as in the prefix",
-            "use an input prompt on this model",
-        )
+def _misfit(joined: Joined, module: nn.Module, key: Tensor, value: Tensor) -> EngineError:
+    """The refusal of attention whose keys or values are of other shapes than the model's configuration let expect."""
+    keys, values, key_width, value_width = joined.sizes
+    return EngineError(
+        f"{type(module).__name__} attends to keys {[key.shape[1], key.shape[3]]} and values "
+        f"{[value.shape[1], value.shape[3]]} [heads, width]",
+        f"keys {[keys, key_width]} and values {[values, value_width]}, as in the prefix",
+        "use an input prompt on this model",
+    )
 
 
 def _columns(joined: Joined, mask: Tensor, length: int, window: int | None, positions: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from softbridge_native.injection import Injection, injection, install
 from softbridge_native.input_prompt import Circumstances, StackHooks
 from softbridge_native.layout import Inserted, counted, home, origin_of
 from softbridge_native.obstacles import check
-from softbridge_native.prefix import Joined, LayerPrefix, Source, Stand, stand_of
+from softbridge_native.prefix import Joined, LayerGate, Source, Stand, stand_of
 from softbridge_native.shared_prefix import Group
 
 #: Gives the prompt that an entry of the bank stands for, as this engine can express it on this model.
@@ -43,6 +44,21 @@ def attach(model: Any, bank: PromptBank, fetch: Fetch) -> Any:
     return install(model, shared, geometry, bool(modules), ())
 
 
+@dataclass(frozen=True, eq=False)
+class Numbers:
+    """What one layer has of a prompt: keys [K, P, D], values [K, P, D], how they stand, and a gate or None."""
+
+    keys: Tensor
+    values: Tensor
+    stand: Stand
+    gate: LayerGate | None
+
+    @property
+    def nbytes(self) -> int:
+        gate = 0 if self.gate is None else self.gate.weight.nbytes + self.gate.bias.nbytes
+        return self.keys.nbytes + self.values.nbytes + gate
+
+
 class Ready:
     """One prompt, ready to join: where its modules are, and never trained."""
 
@@ -51,15 +67,17 @@ class Ready:
     ) -> None:
         self.start = dict(prompt.positions.start)
         self.inputs = {part.stack: Held.of(part, device) for part in prompt.inputs}
-        self.layers: dict[tuple[Site, int], LayerPrefix] = {}
+        self.layers: dict[tuple[Site, int], Numbers] = {}
         for part in prompt.prefixes:
             stand = stand_of(prompt, part.site)
             for layer, pair in part.layers.items():
                 place = home(next(modules[part.site][layer].parameters()).device)
-                self.layers[part.site, layer] = LayerPrefix(pair, stand, place, made=False).requires_grad_(False)
-        numbers = [held.vectors for held in self.inputs.values()]
-        numbers += [tensor for layer in self.layers.values() for tensor in layer.parameters()]
-        self.nbytes = sum(tensor.nbytes for tensor in numbers)
+                gate = None if pair.gate is None else LayerGate(pair.gate, place).requires_grad_(False)
+                keys, values = (to_torch(array).to(place) for array in (pair.keys, pair.values))
+                self.layers[part.site, layer] = Numbers(keys, values, stand, gate)
+        self.gated = any(numbers.gate is not None for numbers in self.layers.values())
+        self.nbytes = sum(held.vectors.nbytes for held in self.inputs.values())
+        self.nbytes += sum(numbers.nbytes for numbers in self.layers.values())
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,18 +142,38 @@ def _ready(model: Any, fetch: Fetch, modules: Mapping[Site, Mapping[int, nn.Modu
 
 
 class Rows:
-    """What each row of a call runs with.
+    """What each row of a call runs with. It is kept as long as calls have the same rows.
 
-    Attributes:
+    Args:
         entries: what the bank has under each row's name.
         rows: the same, ready to join.
+
+    Attributes:
+        prompts: those that are ready, each once.
+        of: for each row, the number of its prompt among them, or None.
+        plain: whether no gate is on any of them.
         joined: what joins the keys and values of layers that were asked for.
+        plans: how the prompts of a layer come to stand in the rows.
+        chosen: what was chosen for a stack; see `RowHooks`.
     """
 
-    def __init__(self) -> None:
-        self.entries: tuple[Entry | None, ...] = ()
-        self.rows: tuple[Ready | None, ...] = ()
+    def __init__(self, entries: Sequence[Entry | None] = (), rows: Sequence[Ready | None] = ()) -> None:
+        self.entries = tuple(entries)
+        self.rows = tuple(rows)
+        self.prompts = tuple(dict.fromkeys(row for row in rows if row is not None))
+        numbers = {prompt: number for number, prompt in enumerate(self.prompts)}
+        self.of = tuple(None if row is None else numbers[row] for row in rows)
+        self.plain = not any(prompt.gated for prompt in self.prompts)
         self.joined: dict[Any, Joined | None] = {}
+        self.plans: dict[Any, Plan] = {}
+        self.chosen: dict[Any, tuple[Inserted | None, int | Tensor]] = {}
+
+
+class Running:
+    """The rows of the running call, or of the thread's last."""
+
+    def __init__(self) -> None:
+        self.rows = Rows()
 
 
 class Loading:
@@ -173,7 +211,7 @@ class Shared(Injection):
         super().__init__()
         self.bank = bank
         self.ready: Recent[Ready] = Recent(bank.limit)
-        self.call: Own[Rows] = Own(Rows)
+        self.call: Own[Running] = Own(Running)
         self.loading = Loading()
         self._make = make
         self._layers = {site: tuple(heard) for site, heard in modules.items()}
@@ -189,8 +227,7 @@ class Shared(Injection):
     def choose(self, batch: int) -> None:
         """Let these be the rows: as many as the batch has, as the bank names them."""
         entries = tuple(None if name is None else self.bank.entry(name) for name in self.bank.names(batch))
-        call = self.call.now
-        if entries == call.entries:
+        if entries == self.call.now.rows.entries:
             return
         chosen: dict[Entry, Ready] = {}
         with self.loading:
@@ -198,32 +235,35 @@ class Shared(Injection):
                 if entry is not None and entry not in chosen:
                     chosen[entry] = self.ready.get(entry) or self.ready.put(entry, self._make(entry))
             self.ready.shrink(chosen, self.bank.entries())
-        call.rows = tuple(None if entry is None else chosen[entry] for entry in entries)
-        call.entries = entries
-        call.joined = {}
+        self.call.now.rows = Rows(entries, [None if entry is None else chosen[entry] for entry in entries])
+
+    def mark(self) -> object:
+        """See `Source`; what is gated is another prefix in each call."""
+        rows = self.call.now.rows
+        return rows if rows.plain else None
 
     def join(self, site: Site, layer: int, entered: Tensor | None, like: Tensor) -> Joined | None:
         """What joins the keys and values of this layer; see `Source`."""
-        call = self.call.now
-        if like.shape[0] != len(call.rows):
+        rows = self.call.now.rows
+        if like.shape[0] != len(rows.rows):
             raise EngineError(
-                f"attention with {like.shape[0]} rows, in a call of {len(call.rows)}",
+                f"attention with {like.shape[0]} rows, in a call of {len(rows.rows)}",
                 "as many rows in a model's layers as it was called with",
                 "attach one prompt instead of a bank",
             )
-        own = [None if row is None else row.layers.get((site, layer)) for row in call.rows]
         place = (site, layer, like.dtype, like.device)
-        if place not in call.joined:
-            call.joined[place] = _join(own, like)
-        joined = call.joined[place]
-        gated = {module for module in own if module is not None and module.gate is not None}
-        if joined is None or entered is None or not gated:
+        if place not in rows.joined:
+            rows.joined[place] = _join(rows, (site, layer), like)
+        joined = rows.joined[place]
+        if joined is None or entered is None or rows.plain:
             return joined
-        gates = entered.new_ones(len(own), 2)
-        for module in gated:
-            rows = torch.tensor([row for row, found in enumerate(own) if found is module], device=entered.device)
-            g = module.gate(entered[rows]) if module.gate is not None else gates[rows]
-            gates = gates.index_copy(0, rows, torch.cat([g[:, :1], g[:, -1:]], dim=1))
+        gates = entered.new_ones(len(rows.rows), 2)
+        for number, prompt in enumerate(rows.prompts):
+            own = prompt.layers.get((site, layer))
+            if own is not None and own.gate is not None:
+                mine = torch.tensor([row for row, found in enumerate(rows.of) if found == number], device=like.device)
+                g = own.gate(entered[mine])
+                gates = gates.index_copy(0, mine, torch.cat([g[:, :1], g[:, -1:]], dim=1))
         key_gates, value_gates = gates.to(like.dtype)[:, :, None, None, None].unbind(1)
         keys, values = joined.whole
         return Joined(joined.stand, each=(keys * key_gates, values * value_gates), lengths=joined.lengths)
@@ -237,17 +277,51 @@ class Layer:
     site: Site
     layer: int
 
+    def mark(self) -> object:
+        return self.shared.mark()
+
     def join(self, entered: Tensor | None, like: Tensor) -> Joined | None:
         return self.shared.join(self.site, self.layer, entered, like)
 
 
-def _join(own: Sequence[LayerPrefix | None], like: Tensor) -> Joined | None:
-    """The keys and values of each row's module, without gates, as long as the longest."""
-    modules = list(dict.fromkeys(module for module in own if module is not None))
-    if not modules:
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """How the prompts of a layer come to stand in the rows of a batch: the same for all layers that they are alike in.
+
+    Attributes:
+        stand: how they stand to the sequence.
+        rows: the numbers of each prompt's rows; None: one prompt has all rows.
+        lengths: how many virtual tokens each row has, [B, 1]; None: all that there are.
+        index: which of all prompts' tokens, one prompt after the other, a row has, [B, P]; any behind those it has.
+    """
+
+    stand: Stand
+    rows: tuple[Tensor, ...] | None
+    lengths: Tensor | None
+    index: Tensor | None
+
+
+def _join(rows: Rows, place: tuple[Site, int], like: Tensor) -> Joined | None:
+    """The keys and values of each row's prompt at this site and layer, without gates."""
+    own = [prompt.layers.get(place) for prompt in rows.prompts]
+    found = [numbers for numbers in own if numbers is not None]
+    if not found:
         return None
-    numbers = [(module.keys.to(like), module.values.to(like)) for module in modules]
-    skewed = {module.stand.skewed for module in modules}
+    kind = (like.device, *((None, None) if one is None else (one.keys.shape[1], one.stand) for one in own))
+    if kind not in rows.plans:
+        rows.plans[kind] = _plan(rows.of, own, like.device)
+    plan = rows.plans[kind]
+    pairs = [(numbers.keys.to(like), numbers.values.to(like)) for numbers in found]
+    if plan.rows is None:
+        return Joined(plan.stand, (Group(*pairs[0]),))
+    groups = tuple(Group(*pair, mine) for pair, mine in zip(pairs, plan.rows, strict=True))
+    return Joined(plan.stand, groups, lengths=plan.lengths, index=plan.index)
+
+
+def _plan(of: Sequence[int | None], own: Sequence[Numbers | None], device: torch.device) -> Plan:
+    """`of` each row the number of its prompt, and what the layer has of each prompt."""
+    each = [None if number is None else own[number] for number in of]
+    skewed = {numbers.stand.skewed for numbers in own if numbers is not None}
     if len(skewed) > 1:
         raise EngineError(
             "rows with a skewed relative bias and rows with a plain one",
@@ -255,18 +329,35 @@ def _join(own: Sequence[LayerPrefix | None], like: Tensor) -> Joined | None:
             "call the model for each kind",
         )
     stand = Stand(
-        _each([0 if module is None else module.stand.origin for module in own], like.device),
+        _each([0 if one is None else one.stand.origin for one in each], device),
         skewed.pop(),
-        _each([module is not None and module.stand.slides for module in own], like.device),
+        _each([one is not None and one.stand.slides for one in each], device),
     )
-    if len(modules) == 1 and None not in own:
-        return Joined(stand, (Group(*numbers[0]),))
-    groups = tuple(
-        Group(keys, values, torch.tensor([row for row, mine in enumerate(own) if mine is module], device=like.device))
-        for module, (keys, values) in zip(modules, numbers, strict=True)
+    there = [number for number, one in enumerate(own) if one is not None]
+    if len(there) == 1 and None not in each:
+        return Plan(stand, None, None, None)
+    mine = tuple(
+        torch.tensor([row for row, found in enumerate(of) if found == number], device=device) for number in there
     )
-    lengths = _each([0 if module is None else module.keys.shape[1] for module in own], like.device)
-    return Joined(stand, groups, lengths=lengths if isinstance(lengths, Tensor) else None)
+    lengths = [0 if one is None else int(one.keys.shape[1]) for one in each]
+    differ = _each(lengths, device)
+    index = _index(of, [0 if one is None else int(one.keys.shape[1]) for one in own], device)
+    return Plan(stand, mine, differ if isinstance(differ, Tensor) else None, index)
+
+
+def _index(of: Sequence[int | None], sizes: Sequence[int], device: torch.device) -> Tensor:
+    """Which of all prompts' tokens, one prompt of these sizes after the other, each row has: [B, P]; see `Plan`.
+
+    Args:
+        of: for each row, the number of its prompt, or None.
+        sizes: of the prompts.
+        device: of the index.
+    """
+    first = list(accumulate(sizes, initial=0))
+    start = torch.tensor([0 if number is None else first[number] for number in of])[:, None]
+    length = torch.tensor([0 if number is None else sizes[number] for number in of])[:, None]
+    column = torch.arange(max(sizes))
+    return torch.where(column < length, start + column, 0).to(device)
 
 
 def _each(numbers: Sequence[Any], device: torch.device) -> Any:
@@ -294,12 +385,14 @@ class Chosen:
         self.behind = behind
         self.device = device
         self._vectors = [row.vectors for row in held]
-        self._index = [0 if row is None else held.index(row) for row in rows]
+        numbers = {one: number for number, one in enumerate(held)}
+        of = [None if row is None else numbers[row] for row in rows]
+        self._index = None if len(held) == 1 else _index(of, [len(one) for one in self._vectors], device)
 
     def __call__(self, like: Tensor) -> Tensor:
         """[1 or B, P, H], as they enter a sequence of such embeddings."""
-        vectors = [nn.functional.pad(v.to(like), (0, 0, 0, self.length - len(v))) for v in self._vectors]
-        return vectors[0][None] if len(vectors) == 1 else torch.stack(vectors)[self._index]
+        vectors = torch.cat(self._vectors).to(like)
+        return vectors[None] if self._index is None else vectors[self._index]
 
 
 class RowHooks(StackHooks):
@@ -319,13 +412,18 @@ class RowHooks(StackHooks):
                 "attach one prompt instead of a bank",
             )
         self.shared.choose(given.shape[0])
-        rows = self.shared.call.now.rows
+        chosen, place = self.shared.call.now.rows.chosen, (self.name, given.device)
+        if place not in chosen:
+            chosen[place] = self._chosen(self.shared.call.now.rows.rows, given.device)
+        return chosen[place]
+
+    def _chosen(self, rows: Sequence[Ready | None], device: torch.device) -> tuple[Inserted | None, int | Tensor]:
         held = [None if row is None else row.inputs.get(self.name) for row in rows]
-        vectors = Chosen(held, given.device, self.name == "encoder") if any(held) else None
+        vectors = Chosen(held, device, self.name == "encoder") if any(held) else None
         if vectors is not None and isinstance(vectors.lengths, Tensor) and self.name == "decoder" and not self.tellable:
             raise EngineError(
                 "rows with different numbers of virtual tokens, and a decoder that takes no position_ids",
                 "the same number of virtual tokens in each row",
                 "call the model for each length",
             )
-        return vectors, _each([0 if row is None else row.start.get(self.name, 0) for row in rows], given.device)
+        return vectors, _each([0 if row is None else row.start.get(self.name, 0) for row in rows], device)

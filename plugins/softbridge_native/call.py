@@ -69,7 +69,7 @@ class Switch:
 
     def is_off(self, module: nn.Module) -> bool:
         """Whether a call of this module, or of this replica of it, is to run without the prompt."""
-        return (self._all if getattr(module, "_is_replica", False) else self._depth.now).off > 0
+        return (self._all if "_is_replica" in module.__dict__ else self._depth.now).off > 0
 
 
 class _Depth:

@@ -41,6 +41,7 @@ from softbridge_native.attention import Binding, bind, enter, registered, unbind
 from softbridge_native.attention_wiring import attention_modules, wiring_of
 from softbridge_native.call import Own, Switch, hook, unhook
 from softbridge_native.input_prompt import Circumstances, Shift, StackHooks, Vectors
+from softbridge_native.joined_cache import Running, keep
 from softbridge_native.layout import home, origin_of
 from softbridge_native.obstacles import check
 from softbridge_native.parameterisation import Making, Parameterisation, trainable
@@ -121,6 +122,8 @@ class Injection(nn.Module, ABC):
         reached: whether a stack has run since the model was called, in the running thread.
         switch: switches the prompt off.
         owner: a name that no other attachment has, nor does it change in a copy.
+        cached: the layers whose prefix a cache may keep; see `joined_cache`.
+        running: what the layers of the running call know of each other.
         bound: the attention modules that hold a prefix, or have an adaption prompt beside them.
         hooked: the stacks.
         implementations: each configuration in the model, with the attention implementation that it named.
@@ -137,6 +140,8 @@ class Injection(nn.Module, ABC):
         self.reached = Own(Reached)
         self.switch = Switch()
         self.owner = uuid4().hex
+        self.cached: dict[int, Source] = {}
+        self.running: Own[Running] = Own(Running)
         self.bound: list[nn.Module] = []
         self.hooked: list[nn.Module] = []
         self.implementations: list[tuple[Any, str]] = []
@@ -168,6 +173,16 @@ class Injection(nn.Module, ABC):
         if self.check is not None and not self.switch.is_off(stack):
             self.check.call(stack, args, kwargs)
         self.reached.now.stack = True
+        self.running.now.forget()
+
+    def quit(self, stack: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """A stack has run, or failed."""
+        self.running.now.forget()
+
+    def keep(self, cache: Any) -> None:
+        """A stack goes on with a cache, which may keep the prefix for it."""
+        if self.cached:
+            keep(cache, self.cached, self.running)
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A model that calls its layers past the stack would drop the prompt silently."""
@@ -365,7 +380,7 @@ def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[St
         if table is not None and places and not tellable(stack):
             handles.append(table.register_forward_pre_hook(Shift(table, places, off).before, with_kwargs=True))
         around = Circumstances(implementation, crossed, pools, injected.shows, off, injected.owner, word(model.config))
-        around = replace(around, knows_pads=name in pads, prefixed=prefixed)
+        around = replace(around, knows_pads=name in pads, prefixed=prefixed, keep=injected.keep)
         outer = outer_of(model, geometry)
         if outer is not None:
             around = replace(around, counts_pads=counts_pads(outer, stack))
@@ -383,6 +398,7 @@ def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[St
             stack.register_forward_pre_hook(injected.reach, with_kwargs=True),
             stack.register_forward_pre_hook(hooks.before, with_kwargs=True),
             stack.register_forward_hook(hooks.after, always_call=True),
+            stack.register_forward_hook(injected.quit, always_call=True),
             stack.get_input_embeddings().register_forward_hook(hooks.embedded),
         ]
         block = embedding_block(stack)
@@ -412,7 +428,10 @@ def _bind(injected: Injection, modules: Mapping[Site, Mapping[int, nn.Module]], 
                 continue
             causal = site != "cross" and getattr(module, "is_causal", site == "self")
             bias = None if table is None or not biased else bias_table(module) or table
-            bind(module, Binding(source, causal, bias, off, biased))
+            bind(module, Binding(source, causal, bias, off, biased, layer=layer, running=injected.running))
             injected.bound.append(module)
+            # A module that makes a bias asks the keys that its cache hands over how many they are.
+            if wired is not None and not wired.biased and site == "self" and layers.count(layer) == 1:
+                injected.cached[layer] = source
             if gated:
                 injected.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))

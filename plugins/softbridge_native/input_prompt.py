@@ -120,6 +120,7 @@ class Circumstances:
         counts_pads: whether a model around the stack makes positions that count pads on the left.
         knows_pads: whether the stack finds pads by their token ids, and is passed no position_ids.
         prefixed: whether attention has prefixes, which caches do not hold.
+        keep: lets a cache that was begun keep them for the running call; see `joined_cache`.
     """
 
     implementation: str | None
@@ -132,6 +133,7 @@ class Circumstances:
     counts_pads: bool = False
     knows_pads: bool = False
     prefixed: bool = False
+    keep: Callable[[Any], None] = lambda cache: None
 
 
 @dataclass(frozen=True, eq=False)
@@ -334,6 +336,8 @@ class StackHooks:
         call.cache = caches.given(kwargs)
         if self.around.prefixed and not torch.compiler.is_compiling():
             begin(call.cache, self.around.owner, past)
+            if past:
+                self.around.keep(call.cache)
         if hides(call.cache):
             running(call.cache, True)
             vars(call.cache)[READ] = past + given_tokens(kwargs).shape[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -50,6 +51,9 @@ class Used:
 class Nothing:
     """The source of a layer without a prefix; see `Source`."""
 
+    def mark(self) -> None:
+        return None
+
     def join(self, entered: Tensor | None, like: Tensor) -> None:
         return None
 
@@ -75,6 +79,10 @@ class LayerPrefix(nn.Module):
 
     keys: Tensor
     values: Tensor
+
+    def mark(self) -> object:
+        made = self.leaves is not None or self.used.now.pair is not None
+        return None if made or self.gate is not None else self.stand
 
     def join(self, entered: Tensor | None, like: Tensor) -> Joined:
         keys, values = self(entered, like)
@@ -114,7 +122,6 @@ class Stand:
     slides: bool | Tensor
 
 
-@dataclass(frozen=True, eq=False)
 class Joined:
     """What joins the keys and values of one call of an attention module.
 
@@ -123,36 +130,58 @@ class Joined:
         groups: the rows that share a prefix, each row in one of them or in none.
         each: keys and values [B, K, P, D], where each row has its own and there are no groups.
         lengths: how many of the P virtual tokens each row has, [B, 1]; None: all.
+        index: where rows differ, which of the groups' tokens, one group after the other, a row has: [B, P].
     """
 
-    stand: Stand
-    groups: tuple[Group, ...] = ()
-    each: tuple[Tensor, Tensor] | None = None
-    lengths: Tensor | None = None
+    def __init__(
+        self,
+        stand: Stand,
+        groups: tuple[Group, ...] = (),
+        each: tuple[Tensor, Tensor] | None = None,
+        lengths: Tensor | None = None,
+        index: Tensor | None = None,
+    ) -> None:
+        self.stand = stand
+        self.groups = groups
+        self.each = each
+        self.lengths = lengths
+        self.index = index
+        one = groups[0] if each is None else Group(*each)
+        #: P.
+        self.length = int(one.keys.shape[-2]) if each is not None else max(group.keys.shape[1] for group in groups)
+        #: Heads of the keys and of the values, and their widths.
+        self.sizes = (one.keys.shape[-3], one.values.shape[-3], one.keys.shape[-1], one.values.shape[-1])
+        #: How many virtual tokens the groups have in sum.
+        self.virtual = sum([group.keys.shape[1] for group in groups])
 
-    @property
-    def length(self) -> int:
-        """P."""
-        return int(self.each[0].shape[-2]) if self.each else max([group.keys.shape[1] for group in self.groups])
+    def rows(self, count: int) -> tuple[Tensor, Tensor]:
+        """`whole` for a batch of so many rows, each [B, K, P, D]."""
+        keys, values = self.whole
+        return keys.expand(count, -1, -1, -1), values.expand(count, -1, -1, -1)
 
     @property
     def whole(self) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [K, P, D], or [B, K, P, D] where rows differ; zeros behind what is shorter."""
+        """Keys and values, each [K, P, D], or [B, K, P, D] where rows differ; anything behind what is shorter."""
         if self.each is not None:
             return self.each
-        if self.groups[0].rows is None:
+        if self.index is None:
             return self.groups[0].keys, self.groups[0].values
-        heads, _, width = self.groups[0].keys.shape
-        named = [(group, group.rows) for group in self.groups if group.rows is not None]
-        rows = sum(len(rows) for _, rows in named) if self.lengths is None else len(self.lengths)
-        keys, values = (self.groups[0].keys.new_zeros(rows, heads, self.length, width) for _ in range(2))
-        for group, mine in named:
-            keys[mine, :, : group.keys.shape[1]], values[mine, :, : group.keys.shape[1]] = group.keys, group.values
-        return keys, values
+        return self._gathered([group.keys for group in self.groups]), self._gathered([g.values for g in self.groups])
+
+    def _gathered(self, parts: Sequence[Tensor]) -> Tensor:
+        assert self.index is not None
+        gathered = torch.cat([*parts], 1).index_select(1, self.index.flatten())
+        return gathered.view(len(parts[0]), *self.index.shape, -1).transpose(0, 1)
 
 
 class Source(Protocol):
     """Where an attention module finds what joins its keys and values."""
+
+    def mark(self) -> object:
+        """What is one and the same object as long as one prefix joins whatever enters; None: it may be another.
+
+        It is asked for at every layer and step of decoding, where no gradient is wanted.
+        """
 
     def join(self, entered: Tensor | None, like: Tensor) -> Joined | None:
         """What joins in this call; None: nothing.

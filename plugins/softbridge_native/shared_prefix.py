@@ -22,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Prefixes that are shorter gain nothing: in inference with several rows, with one row, and in training.
+#: Prefixes that are shorter gain nothing: in inference with two rows each or more, with fewer, and in training.
 SHARED, ALONE, TRAINED = 32, 256, 256
+SHORTEST = min(SHARED, ALONE, TRAINED)
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,7 @@ def pays(groups: Sequence[Group], query: Tensor, key: Tensor) -> bool:
     virtual = sum(group.keys.shape[1] for group in groups)
     if torch.is_grad_enabled() and any(t.requires_grad for g in groups for t in (query, key, g.keys, g.values)):
         return len(groups) == 1 and groups[0].rows is None and query.device.type == "cpu" and virtual >= TRAINED
-    return virtual >= (SHARED if query.shape[0] > len(groups) else ALONE * len(groups))
+    return virtual >= (SHARED if query.shape[0] >= 2 * len(groups) else ALONE) * len(groups)
 
 
 def attend(

@@ -76,7 +76,7 @@ class PromptBank(Mapping[str, Source]):
 
     def entries(self) -> Container[Entry]:
         """What all names stand for now."""
-        return self._entries.values()
+        return frozenset(self._entries.values())
 
     @contextmanager
     def rows(self, names: str | Sequence[str | None] | None, copies: int = 1) -> Iterator[None]:

@@ -1,0 +1,170 @@
+"""Layers of a cache that keep a prefix in front of their keys and values, and show the real ones alone.
+
+A step of decoding would put a short prefix in front of the layer's keys anew, at every layer. Here the cache grows what
+is joined already. All that asks a layer for its keys, or sets them (lengths, crops, beams that change places), has to
+do with real tokens; only `update`, whose answer goes into attention, hands the whole over, and tells the attention
+function so. What is kept is the prefix as it was when the text began, like the keys behind it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from softbridge_native.call import Own
+from softbridge_native.prefix import Joined, Source
+from softbridge_native.shared_prefix import pays
+
+#: So many masks are kept of one call: models have one for each kind of layer.
+MASKS = 4
+
+
+#: Of a cache: for the calls of which model its layers keep a prefix.
+_KEPT = "_softbridge_kept"
+
+
+class Running:
+    """What the layers of the running call, in this thread, need to know of each other; forgotten where one begins.
+
+    Attributes:
+        joins: whether attention knows of the prefix that the cache of the call keeps.
+        layers: number of a layer whose cache handed over joined keys, until attention takes them -> what is joined, and
+            how long its keys are then.
+        masks: those that were made, by all that they were made of.
+    """
+
+    def __init__(self) -> None:
+        self.joins = False
+        self.layers: dict[int, tuple[Joined, int]] = {}
+        self.masks: dict[Hashable, tuple[Any, Tensor | None]] = {}
+
+    def forget(self) -> None:
+        """A call begins, or is over."""
+        self.joins = False
+        self.layers.clear()
+        self.masks.clear()
+
+
+class JoinedLayer(DynamicLayer):  # type: ignore[misc]
+    """A `DynamicLayer` that became one which keeps a prefix. A copy is a `DynamicLayer` again.
+
+    Attributes:
+        source: of the prefix.
+        number: of the layer.
+        running: where attention is told what it is given.
+        mark: what the source gave when it was last asked for a prefix.
+        prefix: what the source gave then; None: the layer keeps none, and attention joins it.
+        whole: keys and values [B, K, P + N, D], or None: nothing is joined yet.
+        plain: keys and values [B, K, N, D], where nothing is joined.
+    """
+
+    source: Source
+    number: int
+    running: Own[Running]
+    mark: object
+    prefix: Joined | None
+    whole: tuple[Tensor, Tensor] | None
+    plain: list[Any]
+
+    @property
+    def keys(self) -> Any:
+        return self._real(0)
+
+    @keys.setter
+    def keys(self, keys: Any) -> None:
+        self._set(0, keys)
+
+    @property
+    def values(self) -> Any:
+        return self._real(1)
+
+    @values.setter
+    def values(self, values: Any) -> None:
+        self._set(1, values)
+
+    def _real(self, half: int) -> Any:
+        if self.whole is None or self.prefix is None:
+            return self.plain[half]
+        return self.whole[half][:, :, self.prefix.length :]
+
+    def _set(self, half: int, numbers: Any) -> None:
+        self._part()
+        self.plain[half] = numbers
+
+    def _part(self) -> None:
+        self.plain, self.whole = [self._real(0), self._real(1)], None
+
+    def get_seq_length(self) -> int:
+        """How many real tokens the layer holds."""
+        if self.whole is None or self.prefix is None:
+            return int(super().get_seq_length())
+        return self.whole[0].shape[2] - self.prefix.length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Take keys and values [B, K, T, D], and return all for attention, [B, K, N, D] or [B, K, P + N, D]."""
+        running = self.running.now
+        kept = running.joins and self.is_initialized and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
+        mark = self.source.mark() if kept else None
+        if mark is not self.mark:
+            self._begin(mark, key_states)
+        prefix = self.prefix
+        if prefix is None or not kept:
+            found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
+            return found
+        if self.whole is None:
+            keys, values = prefix.rows(len(key_states))
+            keys, values = (torch.cat((keys, self.plain[0]), 2), torch.cat((values, self.plain[1]), 2))
+            self.plain = []
+        else:
+            keys, values = self.whole
+        self.whole = keys, values = torch.cat((keys, key_states), 2), torch.cat((values, value_states), 2)
+        running.layers[self.number] = prefix, keys.shape[2]
+        return keys, values
+
+    def _begin(self, mark: object, like: Tensor) -> None:
+        self._part()
+        self.mark, self.prefix = mark, None if mark is None else self.source.join(None, like)
+        if self.prefix is not None and pays(self.prefix.groups, like, like):
+            self.prefix = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        own = (*JoinedLayer.__annotations__,)
+        state = {name: value for name, value in vars(self).items() if name not in own}
+        return _plain, ({**state, "keys": self.keys, "values": self.values},)
+
+
+def _plain(state: Mapping[str, Any]) -> Any:
+    layer = DynamicLayer.__new__(DynamicLayer)
+    vars(layer).update(state)
+    return layer
+
+
+def keep(cache: Any, sources: Mapping[int, Source], running: Own[Running]) -> None:
+    """Let the layers of a cache keep their prefix in the running call, if they grow by nothing but concatenation.
+
+    Args:
+        cache: any; what it was kept for before, by the same model or another, is forgotten.
+        sources: by the number of the layer.
+        running: where the model's attention is told what it is given.
+    """
+    cache = getattr(cache, "self_attention_cache", cache)
+    if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
+        return
+    running.now.joins = True
+    if vars(cache).get(_KEPT) is running:
+        return
+    for number, source in sources.items():
+        layer = cache.layers[number] if number < len(cache.layers) else None
+        if layer is None or type(layer) not in (DynamicLayer, JoinedLayer) or not layer.is_initialized:
+            continue
+        state = {"plain": [layer.keys, layer.values], "source": source, "number": number, "running": running}
+        for name in ("keys", "values"):
+            vars(layer).pop(name, None)
+        vars(layer).update(state, mark=None, prefix=None, whole=None)
+        layer.__class__ = JoinedLayer
+    vars(cache)[_KEPT] = running
