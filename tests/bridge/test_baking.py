@@ -200,7 +200,7 @@ def test_refusals(tmp_path: Path) -> None:
         ({"a b": prompt_for(base)}, None, "letters, digits"),
         ({"one": prompt_for(base)}, "two", "no prompt is called 'two'"),
     ):
-        with pytest.raises(SoftbridgeError, match="prompts named"):
+        with pytest.raises(SoftbridgeError, match=said):
             sb.bake(names, tmp_path / "out", base=str(base), in_front=in_front)
     assert not (tmp_path / "out").exists()
     sb.bake({"one": prompt_for(base)}, tmp_path / "out", base=str(base))
