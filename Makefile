@@ -100,7 +100,7 @@ test-long: export SOFTBRIDGE_PROFILE := long
 test-long: $(ENV4)/ready $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST) tests/bridge/test_untrusted_reading.py tests/bridge/test_container.py \
 		tests/plugins/test_native_selfcheck.py tests/plugins/test_native_flex_and_flash.py tests/bridge/test_claim.py \
-		tests/plugins/test_native_calls.py tests/test_false_alarms.py
+		tests/plugins/test_native_calls.py tests/test_false_alarms.py tests/bridge/test_manners.py
 	$(ENV4)/bin/python $(PYTEST) tests/test_false_alarms.py tests/bridge/test_claim.py
 
 # Each in a process of its own: what a server has loaded, no other should find.

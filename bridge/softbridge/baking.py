@@ -24,7 +24,7 @@ from softbridge.arrays import Array, from_torch, to_torch
 from softbridge.attachment.attach import attach, detach
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.read import load
-from softbridge.errors import BaseModelError, LoweringError, Obstacle, SoftbridgeError
+from softbridge.errors import BaseModelError, LoweringError, Obstacle, SoftbridgeError, one_of
 from softbridge.lowering.planner import lower
 from softbridge.lowering.steps import Target
 from softbridge.plugin.capabilities import Capabilities
@@ -144,11 +144,13 @@ def bake(
 
 def _check_names(prompts: Mapping[str, Any], in_front: str | None) -> None:
     wrong = [name for name in prompts if not name.replace("-", "").replace("_", "").isalnum()]
-    if not prompts or wrong or (in_front is not None and in_front not in prompts):
-        found = f"prompts named {', '.join(map(repr, prompts)) or 'nothing'}" + (
-            f", {in_front!r} in front" if in_front else ""
-        )
+    if not prompts or wrong:
+        found = f"prompts named {', '.join(map(repr, wrong))}" if wrong else "no prompt"
         raise SoftbridgeError(found, "a prompt or more, each under a name of letters, digits, - and _", "name them so")
+    if in_front is not None and in_front not in prompts:
+        raise SoftbridgeError(
+            f"no prompt is called '{in_front}', to stand in front", one_of(prompts, in_front), "name one"
+        )
 
 
 def _as_words(name: str, prompt: SoftPrompt, base: BaseModel) -> InputPrompt:

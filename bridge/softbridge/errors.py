@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -15,6 +16,12 @@ def few(items: Collection[Any]) -> str:
     """The first few of a list, in words."""
     shown = ", ".join(str(item) for item in list(items)[:4]) or "none"
     return shown + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def one_of(known: Collection[str], given: str) -> str:
+    """What was expected in the place of a name that nothing has, and which was probably meant."""
+    near = "".join(f"; did you mean '{one}'?" for one in get_close_matches(given, known, 1))
+    return f"one of {', '.join(known)}{near}"
 
 
 class SoftbridgeError(Exception):

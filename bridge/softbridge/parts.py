@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 from softbridge.arrays import Array
-from softbridge.errors import SoftbridgeError
+from softbridge.errors import SoftbridgeError, one_of
 from softbridge.geometry import Site, Stack, stack_of
 from softbridge.prompt.part import AdaptionPrompt, InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt, Training
@@ -59,7 +59,7 @@ def choose(prompt: SoftPrompt, name: str) -> SoftPrompt:
     """
     parts = split(prompt)
     if name not in parts:
-        raise SoftbridgeError(f"no part is called '{name}'", f"one of {', '.join(parts)}", "name one of these")
+        raise SoftbridgeError(f"no part is called '{name}'", one_of(parts, name), "name one of these")
     return parts[name]
 
 

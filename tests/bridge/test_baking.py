@@ -195,8 +195,12 @@ def test_refusals(tmp_path: Path) -> None:
         sb.bake({"one": prefix}, tmp_path / "out", base=str(base))
     with pytest.raises(SoftbridgeError, match="a configuration only"):
         sb.bake({"one": prompt_for(base)}, tmp_path / "out", base=str(base / "config.json"))
-    for names, in_front in (({}, None), ({"a b": prompt_for(base)}, None), ({"one": prompt_for(base)}, "two")):
-        with pytest.raises(SoftbridgeError, match="prompts named"):
+    for names, in_front, said in (
+        ({}, None, "letters, digits"),
+        ({"a b": prompt_for(base)}, None, "letters, digits"),
+        ({"one": prompt_for(base)}, "two", "no prompt is called 'two'"),
+    ):
+        with pytest.raises(SoftbridgeError, match=said):
             sb.bake(names, tmp_path / "out", base=str(base), in_front=in_front)
     assert not (tmp_path / "out").exists()
     sb.bake({"one": prompt_for(base)}, tmp_path / "out", base=str(base))

@@ -277,12 +277,20 @@ def test_what_is_there_stays_when_its_replacement_is_interrupted(place: Path) ->
     assert (place / "place" / "out" / "prompt.safetensors").read_bytes() == kept
 
 
+#: What a program has said when it is interrupted: while modules are imported or, in the long profile, at work.
+MOMENTS: dict[str, tuple[list[str], str]] = {"importing": (["-X", "importtime"], " softbridge.errors")}
+if os.environ.get("SOFTBRIDGE_PROFILE") == "long":
+    for said in (
+        "reading the base model base",
+        "reading prefix",
+        "measuring the base model's",
+        "running prefix in peft",
+    ):
+        MOMENTS[said] = ([], said)
+
+
 @pytest.mark.skipif(os.name == "nt", reason="signals of another kind")
-@pytest.mark.parametrize(
-    ("flags", "moment"),
-    [(["-X", "importtime"], " softbridge.errors"), ([], "lowering: ")],
-    ids=["importing", "running"],
-)
+@pytest.mark.parametrize(("flags", "moment"), MOMENTS.values(), ids=list(MOMENTS))
 def test_a_program_that_is_interrupted_ends_with_130_and_no_traceback(
     flags: list[str], moment: str, place: Path
 ) -> None:
@@ -298,7 +306,8 @@ def test_a_program_that_is_interrupted_ends_with_130_and_no_traceback(
         program.send_signal(signal.SIGINT)
         out, more = program.communicate()
     text = "".join(said) + more
-    assert program.returncode == 130, text
+    # Python sends itself the signal, of which a shell says 130, too, where it interrupted the text of an exec.
+    assert program.returncode in (130, -signal.SIGINT), text
     assert "Traceback" not in text
     assert "KeyboardInterrupt" not in text
     assert out == ""

@@ -186,7 +186,7 @@ CASES: dict[str, list[tuple[int, str]]] = {
         (0, "explain --from peft --to adapterhub --method prefix-tuning --base base"),
         (2, "explain --from peft"),
         (2, "explain --from peft --to adaptrhub"),
-        (2, "explain --from peft --to adapterhub --method lora"),
+        (2, "explain --from peft --to adapterhub --method prefix-tunning"),
         (2, "explain --from peft --to tensor"),
         (2, "explain --from peft --to adapterhub --base ./nothing"),
     ],
@@ -238,6 +238,7 @@ CASES: dict[str, list[tuple[int, str]]] = {
         (2, "bake prefix baked2 --base base"),
         (2, "bake near baked2 --base base/config.json"),
         (2, "bake near baked2 --base base --in-front mood"),
+        (2, "bake a/b=near baked2 --base base"),
     ],
 }
 #: What shows a certificate is shown wide: where a line is broken depends on the length of its figures.

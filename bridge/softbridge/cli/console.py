@@ -48,8 +48,9 @@ REFUSED = 2
 DEFECT = 3
 UNREAD = 141  # what a shell reports of a program that SIGPIPE ends
 _loudness: ContextVar[Literal["quiet", "normal", "verbose"]] = ContextVar("loudness", default="normal")
-#: What a prompt and a base model may be given as, for the help. What looks like rich's markup is a hub id's brackets.
-PROMPT = escape("a file, a directory, or a hub id (owner/name[/folder][@revision]). A local path comes first.")
+#: What a prompt and a base model may be given as, for the help. What looks like rich's markup is a hub id's brackets;
+#: with spaces between them it fits into a narrow column.
+PROMPT = escape("a file, a directory, or a hub id (owner/name [/folder] [@revision]). A local path comes first.")
 BASE = "The base model: a directory, a config.json, or a hub id (owner/name). A local path comes first."
 Base = Annotated[
     str | None,

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from softbridge.base.model import BaseModel
-from softbridge.errors import Obstacle, SoftbridgeError
+from softbridge.errors import Obstacle, SoftbridgeError, one_of
 from softbridge.lowering.examples import METHODS, example
 from softbridge.lowering.planner import Outcome, plan
 from softbridge.lowering.steps import Step, Target
@@ -60,7 +60,7 @@ def explain(source: str, target: str, method: str, *, base: Any) -> Explanation:
         SoftbridgeError: `method` is not one of `softbridge.methods.METHODS`, or a format is read only.
     """
     if method not in METHODS:
-        raise SoftbridgeError(f"no method is called '{method}'", f"one of {', '.join(METHODS)}", "check the spelling")
+        raise SoftbridgeError(f"no method is called '{method}'", one_of(METHODS, method), "check the spelling")
     read, written = format_named(source), format_named(target)
     for form in (read, written):
         if not form.encodings:

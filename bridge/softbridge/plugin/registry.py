@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from difflib import get_close_matches
 from functools import cache
 from typing import Any, TypeVar
 
 import pluggy
 
-from softbridge.errors import EngineError, PluginError, UnknownFormatError
+from softbridge.errors import EngineError, PluginError, UnknownFormatError, one_of
 from softbridge.plugin import hookspecs
 from softbridge.plugin.declared import faults
 from softbridge.plugin.hookspecs import PROJECT, Engine, Format
@@ -145,9 +144,7 @@ def format_named(name: str) -> Format:
     return _named(
         name,
         formats(),
-        lambda known: UnknownFormatError(
-            f"no format is called '{name}'", f"one of {known}", "see 'softbridge formats'"
-        ),
+        lambda known: UnknownFormatError(f"no format is called '{name}'", known, "see 'softbridge formats'"),
     )
 
 
@@ -160,7 +157,7 @@ def engine_named(name: str) -> Engine:
     engine: Engine = _named(
         name,
         engines(),
-        lambda known: EngineError(f"no engine is called '{name}'", f"one of {known}", "see 'softbridge engines'"),
+        lambda known: EngineError(f"no engine is called '{name}'", known, "see 'softbridge engines'"),
     )
     reason = engine.unavailable()
     if reason is not None:
@@ -174,6 +171,5 @@ def engine_named(name: str) -> Engine:
 
 def _named(name: str, known: Mapping[str, Named], error: Callable[[str], Exception]) -> Named:
     if name not in known:
-        near = "".join(f"; did you mean '{one}'?" for one in get_close_matches(name, known, 1))
-        raise error((", ".join(known) or "nothing (no plugin is installed)") + near)
+        raise error(one_of(known, name) if known else "a plugin that brings one: none is installed")
     return known[name]
