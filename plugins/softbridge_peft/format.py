@@ -487,7 +487,8 @@ def _provisioned(part: KeyValuePrefix) -> KeyValuePrefix:
     heads, width = provision(part)
 
     def filled(array: Array) -> Array:
-        return np.pad(array, ((0, heads - array.shape[0]), (0, 0), (0, width - array.shape[2])))
+        more = heads - array.shape[0], width - array.shape[2]
+        return np.pad(array, ((0, more[0]), (0, 0), (0, more[1]))) if any(more) else array
 
     layers = {n: KeyValue(filled(pair.keys), filled(pair.values)) for n, pair in part.layers.items()}
     return KeyValuePrefix(part.site, layers)

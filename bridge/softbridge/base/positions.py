@@ -38,6 +38,9 @@ Kind = Literal["absolute", "rotary", "relative", "none", "unknown"]
 #: A map that fits worse than this, or is this far from orthogonal, is not believed. Rotary tables are float32: 1e-7.
 TOLERANCE = 1e-5
 
+#: Layers that turn alike differ by the rounding of float64 alone.
+ROUNDING = 1e-9
+
 #: Angles at position 10^5 are rounded to 10^-2 in float32; a changed frequency moves the map by about 1.
 REGIME_TOLERANCE = 0.05
 
@@ -135,11 +138,16 @@ class _Keys:
         import torch
 
         keys, _ = self.at(position)
-        maps = {}
+        maps: dict[int, Array] = {}
+        found: torch.Tensor | None = None
         for layer, before in self.origin.items():
             after = keys[layer]
-            matrix = torch.linalg.lstsq(before, after).solution
-            misfit = float((before @ matrix - after).abs().max() / after.abs().max())
+            # Nearly always each layer's keys turn as those of the layer before: then they are not solved for again.
+            if found is not None and found.shape[0] == after.shape[1] and _misfit(before, found, after) <= ROUNDING:
+                maps[layer] = found.numpy()
+                continue
+            found = matrix = torch.linalg.lstsq(before, after).solution
+            misfit = _misfit(before, matrix, after)
             skew = float((matrix.T @ matrix - torch.eye(matrix.shape[0], dtype=matrix.dtype)).abs().max())
             if max(misfit, skew) > TOLERANCE:
                 raise BaseModelError(
@@ -150,6 +158,10 @@ class _Keys:
                 )
             maps[layer] = matrix.numpy()
         return maps
+
+
+def _misfit(before: torch.Tensor, matrix: torch.Tensor, after: torch.Tensor) -> float:
+    return float((before @ matrix - after).abs().max() / after.abs().max())
 
 
 def probe(config: Any) -> PositionScheme:

@@ -37,6 +37,7 @@ class Loaded:
         dtype: what its numbers were to be stored in on request, as its manifest says.
         choice: what of its source was converted, as its manifest says.
         made_of: digests of the files that it was converted from, as its manifest says.
+        alone: where the files put real tokens by themselves, without the manifest; None: they were not read.
     """
 
     prompt: SoftPrompt
@@ -46,6 +47,7 @@ class Loaded:
     dtype: str | None = None
     choice: Choice = ALL
     made_of: Mapping[str, str] = field(default_factory=dict)
+    alone: Positions | None = None
 
     @property
     def digests(self) -> Mapping[str, str]:

@@ -143,7 +143,7 @@ def _read_files(
             )
         check_fits(prompt, geometry)
         prompt = replace(prompt, base=replace(prompt.base, geometry=geometry))
-    loaded = Loaded(prompt, form, files.path)
+    loaded = Loaded(prompt, form, files.path, alone=prompt.positions)
     return with_manifest(loaded, files) if MANIFEST in files and "manifest" not in drop else (loaded, {})
 
 

@@ -155,7 +155,7 @@ def rotate(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftProm
         for layer, pair in part.layers.items():
             dtype = np.promote_types(pair.keys.dtype, np.float32)
             keys = (pair.keys.astype(np.float64) @ maps[layer]).astype(dtype)
-            layers[layer] = replace(pair, keys=keys, values=pair.values.astype(dtype))
+            layers[layer] = replace(pair, keys=keys, values=pair.values.astype(dtype, copy=False))
         return replace(part, layers=layers)
 
     return replace(prompt, parts=tuple(rotated(part) for part in prompt.parts))

@@ -228,7 +228,14 @@ class KeyValuePrefix:
     def flat(self) -> Array:
         """[P, 2·L·K·D], the inverse of `from_flat` for the layers that are there, in rising order; without gates."""
         halves = [half for pair in self.layers.values() for half in (pair.keys, pair.values)]
-        return np.concatenate([half.transpose(1, 0, 2).reshape(self.length, -1) for half in halves], axis=1)
+        widths = [half.shape[0] * half.shape[2] for half in halves]
+        flat = np.empty((self.length, sum(widths)), np.result_type(*halves))
+        at = 0
+        for half, width in zip(halves, widths, strict=True):  # each number is copied once
+            place = flat[:, at : at + width].reshape(self.length, half.shape[0], half.shape[2])
+            np.copyto(place, half.transpose(1, 0, 2))
+            at += width
+        return flat
 
     def __repr__(self) -> str:
         kinds = ", ".join(dict.fromkeys(map(repr, self.layers.values())))

@@ -62,7 +62,8 @@ def safetensors_bytes(tensors: Mapping[str, Array], metadata: Mapping[str, str] 
         position += array.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
-    return b"".join([len(text).to_bytes(8, "little"), text, *(plain[name].tobytes() for name in order)])
+    windows: list[Any] = [plain[name].reshape(-1).view(np.uint8) for name in order]
+    return b"".join([len(text).to_bytes(8, "little"), text, *windows])
 
 
 def pickle_bytes(content: Mapping[str, Any]) -> bytes:

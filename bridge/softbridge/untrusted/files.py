@@ -65,6 +65,7 @@ class Files:
         self._trees: dict[str, Any] = {}
         self._kinds: dict[str, Kind] = {}
         self._read: set[str] = set()
+        self._digests: dict[str, tuple[Any, str]] = {}
 
     @contextmanager
     def reading(self) -> Iterator[set[str]]:
@@ -76,7 +77,7 @@ class Files:
         """The same without the files of these names, in whatever folder."""
         others = object.__new__(Files)
         others.path, others.is_file, others._trees = self.path, self.is_file, self._trees
-        others._kinds, others._read = self._kinds, self._read
+        others._kinds, others._read, others._digests = self._kinds, self._read, self._digests
         others._files = {name: real for name, real in self._files.items() if name.rpartition("/")[2] not in names}
         others.names = tuple(name for name in self.names if name in others._files)
         return others
@@ -91,7 +92,7 @@ class Files:
             members = members_of(place, kind, what)
         within = object.__new__(Files)
         within.path, within.is_file, within._trees = self.path / name if not self.is_file else self.path, False, {}
-        within._kinds, within._read = {}, set()
+        within._kinds, within._read, within._digests = {}, set(), {}
         within._files = dict(members)
         within.names = tuple(sorted(members))
         return within
@@ -288,12 +289,17 @@ class Files:
             return safetensors_header(stream, size, what)[2]
 
     def digest(self, name: str) -> str:
-        """sha256 of the file, hexadecimal."""
-        state = hashlib.sha256()
+        """sha256 of the file, hexadecimal. A file that is still the same is read for it once."""
+        place = self._files.get(name)
         with self._stream(name) as (stream, _, _what):
-            while block := stream.read(2**20):
-                state.update(block)
-        return state.hexdigest()
+            about = os.fstat(stream.fileno()) if isinstance(place, Path) else None
+            stamp = None if about is None else (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+            if stamp is None or self._digests.get(name, (None, ""))[0] != stamp:
+                state = hashlib.sha256()
+                while block := stream.read(2**20):
+                    state.update(block)
+                self._digests[name] = stamp, state.hexdigest()
+        return self._digests[name][1]
 
     def _expect(self, name: str, kind: Kind, what: str) -> None:
         found = self.kind(name)
