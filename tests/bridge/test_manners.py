@@ -119,14 +119,16 @@ class Terminal(io.StringIO):
         return True
 
 
-@pytest.mark.parametrize(("patience", "shows"), [(0.0, True), (60.0, False)])
+@pytest.mark.parametrize(
+    ("patience", "terminal_is", "shows"), [(0.0, "xterm", True), (60.0, "xterm", False), (0.0, "dumb", False)]
+)
 def test_a_line_says_what_is_done_on_a_terminal_after_a_while(
-    patience: float, shows: bool, monkeypatch: pytest.MonkeyPatch
+    patience: float, terminal_is: str, shows: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     terminal = Terminal()
     monkeypatch.setattr(sys, "stderr", terminal)
     monkeypatch.setattr(display, "PATIENCE", patience)
-    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("TERM", terminal_is)
     monkeypatch.setenv("COLUMNS", "80")
     with console.quiet(), stage("loading \x1b[31ma base"), stage("half of it"):
         until = time.monotonic() + 20

@@ -20,7 +20,7 @@ from rich.markup import escape
 from rich.text import Text
 from typer.core import TyperGroup
 
-from softbridge.cli.display import line, tell_time
+from softbridge.cli.display import line, tell_time, watched
 from softbridge.cli.tables import shown_lines
 from softbridge.errors import SoftbridgeError, UntestedVersionWarning
 from softbridge.plugin.registry import formats
@@ -205,7 +205,7 @@ def quiet() -> Iterator[None]:
             if loudness == "normal":
                 warnings.simplefilter("default", UntestedVersionWarning)
             stack.enter_context(_no_bars())
-            if loudness == "normal" and sys.stderr.isatty():
+            if loudness == "normal" and watched():
                 stack.enter_context(watching(stack.enter_context(line())))
             yield
     finally:

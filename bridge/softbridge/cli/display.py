@@ -17,6 +17,11 @@ from softbridge.cli.tables import shown
 PATIENCE = 1.0
 
 
+def watched() -> bool:
+    """Whether a person sees standard error, on a terminal that can take a line back."""
+    return sys.stderr.isatty() and Console(stderr=True).is_interactive
+
+
 @contextmanager
 def line() -> Iterator[Callable[[str], None]]:
     """A line on standard error with what is being done. It appears after a second, and goes away at the end.
