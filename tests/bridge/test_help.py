@@ -16,7 +16,7 @@ from softbridge.cli.console import PROMPT
 GROUP: Any = typer.main.get_command(app)
 #: Arguments and options that take a prompt, and those that take the path of something else.
 PROMPTS = {"a", "b", "against", "path", "paths", "source"}
-OTHERS = {"directory", "html", "output", "target", "texts"}
+OTHERS = {"directory", "manifests", "html", "output", "target", "texts"}
 #: What `softbridge probe` recorded is no prompt, and what --from names is a format or an engine.
 EXCEPT = {("compare", "a"), ("compare", "b"), ("explain", "source"), ("demo", "source")}
 

@@ -110,7 +110,7 @@ CASES: dict[str, list[tuple[int, str]]] = {
         (2, "convert several shards --to adapterhub --recursive --shard 1/1"),
         (2, "convert several shards --to softbridge --recursive --shard 3/2"),
         (2, "convert several shards --to softbridge --recursive --shard half"),
-        (2, "convert several several/out --to softbridge --recursive"),
+        (0, "convert several several/out --to softbridge --recursive"),
         (2, "convert nowhere shards --to softbridge --recursive"),
         (2, "convert empty shards --to softbridge --recursive"),
         (2, "convert prefix new2 --to softbridge --jobs 2"),

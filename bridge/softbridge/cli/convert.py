@@ -100,7 +100,8 @@ def convert(
         bool, typer.Option("--recursive", help="Convert all checkpoints in the directory, each to its place in TARGET.")
     ] = False,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", help="With --recursive: how many processes convert; 1 if left out.", min=1)
+        int | None,
+        typer.Option("--jobs", help="With --recursive: how many processes convert. It is 1 if left out.", min=1),
     ] = None,
     shard: Annotated[
         str | None, typer.Option("--shard", help="With --recursive: one of N parts, I from 1.", metavar="I/N")
@@ -109,7 +110,7 @@ def convert(
         str | None,
         typer.Option(
             "--push-to-hub",
-            help="Open a pull request with what is written, in this repository; its main branch is not touched.",
+            help="Open a pull request with what is written, in this repository. Its main branch is not touched.",
             metavar="OWNER/NAME",
         ),
     ] = None,
@@ -120,8 +121,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another toolkit's format. What would compute another function is refused.
 
-    With --recursive the exit status is 0 if all were converted, now or earlier; else 3 if there was a defect, 1 if one
-    would be another function, and 2 if one was refused. The same command goes on where an earlier one stopped.
+    With --recursive the exit status is 0 if all were converted, now or earlier. Else it is 3 if there was a defect, 1
+    if one would be another function, and 2 if one was refused. The same command goes on where an earlier one stopped.
     """
     asked: dict[str, Any] = {
         "base": base,

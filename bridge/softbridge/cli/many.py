@@ -59,7 +59,7 @@ def merge_manifests(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing manifest.")] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Join the manifests that 'convert --recursive --shard' wrote. Exit status as of that; 2 if some are missing."""
+    """Join the manifests that 'convert --recursive --shard' wrote. Exit status as of that, or 2 if some are missing."""
     try:
         merged = merge(manifests, output, overwrite=overwrite)
     except SoftbridgeError as error:
