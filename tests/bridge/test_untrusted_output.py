@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -273,3 +274,17 @@ def test_killed_at_any_instant(what: str, overwrite: bool, tmp_path: Path) -> No
         (write if what == "folder" else write_file)(folder / "target", new, overwrite=True)  # type: ignore[operator]
         assert {path.name for path in folder.iterdir()} - {strangers.name} == {"target"}
     assert strangers.is_dir()
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc says that a process has ended")
+def test_what_a_process_left_that_nobody_waits_for_is_removed(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as ended:
+        assert ended.stdout is not None
+        ended.stdout.read()
+        while Path(f"/proc/{ended.pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z":
+            time.sleep(0.01)
+        for number in (ended.pid, os.getpid()):
+            (tmp_path / f".out.{output._MACHINE}-{number}-00.tmp").mkdir()
+        write(tmp_path / "out", {"a": b"1"})
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out", f".out.{output._MACHINE}-{os.getpid()}-00.tmp"}
