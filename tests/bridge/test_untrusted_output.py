@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 from typing import Any
 
@@ -305,3 +306,17 @@ def test_killed_while_it_writes_into_a_folder(tmp_path: Path) -> None:
         assert set(os.listdir(target)) == {"a", "b", "mine"}
     assert seen == sorted(seen)
     assert set(seen) == {0, 1, 2}
+
+
+@pytest.mark.skipif(not Path("/proc").is_dir(), reason="no /proc says that a process has ended")
+def test_what_a_process_left_that_nobody_waits_for_is_removed(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", ""], stdout=subprocess.PIPE) as ended:
+        assert ended.stdout is not None
+        ended.stdout.read()
+        while Path(f"/proc/{ended.pid}/stat").read_bytes().rpartition(b")")[2].split()[0] != b"Z":
+            time.sleep(0.01)
+        for number in (ended.pid, os.getpid()):
+            (tmp_path / f".out.{output._MACHINE}-{number}-00.tmp").mkdir()
+        write(tmp_path / "out", {"a": b"1"})
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"out", f".out.{output._MACHINE}-{os.getpid()}-00.tmp"}

@@ -63,6 +63,7 @@ class Pool:
     jobs: int
     preload: tuple[str, ...] = ()
     _workers: dict[Connection, _Running] = field(default_factory=dict)
+    _said: list[tuple[Any, Any]] = field(default_factory=list)
 
     def results(self, tasks: Iterable[Any], begin: Callable[[Any], None]) -> Generator[tuple[Any, Any], None, None]:
         """(task, what the function returned or `Death`) in the order in which they are done.
@@ -111,11 +112,9 @@ class Pool:
         finally:
             self._stop()
 
-    def rest(self) -> Iterator[tuple[Any, Any]]:
+    def rest(self) -> list[tuple[Any, Any]]:
         """What was done when `results` was left early, and not yet said."""
-        yield from self._said
-
-    _said: list[tuple[Any, Any]] = field(default_factory=list)
+        return self._said
 
     def _start(self, context: Any) -> None:
         ours, theirs = context.Pipe()

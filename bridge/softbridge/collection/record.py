@@ -18,9 +18,7 @@ from typing import Any, Literal, get_args
 from softbridge import untrusted
 from softbridge.errors import ArgumentError, CheckpointError, SoftbridgeError
 
-Verdict = Literal[
-    "converted", "planned", "refused", "differs", "defect", "not a prompt", "left out", "pending"
-]  # fmt: skip
+Verdict = Literal["converted", "planned", "refused", "differs", "defect", "not a prompt", "left out", "pending"]
 SCHEMA = "softbridge/collection/1"
 #: The manifest's name in the output folder; that of a shard has its number behind the stem.
 STEM, SUFFIX = "softbridge-collection", ".jsonl"
