@@ -42,7 +42,8 @@ export PYTHONDONTWRITEBYTECODE :=
 # older one, where every toolkit is. The contract, the conversions, the trainer and the matrix run on both.
 ONCE5 := tests/test_recognition.py tests/test_packaging.py tests/test_bad_input.py tests/test_many_processes.py \
 	tests/test_trl_preferences.py tests/test_trl_sft.py tests/bridge/test_cli.py tests/bridge/test_container.py \
-	tests/bridge/test_explain.py tests/bridge/test_foreign_code.py tests/bridge/test_rotary_families.py \
+	tests/bridge/test_explain.py tests/bridge/test_foreign_code.py tests/bridge/test_portrait.py \
+	tests/bridge/test_rotary_families.py \
 	tests/bridge/test_serving.py tests/bridge/test_structure.py tests/bridge/test_tools.py \
 	tests/bridge/test_untrusted_*.py tests/plugins/test_archive_kobold.py \
 	tests/plugins/test_archive_litgpt.py tests/plugins/test_archive_prefix_encoders.py \
