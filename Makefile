@@ -40,14 +40,13 @@ export PYTHONDONTWRITEBYTECODE :=
 # What is no question of the release of transformers is proven once. Bytes, files, documents, commands, what PEFT makes of
 # each method, the engine's check of itself, TRL, many processes: on the newer stack. What a comparison concludes: on the
 # older one, where every toolkit is. The contract, the conversions, the trainer and the matrix run on both.
-ONCE5 := tests/test_recognition.py tests/test_packaging.py tests/test_bad_input.py tests/test_many_processes.py \
-	tests/test_trl_preferences.py tests/test_trl_sft.py tests/bridge/test_cli.py \
-	tests/bridge/test_collection*.py tests/bridge/test_container.py \
-	tests/bridge/test_explain.py tests/bridge/test_foreign_code.py tests/bridge/test_help.py tests/bridge/test_json.py \
-	tests/bridge/test_manners.py tests/bridge/test_narrow.py tests/bridge/test_no_prompt.py \
-	tests/bridge/test_rotary_families.py tests/bridge/test_serving.py tests/bridge/test_structure.py \
-	tests/bridge/test_tools.py tests/bridge/test_transcripts.py \
-	tests/bridge/test_untrusted_*.py tests/plugins/test_archive_kobold.py \
+ONCE5 := tests/test_bad_input.py tests/test_many_processes.py tests/test_packaging.py tests/test_recognition.py \
+	tests/test_trl_preferences.py tests/test_trl_sft.py tests/bridge/test_cli.py tests/bridge/test_collection*.py \
+	tests/bridge/test_container.py tests/bridge/test_explain.py tests/bridge/test_foreign_code.py \
+	tests/bridge/test_help.py tests/bridge/test_json.py tests/bridge/test_manners.py tests/bridge/test_narrow.py \
+	tests/bridge/test_no_prompt.py tests/bridge/test_portrait.py tests/bridge/test_rotary_families.py \
+	tests/bridge/test_serving.py tests/bridge/test_structure.py tests/bridge/test_tools.py \
+	tests/bridge/test_transcripts.py tests/bridge/test_untrusted_*.py tests/plugins/test_archive_kobold.py \
 	tests/plugins/test_archive_litgpt.py tests/plugins/test_archive_prefix_encoders.py \
 	tests/plugins/test_archive_ptuning.py tests/plugins/test_archive_textual_inversion.py \
 	tests/plugins/test_archive_thunlp.py tests/plugins/test_archive_vectors.py tests/plugins/test_llamacpp.py \

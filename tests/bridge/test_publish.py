@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from fake_hub import TOKEN, Hub, running
+from huggingface_hub import constants
 
 import softbridge as sb
 from softbridge.base import BaseModel
@@ -20,13 +21,14 @@ from softbridge.testing import random_prefix, tiny_config
 
 WRITTEN = {"README.md", "prompt.safetensors", "softbridge.json"}
 
-#: All in one process, which a hub's client takes seconds to start: each case, and what it raised or returned.
+#: All in one process, which takes seconds to start: each case, and what it returned or raised.
 CASES = """
 import json, os, sys
 import softbridge as sb
 
 found = []
 for number, case in enumerate(json.load(sys.stdin)):
+    os.environ["HF_TOKEN"] = case.pop("token", os.environ["HF_TOKEN"])
     try:
         report = sb.convert("source", f"out{number}", "softbridge", **case)
         request = report.pull_request
@@ -35,114 +37,122 @@ for number, case in enumerate(json.load(sys.stdin)):
         found.append({"kind": type(error).__name__, "said": [error.found, error.expected, error.remedy]})
 print(json.dumps(found))
 """
+#: In this order, and each into a folder of its own.
+ASKED: dict[str, dict[str, Any]] = {
+    "again": {"push_to_hub": "owner/prompts"},
+    "missing": {"push_to_hub": "owner/missing"},
+    "made": {"push_to_hub": "owner/missing", "create_repo": True},
+    "forbidden": {"push_to_hub": "owner/forbidden"},
+    "no id": {"push_to_hub": "owner/prompts/folder"},
+    "planned": {"push_to_hub": "owner/prompts", "dry_run": True},
+    "stranger": {"push_to_hub": "owner/prompts", "token": "hf_" + "b" * 34},
+}
 
 
 @dataclass
-class Place:
+class Run:
+    """What a process that asks our hub printed and left behind, on the command line, and then for each case."""
+
     folder: Path
     hub: Hub
+    before: dict[str, dict[str, bytes]]
+    printed: str
+    found: dict[str, Any]
 
-    def environment(self, **changes: str) -> dict[str, str]:
-        """Of a process that asks our hub. Others have switched hubs off."""
-        here = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
-        ours = {"HF_ENDPOINT": self.hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(self.folder / "home")}
-        return here | ours | {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"} | changes
-
-    def run(self, *cases: dict[str, Any], **changes: str) -> list[Any]:
-        done = subprocess.run(
-            [sys.executable, "-c", CASES],
-            input=json.dumps(cases),
-            capture_output=True,
-            text=True,
-            cwd=self.folder,
-            env=self.environment(**changes),
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr
-        found: list[Any] = json.loads(done.stdout)
-        return found
+    def written(self, case: str) -> set[str] | None:
+        folder = self.folder / f"out{list(ASKED).index(case)}"
+        return {path.name for path in folder.iterdir()} if folder.exists() else None
 
 
-@pytest.fixture
-def place(tmp_path: Path) -> Iterator[Place]:
-    config = tiny_config("llama")
-    sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "source", format="softbridge", base=config)
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    folder, config = tmp_path_factory.mktemp("pushed"), tiny_config("llama")
+    sb.save(random_prefix(BaseModel(config).geometry), folder / "source", format="softbridge", base=config)
+    (folder / "source" / "secret.txt").write_text("not for anybody")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     with running() as hub:
-        yield Place(tmp_path, hub)
+        environment |= {"HF_ENDPOINT": hub.endpoint, "HF_TOKEN": TOKEN, "HF_HOME": str(folder / "home")}
+        environment |= {"HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+        def python(program: str, *arguments: str, given: str = "") -> str:
+            command = [sys.executable, "-c", program, *arguments]
+            done = subprocess.run(
+                command, input=given, capture_output=True, text=True, cwd=folder, env=environment, check=False
+            )
+            assert done.returncode == 0, done.stderr
+            return done.stdout
+
+        before = {name: dict(files) for name, files in hub.repositories.items()}
+        line = ("convert", "source", "out", "--to", "softbridge", "--push-to-hub", "owner/prompts")
+        printed = python("from softbridge.cli import main; main()", *line)
+        merged = dict(hub.repositories)
+        hub.repositories["owner/prompts"] = merged["owner/prompts"] | hub.pull_requests[0][2]
+        found = json.loads(python(CASES, given=json.dumps(list(ASKED.values()))))
+        hub.repositories["owner/prompts"] = merged["owner/prompts"]
+        yield Run(folder, hub, before, printed, dict(zip(ASKED, found, strict=True)))
 
 
-def test_a_pull_request_holds_what_was_written(place: Place) -> None:
-    """By the command line; main stays as it was. Merged, there is nothing left to propose."""
-    before = {name: dict(files) for name, files in place.hub.repositories.items()}
-    (place.folder / "source" / "secret.txt").write_text("not for anybody")
-    done = subprocess.run(
-        [
-            *(sys.executable, "-c", "from softbridge.cli import main; main()"),
-            *("convert", "source", "out", "--to", "softbridge", "--push-to-hub", "owner/prompts"),
-        ],
-        capture_output=True,
-        text=True,
-        cwd=place.folder,
-        env=place.environment(),
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    (request,) = place.hub.pull_requests
-    name, head, files = request
-    assert f"pull request: {place.hub.endpoint}/owner/prompts/discussions/1" in done.stdout
-    assert "it replaces README.md" in done.stdout
+def test_a_pull_request_holds_what_was_written(run: Run) -> None:
+    name, head, files = run.hub.pull_requests[0]
+    assert f"pull request: {run.hub.endpoint}/owner/prompts/discussions/1" in run.printed
+    assert "it replaces README.md" in run.printed
     assert name == "owner/prompts"
     assert "README.md" in head["description"]
-    assert files == {path.name: path.read_bytes() for path in (place.folder / "out").iterdir()}
+    assert files == {path.name: path.read_bytes() for path in (run.folder / "out").iterdir()}
     assert set(files) == WRITTEN
     assert "sb.load('owner/prompts', base=base)" in files["README.md"].decode()
-    assert place.hub.repositories == before
-    place.hub.repositories["owner/prompts"].update(files)
-    (again,) = place.run({"push_to_hub": "owner/prompts"})
-    assert again == {"url": None, "replaces": sorted(WRITTEN)}
-    assert len(place.hub.pull_requests) == 1
 
 
-def test_a_repository_is_made_if_that_is_asked_for(place: Place) -> None:
-    refused, made = place.run({"push_to_hub": "owner/missing"}, {"push_to_hub": "owner/missing", "create_repo": True})
+def test_no_main_branch_is_touched(run: Run) -> None:
+    assert run.hub.repositories == {**run.before, "owner/missing": {".gitattributes": b""}}
+    assert len(run.hub.pull_requests) == 2
+
+
+def test_what_was_merged_is_not_proposed_again(run: Run) -> None:
+    assert run.found["again"] == {"url": None, "replaces": sorted(WRITTEN)}
+
+
+def test_a_repository_is_made_if_that_is_asked_for(run: Run) -> None:
+    refused = run.found["missing"]
     assert refused["kind"] == "PublishError"
     assert "--create-repo" in refused["said"][2]
-    assert "the files stay in 'out0'" in refused["said"][2]
-    assert {path.name for path in (place.folder / "out0").iterdir()} == WRITTEN
-    assert made["url"] == f"{place.hub.endpoint}/owner/missing/discussions/1"
-    told = place.hub.made["owner/missing"]
+    assert "the files stay in 'out1'" in refused["said"][2]
+    assert run.written("missing") == WRITTEN
+    assert run.found["made"]["url"] == f"{run.hub.endpoint}/owner/missing/discussions/2"
+    assert list(run.hub.made) == ["owner/missing"]
+    told = run.hub.made["owner/missing"]
     assert told.get("private") is True or told.get("visibility") == "private"
-    assert list(place.hub.made) == ["owner/missing"]
-    assert place.hub.repositories["owner/missing"] == {".gitattributes": b""}
 
 
-def test_what_cannot_be_proposed_is_refused_with_what_to_do(place: Place) -> None:
-    forbidden, no_id, one_file, planned = place.run(
-        {"push_to_hub": "owner/forbidden"},
-        {"push_to_hub": "owner/prompts/folder"},
-        {"push_to_hub": "owner/prompts", "dry_run": True, "format": "nothing"},
-        {"push_to_hub": "owner/prompts", "dry_run": True},
-    )
-    assert forbidden["kind"] == "PublishError"
+def test_what_the_hub_does_not_take_is_refused_with_what_to_do(run: Run) -> None:
+    forbidden, stranger = run.found["forbidden"], run.found["stranger"]
+    assert forbidden["kind"] == stranger["kind"] == "PublishError"
     assert "you may not propose anything here" in forbidden["said"][0]
     assert "HF_TOKEN" in forbidden["said"][2]
-    assert (place.folder / "out0").exists(), "what was written stays"
-    assert no_id["kind"] == "PublishError"
-    assert one_file["kind"] == "UnknownFormatError"
-    assert planned is None
-    assert not any((place.folder / f"out{number}").exists() for number in (1, 2, 3))
-    (other,) = place.run({"push_to_hub": "owner/prompts", "overwrite": True}, HF_TOKEN="hf_" + "b" * 34)
-    assert other["kind"] == "PublishError"
-    assert "hf auth login" in other["said"][2]
-    assert not place.hub.pull_requests
+    assert "hf auth login" in stranger["said"][2]
+    assert run.written("forbidden") == WRITTEN, "what was written stays"
+
+
+def test_what_cannot_be_proposed_is_not_begun(run: Run) -> None:
+    assert run.found["no id"]["kind"] == "PublishError"
+    assert run.found["planned"] is None
+    assert (run.written("no id"), run.written("planned")) == (None, None)
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"), [({"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE"), ({"HF_TOKEN": ""}, "no token for the hub")]
+    ("offline", "target", "said"),
+    [(True, "out", "HF_HUB_OFFLINE"), (False, "out", "no token for the hub"), (False, "one.safetensors", "one file")],
 )
-def test_without_a_hub_or_a_token_nothing_is_begun(changes: dict[str, str], said: str, place: Place) -> None:
-    (found,) = place.run({"push_to_hub": "owner/prompts"}, **changes)
-    assert found["kind"] == "PublishError"
-    assert said in found["said"][0]
-    assert not (place.folder / "out0").exists()
-    assert not place.hub.requests
+def test_without_a_hub_or_a_token_nothing_is_begun(
+    offline: bool, target: str, said: str, run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    if target != "out":
+        monkeypatch.setenv("HF_TOKEN", TOKEN)
+    asked = list(run.hub.requests)
+    with pytest.raises(sb.SoftbridgeError, match=said):
+        sb.convert(run.folder / "source", tmp_path / target, "softbridge", push_to_hub="owner/prompts")
+    assert not (tmp_path / target).exists()
+    assert run.hub.requests == asked
