@@ -81,6 +81,12 @@ def loaded(path: Path) -> None:
     read(path)
 
 
+def converted(path: Path) -> None:
+    from softbridge.conversion import convert
+
+    convert(path, path.parent / "out", "softbridge")
+
+
 def base(path: Path) -> None:
     from softbridge.base import BaseModel
 
@@ -103,16 +109,17 @@ def certificate(path: Path) -> None:
 READERS: dict[str, Callable[[Path], None]] = {
     **{method: of_files(method) for method in ("tensors", "array", "json", "yaml", "inside", "tree")},
     "load": loaded,
+    "convert": converted,
     "base": base,
     "recording": recording,
     "certificate": certificate,
 }
-#: Those that need torch and transformers, which are imported before the memory is counted.
-HEAVY = ("base", "recording", "certificate")
 
 
 def size_of(path: Path) -> int:
     """Bytes that the disk holds of a checkpoint."""
+    if not os.path.exists(os.fsencode(path).replace(b"\0", b"?")):  # no such path can be
+        return 0
     stats = [one.lstat() for one in ([path] if path.is_file() else path.rglob("*"))]
     return sum(min(stat.st_size, stat.st_blocks * 512) for stat in stats)
 
@@ -124,10 +131,12 @@ def tried(result: Result, path: Path, reader: Any) -> Result:
     incoming, outgoing = os.pipe()
     child = os.fork()
     if child == 0:
-        os.close(incoming)
-        with os.fdopen(outgoing, "w") as stream:
-            json.dump(_read(result, path, reader, allowed), stream)
-        os._exit(0)
+        try:
+            os.close(incoming)
+            with os.fdopen(outgoing, "w") as stream:
+                json.dump(_read(result, path, reader, allowed), stream)
+        finally:
+            os._exit(0)  # whatever happened, the parent's way back is not the child's
     os.close(outgoing)
     with os.fdopen(incoming) as stream:
         said = stream.read()
@@ -152,7 +161,6 @@ def _read(result: Result, path: Path, reader: Any, allowed: float) -> dict[str, 
     limit = int(3 * allowed + 2)
     resource.setrlimit(resource.RLIMIT_CPU, (limit, limit))
     signal.alarm(20 * limit)  # it waits for something that never comes
-    os.chdir(path.parent)
     start = time.process_time()
     try:
         READERS[reader](path) if isinstance(reader, str) else by_format(path, *reader)
@@ -166,7 +174,7 @@ def _read(result: Result, path: Path, reader: Any, allowed: float) -> dict[str, 
     result.seconds, result.memory = time.process_time() - start, _address_space("VmPeak") - begun
     if result.outcome == "accepted" != result.expected:
         result.wrong = "it was accepted"
-    if (path.parent / MARKER).exists():
+    if Path(MARKER).exists():
         result.wrong = "its code was executed"
     return asdict(result)
 
@@ -187,39 +195,42 @@ def _address_space(name: str) -> int:
     return int(line.split()[1]) * 1024
 
 
-def run(only: Iterable[str] = ()) -> list[Result]:
+def run(only: Iterable[str] = (), told: Callable[[Result], None] = lambda result: None) -> list[Result]:
     """Make the files, in a process of their own, and read each."""
-    results = []
     with tempfile.TemporaryDirectory() as folder:
         subprocess.run([sys.executable, str(Path(__file__).with_name("hostile.py")), folder, *only], check=True)
-        index = pickle.loads((Path(folder) / "index.pickle").read_bytes())
-        index.sort(key=lambda row: row[3] in HEAVY)
-        _import(False)
-        heavy = False
-        for kind, name, path, reader, expected in index:
-            if not heavy and reader in HEAVY:
-                heavy = True
-                _import(True)
-            results.append(tried(Result(kind, name, expected), Path(path), reader))
+        _import()
+        return read_all(Path(folder), pickle.loads((Path(folder) / "index.pickle").read_bytes()), told)
+
+
+def read_all(
+    folder: Path,
+    index: Iterable[tuple[str, str, str, Any, str]],
+    told: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Read each file, the current folder being the one that was made for it."""
+    results, here = [], os.getcwd()
+    for number, (kind, name, path, reader, expected) in enumerate(index):
+        os.chdir(folder / str(number))
+        results.append(tried(Result(kind, name, expected), Path(path), reader))
+        told(results[-1])
+    os.chdir(here)
     return results
 
 
-def _import(heavy: bool) -> None:
-    """What reading imports, before anything is counted."""
+def _import() -> None:
+    """All that reading imports, before anything is counted."""
     import msgpack  # noqa: F401
+    import torch  # noqa: F401
+    import transformers  # noqa: F401
     import yaml  # noqa: F401
 
-    import softbridge  # noqa: F401
     from softbridge.plugin.registry import formats
+    from softbridge.testing import tiny_model
+    from softbridge.verification import recheck  # noqa: F401
 
     formats()
-    if heavy:
-        import torch  # noqa: F401
-        import transformers  # noqa: F401
-
-        from softbridge.testing import tiny_model
-
-        tiny_model("gpt2")
+    tiny_model("gpt2")
     gc.collect()
     gc.freeze()
 
@@ -255,16 +266,18 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="print every result, as JSON")
     parser.add_argument("--rows", action="store_true", help="print a line for every file")
     asked = parser.parse_args()
-    results = run(asked.only)
+
+    def told(result: Result) -> None:
+        if asked.rows:
+            figures = f"{result.size} B, {result.seconds:.2f} s, {result.memory / MEGABYTE:.0f} MB"
+            print(f"{result.kind}: {result.name}: {result.outcome}: {figures}", flush=True)
+        if result.wrong:
+            print(f"WRONG {result.kind}: {result.name}: {result.outcome or 'nothing'}: {result.wrong}", flush=True)
+
+    results = run(asked.only, (lambda result: None) if asked.json else told)
     if asked.json:
         print(json.dumps([asdict(result) for result in results]))
         return
-    for result in results:
-        if asked.rows:
-            figures = f"{result.size} B, {result.seconds:.2f} s, {result.memory / MEGABYTE:.0f} MB"
-            print(f"{result.kind}: {result.name}: {result.outcome}: {figures}")
-        if result.wrong:
-            print(f"WRONG {result.kind}: {result.name}: {result.outcome or 'nothing'}: {result.wrong}")
     print(table(results))
     sys.exit(min(sum(bool(result.wrong) for result in results), 100))
 

@@ -6,7 +6,7 @@ import io
 import json
 import os
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from specimens import Specimen
 
+Make = Callable[[Path], Path]
 #: What a file that was executed leaves in the current folder.
 MARKER = "executed"
 
@@ -70,3 +71,37 @@ def sparse(path: Path, start: bytes, size: int = 2**40) -> Path:
         stream.write(start)
         stream.truncate(size)
     return path
+
+
+MANY = 2000
+#: As many bytes of a description as are read at all.
+MOST = 8 * 2**20
+#: Multiples of it have one hash.
+PRIME = 2**61 - 1
+HUGE = 10**12
+
+
+def at(name: str, make: Callable[[], bytes]) -> Make:
+    """One file of that name."""
+
+    def made(folder: Path) -> Path:
+        (folder / name).write_bytes(make())
+        return folder / name
+
+    return made
+
+
+def folder_of(files: Mapping[str, bytes | None]) -> Make:
+    """A folder of these files; None: a terabyte, of which the disk holds nothing."""
+
+    def made(folder: Path) -> Path:
+        for name, content in files.items():
+            (folder / name).parent.mkdir(exist_ok=True)
+            sparse(folder / name, b"") if content is None else (folder / name).write_bytes(content)
+        return folder
+
+    return made
+
+
+def folder_of_later(files: Mapping[str, bytes], name: str, make: Callable[[], bytes]) -> Make:
+    return lambda folder: folder_of({**files, name: make()})(folder)

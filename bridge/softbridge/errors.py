@@ -24,6 +24,10 @@ def one_of(known: Collection[str], given: str) -> str:
     return f"one of {', '.join(known)}{near}"
 
 
+def _cut(text: str, longest: int) -> str:
+    return text if len(text) <= longest else f"{text[:longest]} ... ({len(text) - longest} more characters)"
+
+
 class SoftbridgeError(Exception):
     """Base of all errors that softbridge raises on purpose.
 
@@ -53,7 +57,15 @@ def refusal(found: str, expected: str, remedy: str) -> ArgumentError:
 
 
 class CheckpointError(SoftbridgeError):
-    """A file is malformed, incomplete, hostile, or not what it says it is."""
+    """A file is malformed, incomplete, hostile, or not what it says it is.
+
+    What a file says is shown, and may be as long as the file: each part of the message ends after `LONGEST` characters.
+    """
+
+    LONGEST = 1200
+
+    def __init__(self, found: str, expected: str, remedy: str) -> None:
+        super().__init__(*(_cut(part, self.LONGEST) for part in (found, expected, remedy)))
 
 
 class UnknownFormatError(CheckpointError):

@@ -50,6 +50,8 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
         why = "vectors that the base model itself turns into keys and values (PrefixEmbTuning)"
     if why:
         raise CheckpointError(why, "keys and values in front of the text", "train it anew as a prefix")
+    if not sites:
+        raise CheckpointError(f"{files.path}: no tensors of a prefix", "those of a prefix", "check that it is complete")
     if set(sites) != {site for site in NETWORKS if geometry.site(site) is not None}:
         raise BaseModelError(f"prefixes at sites {', '.join(sites)}", f"those of {geometry.model_type}", "check --base")
     ours = [name for name in found if name.split(".")[0] in {stem for site in sites for stem in NETWORKS[site]}]

@@ -61,6 +61,8 @@ from softbridge.untrusted import DTYPE_CODES, Files, little_endian, parse_json, 
 Made = TypeVar("Made")
 KEY = "softbridge"
 VERSION = 1
+#: More of a base model are not believed: whoever converts goes through them.
+MOST_LAYERS = 10**5
 
 #: The name of such a file where transformers' trainer saves a model, and looks for one.
 WEIGHTS_FILE = "model.safetensors"
@@ -348,6 +350,8 @@ class _Reader:
         ]
         if extra and (len(shapes) != fields["layers"] or any(len(pair) != 2 for pair in shapes)):
             self.problems.append(f"{here}.shapes: not a pair for each of the layers")
+        if _is_count(fields["layers"]) and fields["layers"] > MOST_LAYERS:
+            self.problems.append(f"{here}.layers: {fields['layers']!r:.40}, more than {MOST_LAYERS}")
         return StackGeometry(
             **cast("Any", {name: self.count(fields[name], f"{here}.{name}") for name in counts}),
             window=None if window is None else self.count(window, f"{here}.window"),

@@ -84,7 +84,7 @@ class Pickle:
         self.what, self.size, self._reopen = what, size, reopen
         self._arrays: dict[View, Array] = {}
         self._numbers: dict[Storage, Array] = {}
-        self._given = 0
+        self._given, self._plain = 0, plain
         start = stream.read(len(LEGACY))
         stream.seek(0)
         if not start.startswith((LOCAL, LEGACY)):
@@ -118,17 +118,19 @@ class Pickle:
         return Stored(view.storage.dtype, view.shape, name, lambda: self._array(view, here))
 
     def _array(self, view: View, here: str) -> Array:
+        # Windows cost nothing by themselves. What is made of them does. Of one tensor under many names no more is made
+        # where files hold nothing but tensors: AdapterHub has its pool of prefixes under each attention module.
+        if view not in self._arrays or not self._plain:
+            self._given += math.prod(view.shape) * view.storage.dtype.itemsize
+        if self._given > EXPANSION * self.size + ALLOWANCE:
+            raise refusal(
+                f"{self.what}: tensors that share storages, of more than {self._given} bytes out of {self.size}",
+                f"at most {EXPANSION} times the size of the file",
+                "save the prompt's tensors alone, each with a storage of its own",
+            )
         if view not in self._arrays:  # names that share a tensor share an array
             numbers = self._of(view.storage)
             steps = tuple(stride * numbers.itemsize for stride in view.stride)
-            # Windows cost nothing by themselves. What is made of them does, as much as if they were apart.
-            self._given += math.prod(view.shape) * numbers.itemsize
-            if self._given > EXPANSION * self.size + ALLOWANCE:
-                raise refusal(
-                    f"{self.what}: tensors that share storages, of more than {self._given} bytes out of {self.size}",
-                    f"at most {EXPANSION} times the size of the file",
-                    "save the prompt's tensors alone, each with a storage of its own",
-                )
             window = np.lib.stride_tricks.as_strided(numbers[view.offset :], view.shape, steps, writeable=False)
             self._arrays[view] = checked_values(here, window)
         return self._arrays[view]
@@ -158,6 +160,7 @@ def pickled(content: bytes, what: str) -> Any:
     reader: Pickle = object.__new__(Pickle)
     reader.what, reader.size, reader._places = what, len(content), {}
     reader._arrays, reader._numbers, reader._given = {}, {}, 0
+    reader._plain = False
     try:
         reader.program = walk(io.BytesIO(content), what, lambda inner: _nested(inner, what))
     except CheckpointError:
