@@ -60,7 +60,7 @@ def make_collection(folder: Path) -> Path:
 
 
 def convert(source: Path, target: Path, **asked: Any) -> Outcome:
-    return sb.convert_all(source, target, "softbridge", **{"jobs": 0, **asked})
+    return sb.convert_all(source, target, "softbridge", **asked)
 
 
 def verdicts(outcome: Outcome) -> dict[str, str]:

@@ -239,7 +239,7 @@ def test_a_base_model_that_many_need_is_read_once_and_left_as_it_was(
         return read(self, dtype)
 
     monkeypatch.setattr(BaseModel, "_read", counted)
-    outcome = sb.convert_all(source, tmp_path / "out", "adapterhub", jobs=0, base=base)
+    outcome = sb.convert_all(source, tmp_path / "out", "adapterhub", base=base)
     assert times == [torch.float32]
     assert record_of(outcome, "0").steps[0]["name"] == "prefill"
     keys = {
@@ -269,12 +269,12 @@ def test_what_verification_says_is_in_the_record(
         return lowering, content
 
     monkeypatch.setattr(conversion, "prepare", prepared)
-    outcome = sb.convert_all(source, tmp_path / "out", "softbridge", jobs=0, base=base, verify=True)
+    outcome = sb.convert_all(source, tmp_path / "out", "softbridge", base=base, verify=True)
     assert verdicts(outcome) == {"0": "converted", "1": "differs"}
     assert outcome.exit_status == 1
     assert record_of(outcome, "0").certificate == "bitwise"
     assert not (tmp_path / "out" / "1").exists()
     monkeypatch.undo()
-    again = sb.convert_all(source, tmp_path / "out", "softbridge", jobs=0, base=base, verify=True)
+    again = sb.convert_all(source, tmp_path / "out", "softbridge", base=base, verify=True)
     assert again.exit_status == 0
     assert again.taken_over == 1

@@ -168,6 +168,20 @@ def test_what_cannot_begin_is_said_once(made: Path, tmp_path: Path) -> None:
         convert(made, tmp_path / "out", jobs=-1)
 
 
+def test_a_script_that_begins_when_it_is_imported_is_told_so(made: Path, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    told = {}
+    for jobs in (0, 1):
+        script.write_text(
+            f"import softbridge as sb\nsb.convert_all({str(made)!r}, 'out{jobs}', 'softbridge', jobs={jobs})"
+        )
+        arguments = [sys.executable, str(script)]
+        told[jobs] = subprocess.run(arguments, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert told[0].returncode == 0, told[0].stderr
+    assert told[1].returncode == 1
+    assert "if __name__ == '__main__'" in told[1].stderr.splitlines()[-1]
+
+
 def test_what_raises_where_nothing_should_is_a_defect_of_one_checkpoint(
     made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -130,9 +130,8 @@ class Pool:
         if not running.ready:
             raise EngineError(
                 f"a worker process that ended with the status {running.process.exitcode} before it began",
-                "processes that can import softbridge",
-                "run with jobs=1 to see why; a script that starts processes keeps its work below "
-                "if __name__ == '__main__'",
+                "processes that import the script that starts them, and begin nothing by that",
+                "put what the script does below if __name__ == '__main__':, or leave jobs out",
             )
         if running.task is not None:
             yield running.task, Death(running.process.exitcode)

@@ -82,7 +82,7 @@ def convert_all(
     target: str | Path,
     to: str,
     *,
-    jobs: int = 1,
+    jobs: int = 0,
     shard: str | None = None,
     base: Any = None,
     watch: Callable[[int, int], None] | None = None,
@@ -99,7 +99,8 @@ def convert_all(
         source: the folder; see `softbridge.collection.find.find`.
         target: the folder to write to. It is made if it is missing.
         to: name of the format to write.
-        jobs: how many processes convert. 0: this one does, and ends with whatever ends it.
+        jobs: how many processes convert. 0: this one does, and ends with whatever ends it. A script that starts
+            processes keeps its work below ``if __name__ == "__main__":``, since each of them imports it.
         shard: ``I/N`` for one of N parts of the list, I from 1. Which part a checkpoint is in does not depend on the
             others.
         base: the base model of all of them; each process reads it once. Given to other processes, it is pickled.
