@@ -24,7 +24,7 @@ from softbridge.arrays import Array, from_torch, to_torch
 from softbridge.attachment.attach import attach, detach
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.read import load
-from softbridge.errors import BaseModelError, LoweringError, Obstacle, SoftbridgeError, one_of
+from softbridge.errors import BaseModelError, DifferentError, LoweringError, Obstacle, SoftbridgeError, one_of
 from softbridge.lowering.planner import lower
 from softbridge.lowering.steps import Target
 from softbridge.plugin.capabilities import Capabilities
@@ -318,7 +318,7 @@ def _verified(folder: Path, made: Baked, prompts: Mapping[str, SoftPrompt], base
         apart = max(apart, float(np.abs(found[..., scored] - wanted[..., scored]).max() / scale))
         effect = min(effect, float(np.abs(plain - wanted).max() / scale))
     if not apart <= BOUND < effect:
-        raise SoftbridgeError(
+        raise DifferentError(
             f"a checkpoint that differs from its prompts by {apart:.1e} of the largest logit (effect {effect:.1e})",
             f"at most {BOUND:.0e}, and an effect",
             "report this, with the base model's family",

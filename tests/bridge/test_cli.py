@@ -17,6 +17,7 @@ from rich.console import Console
 from typer.testing import CliRunner, Result
 
 import softbridge as sb
+from softbridge import conversion
 from softbridge.base import BaseModel
 from softbridge.checkpoint.choice import DROPPED
 from softbridge.cli import main, show
@@ -118,6 +119,17 @@ def test_convert_verifies_and_says_what_it_did(peft: Path, base: Path, tmp_path:
     manifest = json.loads((out / "softbridge.json").read_text())
     assert manifest["positions"]["start"] == {"decoder": 0}
     assert set(manifest["files"]) >= {"adapter_config.json", "pytorch_adapter.bin", "certificate.json"}
+
+
+def test_a_conversion_that_comes_out_different_has_the_status_of_a_difference(
+    peft: Path, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other, prepare = random_prefix(BaseModel(tiny_config("llama")).geometry, seed=1), conversion.prepare
+    monkeypatch.setattr(conversion, "prepare", lambda prompt, *rest: prepare(other, *rest))
+    result = call("convert", peft, tmp_path / "out", "--to", "softbridge", "--base", base, "--verify")
+    assert result.exit_code == 1, result.output
+    assert "verification found the converted prompt different" in result.stderr
+    assert not (tmp_path / "out").exists()
 
 
 def test_verify_has_three_exit_statuses(peft: Path, base: Path, tmp_path: Path) -> None:

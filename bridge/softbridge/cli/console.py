@@ -22,7 +22,7 @@ from typer.core import TyperGroup
 
 from softbridge.cli.display import line, tell_time, watched
 from softbridge.cli.tables import shown_lines
-from softbridge.errors import SoftbridgeError, UntestedVersionWarning
+from softbridge.errors import DifferentError, SoftbridgeError, UntestedVersionWarning
 from softbridge.plugin.registry import formats
 from softbridge.progress import watching
 
@@ -44,6 +44,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     pretty_exceptions_enable=False,
 )
+DIFFERENT = 1
 REFUSED = 2
 DEFECT = 3
 UNREAD = 141  # what a shell reports of a program that SIGPIPE ends
@@ -168,19 +169,24 @@ def _output(*, silent: bool) -> Console:
 
 
 def refuse(error: SoftbridgeError, as_json: bool) -> NoReturn:
-    """Say why and leave, with the exit status of a refusal."""
+    """Say why and leave, with the exit status of a refusal; or that of a difference, if that is why."""
     if as_json:
         refused = {"kind": type(error).__name__, "found": error.found, "expected": error.expected}
         obstacles = [vars(obstacle) for obstacle in getattr(error, "obstacles", ())]
         print_json({"refused": {**refused, "remedy": error.remedy, "obstacles": obstacles}})
     message = Text.assemble(("refused:", "bold red"), " ", shown_lines(str(error)))
     Console(stderr=True, soft_wrap=True).print(message)
-    raise typer.Exit(REFUSED)
+    raise typer.Exit(DIFFERENT if isinstance(error, DifferentError) else REFUSED)
 
 
 def print_json(value: Any) -> None:
     """Data on standard output: sorted keys, two spaces."""
     printer().out(json.dumps(value, indent=2, sort_keys=True), highlight=False)
+
+
+def draws() -> bool:
+    """Whether somebody watches standard error, and wants to see how far the work is."""
+    return _loudness.get() == "normal" and watched()
 
 
 @contextmanager
@@ -205,7 +211,7 @@ def quiet() -> Iterator[None]:
             if loudness == "normal":
                 warnings.simplefilter("default", UntestedVersionWarning)
             stack.enter_context(_no_bars())
-            if loudness == "normal" and watched():
+            if draws():
                 stack.enter_context(watching(stack.enter_context(line())))
             yield
     finally:

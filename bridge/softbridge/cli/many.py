@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from softbridge.cli.console import AsJson, command, print_json, refuse, reporter
+from softbridge.cli.console import AsJson, command, draws, print_json, refuse, reporter
 from softbridge.cli.tables import collection_table, shown
 from softbridge.collection.merge import merge_manifests as merge
 from softbridge.collection.record import Record
@@ -93,7 +92,7 @@ def _told(records: Sequence[Record]) -> dict[str, Any]:
 @contextmanager
 def _bar() -> Iterator[Callable[[int, int], None] | None]:
     """What draws on a terminal's standard error how many are done, or None where nobody watches."""
-    if not sys.stderr.isatty():
+    if not draws():
         yield None
         return
     columns = (TextColumn("converting"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
