@@ -27,10 +27,10 @@ class SoftbridgeError(Exception):
     """
 
     def __init__(self, found: str, expected: str, remedy: str) -> None:
-        super().__init__(found, expected, remedy)
-        self.found = found
-        self.expected = expected
-        self.remedy = remedy
+        # A name of a file need not be UTF-8, and a message has to be: it is printed, logged and written as JSON.
+        texts = [text.encode("utf-8", "backslashreplace").decode("utf-8") for text in (found, expected, remedy)]
+        super().__init__(*texts)
+        self.found, self.expected, self.remedy = texts
 
     def __str__(self) -> str:
         return f"{self.found}\n  expected: {self.expected}\n  to do:    {self.remedy}"

@@ -20,7 +20,7 @@ from packaging.version import Version
 from softbridge import untrusted
 from softbridge.arrays import Array
 from softbridge.checkpoint.manifest import MANIFEST
-from softbridge.errors import BaseModelError, CheckpointError, Obstacle
+from softbridge.errors import BaseModelError, CheckpointError, Obstacle, few
 from softbridge.geometry import Geometry, Stack, may_be_causal
 from softbridge.lowering.expressible import check_fits
 from softbridge.methods import KINDS, materialise_vectors, rematerialise
@@ -217,9 +217,9 @@ def adapter_folder(files: untrusted.Files) -> str:
         return ""
     if len(nested) > 1 or f"{nested[0]}/{MANIFEST}" in files:
         raise CheckpointError(
-            f"{files.path} holds its adapters in sub-folders: {', '.join(nested)}",
+            f"{files.path} holds its adapters in sub-folders: {few(nested)}",
             "the directory of one adapter",
-            f"pass {' or '.join(str(files.path / name) for name in nested)}",
+            f"pass {' or '.join(str(files.path / name) for name in nested[:4])}",
         )
     return f"{nested[0]}/"
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,8 @@ from softbridge.untrusted.headers import NPY, Range, npy_header, safetensors_hea
 from softbridge.untrusted.pickles import ZIP, Pickle, Stored, main_member
 from softbridge.untrusted.zarr_array import DESCRIPTION, zarr_array
 
+#: Bytes of JSON in all files of one checkpoint that are looked at.
+DESCRIBED = 2 * LIMIT
 Kind = Literal["safetensors", "pickle", "npy", "json", "zip", "tar", "gzip", "msgpack", "unknown"]
 
 
@@ -61,6 +64,7 @@ class Files:
         self._trees: dict[str, Any] = {}
         self._kinds: dict[str, Kind] = {}
         self._read: set[str] = set()
+        self._described: Counter[str] = Counter()  # name -> bytes of JSON; "" -> of all
 
     @contextmanager
     def reading(self) -> Iterator[set[str]]:
@@ -72,7 +76,7 @@ class Files:
         """The same without the files of these names, in whatever folder."""
         others = object.__new__(Files)
         others.path, others.is_file, others._trees = self.path, self.is_file, self._trees
-        others._kinds, others._read = self._kinds, self._read
+        others._kinds, others._read, others._described = self._kinds, self._read, self._described
         others._files = {name: real for name, real in self._files.items() if name.rpartition("/")[2] not in names}
         others.names = tuple(name for name in self.names if name in others._files)
         return others
@@ -87,7 +91,7 @@ class Files:
             members = members_of(place, kind, what)
         within = object.__new__(Files)
         within.path, within.is_file, within._trees = self.path / name if not self.is_file else self.path, False, {}
-        within._kinds, within._read = {}, set()
+        within._kinds, within._read, within._described = {}, set(), self._described
         within._files = dict(members)
         within.names = tuple(sorted(members))
         return within
@@ -150,8 +154,17 @@ class Files:
             return "json" if start.lstrip()[:1] == b"{" else "unknown"
 
     def json(self, name: str) -> dict[str, Any]:
-        """The JSON object in a file; see `parse_json`."""
-        with self._open(name) as (stream, _, what):
+        """The JSON object in a file; see `parse_json`. In all files together it is bounded, too: see `DESCRIBED`."""
+        with self._open(name) as (stream, size, what):
+            if what not in self._described:
+                self._described[what] = min(max(size, 1024), LIMIT)  # to open one costs something, too
+                self._described[""] += self._described[what]
+            if self._described[""] > DESCRIBED:
+                raise refusal(
+                    f"{self.path}: more than {DESCRIBED} bytes of JSON, in {len(self._described) - 1} files",
+                    "descriptions of one checkpoint",
+                    "give the folder of one adapter",
+                )
             return parse_json(stream.read(LIMIT + 1), what)
 
     def yaml(self, name: str) -> dict[str, Any]:
@@ -160,8 +173,13 @@ class Files:
             return parse_yaml(stream.read(LIMIT + 1), what)
 
     def text(self, name: str) -> str:
-        """The beginning of a text file, up to `LIMIT` bytes; what is no UTF-8 in it is replaced."""
-        with self._open(name) as (stream, _, _what):
+        """The beginning of a text file, up to `LIMIT` bytes; what is no UTF-8 in it is replaced.
+
+        A longer one is looked at only, and not among the files that were read: these are digested whole.
+        """
+        with self._stream(name) as (stream, size, _what):
+            if size <= LIMIT:
+                self._read.add(name)
             return stream.read(LIMIT).decode("utf-8", "replace")
 
     def content(self, name: str) -> bytes:
