@@ -91,7 +91,7 @@ class PeftFormat:
         weights = next((folder + name for name in facts.WEIGHTS_FILES if folder + name in files), None)
         if folder + facts.CONFIG_FILE not in files or weights is None:
             raise CheckpointError(
-                f"{files.path} holds {', '.join(files.names) or 'nothing'}",
+                f"{files.path} holds {few(files.names)}",
                 f"{facts.CONFIG_FILE} and one of {', '.join(facts.WEIGHTS_FILES)}",
                 "pass the directory that save_pretrained wrote",
             )

@@ -64,7 +64,7 @@ class Files:
         self._trees: dict[str, Any] = {}
         self._kinds: dict[str, Kind] = {}
         self._read: set[str] = set()
-        self._described: Counter[str] = Counter()  # name -> bytes of JSON; "" -> of all
+        self._described: Counter[str] = Counter()  # name -> bytes of JSON
 
     @contextmanager
     def reading(self) -> Iterator[set[str]]:
@@ -157,14 +157,14 @@ class Files:
         """The JSON object in a file; see `parse_json`. In all files together it is bounded, too: see `DESCRIBED`."""
         with self._open(name) as (stream, size, what):
             if what not in self._described:
-                self._described[what] = min(max(size, 1024), LIMIT)  # to open one costs something, too
-                self._described[""] += self._described[what]
-            if self._described[""] > DESCRIBED:
-                raise refusal(
-                    f"{self.path}: more than {DESCRIBED} bytes of JSON, in {len(self._described) - 1} files",
-                    "descriptions of one checkpoint",
-                    "give the folder of one adapter",
-                )
+                cost = min(max(size, 1024), LIMIT)  # to open one costs something, too
+                if self._described.total() + cost > DESCRIBED:
+                    raise refusal(
+                        f"{self.path}: more than {DESCRIBED} bytes of JSON, in over {len(self._described)} files",
+                        "descriptions of one checkpoint",
+                        "give the folder of one adapter",
+                    )
+                self._described[what] = cost
             return parse_json(stream.read(LIMIT + 1), what)
 
     def yaml(self, name: str) -> dict[str, Any]:
