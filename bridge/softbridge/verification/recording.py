@@ -146,13 +146,19 @@ def _shapes(recording: Recording) -> list[list[tuple[str, tuple[int, ...]]]]:
     ]
 
 
-def record_elsewhere(python: str, arguments: Sequence[str], output: Path) -> Recording:
-    """Run ``softbridge probe`` with another interpreter, and read what it wrote.
+def record_elsewhere(python: str, path: str | Path, options: Sequence[str], output: Path) -> Recording:
+    """Run ``softbridge probe`` with another interpreter, without a shell, and read what it wrote as a stranger's file.
+
+    Args:
+        python: the interpreter.
+        path: of the prompt, which may begin like an option and is none.
+        options: of ``probe``.
+        output: the file to write.
 
     Raises:
         EngineError: the interpreter cannot be started, or its probe failed.
     """
-    command = [python, "-c", _PROGRAM, "probe", *arguments, "--output", str(output)]
+    command = [python, "-c", _PROGRAM, "probe", *options, "--output", str(output), "--", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:
