@@ -82,6 +82,11 @@ def pack(prompt: SoftPrompt) -> bytes:
                 "if they were trained, the training has diverged: go back to an earlier checkpoint, and lower the "
                 "learning rate or clip gradients",
             )
+    return _packed(prompt)
+
+
+def _packed(prompt: SoftPrompt) -> bytes:
+    """The same, whatever the numbers are."""
     arrays = {name: little_endian(name, array) for name, array in prompt.arrays()}
     description = _describe(prompt)
     try:
@@ -170,7 +175,7 @@ def digest_of(prompt: SoftPrompt) -> str:
 
     Neither the head, the base model's name nor where it was read from changes it.
     """
-    return hashlib.sha256(pack(SoftPrompt(prompt.parts, prompt.positions))).hexdigest()
+    return hashlib.sha256(_packed(SoftPrompt(prompt.parts, prompt.positions))).hexdigest()
 
 
 def _digest(description: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
