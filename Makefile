@@ -41,20 +41,22 @@ export PYTHONDONTWRITEBYTECODE :=
 # each method, the engine's check of itself, TRL, many processes: on the newer stack. What a comparison concludes: on the
 # older one, where every toolkit is. The contract, the conversions, the trainer and the matrix run on both.
 ONCE5 := tests/test_bad_input.py tests/test_many_processes.py tests/test_packaging.py tests/test_recognition.py \
-	tests/test_trl_preferences.py tests/test_trl_sft.py tests/bridge/test_cli.py tests/bridge/test_collection*.py \
-	tests/bridge/test_container.py tests/bridge/test_explain.py tests/bridge/test_foreign_code.py \
-	tests/bridge/test_help.py tests/bridge/test_json.py tests/bridge/test_manners.py tests/bridge/test_narrow.py \
-	tests/bridge/test_no_prompt.py tests/bridge/test_portrait.py tests/bridge/test_rotary_families.py \
-	tests/bridge/test_serving.py tests/bridge/test_structure.py tests/bridge/test_tools.py \
-	tests/bridge/test_transcripts.py tests/bridge/test_untrusted_*.py tests/plugins/test_archive_kobold.py \
+	tests/test_trl_preferences.py tests/test_trl_sft.py tests/bridge/test_attached_saving.py tests/bridge/test_bounds.py \
+	tests/bridge/test_cli.py tests/bridge/test_collection*.py tests/bridge/test_container.py tests/bridge/test_explain.py \
+	tests/bridge/test_foreign_code.py tests/bridge/test_help.py tests/bridge/test_json.py tests/bridge/test_manners.py \
+	tests/bridge/test_narrow.py tests/bridge/test_no_prompt.py tests/bridge/test_portrait.py \
+	tests/bridge/test_recording_edits.py tests/bridge/test_rotary_families.py tests/bridge/test_serving.py \
+	tests/bridge/test_structure.py tests/bridge/test_tools.py tests/bridge/test_transcripts.py \
+	tests/bridge/test_untrusted_*.py tests/plugins/test_adapterhub_bounds.py tests/plugins/test_archive_kobold.py \
 	tests/plugins/test_archive_litgpt.py tests/plugins/test_archive_prefix_encoders.py \
 	tests/plugins/test_archive_ptuning.py tests/plugins/test_archive_textual_inversion.py \
 	tests/plugins/test_archive_thunlp.py tests/plugins/test_archive_vectors.py tests/plugins/test_llamacpp.py \
 	tests/plugins/test_mlx.py tests/plugins/test_native_selfcheck.py tests/plugins/test_peft_architectures.py \
-	tests/plugins/test_peft_methods.py tests/plugins/test_peft_releases.py tests/plugins/test_peft_resuming.py \
-	tests/plugins/test_vllm.py
+	tests/plugins/test_peft_methods.py tests/plugins/test_peft_paths.py tests/plugins/test_peft_releases.py \
+	tests/plugins/test_peft_resuming.py tests/plugins/test_vllm.py
 ONCE4 := tests/test_injected_faults.py tests/test_false_alarms.py tests/bridge/test_claim.py \
-	tests/bridge/test_levels.py tests/bridge/test_recheck.py tests/bridge/test_verification.py
+	tests/bridge/test_failed_attachment.py tests/bridge/test_levels.py tests/bridge/test_recheck.py \
+	tests/bridge/test_verification.py tests/plugins/test_native_bank_scopes.py
 
 test: lint $(addprefix test-,$(STACKS))
 
@@ -99,8 +101,10 @@ test-long: export SOFTBRIDGE_PROFILE := long
 test-long: $(ENV4)/ready $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST) tests/bridge/test_untrusted_reading.py tests/bridge/test_container.py \
 		tests/plugins/test_native_selfcheck.py tests/plugins/test_native_flex_and_flash.py tests/bridge/test_claim.py \
-		tests/plugins/test_native_calls.py tests/test_false_alarms.py tests/bridge/test_manners.py
-	$(ENV4)/bin/python $(PYTEST) tests/test_false_alarms.py tests/bridge/test_claim.py
+		tests/plugins/test_native_calls.py tests/test_false_alarms.py tests/bridge/test_manners.py \
+		tests/bridge/test_recording_edits.py
+	$(ENV4)/bin/python $(PYTEST) tests/test_false_alarms.py tests/bridge/test_claim.py \
+		tests/bridge/test_failed_attachment.py
 
 # Each in a process of its own: what a server has loaded, no other should find.
 test-serving: export OMP_NUM_THREADS := 1

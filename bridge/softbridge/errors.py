@@ -6,6 +6,7 @@ three, so that none can be forgotten. Nothing below the command line prints or e
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -38,10 +39,12 @@ class SoftbridgeError(Exception):
     """
 
     def __init__(self, found: str, expected: str, remedy: str) -> None:
-        super().__init__(found, expected, remedy)
-        self.found = found
-        self.expected = expected
-        self.remedy = remedy
+        # A name of a file need not be UTF-8, and a message has to be: it is printed, logged and written as JSON.
+        texts = [text.encode("utf-8", "backslashreplace").decode("utf-8") for text in (found, expected, remedy)]
+        # A file may hold a number of thousands of digits, which nobody wants to see.
+        texts = [re.sub(r"\d{80,}", lambda found: f"(a number of {len(found[0])} digits)", text) for text in texts]
+        super().__init__(*texts)
+        self.found, self.expected, self.remedy = texts
 
     def __str__(self) -> str:
         return f"{self.found}\n  expected: {self.expected}\n  to do:    {self.remedy}"

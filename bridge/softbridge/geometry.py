@@ -170,13 +170,20 @@ def text_part(config: Any) -> Any:
     if getattr(config, "is_encoder_decoder", False) or get_text_config is None:
         return config
     try:
-        return get_text_config()
+        text = get_text_config()
     except ValueError as error:
         raise BaseModelError(
             f"a {config.model_type} model, which consists of several text models: {str(error).splitlines()[0]:.120}",
             "a model with one text model",
             "pass the text model that the prompt is for",
         ) from error
+    if not hasattr(text, "model_type"):
+        raise BaseModelError(
+            f"a {config.model_type} configuration whose text part is a {type(text).__name__}",
+            "a configuration of transformers",
+            "check the base model's config.json",
+        )
+    return text
 
 
 def _stack(config: Any, hidden: int, prefix: str = "") -> StackGeometry:

@@ -21,7 +21,7 @@ from softbridge import untrusted
 from softbridge.arrays import Array
 from softbridge.checkpoint.card import BEGINS
 from softbridge.checkpoint.manifest import MANIFEST
-from softbridge.errors import BaseModelError, CheckpointError, Obstacle
+from softbridge.errors import BaseModelError, CheckpointError, Obstacle, few
 from softbridge.geometry import Geometry, Stack, may_be_causal
 from softbridge.lowering.expressible import check_fits
 from softbridge.methods import KINDS, materialise_vectors, rematerialise
@@ -93,7 +93,7 @@ class PeftFormat:
         weights = next((folder + name for name in facts.WEIGHTS_FILES if folder + name in files), None)
         if folder + facts.CONFIG_FILE not in files or weights is None:
             raise CheckpointError(
-                f"{files.path} holds {', '.join(files.names) or 'nothing'}",
+                f"{files.path} holds {few(files.names)}",
                 f"{facts.CONFIG_FILE} and one of {', '.join(facts.WEIGHTS_FILES)}",
                 "pass the directory that save_pretrained wrote",
             )
@@ -237,9 +237,9 @@ def adapter_folder(files: untrusted.Files) -> str:
         return ""
     if len(nested) > 1 or f"{nested[0]}/{MANIFEST}" in files:
         raise CheckpointError(
-            f"{files.path} holds its adapters in sub-folders: {', '.join(nested)}",
+            f"{files.path} holds its adapters in sub-folders: {few(nested)}",
             "the directory of one adapter",
-            f"pass {' or '.join(str(files.path / name) for name in nested)}",
+            f"pass {' or '.join(str(files.path / name) for name in nested[:4])}",
         )
     return f"{nested[0]}/"
 

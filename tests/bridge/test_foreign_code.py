@@ -13,9 +13,10 @@ import pytest
 import torch
 
 from softbridge.base import BaseModel
-from softbridge.errors import BaseModelError, EngineError
+from softbridge.errors import BaseModelError, CheckpointError, EngineError
 from softbridge.geometry import text_part
 from softbridge.testing import tiny_config, tiny_model
+from softbridge.untrusted import safetensors_bytes
 from softbridge.verification import recording
 from softbridge.verification.texts import read_texts
 
@@ -37,10 +38,36 @@ def test_the_other_interpreter_imports_nothing_from_the_current_folder(
         (tmp_path / f"{name}.py").write_text(MARK)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(EngineError, match="refused: 'missing'"):
-        recording.record_elsewhere(sys.executable, ["missing", "--base", "missing"], tmp_path / "out")
+        recording.record_elsewhere(sys.executable, "missing", ["--base", "missing"], tmp_path / "out")
     assert not (tmp_path / "executed").exists()
     subprocess.run([sys.executable, "-c", "from softbridge.cli import main; main()"], check=False, capture_output=True)
     assert (tmp_path / "executed").exists(), "this test cannot fail"
+
+
+def test_the_other_interpreter_gets_its_inputs_as_data(tmp_path: Path) -> None:
+    """No shell sees them, a path that looks like an option is a path, and what comes back is a stranger's file."""
+    seen, answer = tmp_path / "seen", tmp_path / "answer"
+    script = tmp_path / "python"
+    script.write_text(
+        f"#!{sys.executable}\nimport json, pathlib, sys\n"
+        f"pathlib.Path({str(seen)!r}).write_text(json.dumps(sys.argv[1:]))\n"
+        f"answer = pathlib.Path({str(answer)!r})\n"
+        "out = sys.argv[sys.argv.index('--output') + 1]\n"
+        "pathlib.Path(out).write_bytes(answer.read_bytes())\n"
+    )
+    script.chmod(0o755)
+    hostile = "--weights; touch $(echo executed) `touch executed` 'x' \n"
+    for content in (b"nothing", b"\x80\x02cos\nsystem\n(S'touch executed'\ntR.", b"", safetensors_bytes({})):
+        answer.write_bytes(content)
+        with pytest.raises(CheckpointError, match="no recording"):
+            recording.record_elsewhere(str(script), hostile, ["--base", hostile], tmp_path / "out")
+        words = json.loads(seen.read_text())
+        assert words[-2:] == ["--", hostile]
+        assert words[words.index("--base") + 1] == hostile
+    assert not list(tmp_path.rglob("executed"))
+    base = saved(tmp_path / "base")
+    with pytest.raises(EngineError, match=r"refused: '--weights' is neither a file nor a folder"):
+        recording.record_elsewhere(sys.executable, "--weights", ["--base", str(base)], tmp_path / "out")
 
 
 def saved(folder: Path, family: str = "llama", **facts: Any) -> Path:

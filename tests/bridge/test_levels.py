@@ -22,6 +22,7 @@ from softbridge.lowering.precision import DTYPES, as_dtype
 from softbridge.prompt import KeyValue, Positions, SoftPrompt
 from softbridge.testing import random_input_prompt, random_prefix, tiny_config
 from softbridge.verification import Certificate, Claim, Layer, Level, Subject, compare, probe, verify_prompts
+from softbridge.verification.certificate import Side
 from softbridge.verification.faults import faulty_prompts
 from softbridge.verification.recording import pack, unpack
 
@@ -250,9 +251,25 @@ HOSTILE = "</title><script>alert(1)</script><img src=x onerror=alert(1)>&\"'\x1b
 def test_a_page_is_whole_needs_nothing_and_runs_nothing() -> None:
     prompt = prefix_of("gpt2")
     certificate = certify(prompt, faulty(prompt, 1))
-    side = replace(certificate.source, path=HOSTILE, instead_of=HOSTILE)
-    figures = tuple(replace(one, judged=False, note=HOSTILE) for one in certificate.figures)
-    hostile = replace(certificate, source=side, base=HOSTILE, weights=HOSTILE, claim=Claim((HOSTILE,)), figures=figures)
+    # Whatever a stranger's recordings may say.
+    side = Side(HOSTILE, HOSTILE, HOSTILE, True, HOSTILE, {HOSTILE: HOSTILE})
+    faults = [one if one.name == "dropped" else replace(one, name=HOSTILE) for one in certificate.faults]
+    hostile = replace(
+        certificate,
+        source=side,
+        target=replace(side, loaded=False),
+        base=HOSTILE,
+        weights=HOSTILE,
+        dtype=HOSTILE,
+        geometry=replace(certificate.geometry, model_type=HOSTILE),
+        claim=Claim((HOSTILE,), (HOSTILE,)),
+        figures=tuple(replace(one, probe=HOSTILE, judged=False, note=HOSTILE) for one in certificate.figures),
+        layers=tuple(replace(one, stack=HOSTILE, part=HOSTILE) for one in certificate.layers),
+        faults=tuple(faults),
+        islands=(HOSTILE,),
+        untried={HOSTILE: HOSTILE},
+        versions={HOSTILE: HOSTILE},
+    )
     for shown in (certificate, hostile):
         text = page(shown)
         found = Page(text)

@@ -83,9 +83,7 @@ def test_json_bytes() -> None:
 
 
 @pytest.mark.parametrize("make", [safetensors_bytes, pickle_bytes])
-@pytest.mark.parametrize(
-    "tensors", [{"a": ARRAY.astype(complex)}, {"../a": ARRAY}, {"/a": ARRAY}, {"a\0": ARRAY}, {"a": ARRAY * np.nan}]
-)
+@pytest.mark.parametrize("tensors", [{"a": ARRAY.astype(complex)}, {"../a": ARRAY}, {"/a": ARRAY}, {"a\0": ARRAY}])
 def test_what_cannot_be_read_is_not_written(make: Any, tensors: Any) -> None:
     with pytest.raises(OutputError):
         make(tensors)

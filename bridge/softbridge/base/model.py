@@ -35,8 +35,8 @@ from softbridge.progress import stage
 from softbridge.prompt.soft_prompt import BaseId
 from softbridge_compat import embedding_scales, transformers_configs, versions
 
-#: More labels, or layers, of a configuration are not believed.
-MOST_NAMED = 10**6
+#: More labels, or layers, of a configuration are not believed: transformers names each, over and over.
+MOST_NAMED = 2**16
 
 
 class BaseModel:
@@ -316,10 +316,14 @@ def _read_whole(config: Any) -> Any:
 def _load_config(base: str, trust_remote_code: bool) -> Any:
     from transformers import AutoConfig
 
-    path = Path(base).expanduser()
-    if not path.exists() and (
-        path.is_absolute() or base[:1] in ".~" or base.endswith(("/", ".json")) or base.count("/") > 1
-    ):
+    try:
+        path = Path(base).expanduser()
+        there = path.exists()
+    except (OSError, RuntimeError, ValueError) as error:  # a name that is too long, ~nobody, a NUL
+        raise BaseModelError(
+            f"there is no {base!r:.200}: {error!s:.200}", "a path of this machine, or a hub id", "check the spelling"
+        ) from error
+    if not there and (path.is_absolute() or base[:1] in ".~" or base.endswith(("/", ".json")) or base.count("/") > 1):
         raise BaseModelError(
             f"there is no '{base}'", "a directory with config.json, a config.json, or a hub id", "check the spelling"
         )
@@ -350,8 +354,9 @@ def _check_counts(path: Path) -> None:
         said = untrusted.Files(path).json(path.name)
     except SoftbridgeError:  # transformers says it in its own words
         return
-    for name in ("num_labels", "num_hidden_layers", "num_layers", "n_layer"):
+    for name in ("num_labels", "id2label", "num_hidden_layers", "num_layers", "n_layer"):
         count = said.get(name)
+        count = len(count) if isinstance(count, dict) else count
         if isinstance(count, int) and count > MOST_NAMED:
             said_so = str(count) if count < 10**20 else f"a number of {len(str(count))} digits"
             raise BaseModelError(

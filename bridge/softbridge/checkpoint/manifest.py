@@ -183,7 +183,7 @@ def with_manifest(loaded: Loaded, files: untrusted.Files) -> tuple[Loaded, Mappi
     try:
         for stack, number in scale.items():
             replace(next(part for part in prompt.inputs if part.stack == stack), scale=float(number))
-    except (AttributeError, StopIteration, TypeError, ValueError) as error:
+    except (AttributeError, StopIteration, TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{MANIFEST} has the scale {scale!r:.80}", "stack: positive number", remedy) from error
     try:
         choice = Choice.from_json(manifest.get("choice", {}))

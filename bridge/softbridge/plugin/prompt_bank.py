@@ -71,8 +71,19 @@ class PromptBank(Mapping[str, Source]):
         return len(self._entries)
 
     def entry(self, name: str) -> Entry:
-        """What the name stands for now."""
-        return self._entries[name]
+        """What the name stands for now.
+
+        Raises:
+            EngineError: nothing. It did when the rows were named: it has been removed since, perhaps by another thread.
+        """
+        found = self._entries.get(name)
+        if found is None:
+            raise EngineError(
+                f"the prompt {name!r} was removed from the bank while rows were to run with it",
+                "a bank that keeps a prompt until all calls with it are done",
+                f"remove it after `with bank.rows(...)`, or add it again: bank[{name!r}] = prompt",
+            )
+        return found
 
     def entries(self) -> Container[Entry]:
         """What all names stand for now."""

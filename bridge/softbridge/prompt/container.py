@@ -56,7 +56,7 @@ from softbridge.geometry import Geometry, StackGeometry
 from softbridge.prompt.part import Adaption, AdaptionPrompt, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, Origin, Positions, SoftPrompt, Training
 from softbridge.template import Template
-from softbridge.untrusted import DTYPE_CODES, Files, little_endian, parse_json, safetensors_bytes
+from softbridge.untrusted import DTYPE_CODES, Files, little_endian, not_finite, parse_json, safetensors_bytes
 
 Made = TypeVar("Made")
 KEY = "softbridge"
@@ -73,8 +73,22 @@ def pack(prompt: SoftPrompt) -> bytes:
     """The file of a prompt: the same bytes for the same prompt, in every process and on every machine.
 
     Raises:
-        OutputError: a setting or a detail is no JSON value, or an array is of a dtype that no format holds.
+        OutputError: a setting or a detail is no JSON value, or an array holds NaN or infinity, or is of a dtype that no
+            format holds.
     """
+    for name, array in prompt.arrays():
+        if wrong := not_finite(array):
+            raise OutputError(
+                f"{wrong} of {array.size} numbers of '{name}' are not finite (NaN or infinity)",
+                "finite numbers, which are all that a reader takes",
+                "if they were trained, the training has diverged: go back to an earlier checkpoint, and lower the "
+                "learning rate or clip gradients",
+            )
+    return _packed(prompt)
+
+
+def _packed(prompt: SoftPrompt) -> bytes:
+    """The same, whatever the numbers are."""
     arrays = {name: little_endian(name, array) for name, array in prompt.arrays()}
     description = _describe(prompt)
     try:
@@ -163,7 +177,7 @@ def digest_of(prompt: SoftPrompt) -> str:
 
     Neither the head, the base model's name nor where it was read from changes it.
     """
-    return hashlib.sha256(pack(SoftPrompt(prompt.parts, prompt.positions))).hexdigest()
+    return hashlib.sha256(_packed(SoftPrompt(prompt.parts, prompt.positions))).hexdigest()
 
 
 def _digest(description: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:

@@ -27,6 +27,10 @@ RelativeBias = Literal["plain", "skewed"]
 Window = Literal["slides", "pinned"]
 
 
+#: No token stands beyond.
+MOST = 2**31
+
+
 @dataclass(frozen=True)
 class Positions:
     """What toolkits leave unsaid, and what makes copied numbers compute another function.
@@ -59,8 +63,8 @@ class Positions:
             told: Mapping[Stack, int] = FrozenMap(dict(sorted(getattr(self, name).items())))
             object.__setattr__(self, name, told)
             require(all(stack in get_args(Stack) for stack in told), f"{name}: {dict(told)}")
-            counts = all(type(place) is int and 0 <= place < 2**31 for place in told.values())
-            require(counts, f"{name}: numbers from 0, not {dict(told)}")
+            counts = all(type(place) is int and 0 <= place < MOST for place in told.values())
+            require(counts, f"{name}: numbers from 0 to {MOST - 1}, not {dict(told)!s:.80}")
         require(self.relative_bias in get_args(RelativeBias), f"relative_bias: {self.relative_bias!r}")
         require(self.window in get_args(Window), f"window: {self.window!r}")
 

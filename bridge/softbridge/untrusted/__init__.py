@@ -17,7 +17,16 @@ to all of them), `content` (bytes that are written) and `output` (how they are w
 
 from __future__ import annotations
 
-from softbridge.untrusted.claims import DEPTH, DTYPE_CODES, LIMIT, MEMBERS, is_safe_name, parse_json, parse_yaml
+from softbridge.untrusted.claims import (
+    DEPTH,
+    DTYPE_CODES,
+    LIMIT,
+    MEMBERS,
+    is_safe_name,
+    not_finite,
+    parse_json,
+    parse_yaml,
+)
 from softbridge.untrusted.content import (
     json_bytes,
     little_endian,
@@ -50,6 +59,7 @@ __all__ = [
     "json_bytes",
     "little_endian",
     "located",
+    "not_finite",
     "npy_bytes",
     "parse_json",
     "parse_yaml",

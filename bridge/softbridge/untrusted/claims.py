@@ -24,6 +24,8 @@ from softbridge.errors import CheckpointError
 LIMIT = 8 * 2**20
 #: Nesting of JSON.
 DEPTH = 64
+#: Values of JSON, of whatever kind, keys among them: each costs as much as twenty bytes of text.
+VALUES = 2**20
 #: Members of a zip archive.
 MEMBERS = 65_535
 
@@ -145,10 +147,14 @@ def _object(value: Any, what: str, language: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise refusal(f"{what}: {language} of type {type(value).__name__}", f"a {language} object")
     level: list[Any] = [value]
+    count = 0
     for _ in range(DEPTH):
         level = [child for node in level for child in _children(node, what)]
         if not level:
             return value
+        count += len(level)
+        if count > VALUES:
+            raise refusal(f"{what}: {language} of more than {VALUES} values", f"at most {VALUES}")
     raise refusal(f"{what}: {language} nested too deeply", f"at most {DEPTH} levels")
 
 

@@ -12,15 +12,14 @@ import numpy as np
 
 from softbridge.arrays import BFLOAT16, Array, to_torch
 from softbridge.errors import OutputError
-from softbridge.untrusted.claims import DTYPE_CODES, STORAGES, is_safe_name, not_finite, short
+from softbridge.untrusted.claims import DTYPE_CODES, STORAGES, is_safe_name, short
 
 
 def little_endian(name: str, array: Array, dtypes: Collection[np.dtype[Any]] = DTYPE_CODES) -> Array:
     """The array, little-endian and C-contiguous.
 
     Raises:
-        OutputError: its dtype is not one of `dtypes` (by default safetensors'), it holds NaN or infinity, or no reader
-            would take the name.
+        OutputError: its dtype is not one of `dtypes` (by default safetensors'), or no reader would take the name.
     """
     array = np.asarray(array)
     little = array.dtype if array.dtype == BFLOAT16 else array.dtype.newbyteorder("<")
@@ -29,14 +28,6 @@ def little_endian(name: str, array: Array, dtypes: Collection[np.dtype[Any]] = D
             f"an array of dtype {array.dtype} under the name {short(name)}",
             f"one of {', '.join(dtype.name for dtype in dtypes)}, under a printable, relative name",
             "convert or rename it before saving",
-        )
-    wrong = not_finite(array)
-    if wrong:
-        raise OutputError(
-            f"{wrong} of {array.size} numbers of {short(name)} are not finite (NaN or infinity)",
-            "finite numbers, which are all that a reader takes",
-            "if they were trained, the training has diverged: go back to an earlier checkpoint, and lower the learning "
-            "rate or clip gradients",
         )
     return np.asarray(array, dtype=little, order="C")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +20,8 @@ from softbridge.untrusted.headers import NPY, Range, npy_header, safetensors_hea
 from softbridge.untrusted.pickles import Pickle, Stored, main_member
 from softbridge.untrusted.zarr_array import DESCRIPTION, zarr_array
 
+#: Bytes of JSON in all files of one checkpoint that are looked at.
+DESCRIBED = 2 * LIMIT
 Kind = Literal["safetensors", "pickle", "npy", "json", "zip", "tar", "gzip", "msgpack", "unknown"]
 
 
@@ -66,6 +69,7 @@ class Files:
         self._kinds: dict[str, Kind] = {}
         self._read: set[str] = set()
         self._digests: dict[str, tuple[Any, str]] = {}
+        self._described: Counter[str] = Counter()  # name -> bytes of JSON
 
     @contextmanager
     def reading(self) -> Iterator[set[str]]:
@@ -77,7 +81,8 @@ class Files:
         """The same without the files of these names, in whatever folder."""
         others = object.__new__(Files)
         others.path, others.is_file, others._trees = self.path, self.is_file, self._trees
-        others._kinds, others._read, others._digests = self._kinds, self._read, self._digests
+        others._kinds, others._read = self._kinds, self._read
+        others._digests, others._described = self._digests, self._described
         others._files = {name: real for name, real in self._files.items() if name.rpartition("/")[2] not in names}
         others.names = tuple(name for name in self.names if name in others._files)
         return others
@@ -92,7 +97,8 @@ class Files:
             members = members_of(place, kind, what)
         within = object.__new__(Files)
         within.path, within.is_file, within._trees = self.path / name if not self.is_file else self.path, False, {}
-        within._kinds, within._read, within._digests = {}, set(), {}
+        within._kinds, within._read = {}, set()
+        within._digests, within._described = {}, self._described
         within._files = dict(members)
         within.names = tuple(sorted(members))
         return within
@@ -159,8 +165,17 @@ class Files:
             return "json" if start.lstrip()[:1] == b"{" else "unknown"
 
     def json(self, name: str) -> dict[str, Any]:
-        """The JSON object in a file; see `parse_json`."""
-        with self._open(name) as (stream, _, what):
+        """The JSON object in a file; see `parse_json`. In all files together it is bounded, too: see `DESCRIBED`."""
+        with self._open(name) as (stream, size, what):
+            if what not in self._described:
+                cost = min(max(size, 1024), LIMIT)  # to open one costs something, too
+                if self._described.total() + cost > DESCRIBED:
+                    raise refusal(
+                        f"{self.path}: more than {DESCRIBED} bytes of JSON, in over {len(self._described)} files",
+                        "descriptions of one checkpoint",
+                        "give the folder of one adapter",
+                    )
+                self._described[what] = cost
             return parse_json(stream.read(LIMIT + 1), what)
 
     def yaml(self, name: str) -> dict[str, Any]:

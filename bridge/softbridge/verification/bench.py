@@ -14,7 +14,7 @@ from softbridge.arrays import Array
 from softbridge.base.build import fresh
 from softbridge.base.head import load_head, restore_head
 from softbridge.base.model import BaseModel
-from softbridge.errors import SoftbridgeError
+from softbridge.errors import EngineError, SoftbridgeError
 from softbridge.lowering.token_positions import rotate
 from softbridge.parts import named_arrays
 from softbridge.plugin.hookspecs import Engine, Loader
@@ -27,6 +27,7 @@ from softbridge.verification.layers import places, watch
 from softbridge.verification.probes import REVERSED, Probe, make_probes, reverse
 from softbridge.verification.run import (
     attached,
+    check_loss,
     find_float32_regions,
     float32_regions,
     generate_fault,
@@ -151,7 +152,9 @@ class Bench:
 
     @cached_property
     def float32_regions(self) -> tuple[str, ...]:
-        return find_float32_regions(self.spare(), self.alone(None)[0])
+        regions = find_float32_regions(self.spare(), self.alone(None)[0])
+        check_loss(self.spare(), self.alone(None)[0])
+        return regions
 
     @cached_property
     def config(self) -> Any:
@@ -198,12 +201,12 @@ class Bench:
         probes = [replace(probe, stepwise=stepwise) for probe in (*self.probes(subject.prompt), *more)]
         loader = loader_of(subject, engine)
         if loader is not None and subject.directory is not None:
-            running = loader.load(model, subject.prompt, subject.directory)
+            running = _loaded(loader, model, subject)
             states = watch(inside, self.first)
-            return run(running, probes), states
+            return _within(subject, running, probes), states
         with attached(engine, model, subject.prompt) as running:
             states = watch(inside, self.first)
-            return run(running, probes), states
+            return _within(subject, running, probes), states
 
     def other(self, model: Any, engine: Engine, prompt: SoftPrompt, texts: int | None = None) -> dict[str, Array]:
         """The first texts (None: all) alone, for another prompt; the model is given back as it was."""
@@ -312,6 +315,34 @@ def _repeats(prompt: SoftPrompt) -> bool:
     """Whether two layers have the same numbers."""
     pairs: list[list[Any]] = [list(part.layers.values()) for part in prompt.layered]
     return any(pair in layers[:number] for layers in pairs for number, pair in enumerate(layers))
+
+
+def _within(subject: Subject, running: Any, probes: Sequence[Probe]) -> dict[str, Array]:
+    try:
+        return run(running, probes)
+    except IndexError as error:  # the model alone has run
+        raise SoftbridgeError(
+            f"{subject.path} has tokens stand from {dict(subject.prompt.positions.start)} on, and the model has no "
+            "positions there",
+            "a prompt and texts within the model's table of positions",
+            "give a shorter --texts, or the base model that the prompt was trained for",
+        ) from error
+
+
+def _loaded(loader: Loader, model: Any, subject: Subject) -> Any:
+    """The model with the files that the toolkit's own loader reads, which raises what it likes."""
+    assert subject.directory is not None
+    try:
+        return loader.load(model, subject.prompt, subject.directory)
+    except SoftbridgeError:
+        raise
+    except Exception as error:
+        raise EngineError(
+            f"{subject.engine}'s own loader fails on {subject.directory}: {type(error).__name__}: {error!s:.200}",
+            "files that their own toolkit loads",
+            "if softbridge wrote them, report this as a defect of softbridge, with the files; a path that is no UTF-8 "
+            "is no defect: rename it",
+        ) from error
 
 
 def loader_of(subject: Subject, engine: Engine) -> Loader | None:

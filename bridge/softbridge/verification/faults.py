@@ -10,7 +10,7 @@ import numpy as np
 
 from softbridge.base.positions import PositionScheme
 from softbridge.prompt.part import AdaptionPrompt, InputPrompt, KeyValuePrefix, Part
-from softbridge.prompt.soft_prompt import SoftPrompt
+from softbridge.prompt.soft_prompt import MOST, SoftPrompt
 
 
 def faulty_prompts(prompt: SoftPrompt, scheme: PositionScheme) -> Iterator[tuple[str, SoftPrompt | None]]:
@@ -30,7 +30,7 @@ def faulty_prompts(prompt: SoftPrompt, scheme: PositionScheme) -> Iterator[tuple
     if any((one.gate != 1).any() for part in prompt.adaptions for one in part.layers.values()):
         yield "gates left out", _each(prompt, _ungate)
     if prompt.prefixes and prompt.positions.start and scheme.tellable and scheme.kind != "none":
-        start = {stack: position + 1 for stack, position in prompt.positions.start.items()}
+        start = {stack: (position + 1) % MOST for stack, position in prompt.positions.start.items()}
         yield "shifted by one position", replace(prompt, positions=replace(prompt.positions, start=start))
     elif prompt.parts[0].length > 1 and (prompt.inputs or (prompt.prefixes and scheme.kind == "relative")):
         yield "shifted by one position", _each(prompt, _roll)

@@ -125,9 +125,7 @@ def _across(
                 ids.write_bytes(json_bytes({"ids": [list(text) for text in texts]}))
                 arguments += ["--texts", str(ids)]
             arguments += ["--weights"] if weights else []
-            sides.append(
-                record_elsewhere(where, [str(loaded.path), *arguments], Path(scratch) / "recording.safetensors")
-            )
+            sides.append(record_elsewhere(where, loaded.path, arguments, Path(scratch) / "recording.safetensors"))
     return sides
 
 

@@ -63,6 +63,8 @@ def pack(recording: Recording) -> bytes:
         }
         order = {group: list(getattr(capture, attribute)) for group, attribute in ARRAYS.items()}
         plain.append({"islands": list(capture.float32_regions), "longest": capture.longest, "order": order, **numbers})
+    if any(map(untrusted.not_finite, tensors.values())):
+        raise _no_numbers()
     described = {name: value for name, value in asdict(recording).items() if name != "captures"}
     content = {"version": VERSION, "captures": plain, **described}
     return untrusted.safetensors_bytes(tensors, {KEY: _text({**content, "digest": _digest(content, tensors)})})
@@ -72,11 +74,15 @@ def _text(content: Mapping[str, Any]) -> str:
     try:
         return json.dumps(content, sort_keys=True, separators=(",", ":"), default=dict, allow_nan=False)
     except ValueError as error:
-        raise OutputError(
-            "a loss or an effect that is NaN or infinite, which no recording holds",
-            "outputs that are numbers",
-            "record with another seed or --dtype, or check the base model",
-        ) from error
+        raise _no_numbers() from error
+
+
+def _no_numbers() -> OutputError:
+    return OutputError(
+        "outputs, a loss or an effect that is NaN or infinite, which no recording holds",
+        "outputs that are numbers",
+        "record with another seed or --dtype, or check the base model",
+    )
 
 
 def _digest(content: Mapping[str, Any], tensors: Mapping[str, Array]) -> str:
@@ -140,13 +146,19 @@ def _shapes(recording: Recording) -> list[list[tuple[str, tuple[int, ...]]]]:
     ]
 
 
-def record_elsewhere(python: str, arguments: Sequence[str], output: Path) -> Recording:
-    """Run ``softbridge probe`` with another interpreter, and read what it wrote.
+def record_elsewhere(python: str, path: str | Path, options: Sequence[str], output: Path) -> Recording:
+    """Run ``softbridge probe`` with another interpreter, without a shell, and read what it wrote as a stranger's file.
+
+    Args:
+        python: the interpreter.
+        path: of the prompt, which may begin like an option and is none.
+        options: of ``probe``.
+        output: the file to write.
 
     Raises:
         EngineError: the interpreter cannot be started, or its probe failed.
     """
-    command = [python, "-c", _PROGRAM, "probe", *arguments, "--output", str(output)]
+    command = [python, "-c", _PROGRAM, "probe", *options, "--output", str(output), "--", str(path)]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False)
     except OSError as error:

@@ -155,13 +155,35 @@ def gradient(engine: Engine, model: Any, prompt: SoftPrompt, probe: Probe) -> tu
             labels = _tensors(model, _labels(probe, model.config))
             output = running(**_tensors(model, probe.inputs), **labels)
             loss = _loss(_scores(output).double(), labels, probe)
-            loss.backward()
+            if loss.requires_grad:  # else nothing that is run depends on the prompt
+                loss.backward()
         with torch.no_grad():
             for parameter in trained:
                 parameter.copy_(torch.zeros_like(parameter) if parameter.grad is None else parameter.grad)
         theirs, ours = float(output.loss.detach()), float(loss.detach())
         agree = abs(theirs - ours) <= FLOAT32_LOSS * abs(ours)
         return ours if agree else theirs, engine.extract(running)
+
+
+def check_loss(model: Any, probe: Probe) -> None:
+    """Compute the loss of a text once, as `gradient` will with a prompt.
+
+    Raises:
+        BaseModelError: the model alone cannot: its configuration says something that transformers does not do.
+    """
+    import torch
+
+    try:
+        labels = _tensors(model, _labels(probe, model.config))
+        with torch.no_grad():
+            output = model(**_tensors(model, probe.inputs), **labels)
+        float(output.loss), float(_loss(_scores(output), labels, probe))
+    except Exception as error:  # models of transformers raise what they like
+        raise BaseModelError(
+            f"a {type(model).__name__} of this configuration has no loss: {type(error).__name__}: {error!s:.200}",
+            "a model that transformers itself can train",
+            "check the base model's config.json, above all problem_type and the number of labels",
+        ) from error
 
 
 def _scores(output: Any) -> Any:

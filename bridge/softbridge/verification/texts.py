@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softbridge.errors import BaseModelError, CheckpointError
-from softbridge.untrusted import parse_json
+from softbridge.untrusted import LIMIT, parse_json
 
 #: No more is run: the comparison is of functions, and a few texts show a difference that many would.
 MOST_TEXTS = 16
@@ -21,9 +21,12 @@ def read_texts(path: Path, base: str) -> list[list[int]]:
         BaseModelError: the base model has no tokenizer.
     """
     try:
-        content = path.read_bytes()
+        with path.open("rb") as stream:
+            content = stream.read(LIMIT + 1)
+        if len(content) > LIMIT:
+            raise ValueError(f"more than {LIMIT} bytes")
         lines = [line for line in content.decode("utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a NUL in the path
         raise CheckpointError(
             f"{path} cannot be read: {error}", "one text on each line, in UTF-8", "check the path"
         ) from error
