@@ -116,9 +116,7 @@ class PeftFormat:
         several = prompt.training.tensors if prompt.training and prompt.training.kind == "multitask" else {}
         if dtypes := {array.dtype.name for array in several.values()} - {"float32"}:
             reason = f"PEFT multiplies the tensors of a multitask prompt in float32, and these are {', '.join(dtypes)}"
-            found.append(
-                Obstacle("precision", reason, "take one task alone (--task), or write it with --dtype float32")
-            )
+            found.append(Obstacle("precision", reason, "leave out what trained it (--drop training)"))
         if prompt.adaptions and prompt.head:
             reason = f"PEFT's {adaption.TYPE} keeps no head, this prompt has {', '.join(prompt.head)}"
             return [*found, Obstacle("head", reason, "leave the head out: replace(prompt, head={})")]
