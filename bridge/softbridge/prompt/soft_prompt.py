@@ -59,7 +59,7 @@ class Positions:
             told: Mapping[Stack, int] = FrozenMap(dict(sorted(getattr(self, name).items())))
             object.__setattr__(self, name, told)
             require(all(stack in get_args(Stack) for stack in told), f"{name}: {dict(told)}")
-            counts = all(type(place) is int and 0 <= place < 2**31 for place in told.values())
+            counts = all(type(place) is int and place >= 0 for place in told.values())
             require(counts, f"{name}: numbers from 0, not {dict(told)}")
         require(self.relative_bias in get_args(RelativeBias), f"relative_bias: {self.relative_bias!r}")
         require(self.window in get_args(Window), f"window: {self.window!r}")
