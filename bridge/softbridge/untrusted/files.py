@@ -186,7 +186,7 @@ class Files:
     def text(self, name: str) -> str:
         """The beginning of a text file, up to `LIMIT` bytes; what is no UTF-8 in it is replaced.
 
-        Of a longer one a part is looked at, and it does not count as read: nobody digests what has no end.
+        A longer one is looked at only, and not among the files that were read: these are digested whole.
         """
         with self._stream(name) as (stream, size, _what):
             if size <= LIMIT:
