@@ -6,6 +6,7 @@ import re
 import shutil
 from contextlib import redirect_stdout
 from dataclasses import replace
+from functools import partial
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from softbridge.lowering.steps import Step
 from softbridge.methods import MultitaskPromptTuning, rematerialise
 from softbridge.plugin.registry import engines, format_named
 from softbridge.prompt import Origin, SoftPrompt
-from softbridge.testing import apart, random_input_prompt, random_prefix, tiny_config
+from softbridge.testing import apart, random_adaption, random_input_prompt, random_prefix, tiny_config
 from softbridge.untrusted import Files
 
 TASKS = {"llama": "causal-lm", "gpt2": "causal-lm", "t5": "seq2seq-lm", "bert": "sequence-classification"}
@@ -54,7 +55,12 @@ def prompt_for(kind: str, base: Path, method: str) -> SoftPrompt:
     geometry = BaseModel.resolve(base).geometry
     if method == "tasks":
         return rematerialise(MultitaskPromptTuning(3, length=4).initialise(geometry, 0), 1)
-    prompt = random_input_prompt(geometry) if method == "input" else random_prefix(geometry)
+    make = {
+        "input": random_input_prompt,
+        "prefix": random_prefix,
+        "adaption": partial(random_adaption, joins="output"),
+    }[method]
+    prompt = make(geometry)
     if kind == "bert" and method == "prefix":  # where AdapterHub itself has real tokens
         prompt = replace(prompt, positions=replace(prompt.positions, start={"encoder": 0}))
     if kind != "bert":
@@ -70,6 +76,7 @@ PROGRAMS = [
     ("peft", "peft", "bert", "input", {}),
     ("peft", "peft", "t5", "input", {"encoding": "bin"}),
     ("peft", "peft", "gpt2", "tasks", {}),
+    ("peft", "peft", "gpt2", "adaption", {}),
     ("softbridge", "native", "llama", "prefix", {}),
     ("google", "native", "t5", "input", {}),
     ("adapterhub", "adapterhub", "llama", "prefix", {"encoding": "safetensors"}),
