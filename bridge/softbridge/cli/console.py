@@ -19,8 +19,6 @@ from typer.core import TyperGroup
 
 from softbridge.cli.tables import shown_lines
 from softbridge.errors import SoftbridgeError
-from softbridge.untested import warn_of_untested
-from softbridge.verification.progress import watching
 
 
 class _Group(TyperGroup):
@@ -102,6 +100,9 @@ def quiet() -> Iterator[None]:
     What softbridge itself has to say of what is installed comes first, on standard error; and, in a line that goes away
     again, how far a verification has come.
     """
+    from softbridge.untested import warn_of_untested
+    from softbridge.verification.progress import watching
+
     warn_of_untested()
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -8,13 +8,10 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from softbridge import conversion, parts
-from softbridge.checkpoint.choice import DROPPED
+from softbridge.choices import CONDITIONS, DROPPED, DTYPES, PARTS
 from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
 from softbridge.cli.tables import certificate_table, serving_table, shown, steps_table
 from softbridge.errors import SoftbridgeError
-from softbridge.lowering.planner import CONDITIONS
-from softbridge.lowering.precision import DTYPES
 
 
 @app.command()
@@ -47,7 +44,7 @@ def convert(
         str | None,
         typer.Option(
             "--part",
-            help=f"Convert one part only, of those that the source has: {', '.join(parts.NAMES)}.",
+            help=f"Convert one part only, of those that the source has: {', '.join(PARTS)}.",
             metavar="NAME",
         ),
     ] = None,
@@ -73,6 +70,8 @@ def convert(
     as_json: AsJson = False,
 ) -> None:
     """Convert a checkpoint to another toolkit's format. Refuses whatever would compute another function."""
+    from softbridge import conversion
+
     try:
         with quiet():
             report = conversion.convert(

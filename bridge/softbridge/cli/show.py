@@ -7,16 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
-from softbridge.checkpoint.inspect import inspect as run_inspect
 from softbridge.cli.console import AsJson, Base, Output, app, print_json, printer, quiet, refuse
-from softbridge.cli.demo import run as run_demo
-from softbridge.cli.doctor import diagnosis_table
 from softbridge.cli.tables import engines_table, explanation_table, formats_table, plugins_table, prompt_table
-from softbridge.doctor import diagnose
 from softbridge.errors import SoftbridgeError
-from softbridge.lowering.explain import explanations
-from softbridge.lowering.matrix import markdown
-from softbridge.lowering.matrix import matrix as run_matrix
 
 
 @app.command()
@@ -30,6 +23,8 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """What is this file, for which base model, and is it healthy?"""
+    from softbridge.checkpoint.inspect import inspect as run_inspect
+
     try:
         found = run_inspect(path, base=base, format=source_format)
     except SoftbridgeError as error:
@@ -52,6 +47,8 @@ def explain(
     as_json: AsJson = False,
 ) -> None:
     """Is a conversion exact, and why not? Without --base: for absolute, rotary and relative positions."""
+    from softbridge.lowering.explain import explanations
+
     try:
         found = explanations(source, target, method, base)
     except SoftbridgeError as error:
@@ -65,6 +62,9 @@ def explain(
 @app.command()
 def matrix(as_json: AsJson = False) -> None:
     """The outcome of every conversion of every method: tests/MATRIX.md, from what is installed here."""
+    from softbridge.lowering.matrix import markdown
+    from softbridge.lowering.matrix import matrix as run_matrix
+
     try:
         found = run_matrix()
     except SoftbridgeError as error:
@@ -82,6 +82,9 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """What can be run here, and which known defects of the toolkits are met?"""
+    from softbridge.cli.doctor import diagnosis_table
+    from softbridge.doctor import diagnose
+
     try:
         found = diagnose(path, base)
     except SoftbridgeError as error:
@@ -131,6 +134,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """The whole job on a tiny Llama built in process: train a prefix, convert it, run both, and compare."""
+    from softbridge.cli.demo import run as run_demo
+
     try:
         with quiet():
             certificate = run_demo(source, target, directory, Output(quiet=True) if as_json else printer())

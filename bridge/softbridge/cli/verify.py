@@ -4,22 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from softbridge import untrusted
+from softbridge.choices import LEVELS, WORKING, Level
 from softbridge.cli.console import AsJson, Base, app, one_of, print_json, printer, quiet, refuse
-from softbridge.cli.page import page
 from softbridge.cli.tables import certificate_table, shown
 from softbridge.errors import SoftbridgeError
-from softbridge.verification import proof
-from softbridge.verification.certificate import Certificate
-from softbridge.verification.claim import LEVELS, WORKING, Level
-from softbridge.verification.recheck import verify_again
-from softbridge.verification.recording import pack, unpack
-from softbridge.verification.small_models import BUDGET
-from softbridge.verification.texts import read_texts
+
+if TYPE_CHECKING:
+    from softbridge.verification.certificate import Certificate
 
 Weights = Annotated[
     bool, typer.Option("--weights", help="Use the base model's own weights, not random ones of its structure.")
@@ -80,6 +75,9 @@ def verify(
         _verify_again(a, base, html, as_json)
 
     def certify() -> Certificate:
+        from softbridge.verification import proof
+        from softbridge.verification.small_models import BUDGET
+
         if b is None or base is None:
             raise SoftbridgeError("no base model", "a directory, a config.json, or a hub id", "give it with --base")
         elsewhere = dict(_assignment(one) for one in python or ())
@@ -118,6 +116,10 @@ def probe(
     ] = None,
 ) -> None:
     """Record what one checkpoint computes, to compare it with another that runs in another environment."""
+    from softbridge import untrusted
+    from softbridge.verification import proof
+    from softbridge.verification.recording import pack
+
     try:
         with quiet():
             recording = proof.probe(
@@ -146,11 +148,17 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Judge two recordings. Exit status as of 'verify'."""
+    from softbridge.verification import proof
+    from softbridge.verification.recording import unpack
+
     _show_certificate(lambda: proof.compare(unpack(a), unpack(b), level=level), html, as_json)
 
 
 def _write_page(certificate: Certificate, path: Path | None) -> None:
     if path is not None:
+        from softbridge import untrusted
+        from softbridge.cli.page import page
+
         untrusted.write_file(path, page(certificate).encode())
 
 
@@ -169,6 +177,8 @@ def _show_certificate(certify: Callable[[], Certificate], html: Path | None, as_
 
 
 def _verify_again(path: Path, base: str | None, html: Path | None, as_json: bool) -> NoReturn:
+    from softbridge.verification.recheck import verify_again
+
     try:
         with quiet():
             again = verify_again(path, base)
@@ -196,4 +206,6 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def _token_ids(path: Path | None, base: str) -> list[list[int]] | None:
     """The texts of a file as token ids."""
+    from softbridge.verification.texts import read_texts
+
     return None if path is None else read_texts(path, base)
