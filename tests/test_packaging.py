@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Sequence
 from graphlib import TopologicalSorter
 from importlib import import_module
 from pathlib import Path
@@ -101,6 +102,17 @@ def test_listing_imports_no_framework_and_no_toolkit(arguments: list[str]) -> No
     assert heavy_after(f"from softbridge.cli import app; app({arguments!r}, standalone_mode=False)") == []
 
 
+def test_help_imports_the_command_line_alone() -> None:
+    """What it lists stands apart from all that it names, so that nobody waits for help."""
+    run = "from softbridge.cli import app; app(['--help'], standalone_mode=False)"
+    report = "import sys, json; print(json.dumps([name for name in sys.modules if name.startswith('softbridge')]))"
+    done = subprocess.run([sys.executable, "-c", f"{run}\n{report}"], capture_output=True, text=True, check=True)
+    ours = {name for name in json.loads(done.stdout.splitlines()[-1]) if not name.startswith("softbridge.cli")}
+    light = {"softbridge.choices", "softbridge.errors", "softbridge.geometry", "softbridge_compat"}
+    assert ours == {"softbridge", *light}
+    assert loaded_after(run, ("numpy", "safetensors", "rich")) == ["rich"]
+
+
 def test_inspecting_a_safetensors_file_imports_no_framework() -> None:
     golden = Path(__file__).parent / "golden" / "container_v1.safetensors"
     run = f"from softbridge.cli import app; app(['inspect', {str(golden)!r}], standalone_mode=False)"
@@ -157,7 +169,12 @@ def test_no_module_imports_itself_in_a_circle() -> None:
 
 def heavy_after(code: str) -> list[str]:
     """Which heavy modules a fresh interpreter has loaded after running `code`."""
-    report = f"import sys, json; print(json.dumps([name for name in {HEAVY!r} if name in sys.modules]))"
+    return loaded_after(code, HEAVY)
+
+
+def loaded_after(code: str, names: Sequence[str]) -> list[str]:
+    """Which of these modules a fresh interpreter has loaded after running `code`."""
+    report = f"import sys, json; print(json.dumps([name for name in {tuple(names)!r} if name in sys.modules]))"
     done = subprocess.run([sys.executable, "-c", f"{code}\n{report}"], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     loaded: list[str] = json.loads(done.stdout.splitlines()[-1])

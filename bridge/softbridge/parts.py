@@ -4,21 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, get_args
+from typing import Any
 
 from softbridge.arrays import Array
 from softbridge.errors import SoftbridgeError, one_of
-from softbridge.geometry import Site, Stack, stack_of
+from softbridge.geometry import Stack, stack_of
 from softbridge.prompt.part import AdaptionPrompt, InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt, Training
-
-#: What a part can be called (see `name_of`).
-NAMES: tuple[str, ...] = (
-    *get_args(Site),
-    *(f"{stack}-input" for stack in get_args(Stack)),
-    "self-adaption",
-    "encoder-adaption",
-)
 
 
 def name_of(part: Part) -> str:

@@ -11,12 +11,9 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-
-import torch
-from torch import Tensor
 
 #: Float32 in another order of summation.
 CLOSE = 1e-3
@@ -25,70 +22,88 @@ Ways = Mapping[str, Callable[[], Any]]
 
 
 @dataclass(frozen=True)
-class Measured:
+class Row:
     """One row of the table.
 
     Attributes:
         title: what was done.
         seconds: of each turn, by the name of the way; the first is softbridge.
-        limits: which of the ways are no peer, but what no way can be faster than.
+        limit: the name of the way that no other can be faster than, or None.
     """
 
     title: str
-    seconds: Mapping[str, tuple[float, ...]]
-    limits: tuple[str, ...]
+    seconds: Mapping[str, Sequence[float]]
+    limit: str | None = None
 
     @property
     def own(self) -> str:
-        """The name of softbridge's way."""
         return next(iter(self.seconds))
+
+    @property
+    def peer(self) -> str | None:
+        """The fastest way that is neither ours nor the limit."""
+        others = [way for way in self.seconds if way not in (self.own, self.limit)]
+        return min(others, key=self.median, default=None)
 
     def median(self, way: str) -> float:
         return statistics.median(self.seconds[way])
 
-    def ratio(self, way: str) -> float:
-        """How many times as long as this way softbridge takes, by the medians."""
-        return self.median(self.own) / self.median(way)
-
-    def spread(self, way: str) -> tuple[float, float]:
-        """The first and third quartile of the same ratio, turn by turn."""
+    def against(self, way: str | None) -> str:
+        """What softbridge takes for each second of this way: by the medians, and the quartiles turn by turn."""
+        if way is None:
+            return ""
         turns = [ours / theirs for ours, theirs in zip(self.seconds[self.own], self.seconds[way], strict=True)]
         first, _, third = statistics.quantiles(turns, n=4)
-        return first, third
+        ratio = self.median(self.own) / self.median(way)
+        return f"{ratio:.2f} ({first:.2f} to {third:.2f})"
+
+    def timed(self, way: str | None) -> str:
+        return "" if way is None else f"{way} {self.median(way) * 1e3:.1f} ms"
 
 
-def measure(title: str, ways: Ways, rounds: int, limits: tuple[str, ...] = ()) -> Measured:
-    """Run the ways in turns; the first turn does not count."""
+def measure(title: str, ways: Ways, rounds: int, limit: str | None = None) -> Row:
+    """Run the ways in turns, and print the row. The first turn does not count.
+
+    A way that returns a number has timed itself.
+    """
     spent: dict[str, list[float]] = {name: [] for name in ways}
     for turn in range(rounds + 1):
         for name, way in ways.items():
             gc.collect()
             start = time.process_time()
-            way()
+            found = way()
+            seconds = found if isinstance(found, float) else time.process_time() - start
             if turn:
-                spent[name].append(time.process_time() - start)
-    measured = Measured(title, {name: tuple(seconds) for name, seconds in spent.items()}, limits)
-    print(line(measured), flush=True)
-    return measured
+                spent[name].append(seconds)
+    row = Row(title, spent, limit)
+    print(line(row), flush=True)
+    return row
 
 
-def line(measured: Measured) -> str:
-    """A row in words: every way, and how many times as long as it softbridge takes."""
-    found = [f"{measured.title}: {measured.own} {measured.median(measured.own) * 1e3:.1f} ms"]
-    for way in measured.seconds:
-        if way != measured.own:
-            first, third = measured.spread(way)
-            found.append(
-                f"{way} {measured.median(way) * 1e3:.1f} ms ({measured.ratio(way):.2f}, {first:.2f} to {third:.2f})"
-            )
-    return ", ".join(found)
+HEADINGS = ("row", "softbridge", "best peer", "to the peer", "limit", "to the limit")
 
 
-def check(ways: Ways, what: Callable[[Any], Tensor] = lambda found: found) -> None:
-    """Assert that all ways give the same."""
-    with torch.no_grad():
-        found = {name: what(way()) for name, way in ways.items()}
+def heading() -> str:
+    return f"| {' | '.join(HEADINGS)} |\n|{'---|' * len(HEADINGS)}"
+
+
+def line(row: Row) -> str:
+    """The row of a Markdown table."""
+    cells = (
+        row.title,
+        f"{row.median(row.own) * 1e3:.1f} ms",
+        row.timed(row.peer),
+        row.against(row.peer),
+        row.timed(row.limit),
+        row.against(row.limit),
+    )
+    return f"| {' | '.join(cells)} |"
+
+
+def check(ways: Ways, what: Callable[[Any], Any] = lambda found: found) -> None:
+    """Assert that all ways give the same numbers, as tensors."""
+    found = {name: what(way()).detach().double() for name, way in ways.items()}
     first = next(iter(found.values()))
     for name, other in found.items():
-        apart = float((other.double() - first.double()).abs().max()) / float(first.double().abs().max())
+        apart = float((other - first).abs().max()) / float(first.abs().max())
         assert apart <= CLOSE, f"{name}: {apart:.1e} of the largest number apart"

@@ -343,7 +343,7 @@ def test_a_defect_has_a_status_of_its_own(
     def fail(*_: object, **more: object) -> None:
         raise error
 
-    monkeypatch.setattr(show, "run_inspect", fail)
+    monkeypatch.setattr("softbridge.checkpoint.inspect.inspect", fail)
     monkeypatch.setattr(sys, "argv", ["softbridge", "inspect", "x"])
     monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # typer sets its own
     with pytest.raises(SystemExit) as end:

@@ -7,15 +7,10 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from softbridge import parts
+from softbridge.choices import DROPPED as DROPPED
 from softbridge.errors import SoftbridgeError
 from softbridge.methods import rematerialise
 from softbridge.prompt.soft_prompt import SoftPrompt
-
-#: What can be left out on reading -> what that means.
-DROPPED = {
-    "training": "what trained the prompt; it runs, and its training cannot be resumed",
-    "manifest": "softbridge.json; real tokens stand where the toolkit itself has them",
-}
 
 
 @dataclass(frozen=True)

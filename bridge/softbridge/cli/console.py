@@ -23,8 +23,6 @@ from typer.core import TyperGroup
 from softbridge.cli.display import line, tell_time, watched
 from softbridge.cli.tables import shown_lines
 from softbridge.errors import DifferentError, SoftbridgeError, UntestedVersionWarning
-from softbridge.plugin.registry import formats
-from softbridge.progress import watching
 
 
 class _Group(TyperGroup):
@@ -120,9 +118,30 @@ def completing(names: Callable[[], Iterable[str]]) -> Callable[[str], list[str]]
     return complete
 
 
+def format_names() -> Iterable[str]:
+    """All formats, for completion; they are looked up when somebody asks."""
+    from softbridge.plugin.registry import formats
+
+    return formats()
+
+
+def engine_names() -> Iterable[str]:
+    """All engines, likewise."""
+    from softbridge.plugin.registry import engines
+
+    return engines()
+
+
+def method_names() -> Iterable[str]:
+    """All methods, likewise."""
+    from softbridge.lowering.examples import METHODS
+
+    return METHODS
+
+
 def format_option(flag: str, help: str) -> Any:
     """An option that takes the name of a format."""
-    return typer.Option(flag, help=help, metavar="FORMAT", autocompletion=completing(formats))
+    return typer.Option(flag, help=help, metavar="FORMAT", autocompletion=completing(format_names))
 
 
 def one_of(names: Iterable[str], flag: str, help: str) -> Any:
@@ -196,6 +215,8 @@ def quiet() -> Iterator[None]:
     What softbridge itself warns of comes through, and a line that goes away again says what is being done. With
     ``--quiet`` neither does. With ``--verbose`` all of it does, on standard error, with how long each stage took.
     """
+    from softbridge.progress import watching
+
     loudness = _loudness.get()
     if loudness == "verbose":
         with redirect_stdout(sys.stderr), watching(lambda what: None, tell_time):

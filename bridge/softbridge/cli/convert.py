@@ -8,9 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from softbridge import conversion, parts
-from softbridge.checkpoint.choice import DROPPED
-from softbridge.checkpoint.manifest import CARD
+from softbridge.choices import CONDITIONS, DROPPED, DTYPES, PARTS
 from softbridge.cli.console import (
     PROMPT,
     AsJson,
@@ -28,8 +26,6 @@ from softbridge.cli.console import (
 from softbridge.cli.many import convert_many
 from softbridge.cli.tables import certificate_table, serving_table, shown, steps_table
 from softbridge.errors import ArgumentError, SoftbridgeError
-from softbridge.lowering.planner import CONDITIONS
-from softbridge.lowering.precision import DTYPES
 
 
 @command(
@@ -72,9 +68,9 @@ def convert(
         str | None,
         typer.Option(
             "--part",
-            help=f"Convert one part only, of those that the source has: {', '.join(parts.NAMES)}.",
+            help=f"Convert one part only, of those that the source has: {', '.join(PARTS)}.",
             metavar="NAME",
-            autocompletion=completing(lambda: parts.NAMES),
+            autocompletion=completing(lambda: PARTS),
         ),
     ] = None,
     drop: Annotated[
@@ -124,6 +120,9 @@ def convert(
     With --recursive the exit status is 0 if all were converted, now or earlier. Else it is 3 if there was a defect, 1
     if one would be another function, and 2 if one was refused. The same command goes on where an earlier one stopped.
     """
+    from softbridge import conversion
+    from softbridge.checkpoint.manifest import CARD
+
     asked: dict[str, Any] = {
         "base": base,
         "format": source_format,

@@ -6,15 +6,11 @@ from typing import Annotated, Any, get_args
 
 import typer
 
-from softbridge.base.model import BaseModel
-from softbridge.checkpoint.read import load
+from softbridge.choices import Measure
 from softbridge.cli.console import PROMPT, AsJson, Base, NeededBase, command, one_of, print_json, printer, quiet, refuse
 from softbridge.cli.tables import rows_table
 from softbridge.errors import BaseModelError, SoftbridgeError
 from softbridge.geometry import Stack
-from softbridge.tools import nearest_words, similarity_matrix
-from softbridge.tools.similarity import Measure
-from softbridge.verification.texts import tokenizer_of
 
 
 @command(
@@ -29,6 +25,11 @@ def words(
     as_json: AsJson = False,
 ) -> None:
     """Which words of the base model's vocabulary the virtual tokens are nearest to, by cosine."""
+    from softbridge.base.model import BaseModel
+    from softbridge.checkpoint.read import load
+    from softbridge.tools import nearest_words
+    from softbridge.verification.texts import tokenizer_of
+
     try:
         with quiet():
             model = BaseModel.resolve(base)
@@ -79,6 +80,10 @@ def similar(
     as_json: AsJson = False,
 ) -> None:
     """How near prompts are to each other (SPoT): which task to start another from."""
+    from softbridge.base.model import BaseModel
+    from softbridge.checkpoint.read import load
+    from softbridge.tools import similarity_matrix
+
     try:
         with quiet():
             model = None if base is None else BaseModel.resolve(base)

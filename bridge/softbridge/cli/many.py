@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
@@ -14,10 +14,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from softbridge.cli.console import AsJson, command, draws, print_json, refuse, reporter
 from softbridge.cli.tables import collection_table, shown
-from softbridge.collection.merge import merge_manifests as merge
-from softbridge.collection.record import Record
-from softbridge.collection.run import convert_all
 from softbridge.errors import SoftbridgeError
+
+if TYPE_CHECKING:
+    from softbridge.collection.record import Record
 
 #: Of the summary for a program.
 SCHEMA = "softbridge/collection-summary/1"
@@ -27,6 +27,8 @@ FINE = ("converted", "planned", "not a prompt", "left out")
 
 def convert_many(source: Path, target: Path, to: str, as_json: bool, **asked: Any) -> NoReturn:
     """Convert a folder of checkpoints, say what became of them, and leave with the exit status of that."""
+    from softbridge.collection.run import convert_all
+
     try:
         with _bar() as watch:
             outcome = convert_all(source, target, to, watch=watch, **asked)
@@ -59,6 +61,8 @@ def merge_manifests(
     as_json: AsJson = False,
 ) -> None:
     """Join the manifests that 'convert --recursive --shard' wrote. Exit status as of that, or 2 if some are missing."""
+    from softbridge.collection.merge import merge_manifests as merge
+
     try:
         merged = merge(manifests, output, overwrite=overwrite)
     except SoftbridgeError as error:

@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from softbridge import untrusted
-from softbridge.checkpoint.inspect import inspect as run_inspect
 from softbridge.cli.console import (
     PROMPT,
     AsJson,
@@ -17,16 +15,15 @@ from softbridge.cli.console import (
     Overwrite,
     command,
     completing,
+    engine_names,
     format_option,
+    method_names,
     print_json,
     printer,
     quiet,
     refuse,
     reporter,
 )
-from softbridge.cli.demo import run as run_demo
-from softbridge.cli.doctor import diagnosis_table
-from softbridge.cli.portrait_page import drawn
 from softbridge.cli.tables import (
     engines_table,
     explanation_table,
@@ -35,13 +32,7 @@ from softbridge.cli.tables import (
     plugins_table,
     prompt_table,
 )
-from softbridge.doctor import diagnose
 from softbridge.errors import SoftbridgeError
-from softbridge.lowering.examples import METHODS
-from softbridge.lowering.explain import explanations
-from softbridge.lowering.matrix import markdown, summary
-from softbridge.lowering.matrix import matrix as run_matrix
-from softbridge.plugin.registry import engines as known_engines
 
 
 @command(
@@ -66,10 +57,15 @@ def inspect(
     as_json: AsJson = False,
 ) -> None:
     """What is this file, for which base model, and is it healthy?"""
+    from softbridge.checkpoint.inspect import inspect as run_inspect
+
     try:
         with quiet():
             found = run_inspect(path, base=base, format=source_format)
             if html is not None:
+                from softbridge import untrusted
+                from softbridge.cli.portrait_page import drawn
+
                 untrusted.write_file(html, drawn(found, base).encode(), overwrite=overwrite)
     except SoftbridgeError as error:
         refuse(error, as_json)
@@ -92,13 +88,15 @@ def explain(
             "--method",
             help="A method, as 'softbridge matrix' names it. All if left out.",
             metavar="NAME",
-            autocompletion=completing(lambda: METHODS),
+            autocompletion=completing(method_names),
         ),
     ] = None,
     base: Base = None,
     as_json: AsJson = False,
 ) -> None:
     """Is a conversion exact, and why not? Without --base: for absolute, rotary and relative positions."""
+    from softbridge.lowering.explain import explanations
+
     try:
         with quiet():
             found = explanations(source, target, method, base)
@@ -113,6 +111,9 @@ def explain(
 @command("softbridge matrix", "softbridge matrix --json")
 def matrix(as_json: AsJson = False) -> None:
     """The outcome of every conversion of every method. It is in Markdown, unless a terminal shows it."""
+    from softbridge.lowering.matrix import markdown, summary
+    from softbridge.lowering.matrix import matrix as run_matrix
+
     try:
         with quiet():
             found = run_matrix()
@@ -136,6 +137,9 @@ def doctor(
     as_json: AsJson = False,
 ) -> None:
     """What can be run here, and which known defects of the toolkits are met?"""
+    from softbridge.cli.doctor import diagnosis_table
+    from softbridge.doctor import diagnose
+
     try:
         with quiet():
             found = diagnose(path, base)
@@ -181,7 +185,7 @@ def demo(
     source: Annotated[
         str,
         typer.Option(
-            "--from", help="The engine that trains.", metavar="ENGINE", autocompletion=completing(known_engines)
+            "--from", help="The engine that trains.", metavar="ENGINE", autocompletion=completing(engine_names)
         ),
     ] = "native",
     target: Annotated[str, format_option("--to", "The format to convert to.")] = "softbridge",
@@ -191,6 +195,8 @@ def demo(
     as_json: AsJson = False,
 ) -> None:
     """The whole job on a tiny Llama built in process: train a prefix, convert it, run both, and compare."""
+    from softbridge.cli.demo import run as run_demo
+
     console = Output(quiet=True) if as_json else reporter()
     try:
         with quiet():

@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from softbridge.cli.grid import Grid
-from softbridge.collection.record import Record, Verdict
-from softbridge.lowering.examples import LENGTH
-from softbridge.lowering.explain import Explanation
-from softbridge.lowering.matrix import Summary
-from softbridge.lowering.steps import Step
-from softbridge.plugin.hookspecs import Engine
-from softbridge.plugin.registry import engines, formats, owners, servers
-from softbridge.plugin.serving import Server
-from softbridge.verification.certificate import Certificate
-from softbridge.verification.serving import Serving
+
+if TYPE_CHECKING:  # `softbridge --help` shows none of these
+    from softbridge.collection.record import Record
+    from softbridge.lowering.explain import Explanation
+    from softbridge.lowering.matrix import Summary
+    from softbridge.lowering.steps import Step
+    from softbridge.plugin.hookspecs import Engine
+    from softbridge.plugin.serving import Server
+    from softbridge.verification.certificate import Certificate
+    from softbridge.verification.serving import Serving
 
 Rows = list[dict[str, Any]]
 #: So many of a collection's failures are shown; the manifest has all.
@@ -59,6 +59,8 @@ def rows_table(headings: Sequence[str], rows: Sequence[Sequence[object]]) -> Gri
 
 def formats_table() -> tuple[Table, Rows]:
     """What `softbridge formats` shows."""
+    from softbridge.plugin.registry import formats
+
     table, rows = (
         _table("format", "what", "encodings", "input prompts", "prefixes", "adaption", "real tokens stand at"),
         [],
@@ -79,6 +81,8 @@ def formats_table() -> tuple[Table, Rows]:
 
 def engines_table() -> tuple[Table, Rows]:
     """What `softbridge engines` shows."""
+    from softbridge.plugin.registry import engines, servers
+
     table, rows = _table("engine", "what", "runs", "here"), []
     kinds: dict[str, Mapping[str, Engine | Server]] = {"transformers": engines(), "its own model": servers()}
     for kind, known in kinds.items():
@@ -91,6 +95,8 @@ def engines_table() -> tuple[Table, Rows]:
 
 def plugins_table() -> tuple[Table, Rows]:
     """What `softbridge plugins` shows."""
+    from softbridge.plugin.registry import owners
+
     table, rows = _table("plugin", "hook", "brings"), []
     for hook, brought in owners().items():
         for owner in sorted(set(brought.values())):
@@ -145,6 +151,8 @@ def steps_table(steps: Sequence[Step]) -> Table | Text:
 
 def explanation_table(explanations: Sequence[tuple[str, Explanation]]) -> Table:
     """What `softbridge explain` shows."""
+    from softbridge.lowering.examples import LENGTH
+
     table = _table("base model", "method", "outcome", f"why (for a prompt of {LENGTH} virtual tokens, say)")
     for base, found in explanations:
         reasons = [f"{step.name}: {step.note}" for step in found.steps]
@@ -248,6 +256,8 @@ def _with_unit(relative: float | None, certificate: Certificate) -> str:
 
 def collection_table(records: Sequence[Record], taken_over: int = 0) -> Group:
     """What became of a folder of checkpoints: how many of each, and why what failed did."""
+    from softbridge.collection.record import Verdict
+
     counts = _table("verdict", "checkpoints", "")
     notes = {"converted": f"{taken_over} of them by an earlier run" if taken_over else ""}
     for verdict in get_args(Verdict):

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from softbridge import untrusted
+from softbridge.choices import LEVELS, WORKING, Level
 from softbridge.cli.console import (
     PROMPT,
     AsJson,
@@ -17,23 +17,19 @@ from softbridge.cli.console import (
     Overwrite,
     command,
     completing,
+    engine_names,
     one_of,
     print_json,
     quiet,
     refuse,
     reporter,
 )
-from softbridge.cli.page import page
 from softbridge.cli.tables import certificate_table, shown
 from softbridge.errors import SoftbridgeError
-from softbridge.plugin.registry import engines
-from softbridge.verification import proof
-from softbridge.verification.certificate import Certificate
-from softbridge.verification.claim import LEVELS, WORKING, Level
-from softbridge.verification.recheck import Again, verify_again
-from softbridge.verification.recording import pack, unpack
-from softbridge.verification.small_models import BUDGET
-from softbridge.verification.texts import read_texts
+
+if TYPE_CHECKING:
+    from softbridge.verification.certificate import Certificate
+    from softbridge.verification.recheck import Again
 
 Weights = Annotated[
     bool, typer.Option("--weights", help="Use the base model's own weights, not random ones of its structure.")
@@ -86,7 +82,7 @@ def verify(
             "--python",
             help="Run the side of this engine's toolkit with another environment's interpreter. May be repeated.",
             metavar="ENGINE=PATH",
-            autocompletion=completing(lambda: (f"{name}=" for name in engines())),
+            autocompletion=completing(lambda: (f"{name}=" for name in engine_names())),
         ),
     ] = None,
     source: Annotated[
@@ -104,10 +100,15 @@ def verify(
     given = {name for name in context.params if str(context.get_parameter_source(name)).endswith("COMMANDLINE")}
     if b is None:
         _check_asked(given - _OF_CERTIFICATES, "a certificate, which says with what it is run again", as_json)
+        from softbridge.verification.recheck import verify_again
+
         _show_again(lambda: verify_again(a, base, source=source, target=target, level=level), html, overwrite, as_json)
     _check_asked(given & {"source", "target"}, "two checkpoints", as_json)
 
     def certify() -> Certificate:
+        from softbridge.verification import proof
+        from softbridge.verification.small_models import BUDGET
+
         if b is None or base is None:
             raise SoftbridgeError("no base model", "a directory, a config.json, or a hub id", "give it with --base")
         elsewhere = dict(_assignment(one) for one in python or ())
@@ -155,6 +156,10 @@ def probe(
     as_json: AsJson = False,
 ) -> None:
     """Record what one checkpoint computes, to compare it with another that runs in another environment."""
+    from softbridge import untrusted
+    from softbridge.verification import proof
+    from softbridge.verification.recording import pack
+
     try:
         with quiet():
             recording = proof.probe(
@@ -191,11 +196,17 @@ def compare(
     as_json: AsJson = False,
 ) -> None:
     """Judge two recordings. Exit status as of 'verify'."""
+    from softbridge.verification import proof
+    from softbridge.verification.recording import unpack
+
     _show_certificate(lambda: proof.compare(unpack(a), unpack(b), level=level), html, overwrite, as_json)
 
 
 def _write_page(certificate: Certificate, path: Path | None, overwrite: bool) -> None:
     if path is not None:
+        from softbridge import untrusted
+        from softbridge.cli.page import page
+
         untrusted.write_file(path, page(certificate).encode(), overwrite=overwrite)
 
 
@@ -255,4 +266,6 @@ def _assignment(text: str) -> tuple[str, str]:
 
 def _token_ids(path: Path | None, base: str) -> list[list[int]] | None:
     """The texts of a file as token ids."""
+    from softbridge.verification.texts import read_texts
+
     return None if path is None else read_texts(path, base)

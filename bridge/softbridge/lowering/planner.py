@@ -15,6 +15,7 @@ from itertools import count
 from typing import Literal
 
 from softbridge.base.model import BaseModel
+from softbridge.choices import CONDITIONS as CONDITIONS
 from softbridge.errors import BaseModelError, LoweringError, Obstacle, SoftbridgeError
 from softbridge.geometry import Geometry
 from softbridge.lowering.expressible import check_fits
@@ -24,19 +25,6 @@ from softbridge.lowering.steps import Option, Step, Target
 from softbridge.plugin.capabilities import EVERYTHING
 from softbridge.prompt.soft_prompt import SoftPrompt
 
-#: Condition that a caller can accept -> its cost: 2 if every later call of the model must honour it, else 1.
-CONDITIONS = {
-    "positions": 2,
-    "template": 2,
-    "window": 1,
-    "length": 1,
-    "head": 1,
-    "dtype": 1,
-    "underflow": 1,
-    "task": 1,
-    "partial": 1,
-    "scale": 1,
-}
 Outcome = Literal["exact", "rounding", "conditional", "impossible"]
 Further = Callable[[SoftPrompt, Geometry | None], Sequence[Obstacle]]
 

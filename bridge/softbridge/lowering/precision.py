@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from softbridge import choices
 from softbridge.arrays import BFLOAT16, Array
 from softbridge.errors import Obstacle
 from softbridge.lowering.steps import ELSEWHERE, Exactness, Option, Step, Target
@@ -16,10 +17,7 @@ from softbridge.prompt.soft_prompt import SoftPrompt
 
 #: Dtypes that numbers can be stored in on request.
 DTYPES: Mapping[str, np.dtype[Any]] = {
-    "float64": np.dtype(np.float64),
-    "float32": np.dtype(np.float32),
-    "float16": np.dtype(np.float16),
-    "bfloat16": BFLOAT16,
+    name: BFLOAT16 if name == "bfloat16" else np.dtype(name) for name in choices.DTYPES
 }
 
 

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import get_args
 
 import numpy as np
 
 from softbridge.arrays import Array
+from softbridge.choices import Measure as Measure
 from softbridge.errors import refusal
 from softbridge.prompt.part import AdaptionPrompt, InputPrompt, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.tools.alike import check_alike, check_positions, match, one_length, unit
-
-Measure = Literal["average", "pairwise"]
-
 
 # Comparing
 

@@ -13,20 +13,14 @@ from dataclasses import dataclass, fields, replace
 from typing import Any, Literal, get_args
 
 from softbridge.checkpoint.choice import ALL, Choice
-from softbridge.lowering.precision import DTYPES
+from softbridge.choices import DTYPES
+from softbridge.choices import LEVELS as LEVELS
+from softbridge.choices import WORKING as WORKING
+from softbridge.choices import Level as Level
 from softbridge.lowering.steps import Step
 from softbridge.prompt.soft_prompt import SoftPrompt
 from softbridge.verification.probes import LENGTHS
 
-#: How alike two sides are, the strictest first. bitwise: not one bit differed here, in float64 and in the working
-#: precision; on another processor, which sums products of other shapes in another order, the same may be exact.
-#: exact: within the stated bound in float64. rounding: another function in float64, but in the working precision no
-#: probe's outputs are further apart than the noise floor, and without the prompt they are; the generated tokens are the
-#: same.
-Level = Literal["bitwise", "exact", "rounding"]
-LEVELS: tuple[Level, ...] = ("bitwise", "exact", "rounding")
-#: The working precisions, which are reported beside float64.
-WORKING: tuple[str, ...] = tuple(name for name in DTYPES if name != "float64")
 #: One of the two things that are compared.
 Which = Literal["source", "target"]
 
