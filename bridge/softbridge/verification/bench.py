@@ -152,8 +152,9 @@ class Bench:
 
     @cached_property
     def float32_regions(self) -> tuple[str, ...]:
-        regions = find_float32_regions(self.spare(), self.alone(None)[0])
-        check_loss(self.spare(), self.alone(None)[0])
+        model, probe = self.spare(), self.alone(None)[0]
+        regions = find_float32_regions(model, probe)
+        check_loss(model, probe)
         return regions
 
     @cached_property
