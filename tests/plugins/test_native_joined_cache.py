@@ -42,10 +42,10 @@ def test_the_cache_keeps_the_prefix_and_shows_real_tokens(family: str, implement
     running, other = (sb.attach(copy.deepcopy(model), random_prefix(geometry, LENGTH, seed=n)) for n in (1, 2))
     ids, mask = text(8, 2), torch.ones(2, 8, dtype=torch.long)
     mask[0, :3] = 0  # decoding with pads makes a mask at each step
-    for given in (None, mask):
-        more = lambda n, given=given: {} if given is None else {"attention_mask": given[:, :n]}
-        expected, _ = step(running, ids, **more(8))
-        _, cache = step(running, ids[:, :6], **more(6))
+    for masked in (False, True):
+        given: list[dict[str, Tensor]] = [{"attention_mask": mask[:, :n]} if masked else {} for n in range(9)]
+        expected, _ = step(running, ids, **given[8])
+        _, cache = step(running, ids[:, :6], **given[6])
         assert all(type(layer) is DynamicLayer for layer in cache.layers)
         for at in (6, 7):
             found, cache = step(running, ids[:, at : at + 1], cache, **given[at + 1])
