@@ -154,8 +154,11 @@ test-slow: export OMP_NUM_THREADS := 1
 test-slow: $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST) -q --durations=20
 
-bench: $(ENV5)/ready
+bench: export OMP_NUM_THREADS := 1
+bench: $(ENV4)/ready $(ENV5)/ready
+	$(ENV4)/bin/python tests/benchmarks/engines.py generating training
 	$(ENV5)/bin/python tests/benchmarks/engines.py
+	$(ENV5)/bin/python tests/benchmarks/conversions.py
 	$(ENV5)/bin/python tests/benchmarks/structure_check.py
 	$(ENV5)/bin/python tests/benchmarks/self_check.py
 

@@ -277,7 +277,8 @@ def _with_columns(
         return None if own is None else _lengthened(joined, own, query.shape[2], window, positions)
     # What the mask is made of. While it is kept all of these are, so that no other tensor gets the id of one.
     of = (mask, joined.lengths, joined.stand.slides, None if window is None else positions)
-    key = (*map(id, of), None if mask is None else mask._version, joined.length, real, window, binding.causal)
+    version = None if mask is None or mask.is_inference() else mask._version
+    key = (*map(id, of), version, joined.length, real, window, binding.causal)
     key = (*key, query.shape[2], query.dtype, query.device)
     masks = binding.running.now.masks
     if key not in masks:
