@@ -95,7 +95,7 @@ def again(cache: DynamicCache) -> DynamicCache:
 
 def training(rounds: int) -> None:
     for family, sizes in (("gpt2", GPT2), ("llama", LLAMA)):
-        model = make(family, **sizes)
+        model = make(family, **sizes).requires_grad_(False)  # the limit is that of a frozen model
         geometry = read_geometry(model.config)
         prompts = {f"prefix of {n}": random_prefix(geometry, n) for n in (20, 128, 512, 2048)}
         prompts |= {f"prompt of {n}": random_input_prompt(geometry, n) for n in (20, 100)}
@@ -257,7 +257,7 @@ BENCHES: dict[str, Callable[[int], None]] = {"generating": generating, "training
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", choices=[*BENCHES, []], default=[*BENCHES])
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(BENCHES)}; all if left out")
     parser.add_argument("--rounds", type=int, default=7)
     given = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -266,7 +266,7 @@ def main() -> None:
     torch.set_num_threads(1)
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, one thread, processor time\n")
     print(heading())
-    for name in given.what:
+    for name in given.what or BENCHES:
         BENCHES[name](given.rounds)
 
 
