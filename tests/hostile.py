@@ -71,7 +71,9 @@ def of_a_format() -> Iterator[Row]:
 
 
 def main_file(one: Specimen) -> str:
-    return max(one.files, key=lambda name: (name != "softbridge.json", len(one.files[name]), name))
+    """The largest that a reader reads: not what lies beside it for people, nor the manifest."""
+    beside = ("softbridge.json", "README.md")
+    return max(one.files, key=lambda name: (name not in beside, len(one.files[name]), name))
 
 
 def spoilt(one: Specimen, name: str, content: Callable[[], bytes] | bytes) -> Callable[[Path], Path]:

@@ -125,8 +125,9 @@ _RESHAPE = ".reshape(-1, 2, heads, width).transpose(1, 2, 0, 3)"
 _GATES = "zip(self._gate_keys(part.site, layer), gate, strict=True)"
 _GATE = "Gate(*(tensors[key] for key in keys))"
 _STORED = "facts.stored_layers(tuple(part.layers), self.geometry)"
-_KEYS = "torch.cat([keys.expand(key.shape[0], -1, -1, -1), key], dim=2)"
-_VALUES = "torch.cat([values.expand(key.shape[0], -1, -1, -1), value], dim=2)"
+_KEYS = "torch.cat((keys, key), 2)"
+_VALUES = "torch.cat((values, value), 2)"
+_KEEP = "softbridge_native.joined_cache:keep"
 
 FAULTS = {
     # Rotation and positions.
@@ -141,7 +142,11 @@ FAULTS = {
     ),
     "values are rotated, too": fault(
         "llama: adapterhub to peft",
-        (_ROTATE, "pair.values.astype(dtype)", "(pair.values.astype(np.float64) @ maps[layer]).astype(dtype)"),
+        (
+            _ROTATE,
+            "pair.values.astype(dtype, copy=False)",
+            "(pair.values.astype(np.float64) @ maps[layer]).astype(dtype)",
+        ),
     ),
     "rotated keys are stored in bfloat16": fault(
         "llama: adapterhub to peft",
@@ -166,8 +171,8 @@ FAULTS = {
         "gpt2: adapterhub to peft",
         (
             "softbridge.checkpoint.write:write_files",
-            "{**content, MANIFEST: untrusted.json_bytes(signed(manifest))}",
-            "content",
+            ", MANIFEST: untrusted.json_bytes(signed(manifest))}",
+            "}",
         ),
     ),
     "a toolkit is believed to count one token more": fault(
@@ -204,7 +209,7 @@ FAULTS = {
         "llama: softbridge to peft", (_FLAT, "in self.layers.values()", "in reversed(list(self.layers.values()))")
     ),
     "heads before rows in writing": fault(
-        "llama: softbridge to peft", (_FLAT, "half.transpose(1, 0, 2).reshape", "half.reshape")
+        "llama: softbridge to peft", (_FLAT, "half.transpose(1, 0, 2)", "half.reshape(place.shape)")
     ),
     "keys and values swapped in reading and in writing": fault(
         "llama: softbridge to peft",
@@ -214,7 +219,7 @@ FAULTS = {
     "heads and channels swapped in reading and in writing": fault(
         "llama: softbridge to peft",
         (_ROWS, _RESHAPE, ".reshape(-1, 2, width, heads).transpose(1, 3, 0, 2)"),
-        (_FLAT, "half.transpose(1, 0, 2).reshape", "half.transpose(1, 2, 0).reshape"),
+        (_FLAT, "half.transpose(1, 0, 2)", "half.transpose(1, 2, 0).reshape(place.shape)"),
     ),
     "layers reversed in reading and in writing": fault(
         "gpt2: peft to softbridge",
@@ -393,8 +398,8 @@ FAULTS = {
     # The native engine.
     "the prefix stands behind the real keys": fault(
         "llama: peft to softbridge",
-        (_ATTEND, _KEYS, "torch.cat([key, keys.expand(key.shape[0], -1, -1, -1)], dim=2)"),
-        (_ATTEND, _VALUES, "torch.cat([value, values.expand(key.shape[0], -1, -1, -1)], dim=2)"),
+        (_ATTEND, _KEYS, "torch.cat((key, keys), 2)"),
+        (_ATTEND, _VALUES, "torch.cat((value, values), 2)"),
     ),
     "keys are a hundredth too large": fault(
         "llama: peft to softbridge",
@@ -406,7 +411,11 @@ FAULTS = {
     ),
     "the prefix is dropped where there is a cache": fault(
         "llama: peft to softbridge",
+        (_KEEP, "running.now.joins = True", "return"),
         (_ATTEND, "if binding is None or joined is None:", "if binding is None or joined is None or real > length:"),
+    ),
+    "a cache keeps the first layer's prefix in every layer": fault(
+        "llama: peft to softbridge", (_KEEP, '"source": source,', '"source": sources[min(sources)],')
     ),
     "each layer runs with the next one's prefix": fault(
         "gpt2: peft to softbridge",

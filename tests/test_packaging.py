@@ -84,7 +84,7 @@ def test_the_wheel_holds_the_packages_and_nothing_else(built: tuple[Path, Path])
     assert "License-Expression: Apache-2.0" in metadata
     listed = configparser.ConfigParser()
     listed.read_string(entries)
-    assert dict(listed["console_scripts"]) == {"softbridge": "softbridge.cli:main"}
+    assert dict(listed["console_scripts"]) == {"softbridge": "softbridge.__main__:main"}
     plugins = packages - {"softbridge", "softbridge_compat"}
     assert dict(listed["softbridge"]) == {name.removeprefix("softbridge_"): name for name in plugins}
 

@@ -235,10 +235,20 @@ def _attend_joined(
 
 
 def _cached(binding: Binding, key: Tensor) -> Joined | None:
-    """What the cache has joined to these keys already; it is taken once."""
+    """What the cache has joined to these keys already; it is taken once.
+
+    Raises:
+        EngineError: the model made other keys of those that its cache handed over.
+    """
     layers = binding.running.now.layers
     joined, length = layers.pop(binding.layer, (None, 0)) if layers else (None, 0)
-    return joined if key.shape[2] == length else None
+    if joined is not None and key.shape[2] != length:
+        raise EngineError(
+            f"attention to {key.shape[2]} keys where the cache holds {length}",
+            "attention to what the cache holds",
+            "call the model with use_cache=False, and report this",
+        )
+    return joined
 
 
 def _sees_all(joined: Joined, query: Tensor, settings: Mapping[str, Any]) -> bool:

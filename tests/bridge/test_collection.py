@@ -154,7 +154,9 @@ def test_what_is_done_is_taken_over_and_what_changed_is_not(source: Path, tmp_pa
     array = np.load(source / "sst2.npy")
     np.save(source / "sst2.npy", array + 1)
     refused("sst2.npy", "from other files")
-    assert written(out / "sst2") == {name: before[f"sst2/{name}"] for name in ("prompt.safetensors", "softbridge.json")}
+    assert written(out / "sst2") == {
+        name: before[f"sst2/{name}"] for name in ("README.md", "prompt.safetensors", "softbridge.json")
+    }
     np.save(source / "sst2.npy", array)
     assert convert(source, out).taken_over == len(CHECKPOINTS), "what stands there is not forgotten"
     assert written(out) == before

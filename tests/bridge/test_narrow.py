@@ -13,15 +13,16 @@ from typer.testing import CliRunner
 
 import softbridge as sb
 from softbridge.base import BaseModel
-from softbridge.cli import app, show
+from softbridge.cli import app
 from softbridge.cli.grid import Grid
+from softbridge.lowering import matrix
 from softbridge.lowering.examples import METHODS
 from softbridge.lowering.matrix import rows
 from softbridge.plugin.registry import defects, engines, formats, owners, servers
 from softbridge.testing import random_prefix, tiny_config
 
 #: Made once: it is the same at every width.
-MATRIX = cache(show.run_matrix)
+MATRIX = cache(matrix.matrix)
 
 
 def words(arguments: list[str], width: int, terminal: bool = False) -> set[str]:
@@ -38,7 +39,7 @@ def words(arguments: list[str], width: int, terminal: bool = False) -> set[str]:
 def peft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = tiny_config("llama")
     sb.save(random_prefix(BaseModel(config).geometry), tmp_path / "prefix", format="peft", base=config)
-    monkeypatch.setattr(show, "run_matrix", MATRIX)
+    monkeypatch.setattr(matrix, "matrix", MATRIX)
     monkeypatch.chdir(tmp_path)
 
 

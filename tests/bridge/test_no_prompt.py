@@ -109,7 +109,7 @@ CASES: dict[str, tuple[Make, str, str]] = {
         "of architecture 'lora'",
         "choose an adapter that is a soft prompt",
     ),
-    "several of PEFT": (several("peft"), "sub-folders: a, b, c, d, e, f", "pass {path}/a or {path}/b"),
+    "several of PEFT": (several("peft"), "sub-folders: a, b, c, d and 2 more", "pass {path}/a or {path}/b"),
     "several of AdapterHub": (
         several("adapterhub"),
         "a directory of prompts: a (adapterhub), b (adapterhub), c (adapterhub), d (adapterhub) and 2 more",
