@@ -124,14 +124,14 @@ def convert(
     warn_of_untested()
     if push_to_hub is not None:
         check_publishable(push_to_hub)
-    resolved = None if base is None else BaseModel.resolve(base)
+    form = format_named(to)
     if untrusted.hub_id(source) is None:
         _apart(Path(source), Path(target))
     check_target(Path(target), overwrite)  # before the work, and again when it is written
+    resolved = None if base is None else BaseModel.resolve(base)
     loaded = read(source, base=resolved, format=format, drop=drop, trained_on=trained_on)
     choice = Choice(format, tuple(drop), trained_on, task, part)
     chosen = choice.of(loaded.prompt)
-    form = format_named(to)
     with stage("lowering"):
         goal = Target(form.name, form.capabilities, resolved, dtype)
         lowering, content = prepare(chosen, form, goal, accept, encoding)

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from softbridge import parts
 from softbridge.checkpoint.read import read
 from softbridge.errors import PluginError
 from softbridge.geometry import Geometry
@@ -51,7 +52,7 @@ class Diagnosis:
             "untested": [asdict(one) for one in self.untested],
             "engines": self.engines,
             "defects": [named(defect) for defect in self.defects],
-            "prompt": None if self.prompt is None else repr(self.prompt),
+            "prompt": None if self.prompt is None else describe(self.prompt),
             "self_checks": [verdict.to_json() for verdict in self.self_checks],
         }
 
@@ -113,3 +114,8 @@ def diagnose(path: str | Path | None = None, base: Any = None) -> Diagnosis:
     usable = [name for name, reason in reasons.items() if reason is None]
     found = defects(prompt, None if prompt is None else prompt.base.geometry, usable)
     return Diagnosis(platform.platform(), versions(), untested(), reasons, found, prompt, tuple(verdicts()))
+
+
+def describe(prompt: SoftPrompt) -> str:
+    """A prompt in a line, for a person."""
+    return " and ".join(f"{part.length} virtual tokens ({parts.name_of(part)})" for part in prompt.parts)

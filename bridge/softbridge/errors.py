@@ -21,8 +21,8 @@ def few(items: Collection[Any]) -> str:
 
 def one_of(known: Collection[str], given: str) -> str:
     """What was expected in the place of a name that nothing has, and which was probably meant."""
-    near = "".join(f"; did you mean '{one}'?" for one in get_close_matches(given, known, 1))
-    return f"one of {', '.join(known)}{near}"
+    near = "".join(f"did you mean '{one}'? It is " for one in get_close_matches(given, known, 1))
+    return f"{near}one of {', '.join(known)}"
 
 
 def _cut(text: str, longest: int) -> str:

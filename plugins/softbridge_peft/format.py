@@ -243,7 +243,7 @@ def adapter_folder(files: untrusted.Files) -> str:
         raise CheckpointError(
             f"{files.path} holds its adapters in sub-folders: {few(nested)}",
             "the directory of one adapter",
-            f"pass {' or '.join(str(files.path / name) for name in nested[:4])}",
+            f"pass {' or '.join(str(files.path / name) for name in nested[:4])}; or convert all with --recursive",
         )
     return f"{nested[0]}/"
 

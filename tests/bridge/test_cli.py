@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -354,6 +355,21 @@ def test_a_defect_has_a_status_of_its_own(
     assert type(error).__name__ in said
     assert "please report" in said
     assert "\x1b" not in said
+
+
+def test_an_interruption_that_became_another_error_is_no_defect(monkeypatch: pytest.MonkeyPatch) -> None:
+    def importing(**given: object) -> None:
+        """What a module of C makes of Ctrl-C while it is imported."""
+        try:
+            os.kill(os.getpid(), signal.SIGINT)
+        except KeyboardInterrupt:
+            raise ImportError("a module failed to import") from None
+
+    monkeypatch.setattr("softbridge.cli.app", importing)
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt):
+        main()
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_a_refusal_keeps_its_status(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

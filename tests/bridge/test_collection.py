@@ -254,6 +254,15 @@ def test_a_base_model_that_many_need_is_read_once_and_left_as_it_was(
     assert apart(keys["out", "0"], keys["alone", "1"]) > 0.1
 
 
+def test_one_file_beside_folders_is_one_of_many(tmp_path: Path) -> None:
+    geometry = BaseModel(tiny_config("llama")).geometry
+    sb.save(random_prefix(geometry), tmp_path / "in" / "folder", format="peft", base=tiny_config("llama"))
+    sb.save(random_input_prompt(geometry), tmp_path / "in" / "file.safetensors", format="softbridge")
+    (tmp_path / "in" / "README.md").write_text("of a team\n")
+    outcome = sb.convert_all(tmp_path / "in", tmp_path / "out", "softbridge")
+    assert verdicts(outcome) == {"file.safetensors": "converted", "folder": "converted"}
+
+
 def test_what_verification_says_is_in_the_record(
     prompts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

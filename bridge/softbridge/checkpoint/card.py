@@ -94,7 +94,8 @@ def model_card(
         *_listed(*(map(prose, verified) if verified else ("not verified",))),
         "## How to load it",
         "",
-        "From this folder:" if repository is None else "From the hub:",
+        f"From {'this folder' if repository is None else 'the hub'}"
+        + (":" if base is not None else "; `base` is where the base model, with its tokenizer, lies on your machine:"),
         "",
         "```python",
         code,

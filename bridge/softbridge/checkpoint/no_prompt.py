@@ -37,7 +37,10 @@ def recognised(files: untrusted.Files, formats: Mapping[str, Format]) -> tuple[s
     inside = _prompts_inside(files, formats)
     if inside:
         named = [f"{name} ({form})" for name, form in inside.items()]
-        return f"a directory of prompts: {few(named)}", f"give one of them: {files.path / next(iter(inside))}"
+        return (
+            f"a directory of prompts: {few(named)}",
+            f"give one of them: {files.path / next(iter(inside))}; or convert all with --recursive",
+        )
     if files.is_file:
         what = _of_a_trainer(files, files.names[0]) or _of_a_model(files.names[0])
         return None if what is None else (what, _INSTEAD)

@@ -8,8 +8,10 @@ interruption and 141 where nobody reads the output.
 from __future__ import annotations
 
 import io
+import signal
 import sys
 import traceback
+from types import FrameType
 from typing import Annotated
 
 import typer
@@ -20,17 +22,40 @@ from softbridge.cli.tables import shown_lines
 from softbridge_compat import versions
 
 
+def _place(name: str) -> int:
+    return _FIRST.index(name) if name in _FIRST else len(_FIRST)
+
+
+#: In the help, what a newcomer asks for first.
+_FIRST = ("demo", "inspect", "convert", "verify", "explain", "doctor", "formats", "engines", "plugins", "matrix")
+app.registered_commands.sort(key=lambda made: _place(made.callback.__name__ if made.callback else ""))
+
+
 def main() -> None:
     """Run the command line; see the module for the exit status."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a terminal that lacks a character is no reason to fail
+    interrupted = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal interrupted
+        interrupted = True
+        raise KeyboardInterrupt
+
+    before = signal.getsignal(signal.SIGINT)
+    if before is signal.default_int_handler:
+        signal.signal(signal.SIGINT, interrupt)
     try:
         app(prog_name="softbridge")
     except Exception:
+        if interrupted:  # a module of C that was being imported makes another error of it
+            raise KeyboardInterrupt from None
         lines = shown_lines(traceback.format_exc()).plain
         print(f"{lines}this is a defect of softbridge: please report it, with the lines above", file=sys.stderr)
         sys.exit(DEFECT)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def _version(wanted: bool) -> None:

@@ -117,8 +117,11 @@ def convert(
 ) -> None:
     """Convert a checkpoint to another toolkit's format. What would compute another function is refused.
 
-    With --recursive the exit status is 0 if all were converted, now or earlier. Else it is 3 if there was a defect, 1
-    if one would be another function, and 2 if one was refused. The same command goes on where an earlier one stopped.
+    With --recursive the same command goes on where an earlier one stopped.
+
+    Its exit status is 0 if all were converted, now or earlier.
+
+    Else it is 3 for a defect, 1 if one came out different, and 2 if one was refused.
     """
     from softbridge import conversion
     from softbridge.checkpoint.manifest import CARD

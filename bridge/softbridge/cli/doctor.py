@@ -7,7 +7,7 @@ from collections import Counter
 from rich.console import Group
 
 from softbridge.cli.tables import rows_table, shown
-from softbridge.doctor import Diagnosis
+from softbridge.doctor import Diagnosis, describe
 from softbridge.selfcheck.verdict import Verdict
 
 
@@ -29,7 +29,7 @@ def diagnosis_table(found: Diagnosis) -> Group:
     counts = Counter(verdict.status for verdict in found.self_checks)
     told = ", ".join(f"{counts[status]} {status}" for status in ("kept", "broken", "unproven"))
     checks = shown(f"self-checks with these versions: {told}" if counts else "no self-checks with these versions yet")
-    what = "of these toolkits" if found.prompt is None else f"that concern {found.prompt}"
+    what = "of these toolkits" if found.prompt is None else f"that concern this prompt ({describe(found.prompt)})"
     count = shown(f"{len(found.defects)} known defects {what}")
     tables = (checks, checked) if counts else (checks,)
     return Group(shown(found.platform), installed, usable, count, known, *tables)

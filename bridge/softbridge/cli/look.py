@@ -55,7 +55,9 @@ def words(
         [
             str(row["virtual_token"]),
             "  ".join(
-                f"{row['words'][n]!r} {cosine:.2f}" if "words" in row else f"{row['ids'][n]} {cosine:.2f}"
+                f"{row['words'][n]!r} {cosine:.2f}"
+                if "words" in row and row["words"][n]
+                else f"{row['ids'][n]} {cosine:.2f}"
                 for n, cosine in enumerate(row["cosines"])
             ),
         ]

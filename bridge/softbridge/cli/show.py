@@ -31,6 +31,7 @@ from softbridge.cli.tables import (
     matrix_tables,
     plugins_table,
     prompt_table,
+    shown,
 )
 from softbridge.errors import SoftbridgeError
 
@@ -73,6 +74,8 @@ def inspect(
         print_json(found)
     else:
         printer().print(prompt_table(found))
+        if html is not None:
+            reporter().print(shown(f"the page: {html}"))
 
 
 @command(

@@ -210,6 +210,11 @@ def _write_page(certificate: Certificate, path: Path | None, overwrite: bool) ->
         untrusted.write_file(path, page(certificate).encode(), overwrite=overwrite)
 
 
+def _show_page(path: Path | None) -> None:
+    if path is not None:
+        reporter().print(shown(f"the page: {path}"))
+
+
 def _show_certificate(
     certify: Callable[[], Certificate], html: Path | None, overwrite: bool, as_json: bool
 ) -> NoReturn:
@@ -223,6 +228,7 @@ def _show_certificate(
         print_json(certificate.to_json())
     else:
         reporter().print(certificate_table(certificate))
+        _show_page(html)
     raise typer.Exit(certificate.exit_status)
 
 
@@ -253,6 +259,7 @@ def _show_again(run: Callable[[], Again], html: Path | None, overwrite: bool, as
         console.print(certificate_table(again.certificate))
         for change in again.changes:
             console.print(shown(change))
+        _show_page(html)
         console.print("the certificate holds" if again.holds else "the certificate does not hold")
     raise typer.Exit(0 if again.holds else 1 if again.changes else again.certificate.exit_status)
 

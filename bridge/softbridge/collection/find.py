@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from softbridge import untrusted
+from softbridge.checkpoint.manifest import BESIDE
 from softbridge.checkpoint.read import matching, recognise
 from softbridge.checkpoint.write import FILE_SUFFIXES
 from softbridge.collection.record import Reason, Verdict
@@ -114,6 +115,8 @@ class _Walk:
         for place in folders:
             inner += self.below(folder / place.rpartition("/")[2], place)
         checkpoints = [one for one in inner if one.verdict == "pending"]
+        if checkpoints and sum(place.rpartition("/")[2] not in BESIDE for place in files) == 1:
+            whole = False  # one file beside checkpoints is one among them
         # By files one folder further down, which are nothing by themselves.
         whole = whole or (bool(folders) and not checkpoints and self._is_checkpoint(self._files(path)))
         if whole:

@@ -28,7 +28,7 @@ class Neighbours:
     Attributes:
         ids: [P, k], token ids.
         similarities: [P, k], cosines, float64.
-        words: P tuples of k words, where a tokenizer was given.
+        words: P tuples of k words, where a tokenizer was given; of a padded vocabulary some have none, and are empty.
     """
 
     ids: Array
@@ -81,5 +81,5 @@ def nearest_words(
         best, ids = (np.take_along_axis(array, order, axis=1) for array in (cosines, candidates))
     found = None
     if tokenizer is not None:
-        found = tuple(tuple(tokenizer.convert_ids_to_tokens(row)) for row in ids.tolist())
+        found = tuple(tuple(word or "" for word in tokenizer.convert_ids_to_tokens(row)) for row in ids.tolist())
     return Neighbours(ids, best, found)

@@ -178,7 +178,9 @@ def check_vacant(target: Path) -> None:
 
 def _occupied(target: Path) -> NoReturn:
     raise OutputError(
-        f"'{target}' is there already", "a target that does not exist yet", "name another, or say --overwrite"
+        f"'{target}' is there already",
+        "a target that does not exist yet",
+        "name another, or say --overwrite (in Python overwrite=True)",
     )
 
 
