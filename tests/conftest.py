@@ -34,6 +34,9 @@ settings.load_profile(os.environ.get("SOFTBRIDGE_PROFILE", "default"))
 if os.environ.get("SOFTBRIDGE_PROCESSOR") == "another":
     _PROCESSOR = runpy.run_path(str(Path(__file__).with_name("another_processor.py")))
 
+# What commands print is looked at where nobody says how wide it is; pytest's workers say 80.
+os.environ.pop("COLUMNS", None)
+
 # What the suite itself shows no engine needs to show again before each call. That check has tests of its own.
 os.environ.setdefault("SOFTBRIDGE_SELF_CHECK", "0")
 # And no test reads, or writes, what a user's own checks have found.
