@@ -95,11 +95,11 @@ def test_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sb.save(random_prefix(read_geometry(config)), tmp_path / "prefix", format="peft", base=config)
     config.save_pretrained(tmp_path / "base")
     told = json.loads(run(str(tmp_path / "prefix"), "--base", str(tmp_path / "base"), "--json"))
-    assert "KeyValuePrefix" in told["prompt"]
+    assert "virtual tokens (self)" in told["prompt"]
     here = {defect["id"] for defect in told["defects"]}
     assert "peft-prefix-checkpointing" in here
     assert "peft-left-padded-prompt" not in here
-    assert "that concern SoftPrompt" in run(str(tmp_path / "prefix"))
+    assert "that concern this prompt (5 virtual tokens (self))" in run(str(tmp_path / "prefix"))
     refused = CliRunner().invoke(app, ["doctor", str(tmp_path / "nothing"), "--json"])
     assert refused.exit_code == 2
     assert json.loads(refused.stdout)["refused"]["kind"] == "CheckpointError"
