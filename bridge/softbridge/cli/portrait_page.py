@@ -104,7 +104,7 @@ def _lengths(what: str, norms: Array, picture: Picture) -> str:
         rows += [] if own is None else [("own", (None, own[0]))]
     if own is None:
         return _plot([(label, values[:1]) for label, values in rows], (f"the prompt's {what}",), said)
-    said += f"; the model's own, of {WORDS} random words, from {SHARES[0]} to {SHARES[-1]} in a hundred"
+    said += f"; the model's own, of {WORDS} random words, from the {SHARES[0]}th to the {SHARES[-1]}th percentile"
     return _plot(rows, (f"the prompt's {what}", f"the model's own {what}"), said)
 
 
@@ -122,7 +122,7 @@ def _verdict(picture: Picture) -> str:
         return f"<p>not compared with the model's own: {text_of(picture.unknown)}</p>"
     what = "key" if "keys" in picture.own else "vector"
     said = f"a median {what} is {picture.louder:.2g} times as long as the model's own"
-    said += " in the layer where that is most" if picture.layers else ""
+    said += ", in the layer where this is the most" if picture.layers else ""
     loud = picture.louder > LOUD
     said += ": it may drown the text" if loud else ""
     return f'<p class="verdict {"not" if loud else "same"}">{text_of(said)}</p>'

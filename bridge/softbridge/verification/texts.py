@@ -55,8 +55,9 @@ def tokenizer_of(base: str) -> Any:
         folder = str(Path(base).parent) if base.endswith(".json") else base
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)  # else it asks on the terminal
     except Exception as error:  # tokenizers raise what they like
+        reason = str(error).strip().partition("\n")[0]
         raise BaseModelError(
-            f"the base model '{base}' has no tokenizer: {error!s:.200}",
+            f"the base model '{base}' has no tokenizer: {reason:.200}",
             "a directory or a hub id with the model's tokenizer",
             'give the texts as token ids: a JSON file {"ids": [[...], ...]}',
         ) from error
