@@ -22,7 +22,7 @@ from softbridge.checkpoint.manifest import CARD, CERTIFICATE, Loaded, sha256_of
 from softbridge.checkpoint.publish import PullRequest, check_publishable, publish
 from softbridge.checkpoint.read import read
 from softbridge.checkpoint.write import advice_for, check_target, is_file_of, prepare, write_files
-from softbridge.errors import BaseModelError, DifferentError, OutputError
+from softbridge.errors import ArgumentError, BaseModelError, DifferentError, OutputError
 from softbridge.lowering.planner import Lowering
 from softbridge.lowering.steps import Step, Target
 from softbridge.plugin.hookspecs import Format
@@ -124,6 +124,10 @@ def convert(
     warn_of_untested()
     if push_to_hub is not None:
         check_publishable(push_to_hub)
+    elif create_repo:
+        raise ArgumentError(
+            "--create-repo, and nothing to push", "a repository to push to", "name it with --push-to-hub, too"
+        )
     form = format_named(to)
     if untrusted.hub_id(source) is None:
         _apart(Path(source), Path(target))

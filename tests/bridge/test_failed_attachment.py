@@ -22,6 +22,7 @@ import torch
 
 import softbridge as sb
 from softbridge.base import BaseModel, build
+from softbridge.errors import EngineError
 from softbridge.plugin.prompt_bank import PromptBank
 from softbridge.plugin.registry import engines
 from softbridge.prompt import SoftPrompt
@@ -162,7 +163,12 @@ def test_a_model_is_as_it_was(engine: str, kind: str, task: str) -> None:
     def attach() -> Any:
         return sb.attach(model, prompt, engine=engine, self_check=True)
 
-    sb.detach(attach())  # what is found out once is known, and what is imported is there
+    try:
+        sb.detach(attach())  # what is found out once is known, and what is imported is there
+    except EngineError as error:
+        if "adapterhub" in ENGINES:  # where every toolkit is, each runs what it is asked to here
+            raise
+        pytest.skip(f"refused on this stack: {error.found}")
     before, numbers = state(model), {name: array.clone() for name, array in model.state_dict().items()}
     taken = list(steps(attach))
     assert len(taken) > 100

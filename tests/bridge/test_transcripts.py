@@ -116,6 +116,7 @@ CASES: dict[str, list[tuple[int, str]]] = {
         (2, "convert prefix new2 --to softbridge --jobs 2"),
         (2, "convert prefix new2 --to softbridge --push-to-hub prompts"),
         (2, "convert prefix new2 --to softbridge --push-to-hub owner/name"),
+        (2, "convert prefix new2 --to softbridge --create-repo"),
         (2, "convert several new2 --to softbridge --recursive --push-to-hub owner/name"),
     ],
     "merge-manifests": [

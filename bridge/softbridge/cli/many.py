@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from softbridge.cli.console import AsJson, command, draws, print_json, refuse, reporter
+from softbridge.cli.console import AsJson, Overwrite, command, draws, print_json, refuse, reporter
 from softbridge.cli.tables import collection_table, shown
 from softbridge.errors import SoftbridgeError
 
@@ -57,7 +57,7 @@ def convert_many(source: Path, target: Path, to: str, as_json: bool, **asked: An
 def merge_manifests(
     manifests: Annotated[list[Path], typer.Argument(help="Manifests of shards, or folders that hold them.")],
     output: Annotated[Path, typer.Option("--output", help="The manifest to write, .jsonl.", metavar="FILE")],
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing manifest.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
     """Join the manifests that 'convert --recursive --shard' wrote. Exit status as of that, or 2 if some are missing."""
