@@ -151,6 +151,11 @@ def test_what_is_done_is_taken_over_and_what_changed_is_not(source: Path, tmp_pa
         assert outcome.taken_over == len(CHECKPOINTS) - 1
         return outcome
 
+    card = out / "sst2" / "README.md"
+    card.write_text("edited\n")
+    assert convert(source, out).taken_over == len(CHECKPOINTS), "a card is there to be edited"
+    card.write_bytes(before["sst2/README.md"])
+
     array = np.load(source / "sst2.npy")
     np.save(source / "sst2.npy", array + 1)
     refused("sst2.npy", "from other files")

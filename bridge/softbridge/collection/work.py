@@ -14,7 +14,7 @@ from typing import Any
 
 from softbridge import conversion, untrusted
 from softbridge.base.model import BaseModel
-from softbridge.checkpoint.manifest import CERTIFICATE, MANIFEST, Loaded
+from softbridge.checkpoint.manifest import CARD, CERTIFICATE, MANIFEST, Loaded
 from softbridge.checkpoint.read import read
 from softbridge.collection.record import Reason, Record
 from softbridge.errors import CheckpointError, DifferentError, NotAPromptError, OutputError, SoftbridgeError
@@ -100,7 +100,8 @@ class Worker:
         files = untrusted.Files(task.target)
         steps = files.json(MANIFEST).get("steps", ())
         verdict = files.json(CERTIFICATE).get("verdict") if CERTIFICATE in files else None
-        target = {"path": task.place, "files": {name: files.digest(name) for name in files.names}}
+        # A card is there to be edited.
+        target = {"path": task.place, "files": {name: files.digest(name) for name in files.names if name != CARD}}
         return self._record(task, "converted", source=_of(source), target=target, steps=steps, certificate=verdict)
 
     def _earlier(self, task: Task) -> Record | None:
