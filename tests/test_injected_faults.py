@@ -411,7 +411,7 @@ FAULTS = {
     ),
     "the prefix is dropped where there is a cache": fault(
         "llama: peft to softbridge",
-        (_KEEP, "running.now.joins = True", "return"),
+        (_KEEP, "running.now.mark = mark", "return"),
         (_ATTEND, "if binding is None or joined is None:", "if binding is None or joined is None or real > length:"),
     ),
     "a cache keeps the first layer's prefix in every layer": fault(

@@ -155,18 +155,29 @@ def _attend(
 
     Args: as `_attend_joined`.
     """
-    near = beside(module)
-    if near is None:
-        return _attend_joined(implementation, module, query, key, value, attention_mask, settings)
-    nothing = near.watches(query, key, value, settings)
-    if nothing is not None:
+    near, binding = beside(module), module.__dict__.get(_BINDING)
+    if near is not None and (nothing := near.watches(query, key, value, settings)) is not None:
         return nothing, None
-    output, *more = _attend_joined(implementation, module, query, key, value, attention_mask, settings)
+    cached = None if binding is None else _cached(binding, key)
+    if (
+        cached is not None
+        and attention_mask is None
+        and implementation == "sdpa"
+        and _sees_all(cached, query, settings)
+    ):
+        found = _FUNCTIONS[implementation](module, query, key, value, None, **settings)  # a step of decoding
+    else:
+        found = _attend_joined(implementation, binding, cached, module, query, key, value, attention_mask, settings)
+    if near is None:
+        return found
+    output, *more = found
     return near.add(output, query), *more
 
 
 def _attend_joined(
     implementation: str,
+    binding: Binding | None,
+    cached: Joined | None,
     module: nn.Module,
     query: Tensor,
     key: Tensor,
@@ -178,27 +189,20 @@ def _attend_joined(
 
     Args:
         implementation: a name from `UNDERLYING`.
+        binding: of the module, or None.
+        cached: what the cache has joined to the keys and values already.
         module: the attention module.
         query: [B, heads, Q, D].
-        key: [B, K, N, D], N real tokens, those in the cache included.
+        key: [B, K, N, D], N real tokens, those in the cache included; behind the virtual ones, if they are joined.
         value: [B, K, N, D].
         attention_mask: [B or 1, 1, Q or 1, >= N], bool or additive, or None; in flex attention a `BlockMask`, too; in
             flash attention [B, <= N].
         settings: as the underlying function takes them.
     """
-    binding: Binding | None = module.__dict__.get(_BINDING)
-    cached = None if binding is None else _cached(binding, key)
     if implementation == "eager":
         function = sys.modules[type(module).__module__].eager_attention_forward
     else:
         function = _FUNCTIONS[implementation]
-        if (
-            cached is not None
-            and attention_mask is None
-            and implementation == "sdpa"
-            and _sees_all(cached, query, settings)
-        ):
-            return function(module, query, key, value, None, **settings)  # a step of decoding
     rows, length, real = query.shape[0], query.shape[2], key.shape[2]
     attention_mask = _above_float32(attention_mask)
     joined = cached if binding is None or cached is not None else _joined(binding, module, key)
@@ -240,22 +244,24 @@ def _cached(binding: Binding, key: Tensor) -> Joined | None:
     Raises:
         EngineError: the model made other keys of those that its cache handed over.
     """
-    layers = binding.running.now.layers
-    joined, length = layers.pop(binding.layer, (None, 0)) if layers else (None, 0)
-    if joined is not None and key.shape[2] != length:
+    layer = binding.running.now.layers.pop(binding.layer, None)
+    if layer is None or layer.whole is None:
+        return None
+    length = layer.whole[0].shape[2]
+    if key.shape[2] != length:
         raise EngineError(
             f"attention to {key.shape[2]} keys where the cache holds {length}",
             "attention to what the cache holds",
             "call the model with use_cache=False, and report this",
         )
-    return joined
+    return layer.prefix
 
 
 def _sees_all(joined: Joined, query: Tensor, settings: Mapping[str, Any]) -> bool:
     """Whether a call without a mask is of one query a row, which sees all real and virtual tokens alike."""
-    if query.shape[2] != 1 or joined.lengths is not None or settings.get("position_bias") is not None:
+    if query.shape[2] != 1 or settings.get("position_bias") is not None:
         return False
-    return joined.stand.slides is False or settings.get("sliding_window") is None
+    return joined.seen or (joined.lengths is None and settings.get("sliding_window") is None)
 
 
 def _joined(binding: Binding, module: nn.Module, key: Tensor) -> Joined | None:

@@ -238,9 +238,8 @@ class Shared(Injection):
         self.call.now.rows = Rows(entries, [None if entry is None else chosen[entry] for entry in entries])
 
     def mark(self) -> object:
-        """See `Source`; what is gated is another prefix in each call."""
         rows = self.call.now.rows
-        return rows if rows.plain else None
+        return rows if rows.plain else None  # what is gated is another prefix in each call
 
     def join(self, site: Site, layer: int, entered: Tensor | None, like: Tensor) -> Joined | None:
         """What joins the keys and values of this layer; see `Source`."""
@@ -276,9 +275,6 @@ class Layer:
     shared: Shared
     site: Site
     layer: int
-
-    def mark(self) -> object:
-        return self.shared.mark()
 
     def join(self, entered: Tensor | None, like: Tensor) -> Joined | None:
         return self.shared.join(self.site, self.layer, entered, like)

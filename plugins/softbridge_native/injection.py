@@ -180,9 +180,10 @@ class Injection(nn.Module, ABC):
         self.running.now.forget()
 
     def keep(self, cache: Any) -> None:
-        """A stack goes on with a cache, which may keep the prefix for it."""
-        if self.cached:
-            keep(cache, self.cached, self.running)
+        """A stack runs with a cache, which may keep the prefix for it where no gradient is wanted."""
+        mark = self.mark() if self.cached and not torch.is_grad_enabled() else None
+        if mark is not None:
+            keep(cache, self.cached, self.running, mark)
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A model that calls its layers past the stack would drop the prompt silently."""
@@ -196,6 +197,13 @@ class Injection(nn.Module, ABC):
     @abstractmethod
     def sources(self) -> Iterator[tuple[Site, int, Source, bool]]:
         """Which attention modules to bind: their site and layer, to what, and whether a gate is on it."""
+
+    @abstractmethod
+    def mark(self) -> object:
+        """One and the same object as long as one prefix joins, in each layer, whatever enters; None: it may be another.
+
+        It is asked for at every step of decoding.
+        """
 
     def besides(self) -> Iterator[tuple[Site, int, adaption.LayerAdaption, Joins]]:
         """Which attention modules have an adaption prompt beside them: site, layer, numbers, and what they join."""
@@ -215,6 +223,7 @@ class Single(Injection):
 
     Attributes:
         prompt: as it was attached.
+        gated: whether a gate is on any prefix.
         parts: one module for each of the prompt's parts.
         parameterisation: what makes some of them, or None.
     """
@@ -240,6 +249,7 @@ class Single(Injection):
         parts = [module_of(part, pieces) for part, pieces in zip(prompt.parts, made, strict=True)]
         produced: list[Any] = [part for part, pieces in zip(parts, made, strict=True) if pieces]
         state = prompt.training if produced else None
+        self.gated = any(part.gated for part in prompt.prefixes)
         self.parts = nn.ModuleList(parts)
         self.parameterisation = None if state is None else Parameterisation(state, produced, device)
 
@@ -249,6 +259,10 @@ class Single(Injection):
                 for layer, source in module.layers.items():
                     if isinstance(source, LayerPrefix):
                         yield module.site, int(layer), source, source.gate is not None
+
+    def mark(self) -> object:
+        # A gate makes another prefix of it in each call. A parameterisation does so where a gradient is wanted.
+        return None if self.gated else self
 
     def besides(self) -> Iterator[tuple[Site, int, adaption.LayerAdaption, Joins]]:
         for module in self.parts:

@@ -44,7 +44,18 @@ from softbridge_native.call_checks import (
     kept_within,
     ready_made,
 )
-from softbridge_native.layout import Inserted, Layout, counted, filled, given_tokens, layout, left_pads, places_of, take
+from softbridge_native.layout import (
+    Inserted,
+    Layout,
+    counted,
+    extended,
+    filled,
+    given_tokens,
+    layout,
+    left_pads,
+    places_of,
+    take,
+)
 from softbridge_native.parameterisation import Making
 
 if TYPE_CHECKING:
@@ -120,7 +131,7 @@ class Circumstances:
         counts_pads: whether a model around the stack makes positions that count pads on the left.
         knows_pads: whether the stack finds pads by their token ids, and is passed no position_ids.
         prefixed: whether attention has prefixes, which caches do not hold.
-        keep: lets a cache that was begun keep them for the running call; see `joined_cache`.
+        keep: lets a cache keep them for the running call; see `joined_cache`.
     """
 
     implementation: str | None
@@ -242,7 +253,7 @@ class StackHooks:
             plain = all_real(tokens, past, vectors)
         rows = layout(vectors, plain)
         if plain is not None:
-            kwargs["attention_mask"] = rows.mask(plain)
+            kwargs["attention_mask"] = extended(vectors, plain)
         if past == 0:
             call.outer = Outer(plain, rows, passed, cache)
             if passed:
@@ -322,11 +333,10 @@ class StackHooks:
             counted_without = kwargs.pop("cache_position", None)
             if plain is None and isinstance(call.vectors.lengths, Tensor):
                 plain = all_real(given_tokens(kwargs), past, call.vectors)
-            rows = layout(call.vectors, plain)
             if plain is not None:
-                kwargs["attention_mask"] = rows.mask(plain)
+                kwargs["attention_mask"] = extended(call.vectors, plain)
             if past == 0:
-                call.layout = rows
+                call.layout = rows = layout(call.vectors, plain)
                 hide(cache, call.vectors.length, self.around.owner)
                 check_others(kwargs)
                 self._insert(call, rows, stack, kwargs, positions)
@@ -336,8 +346,7 @@ class StackHooks:
         call.cache = caches.given(kwargs)
         if self.around.prefixed and not torch.compiler.is_compiling():
             begin(call.cache, self.around.owner, past)
-            if past:
-                self.around.keep(call.cache)
+            self.around.keep(call.cache)
         if hides(call.cache):
             running(call.cache, True)
             vars(call.cache)[READ] = past + given_tokens(kwargs).shape[1]
@@ -415,10 +424,8 @@ class StackHooks:
             return args, kwargs
         if mask is None and isinstance(vectors.lengths, Tensor):
             mask = states.new_ones(states.shape[0], states.shape[1] - vectors.length, dtype=torch.long)
-        if mask is not None:
-            rows = layout(vectors, mask)
-            if mask.shape[1] + rows.length == states.shape[1]:
-                kwargs["encoder_attention_mask"] = rows.mask(mask)
+        if mask is not None and mask.shape[1] + vectors.length == states.shape[1]:
+            kwargs["encoder_attention_mask"] = extended(vectors, mask)
         return args, kwargs
 
     def _receive(self, outer: Outer, kwargs: dict[str, Any]) -> None:
@@ -449,7 +456,8 @@ class StackHooks:
         """
         given, call = kwargs.get("position_ids"), self.call.now
         if given is not None:
-            return given + self._moved(passed)  # type: ignore[no-any-return]
+            moved = self._moved(passed)
+            return given if isinstance(moved, int) and moved == 0 else given + moved  # type: ignore[no-any-return]
         cached, ahead = self._virtual(past)
         same = isinstance(call.start, int) and isinstance(ahead, int) and call.start == ahead
         if "position_ids" not in self.names or (mask is None and same):

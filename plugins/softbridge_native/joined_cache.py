@@ -1,9 +1,10 @@
 """Layers of a cache that keep a prefix in front of their keys and values, and show the real ones alone.
 
 A step of decoding would put a short prefix in front of the layer's keys anew, at every layer. Here the cache grows what
-is joined already. All that asks a layer for its keys, or sets them (lengths, crops, beams that change places), has to
-do with real tokens; only `update`, whose answer goes into attention, hands the whole over, and tells the attention
-function so. What is kept is the prefix as it was when the text began, like the keys behind it.
+is joined already: from the first call on, where the caller gives a cache that has its layers. All that asks a layer for
+its keys, or sets them (lengths, crops, beams that change places), has to do with real tokens; only `update`, whose
+answer goes into attention, hands the whole over, and tells the attention function so. What is kept is the prefix as it
+was when the text began, like the keys behind it.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ from transformers.cache_utils import DynamicLayer
 
 from softbridge_native.call import Own
 from softbridge_native.prefix import Joined, Source
-from softbridge_native.shared_prefix import pays
+from softbridge_native.shared_prefix import SHORTEST, pays
 
 #: So many masks are kept of one call: models have one for each kind of layer.
 MASKS = 4
-
 
 #: Of a cache: for the calls of which model its layers keep a prefix.
 _KEPT = "_softbridge_kept"
@@ -32,20 +32,19 @@ class Running:
     """What the layers of the running call, in this thread, need to know of each other; forgotten where one begins.
 
     Attributes:
-        joins: whether attention knows of the prefix that the cache of the call keeps.
-        layers: number of a layer whose cache handed over joined keys, until attention takes them -> what is joined, and
-            how long its keys are then.
+        mark: what the prefixes are known by that the layers of a cache keep in the call, or None: they keep none.
+        layers: number of a layer that handed over joined keys, until attention takes them -> the layer.
         masks: those that were made, by all that they were made of.
     """
 
     def __init__(self) -> None:
-        self.joins = False
-        self.layers: dict[int, tuple[Joined, int]] = {}
+        self.mark: object = None
+        self.layers: dict[int, JoinedLayer] = {}
         self.masks: dict[Hashable, tuple[Any, Tensor | None]] = {}
 
     def forget(self) -> None:
         """A call begins, or is over."""
-        self.joins = False
+        self.mark = None
         self.layers.clear()
         self.masks.clear()
 
@@ -57,7 +56,7 @@ class JoinedLayer(DynamicLayer):  # type: ignore[misc]
         source: of the prefix.
         number: of the layer.
         running: where attention is told what it is given.
-        mark: what the source gave when it was last asked for a prefix.
+        mark: what the prefixes were known by when the source was last asked for one.
         prefix: what the source gave then; None: the layer keeps none, and attention joins it.
         whole: keys and values [B, K, P + N, D], or None: nothing is joined yet.
         plain: keys and values [B, K, N, D], where nothing is joined.
@@ -107,29 +106,28 @@ class JoinedLayer(DynamicLayer):  # type: ignore[misc]
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Take keys and values [B, K, T, D], and return all for attention, [B, K, N, D] or [B, K, P + N, D]."""
-        running = self.running.now
-        kept = running.joins and self.is_initialized and not (torch.is_grad_enabled() or torch.compiler.is_compiling())
-        mark = self.source.mark() if kept else None
-        if mark is not self.mark:
-            self._begin(mark, key_states)
+        running, whole = self.running.now, self.whole
+        if running.mark is not self.mark:
+            self._begin(running.mark, key_states)
+            whole = None
         prefix = self.prefix
-        if prefix is None or not kept:
+        if whole is None or prefix is None:
             found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-            return found
-        if self.whole is None:
+            if prefix is None:
+                return found
             keys, values = prefix.rows(len(key_states))
-            keys, values = (torch.cat((keys, self.plain[0]), 2), torch.cat((values, self.plain[1]), 2))
+            self.whole = whole = torch.cat((keys, found[0]), 2), torch.cat((values, found[1]), 2)
             self.plain = []
         else:
-            keys, values = self.whole
-        self.whole = keys, values = torch.cat((keys, key_states), 2), torch.cat((values, value_states), 2)
-        running.layers[self.number] = prefix, keys.shape[2]
-        return keys, values
+            self.whole = whole = torch.cat((whole[0], key_states), 2), torch.cat((whole[1], value_states), 2)
+        running.layers[self.number] = self
+        return whole
 
     def _begin(self, mark: object, like: Tensor) -> None:
         self._part()
         self.mark, self.prefix = mark, None if mark is None else self.source.join(None, like)
-        if self.prefix is not None and pays(self.prefix.groups, like, like):
+        last = like[:, :, -1:]  # a cache is kept for the steps to come, of one token each
+        if self.prefix is not None and self.prefix.virtual >= SHORTEST and pays(self.prefix.groups, last, last):
             self.prefix = None
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -144,23 +142,24 @@ def _plain(state: Mapping[str, Any]) -> Any:
     return layer
 
 
-def keep(cache: Any, sources: Mapping[int, Source], running: Own[Running]) -> None:
+def keep(cache: Any, sources: Mapping[int, Source], running: Own[Running], mark: object) -> None:
     """Let the layers of a cache keep their prefix in the running call, if they grow by nothing but concatenation.
 
     Args:
         cache: any; what it was kept for before, by the same model or another, is forgotten.
         sources: by the number of the layer.
         running: where the model's attention is told what it is given.
+        mark: one and the same object as long as the sources give the same prefixes.
     """
     cache = getattr(cache, "self_attention_cache", cache)
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
         return
-    running.now.joins = True
-    if vars(cache).get(_KEPT) is running:
+    running.now.mark = mark
+    if vars(cache).get(_KEPT) is running or len(cache.layers) <= max(sources):  # it adds layers as it meets them
         return
     for number, source in sources.items():
-        layer = cache.layers[number] if number < len(cache.layers) else None
-        if layer is None or type(layer) not in (DynamicLayer, JoinedLayer) or not layer.is_initialized:
+        layer = cache.layers[number]
+        if type(layer) not in (DynamicLayer, JoinedLayer):
             continue
         state = {"plain": [layer.keys, layer.values], "source": source, "number": number, "running": running}
         for name in ("keys", "values"):

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from softbridge.errors import EngineError
 from softbridge.geometry import Stack
@@ -58,6 +58,19 @@ def layout(inserted: Inserted, mask: Tensor | None) -> Layout:
     else:
         front = (left_pads(mask) + first).clamp(max=mask.shape[1])
     return Layout(front, inserted.length, inserted.lengths, inserted.behind)
+
+
+def extended(inserted: Inserted, mask: Tensor) -> Tensor:
+    """The mask [B, P + T] of a call from that of its real tokens [B, T], as `Layout.mask` has it.
+
+    It is made at every step of decoding. Where all rows have as many virtual tokens, three shifted copies are enough.
+    """
+    if isinstance(inserted.lengths, Tensor):
+        return layout(inserted, mask).mask(mask)
+    pad, length, ahead = nn.functional.pad, inserted.length, int(inserted.placement == "after-first-token")
+    begun = pad(mask, (0, length), value=1).cumsum(-1) > 0
+    real = pad(begun[:, : mask.shape[1] - ahead], (length + ahead, 0))
+    return torch.where(real, pad(mask, (length, 0)), begun.to(mask.dtype))
 
 
 @dataclass(eq=False)

@@ -51,9 +51,6 @@ class Used:
 class Nothing:
     """The source of a layer without a prefix; see `Source`."""
 
-    def mark(self) -> None:
-        return None
-
     def join(self, entered: Tensor | None, like: Tensor) -> None:
         return None
 
@@ -79,10 +76,6 @@ class LayerPrefix(nn.Module):
 
     keys: Tensor
     values: Tensor
-
-    def mark(self) -> object:
-        made = self.leaves is not None or self.used.now.pair is not None
-        return None if made or self.gate is not None else self.stand
 
     def join(self, entered: Tensor | None, like: Tensor) -> Joined:
         keys, values = self(entered, like)
@@ -153,6 +146,8 @@ class Joined:
         self.sizes = (one.keys.shape[-3], one.values.shape[-3], one.keys.shape[-1], one.values.shape[-1])
         #: How many virtual tokens the groups have in sum.
         self.virtual = sum([group.keys.shape[1] for group in groups])
+        #: Whether the last query of a text sees all P virtual tokens, whatever window there is.
+        self.seen = lengths is None and stand.slides is False
 
     def rows(self, count: int) -> tuple[Tensor, Tensor]:
         """`whole` for a batch of so many rows, each [B, K, P, D]."""
@@ -176,12 +171,6 @@ class Joined:
 
 class Source(Protocol):
     """Where an attention module finds what joins its keys and values."""
-
-    def mark(self) -> object:
-        """What is one and the same object as long as one prefix joins whatever enters; None: it may be another.
-
-        It is asked for at every layer and step of decoding, where no gradient is wanted.
-        """
 
     def join(self, entered: Tensor | None, like: Tensor) -> Joined | None:
         """What joins in this call; None: nothing.

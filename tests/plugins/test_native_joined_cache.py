@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 import softbridge as sb
@@ -57,6 +58,44 @@ def test_the_cache_keeps_the_prefix_and_shows_real_tokens(family: str, implement
                 assert layer.keys.shape[2] == layer.values.shape[2] == layer.get_seq_length() == at + 1
         assert cache.get_seq_length() == 8
         assert apart(step(other, ids, **given[8])[0][:, 7:], expected[:, 7:]) > 1e-3  # the prefix is seen
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_a_given_cache_keeps_the_prefix_from_the_first_call_on(family: str, implementation: str) -> None:
+    model = tiny_model(family)
+    model.set_attn_implementation(implementation)
+    running, close = sb.attach(model, random_prefix(read_geometry(model.config), LENGTH)), agreement(model)
+    ids, mask = text(8, 2), torch.ones(2, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    for masked in (False, True):
+        given: list[dict[str, Tensor]] = [{"attention_mask": mask[:, :n]} if masked else {} for n in range(9)]
+        expected, _ = step(running, ids, **given[8])
+        cache = DynamicCache(config=model.config)
+        first, _ = step(running, ids[:, :6], cache, **given[6])
+        assert apart(first[mask[:, :6] == 1], expected[:, :6][mask[:, :6] == 1]) <= close
+        for layer in cache.layers:
+            assert isinstance(layer, JoinedLayer)
+            assert layer.whole is not None
+            assert layer.whole[0].shape[2] == LENGTH + 6
+        assert cache.get_seq_length() == 6
+        cache.crop(-2)
+        last, _ = step(running, ids[:, 4:], cache, **given[8])
+        assert apart(last, expected[:, 4:]) <= close
+    begun = DynamicCache(config=model.config)
+    step(sb.detach(running), ids[:, :6], begun)
+    assert all(type(layer) is DynamicLayer for layer in begun.layers)
+
+
+def test_a_long_prefix_is_not_kept() -> None:
+    """Attention in two parts reads it once for all rows."""
+    model = tiny_model("llama")
+    model.set_attn_implementation("sdpa")
+    running = sb.attach(model, random_prefix(read_geometry(model.config), 40))
+    for rows, kept in ((4, False), (1, True)):
+        cache = DynamicCache(config=model.config)
+        step(running, text(6, rows), cache)
+        assert [layer.whole is not None for layer in cache.layers] == [kept] * len(cache.layers)
 
 
 def test_others_find_real_tokens_in_it() -> None:

@@ -216,8 +216,8 @@ def test_a_fault_is_named(family: str, fault: Any, kind: str, promise: str, monk
 
 
 def test_a_fault_on_the_right_is_refused_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = layouts.Layout.mask
-    monkeypatch.setattr(layouts.Layout, "mask", lambda self, mask: torch.ones_like(own(self, mask)))
+    own = input_prompt.extended
+    monkeypatch.setattr(input_prompt, "extended", lambda vectors, mask: torch.ones_like(own(vectors, mask)))
     model = attached("bert", "input")
     called(model)
     with pytest.raises(EngineError, match="breaks the promise 'right'"):
