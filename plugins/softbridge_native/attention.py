@@ -125,10 +125,18 @@ def unbind(module: nn.Module) -> None:
     module.__dict__.pop(_BINDING, None)
 
 
-def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Keep what enters a gated attention module, its first argument, until its attention function asks for it."""
-    first = next(iter(inspect.signature(module.forward).parameters))
-    module.__dict__[_BINDING].entered.now.states = args[0] if args else kwargs[first]
+def entering(module: nn.Module) -> Callable[..., None]:
+    """A hook that keeps what enters a module, its first argument, until its attention function asks for it.
+
+    It asks where the module's prefix has a gate.
+    """
+    return partial(_enter, next(iter(inspect.signature(module.forward).parameters)))
+
+
+def _enter(first: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    binding: Binding = module.__dict__[_BINDING]
+    if binding.source.gated:
+        binding.entered.now.states = args[0] if args else kwargs[first]
 
 
 def _above_float32(mask: Any) -> Any:

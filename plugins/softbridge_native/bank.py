@@ -276,6 +276,10 @@ class Layer:
     site: Site
     layer: int
 
+    @property
+    def gated(self) -> bool:
+        return not self.shared.call.now.rows.plain
+
     def join(self, entered: Tensor | None, like: Tensor) -> Joined | None:
         return self.shared.join(self.site, self.layer, entered, like)
 

@@ -37,7 +37,7 @@ from softbridge_native.anatomy import (
     tellable,
     word,
 )
-from softbridge_native.attention import Binding, bind, enter, registered, unbind
+from softbridge_native.attention import Binding, bind, entering, registered, unbind
 from softbridge_native.attention_wiring import attention_modules, wiring_of
 from softbridge_native.call import Own, Switch, hook, unhook
 from softbridge_native.input_prompt import Circumstances, Shift, StackHooks, Vectors
@@ -448,4 +448,4 @@ def _bind(injected: Injection, modules: Mapping[Site, Mapping[int, nn.Module]], 
             if wired is not None and not wired.biased and site == "self" and layers.count(layer) == 1:
                 injected.cached[layer] = source
             if gated:
-                injected.handles.append(module.register_forward_pre_hook(enter, with_kwargs=True))
+                injected.handles.append(module.register_forward_pre_hook(entering(module), with_kwargs=True))

@@ -51,6 +51,8 @@ class Used:
 class Nothing:
     """The source of a layer without a prefix; see `Source`."""
 
+    gated = False
+
     def join(self, entered: Tensor | None, like: Tensor) -> None:
         return None
 
@@ -71,6 +73,7 @@ class LayerPrefix(nn.Module):
             else:
                 self.register_parameter(name, nn.Parameter(tensor))
         self.gate = None if pair.gate is None else LayerGate(pair.gate, device)
+        self.gated = self.gate is not None
         self.used = Own(Used)
         self.leaves: tuple[Tensor, Tensor] | None = None
 
@@ -171,6 +174,10 @@ class Joined:
 
 class Source(Protocol):
     """Where an attention module finds what joins its keys and values."""
+
+    @property
+    def gated(self) -> bool:
+        """Whether that depends on what enters the module in the running call."""
 
     def join(self, entered: Tensor | None, like: Tensor) -> Joined | None:
         """What joins in this call; None: nothing.
