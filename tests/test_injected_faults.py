@@ -464,7 +464,7 @@ FAULTS = {
     ),
     "gates are not applied": fault(
         "gpt2: adapterhub to softbridge, gates",
-        ("softbridge_native.prefix:LayerPrefix.forward", "if self.gate is None:", "if True:"),
+        ("softbridge_native.prefix:LayerPrefix.join", "if self.gate is None:", "if True:"),
         adapterhub="the native engine otherwise runs both sides",
     ),
     "a gate looks at the last position alone": fault(

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -29,7 +29,7 @@ from softbridge_native.call import Own
 from softbridge_native.flex_and_flash import by_name, lengthened, packing
 from softbridge_native.joined_cache import MASKS, Running
 from softbridge_native.prefix import Joined, Source
-from softbridge_native.shared_prefix import SHORTEST, attend, pays
+from softbridge_native.shared_prefix import SHORTEST, Group, attend, pays
 
 FLEX, FLASH = "flex_attention", "flash_attention_2"
 
@@ -228,9 +228,11 @@ def _attend_joined(
 
     if joined.sizes != (key.shape[1], value.shape[1], key.shape[3], value.shape[3]):
         raise _misfit(joined, module, key, value)
-    apart = implementation == "sdpa" and joined.virtual >= SHORTEST and _falls_apart(joined, settings)
-    if apart and cached is None and pays(joined.groups, query, key):
-        return _in_two_parts(module, binding, joined, query, key, value, attention_mask, settings), None
+    long = implementation == "sdpa" and joined.virtual >= SHORTEST and cached is None
+    groups = _groups(joined, query, settings) if long else ()
+    if groups and pays(groups, query, key):
+        mask = attention_mask
+        return _in_two_parts(module, binding, joined, groups, query, key, value, mask, settings), None
     if implementation == FLASH:
         attention_mask = packing(joined, attention_mask, settings, rows, real)
     else:
@@ -331,24 +333,40 @@ def _lengthened(joined: Joined, mask: Tensor, length: int, window: int | None, p
     return torch.cat([virtual, mask.expand(*virtual.shape[:-1], -1)], dim=-1)
 
 
-def _falls_apart(joined: Joined, settings: Mapping[str, Any]) -> bool:
-    """Whether nothing but keys and queries, and the rows' own mask, decides how much a query sees of the prefix."""
-    window = settings.get("sliding_window") if joined.stand.slides is not False else None
-    more = (window, *(settings.get(name) for name in ("position_bias", "softcap", "s_aux", "head_mask")))
-    return bool(joined.groups) and not settings.get("dropout") and all(setting is None for setting in more)
+def _groups(joined: Joined, query: Tensor, settings: Mapping[str, Any]) -> tuple[Group, ...]:
+    """The groups of which all queries see all tokens, so that nothing but keys and queries decides how much of them.
+
+    None where more decides that. A window leaves the last tokens of a prefix, the same for rows that stand alike.
+    """
+    more = (settings.get(name) for name in ("position_bias", "softcap", "s_aux", "head_mask"))
+    gated = joined.gates is not None and torch.is_grad_enabled()
+    if gated or settings.get("dropout") or any(setting is not None for setting in more):
+        return ()
+    window, slides = settings.get("sliding_window"), joined.stand.slides
+    if window is None or slides is False:
+        return joined.groups
+    if query.shape[2] > 1 or query.device.type != "cpu" or isinstance(slides, Tensor) or torch.compiler.is_compiling():
+        return ()
+    last = _stands(settings.get("position_ids"))[:, -1]
+    if bool((last != last[0]).any()):
+        return ()
+    gone = max(int(last[0]) - window + 1, 0)
+    cut = ((g, g.keys[:, gone:], g.values[:, gone:]) for g in joined.groups)
+    return tuple(replace(g, keys=keys, values=values) for g, keys, values in cut if keys.shape[1])
 
 
 def _in_two_parts(
     module: nn.Module,
     binding: Binding,
     joined: Joined,
+    groups: Sequence[Group],
     query: Tensor,
     key: Tensor,
     value: Tensor,
     mask: Tensor | None,
     settings: Mapping[str, Any],
 ) -> Tensor:
-    """What transformers' SDPA attention returns for the joined keys: [B, Q, heads, D]."""
+    """What transformers' SDPA attention returns for the joined keys: [B, Q, heads, D]. See `_groups`."""
     length, real = query.shape[2], key.shape[2]
     causal = mask is None and binding.causal and length > 1
     if causal and length < real:
@@ -357,7 +375,7 @@ def _in_two_parts(
         mask = _additive(mask[..., :real], query)
     scale = settings.get("scaling")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    return attend(query, key, value, mask, causal, scale, joined.groups).transpose(1, 2).contiguous()
+    return attend(query, key, value, mask, causal, scale, groups, joined.gates).transpose(1, 2).contiguous()
 
 
 def _additive(mask: Tensor, query: Tensor) -> Tensor:

@@ -263,9 +263,8 @@ class Shared(Injection):
                 mine = torch.tensor([row for row, found in enumerate(rows.of) if found == number], device=like.device)
                 g = own.gate(entered[mine])
                 gates = gates.index_copy(0, mine, torch.cat([g[:, :1], g[:, -1:]], dim=1))
-        key_gates, value_gates = gates.to(like.dtype)[:, :, None, None, None].unbind(1)
-        keys, values = joined.whole
-        return Joined(joined.stand, each=(keys * key_gates, values * value_gates), lengths=joined.lengths)
+        of_keys, of_values = gates.to(like.dtype).unbind(1)
+        return Joined(joined.stand, joined.groups, (of_keys, of_values), joined.lengths, joined.index)
 
 
 @dataclass(frozen=True)

@@ -84,7 +84,7 @@ class Seed:
             )
         like = torch.empty(0, dtype=stack.dtype)
         for number, layer in enumerate(self.layers):
-            numbers = (part.expand(tokens.shape[0], -1, -1, -1) for part in layer(None, like.to(layer.keys.device)))
+            numbers = (part.expand(tokens.shape[0], -1, -1, -1) for part in layer(like.to(layer.keys.device)))
             cache.update(*numbers, number)
         hide(cache, self.length, owner)
 

@@ -81,19 +81,17 @@ class LayerPrefix(nn.Module):
     values: Tensor
 
     def join(self, entered: Tensor | None, like: Tensor) -> Joined:
-        keys, values = self(entered, like)
-        if keys.ndim == 4:
-            return Joined(self.stand, each=(keys, values))
-        return Joined(self.stand, (Group(keys, values),))
+        groups = (Group(*self(like)),)
+        if self.gate is None:
+            return Joined(self.stand, groups)
+        gates = self.gate(entered)
+        return Joined(self.stand, groups, gates=(gates[:, 0], gates[:, -1]))
 
-    def forward(self, entered: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values, each [K, P, D] or [B, K, P, D], as they are for what enters the attention module."""
+    def forward(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values, each [K, P, D], without the gate."""
         now = self.used.now.pair or self.leaves or (self.keys, self.values)
         keys, values = (part.to(like.device, like.dtype) for part in now)
-        if self.gate is None:
-            return keys, values
-        gates = self.gate(entered)[..., None, None, None]
-        return keys * gates[:, 0], values * gates[:, -1]
+        return keys, values
 
     def extract(self, pair: KeyValue) -> KeyValue:
         """The pair as it is now; what a parameterisation makes, as it was given."""
@@ -124,7 +122,7 @@ class Joined:
     Attributes:
         stand: how it stands to the sequence.
         groups: the rows that share a prefix, each row in one of them or in none.
-        each: keys and values [B, K, P, D], where each row has its own and there are no groups.
+        gates: what multiplies each row's keys and values, [B] each, or None.
         lengths: how many of the P virtual tokens each row has, [B, 1]; None: all.
         index: where rows differ, which of the groups' tokens, one group after the other, a row has: [B, P].
     """
@@ -132,21 +130,21 @@ class Joined:
     def __init__(
         self,
         stand: Stand,
-        groups: tuple[Group, ...] = (),
-        each: tuple[Tensor, Tensor] | None = None,
+        groups: tuple[Group, ...],
+        gates: tuple[Tensor, Tensor] | None = None,
         lengths: Tensor | None = None,
         index: Tensor | None = None,
     ) -> None:
         self.stand = stand
         self.groups = groups
-        self.each = each
+        self.gates = gates
         self.lengths = lengths
         self.index = index
-        one = groups[0] if each is None else Group(*each)
+        keys, values = groups[0].keys, groups[0].values
         #: P.
-        self.length = int(one.keys.shape[-2]) if each is not None else max(group.keys.shape[1] for group in groups)
+        self.length = max(group.keys.shape[1] for group in groups)
         #: Heads of the keys and of the values, and their widths.
-        self.sizes = (one.keys.shape[-3], one.values.shape[-3], one.keys.shape[-1], one.values.shape[-1])
+        self.sizes = (keys.shape[0], values.shape[0], keys.shape[2], values.shape[2])
         #: How many virtual tokens the groups have in sum.
         self.virtual = sum([group.keys.shape[1] for group in groups])
         #: Whether the last query of a text sees all P virtual tokens, whatever window there is.
@@ -160,11 +158,16 @@ class Joined:
     @property
     def whole(self) -> tuple[Tensor, Tensor]:
         """Keys and values, each [K, P, D], or [B, K, P, D] where rows differ; anything behind what is shorter."""
-        if self.each is not None:
-            return self.each
         if self.index is None:
-            return self.groups[0].keys, self.groups[0].values
-        return self._gathered([group.keys for group in self.groups]), self._gathered([g.values for g in self.groups])
+            keys, values = self.groups[0].keys, self.groups[0].values
+        else:
+            keys, values = (
+                self._gathered(parts) for parts in zip(*((g.keys, g.values) for g in self.groups), strict=True)
+            )
+        if self.gates is None:
+            return keys, values
+        of_keys, of_values = (gate[:, None, None, None] for gate in self.gates)
+        return keys * of_keys, values * of_values
 
     def _gathered(self, parts: Sequence[Tensor]) -> Tensor:
         assert self.index is not None

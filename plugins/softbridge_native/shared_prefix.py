@@ -23,7 +23,9 @@ import torch
 from torch import Tensor
 
 #: Prefixes that are shorter gain nothing: in inference with two rows each or more, with fewer, and in training.
-SHARED, ALONE, TRAINED = 32, 256, 256
+SHARED, ALONE, TRAINED = 32, 448, 256
+#: And what there is to gain with fewer is this much less for a whole call, in virtual tokens.
+ONCE = 1024
 SHORTEST = min(SHARED, ALONE, TRAINED)
 
 
@@ -52,11 +54,19 @@ def pays(groups: Sequence[Group], query: Tensor, key: Tensor) -> bool:
     virtual = sum(group.keys.shape[1] for group in groups)
     if torch.is_grad_enabled() and any(t.requires_grad for g in groups for t in (query, key, g.keys, g.values)):
         return len(groups) == 1 and groups[0].rows is None and query.device.type == "cpu" and virtual >= TRAINED
-    return virtual >= (SHARED if query.shape[0] >= 2 * len(groups) else ALONE) * len(groups)
+    least = SHARED * len(groups) if query.shape[0] >= 2 * len(groups) else ALONE * len(groups) + ONCE
+    return virtual >= least
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, causal: bool, scale: float, groups: Sequence[Group]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    groups: Sequence[Group],
+    gates: tuple[Tensor, Tensor] | None = None,
 ) -> Tensor:
     """Attention to each row's own keys, and to the prefixes of the groups.
 
@@ -68,12 +78,13 @@ def attend(
         causal: without a mask, whether query i sees the keys up to i.
         scale: of the scores.
         groups: with no row in two of them.
+        gates: what multiplies the prefix's keys and its values in each row, [B] each, where no gradient is wanted.
 
     Returns:
         [B, heads, Q, D].
     """
     if query.device.type != "cpu":
-        return _in_one_softmax(query, key, value, mask, scale, groups)
+        return _in_one_softmax(query, key, value, mask, scale, groups, gates)
     if torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, groups[0].keys, groups[0].values)):
         times = query.shape[1] // key.shape[1]
         own = (part.repeat_interleave(times, 1) for part in (key, value))
@@ -82,9 +93,12 @@ def attend(
         return merged
     out: Tensor
     out, log = _own(query, key, value, mask, causal, scale)
+    of_keys, of_values = (None, None) if gates is None else (gate[:, None, None, None] for gate in gates)
+    gated = query if of_keys is None else query * of_keys  # as good as keys that are
     for group in groups:
         rows = slice(None) if group.rows is None else group.rows
-        more, more_log = _shared(query[rows], group, scale)
+        more, more_log = _shared(gated[rows], group, scale)
+        more = more if of_values is None else more * of_values[rows]
         out[rows], log[rows] = _merge(out[rows], log[rows], more, more_log)
     return out
 
@@ -168,7 +182,13 @@ class _Merged(torch.autograd.Function):
 
 
 def _in_one_softmax(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, groups: Sequence[Group]
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    groups: Sequence[Group],
+    gates: tuple[Tensor, Tensor] | None,
 ) -> Tensor:
     """`attend` for one query a row, with nothing but matrix products."""
     rows, all_heads, _, width = query.shape
@@ -180,14 +200,16 @@ def _in_one_softmax(
     out = torch.empty_like(query)
     for group in [*groups, *_rest(groups, rows, query.device)]:
         mine = slice(None) if group.rows is None else group.rows
-        queries = folded[mine]
+        queries = folded[mine] if gates is None else folded[mine] * gates[0][mine, None, None, None]
         flat = queries.transpose(0, 1).reshape(heads, -1, width)
         scores = (flat @ group.keys.transpose(-1, -2)).reshape(heads, len(queries), each, group.keys.shape[1])
         both = torch.cat([scores.transpose(0, 1), own[mine]], dim=-1)
         probabilities = both.softmax(-1, dtype=torch.promote_types(both.dtype, torch.float32)).to(query.dtype)
         theirs, ours = torch.split(probabilities, [group.keys.shape[1], own.shape[-1]], dim=-1)
         shared = theirs.transpose(0, 1).reshape(heads, len(queries) * each, group.keys.shape[1]) @ group.values
-        merged = shared.reshape(heads, len(queries), each, width).transpose(0, 1) + ours @ value[mine]
+        theirs = shared.reshape(heads, len(queries), each, width).transpose(0, 1)
+        theirs = theirs if gates is None else theirs * gates[1][mine, None, None, None]
+        merged = theirs + ours @ value[mine]
         out[mine] = merged.reshape(len(queries), all_heads, 1, width)
     return out
 

@@ -136,7 +136,7 @@ def forgets_the_cache(patch: pytest.MonkeyPatch) -> None:
 
 def swaps_keys_and_values(patch: pytest.MonkeyPatch) -> None:
     own = LayerPrefix.forward
-    patch.setattr(LayerPrefix, "forward", lambda self, entered, like: own(self, entered, like)[::-1])
+    patch.setattr(LayerPrefix, "forward", lambda self, like: own(self, like)[::-1])
 
 
 def ignores_left_pads(patch: pytest.MonkeyPatch) -> None:

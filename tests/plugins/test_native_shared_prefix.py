@@ -6,14 +6,16 @@ import copy
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import softbridge as sb
 from softbridge.geometry import read_geometry
 from softbridge.plugin.prompt_bank import PromptBank
-from softbridge.prompt import SoftPrompt
+from softbridge.prompt import Gate, SoftPrompt
 from softbridge.testing import agreement, random_prefix, tiny_model
 from softbridge_native import attention
 from softbridge_native import shared_prefix as apart
@@ -28,7 +30,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     calls: list[int] = []
 
     def attend(*args: Any) -> Tensor:
-        calls.append(sum(group.keys.shape[1] for group in args[-1]))
+        calls.append(sum(group.keys.shape[1] for group in args[6]))
         return apart.attend(*args)
 
     monkeypatch.setattr(attention, "attend", attend)
@@ -82,8 +84,12 @@ def test_it_is_one_softmax_over_both_parts(
         hidden = hidden.masked_fill(table[:, None, None] == 0, torch.finfo(torch.float64).min)
     causal = length > 1 and hidden is None
     leaves = (query, key, value, keys, values)
+
     # What runs on a GPU is the same on a CPU.
-    function = apart.attend if device == "cpu" else lambda q, k, v, m, _, s, g: apart._in_one_softmax(q, k, v, m, s, g)
+    def elsewhere(q: Tensor, k: Tensor, v: Tensor, m: Any, _: bool, s: float, g: Any, gates: Any = None) -> Tensor:
+        return apart._in_one_softmax(q, k, v, m, s, g, gates)
+
+    function = apart.attend if device == "cpu" else elsewhere
     if device != "cpu" and length > 1:
         pytest.skip("more than one query a row are joined there")
     found = function(query, key, value, hidden, causal, 0.3, [Group(keys, values)])
@@ -108,6 +114,19 @@ def test_it_is_one_softmax_over_both_parts(
             wanted = joined(query, key, value, hidden, causal, groups)
             assert relative(several, wanted) < 1e-12
             assert relative(several, expected) > 1e-2
+            # A gate on the keys, and one on the values, of each row.
+            gates = torch.tensor([0.2, 0.5, 0.9]).double(), torch.tensor([0.7, 0.1, 0.4]).double()
+            each = [
+                Group(g.keys * of_keys, g.values * of_values, torch.tensor([row]))
+                for g in groups
+                for row, (of_keys, of_values) in enumerate(zip(*gates, strict=True))
+                if g.rows is None or row in g.rows.tolist()
+            ]
+            gated = function(query, key, value, hidden, causal, 0.3, groups, gates)
+            wanted = joined(query, key, value, hidden, causal, each)
+            assert relative(gated, wanted) < 1e-12
+            assert relative(gated, several) > 1e-2
+            assert relative(function(query, key, value, hidden, causal, 0.3, groups, gates[::-1]), wanted) > 1e-3
 
 
 def make(family: str) -> tuple[Any, SoftPrompt]:
@@ -168,14 +187,14 @@ def test_a_model_computes_the_same_in_two_parts(
             found["tokens"], found["steps"] = made.sequences, torch.stack(made.logits)
         return found
 
-    for name in ("SHARED", "ALONE", "TRAINED"):
+    for name in ("SHARED", "ALONE", "ONCE", "TRAINED"):
         monkeypatch.setattr(apart, name, 1)
     apartly = everything()
     layers = 3
     assert counted
     assert set(counted) == {P}
     assert len(counted) == layers * (6 + (NEW if running.can_generate() else 0))
-    for name in ("SHARED", "ALONE", "TRAINED"):
+    for name in ("SHARED", "ALONE", "ONCE", "TRAINED"):
         monkeypatch.setattr(apart, name, 10**9)
     counted.clear()
     together = everything()
@@ -211,10 +230,56 @@ def test_rows_of_a_bank_that_share_a_prefix_share_its_attention(
         assert float((running(input_ids=ids).logits - found[0]).abs().max()) > 0.1
 
 
+def mistral(window: int) -> Any:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
+    more = {"num_hidden_layers": 3, "vocab_size": 96, "initializer_range": 0.4, "sliding_window": window}
+    return AutoConfig.for_model("mistral", **sizes, **more)
+
+
+@pytest.mark.parametrize("kind", ["gates", "window"])
+def test_gates_and_windows_in_two_parts(kind: str, counted: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A window that slides leaves ever fewer tokens of the prefix, and none in the end."""
+    window = 44
+    model = (
+        tiny_model("llama") if kind == "gates" else AutoModelForCausalLM.from_config(mistral(window)).double().eval()
+    )
+    model.set_attn_implementation("sdpa")
+    close, layers = agreement(model), model.config.num_hidden_layers
+    prompt = random_prefix(read_geometry(model.config), P)
+    assert prompt.positions.window == "slides"
+    if kind == "gates":
+        generator = np.random.default_rng(0)
+        (part,) = prompt.prefixes
+        gates = [Gate(generator.normal(size=(2, model.config.hidden_size)), np.ones(2)) for _ in range(layers)]
+        pairs = {n: replace(pair, gate=gates[n]) for n, pair in part.layers.items()}
+        prompt = replace(prompt, parts=(replace(part, layers=pairs),))
+    running = sb.attach(copy.deepcopy(model), prompt)
+    ids = torch.randint(3, 96, (2, 3), generator=torch.Generator().manual_seed(0))
+    bare, found = sb.detach(sb.attach(copy.deepcopy(model), prompt)), []
+    for least in (1, 10**9):
+        for name in ("SHARED", "ALONE", "ONCE", "TRAINED"):
+            monkeypatch.setattr(apart, name, least)
+        made = running.generate(
+            ids, max_new_tokens=60, do_sample=False, output_logits=True, return_dict_in_generate=True, pad_token_id=0,
+            eos_token_id=None,
+        )  # fmt: skip
+        found.append((made.sequences, torch.stack(made.logits)))
+    assert torch.equal(found[0][0], found[1][0])
+    assert relative(found[0][1], found[1][1]) <= max(close, 1e-6)  # `generate` keeps logits in float32
+    if kind == "gates":
+        assert set(counted) == {P}
+        assert len(counted) == 60 * layers
+    else:  # a token at P + n sees those from P + n - window + 1 on; the first three are joined
+        assert counted == [seen for n in range(3, 43) for seen in [min(P, window - 1 - n)] * layers]
+    with torch.no_grad():
+        assert relative(bare(ids).logits, running(ids).logits) > 0.1
+
+
 def test_where_two_parts_are_not_the_same_they_stay_together(
     counted: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in ("SHARED", "ALONE", "TRAINED"):
+    for name in ("SHARED", "ALONE", "ONCE", "TRAINED"):
         monkeypatch.setattr(apart, name, 1)
     ids = torch.randint(3, 96, (2, 5))
     for family, changes in (("gpt2", {"attn_pdrop": 0.1}), ("t5", {})):
