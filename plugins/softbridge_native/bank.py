@@ -152,6 +152,7 @@ class Rows:
         prompts: those that are ready, each once.
         of: for each row, the number of its prompt among them, or None.
         plain: whether no gate is on any of them.
+        lasting: whether a cache may keep what joins: there is something, and it depends on no call.
         joined: what joins the keys and values of layers that were asked for.
         plans: how the prompts of a layer come to stand in the rows.
         chosen: what was chosen for a stack; see `RowHooks`.
@@ -164,6 +165,7 @@ class Rows:
         numbers = {prompt: number for number, prompt in enumerate(self.prompts)}
         self.of = tuple(None if row is None else numbers[row] for row in rows)
         self.plain = not any(prompt.gated for prompt in self.prompts)
+        self.lasting = self.plain and any(prompt.layers for prompt in self.prompts)
         self.joined: dict[Any, Joined | None] = {}
         self.plans: dict[Any, Plan] = {}
         self.chosen: dict[Any, tuple[Inserted | None, int | Tensor]] = {}
@@ -239,7 +241,7 @@ class Shared(Injection):
 
     def mark(self) -> object:
         rows = self.call.now.rows
-        return rows if rows.plain else None  # what is gated is another prefix in each call
+        return rows if rows.lasting else None
 
     def join(self, site: Site, layer: int, entered: Tensor | None, like: Tensor) -> Joined | None:
         """What joins the keys and values of this layer; see `Source`."""

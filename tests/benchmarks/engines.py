@@ -11,10 +11,14 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
+import os
 import random
+import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -74,13 +78,16 @@ def engines_for(model: Any, prompt: SoftPrompt, does: Callable[[Any], Any]) -> d
 
 
 def stacked(prompts: Sequence[SoftPrompt]) -> DynamicCache:
-    """A cache that begins with the prefix of each row."""
+    """A cache that begins with the prefix of each row, shorter ones behind zeros."""
     cache = DynamicCache()
+    longest = max(prompt.prefixes[0].length for prompt in prompts)
+
+    def padded(half: Any) -> Tensor:
+        return torch.nn.functional.pad(torch.tensor(half), (0, 0, longest - half.shape[1], 0))
+
     for layer in prompts[0].prefixes[0].layers:
         pairs = [prompt.prefixes[0].layers[layer] for prompt in prompts]
-        keys, values = (
-            torch.stack([torch.tensor(getattr(pair, half)) for pair in pairs]) for half in ("keys", "values")
-        )
+        keys, values = (torch.stack([padded(getattr(pair, half)) for pair in pairs]) for half in ("keys", "values"))
         cache.update(keys, values, layer)
     return cache
 
@@ -123,9 +130,24 @@ def _training(model: Any, prompt: SoftPrompt, title: str, rounds: int) -> None:
         labelled = torch.nn.functional.pad(labels, (more, 0), value=-100)
         model(inputs_embeds=embedded, labels=labelled).loss.backward()
 
+    engines = engines_for(model, prompt, step)
     ways: dict[str, Callable[[], Any]] = {
-        name: (lambda running=running: step(running)) for name, running in engines_for(model, prompt, step).items()
+        name: (lambda running=running: step(running)) for name, running in engines.items()
     }
+    if prompt.prefixes:  # what the same function costs without an engine
+        leaves = [(layer.keys.requires_grad_(), layer.values.requires_grad_()) for layer in stacked([prompt]).layers]
+
+        def cached() -> Tensor:
+            cache = DynamicCache()
+            for number, halves in enumerate(leaves):
+                for half in halves:
+                    half.grad = None
+                cache.update(*(half.expand(len(ids), -1, -1, -1) for half in halves), number)
+            loss: Tensor = model(input_ids=ids, labels=labels, past_key_values=cache).loss
+            loss.backward()
+            return loss.detach()
+
+        ways["bare model, prefix in its cache"] = cached
     check(ways)
     measure(title, {**ways, "bare model": bare}, rounds, limit="bare model")
 
@@ -148,6 +170,11 @@ def long(rounds: int) -> None:
         for batch in (1, 8, 32):
             title = f"16 tokens, llama, prefix of {length}, {batch} rows"
             _generating(model, random_prefix(geometry, length), title, batch, 16, rounds)
+    for length, batch, count in ((512, 8, 8), (2048, 8, 8), (2048, 32, 32), (2048, 32, 4), (8192, 8, 8)):
+        prompts = {f"p{n}": random_prefix(geometry, length, seed=n) for n in range(count)}
+        names = [f"p{n % count}" for n in range(batch)]
+        title = f"{batch} rows of 8 with {count} prefixes of {length}"
+        _bank(model, prompts, names, title, rounds, steps=4, text=8)
 
 
 def _generating(model: Any, prompt: SoftPrompt, title: str, batch: int, tokens: int, rounds: int) -> None:
@@ -179,58 +206,131 @@ def _generating(model: Any, prompt: SoftPrompt, title: str, batch: int, tokens: 
 
 
 def bank(rounds: int, count: int = 500, rows: int = 32) -> None:
-    """Rows with prompts of their own in one call; the limit is the bare model with all of them stacked in its cache."""
+    """Rows with prompts of their own in a call; the limit is the bare model with all of them in its cache or input."""
     model = make("llama", **LLAMA)
     geometry = read_geometry(model.config)
-    prompts = {f"p{n}": random_prefix(geometry, 20, seed=n) for n in range(count)}
-    ids = torch.randint(3, 90, (rows, 32))
-    held = sb.PromptBank(prompts)
-    together = sb.attach(copy.deepcopy(model), held)
-    names = list(prompts)[:rows]
-    one_by_one = _one_by_one(model, {name: prompts[name] for name in names})
-    cache = stacked([prompts[name] for name in names])
+    drawn = random.Random(0)
+    lengths = [drawn.randint(4, 36) for _ in range(count)]
+    same = {f"p{n}": random_prefix(geometry, 20, seed=n) for n in range(count)}
+    names = list(same)[:rows]
+    peer = {"peft, set_adapter": _one_by_one(model, {name: same[name] for name in names})}
+    together = _bank(model, same, names, f"{rows} rows of 32 with {rows} prefixes of 20", rounds, peers=peer)
+    others = {name: random_prefix(geometry, lengths[n], seed=n) for n, name in enumerate(names)}
+    _bank(model, others, names, f"{rows} rows of 32 with {rows} prefixes of 4 to 36", rounds)
+    inputs = {name: random_input_prompt(geometry, 20, seed=n) for n, name in enumerate(names)}
+    _bank(model, inputs, names, f"{rows} rows of 32 with {rows} prompts of 20", rounds)
+
+    _memory(model, same)
+    held, ids = together.softbridge.bank, torch.randint(3, 90, (rows, 32))
 
     @torch.no_grad()
     def first(chosen: Sequence[str] = names) -> Any:
         with held.rows(chosen):
-            return together(input_ids=ids, use_cache=True)
+            return together(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True)
 
-    @torch.no_grad()
-    def limit() -> Any:
-        return model(input_ids=ids, past_key_values=again(cache), use_cache=True)
-
-    ways: dict[str, Callable[[], Any]] = {"bank": first, "peft, set_adapter": lambda: one_by_one(ids)}
-    check({**ways, "stacked": limit}, lambda found: found if isinstance(found, Tensor) else found.logits)
-    measure(
-        f"first call, {rows} rows of 32 with {rows} prefixes of 20",
-        {**ways, "stacked cache": limit},
-        rounds,
-        limit="stacked cache",
-    )
-
-    @torch.no_grad()
-    def steps(begin: Callable[[], Any], running: Any) -> float:
-        """Seconds of one of 16 steps behind the first call."""
-        found = begin()
-        start = time.process_time()
-        for _ in range(16):
-            with held.rows(names):
-                found = running(
-                    input_ids=found.logits[:, -1:].argmax(-1), past_key_values=found.past_key_values, use_cache=True
-                )
-        return (time.process_time() - start) / 16
-
-    step = {"bank": lambda: steps(first, together), "stacked cache": lambda: steps(limit, model)}
-    measure("the same, one decoding step", step, rounds, limit="stacked cache")
-    drawn = random.Random(0)
-    for name in prompts:  # all are ready then
+    for name in same:  # all are ready then
         with held.rows(name), torch.no_grad():
             together(input_ids=ids[:1, :1])
     other = lambda: first([f"p{n}" for n in drawn.sample(range(count), rows)])  # noqa: E731
     title = f"first call, other rows of {count} at each, to the same rows"
     measure(title, {"other rows": other, "same rows": first}, rounds, limit="same rows")
-    ready = together.softbridge.ready
-    print(f"<!-- {len(ready)} prompts are ready in {ready.nbytes / 2**20:.1f} MiB -->")
+
+
+def _memory(model: Any, prompts: Mapping[str, SoftPrompt]) -> None:
+    """What a bank of files takes, against the bytes of its numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {name: Path(folder) / name for name in prompts}
+        for name, path in paths.items():
+            sb.save(prompts[name], path, format="peft", base=model)
+        held = sb.PromptBank(paths)
+        running = sb.attach(copy.deepcopy(model), held)
+        before: tuple[int, int] | None = None
+        for name in prompts:
+            with held.rows(name), torch.no_grad():
+                running(input_ids=torch.tensor([[5]]))
+            before = before or (resident(), running.softbridge.ready.nbytes)
+        assert before is not None
+        grown, numbers = resident() - before[0], running.softbridge.ready.nbytes - before[1]
+    share = f"{numbers / 2**20:.1f} MiB of numbers, and {grown / numbers:.2f} times that more in the process"
+    print(f"<!-- {len(prompts)} prompts from files: {share} -->")
+
+
+def resident() -> int:
+    """Bytes of this process in memory, now."""
+    gc.collect()
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def _bank(
+    model: Any,
+    prompts: dict[str, SoftPrompt],
+    names: Sequence[str],
+    title: str,
+    rounds: int,
+    steps: int = 16,
+    text: int = 32,
+    peers: Mapping[str, Callable[[Tensor], Tensor]] | None = None,
+) -> Any:
+    """The first call and the steps behind it; the model with the bank."""
+    held = sb.PromptBank(prompts)
+    together = sb.attach(copy.deepcopy(model), held)
+    ids = torch.randint(3, 90, (len(names), text))
+    chosen = [prompts[name] for name in names]
+    prefixed = bool(chosen[0].prefixes)
+    sizes = torch.tensor([(prompt.prefixes or prompt.inputs)[0].length for prompt in chosen])[:, None]
+    longest = int(sizes.max())
+    cache = stacked(chosen) if prefixed else None
+    # Rows with fewer virtual tokens have pads in front of all.
+    pads = torch.arange(longest + text + steps)[None] < longest - sizes
+    ragged = bool(pads.any())
+    place = sizes + torch.arange(text)
+    vectors = None if prefixed else torch.stack([torch.tensor(prompt.inputs[0].vectors) for prompt in chosen])
+
+    @torch.no_grad()
+    def first() -> Any:
+        with held.rows(names):
+            return together(input_ids=ids, past_key_values=DynamicCache(config=model.config), use_cache=True)
+
+    def masked(length: int) -> dict[str, Tensor]:
+        return {"attention_mask": (~pads[:, :length]).long()} if ragged else {}
+
+    @torch.no_grad()
+    def limit() -> Any:
+        if cache is not None:
+            given = {"input_ids": ids, "past_key_values": again(cache), "position_ids": place}
+        else:
+            embedded = torch.cat([vectors, model.get_input_embeddings()(ids)], dim=1)
+            given = {"inputs_embeds": embedded, "past_key_values": DynamicCache(config=model.config)}
+        return model(**given, **masked(longest + text), use_cache=True)
+
+    @torch.no_grad()
+    def step(begin: Callable[[], Any], running: Any) -> float:
+        """Seconds of one of the steps behind the first call."""
+        found, bare, length = begin(), running is model, longest + text
+        start = time.process_time()
+        for n in range(steps):
+            more = {"position_ids": place[:, -1:] + 1 + n, **masked(length + 1 + n)} if bare else {}
+            with held.rows(names):
+                found = running(
+                    input_ids=found.logits[:, -1:].argmax(-1),
+                    past_key_values=found.past_key_values,
+                    use_cache=True,
+                    **more,
+                )
+        return (time.process_time() - start) / steps
+
+    bare = "stacked cache" if prefixed else "stacked input"
+    ways: dict[str, Callable[[], Any]] = {"bank": first}
+    ways |= {name: (lambda peer=peer: peer(ids)) for name, peer in (peers or {}).items()}
+    check({**ways, bare: limit}, lambda found: (found if isinstance(found, Tensor) else found.logits)[:, -text:])
+    measure(f"first call, {title}", {**ways, bare: limit}, rounds, limit=bare)
+    measure(
+        f"decoding step, {title}",
+        {"bank": lambda: step(first, together), bare: lambda: step(limit, model)},
+        rounds,
+        limit=bare,
+    )
+    return together
 
 
 def _one_by_one(model: Any, prompts: dict[str, SoftPrompt]) -> Callable[[Tensor], Tensor]:
