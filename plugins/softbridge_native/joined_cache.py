@@ -96,7 +96,8 @@ class JoinedLayer(DynamicLayer):  # type: ignore[misc]
         self.plain[half] = numbers
 
     def _part(self) -> None:
-        self.plain, self.whole = [self._real(0), self._real(1)], None
+        if self.whole is not None:
+            self.plain, self.whole = [self._real(0), self._real(1)], None
 
     def get_seq_length(self) -> int:
         """How many real tokens the layer holds."""
