@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias, get_args
 
@@ -226,8 +226,13 @@ class KeyValuePrefix:
         return cls(site, layers)
 
     def flat(self) -> Array:
-        """[P, 2·L·K·D], the inverse of `from_flat` for the layers that are there, in rising order; without gates."""
+        """[P, 2·L·K·D], the inverse of `from_flat` for the layers that are there, in rising order; without gates.
+
+        Of windows on one such array it is that array, read-only, and no copy.
+        """
         halves = [half for pair in self.layers.values() for half in (pair.keys, pair.values)]
+        if (whole := _side_by_side(halves)) is not None:
+            return whole
         widths = [half.shape[0] * half.shape[2] for half in halves]
         flat = np.empty((self.length, sum(widths)), np.result_type(*halves))
         at = 0
@@ -248,6 +253,22 @@ class KeyValuePrefix:
 
     def __hash__(self) -> int:
         return hash((self.site, tuple(self.layers)))
+
+
+def _side_by_side(halves: Sequence[Array]) -> Array | None:
+    """[P, W], if these [K, P, D] are windows that cover one such array from its first column to its last."""
+    first = halves[0]
+    width = sum(half.shape[0] * half.shape[2] for half in halves)
+    at, row, size = first.__array_interface__["data"][0], width * first.itemsize, first.itemsize
+    for half in halves:
+        heads, _, head_dim = half.shape
+        here = half.__array_interface__["data"][0]
+        if half.base is None or half.base is not first.base or half.dtype != first.dtype:
+            return None
+        if here != at or half.strides != (head_dim * size, row, size):
+            return None
+        at += heads * head_dim * size
+    return np.lib.stride_tricks.as_strided(first, (first.shape[1], width), (row, size), writeable=False)
 
 
 @dataclass(frozen=True, eq=False, repr=False)

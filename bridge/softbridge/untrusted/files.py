@@ -6,18 +6,22 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import numpy as np
+
 from softbridge.arrays import Array
+from softbridge.mapped import Mapped
 from softbridge.untrusted.archives import GZIP, LOCAL, USTAR, members_of, opened_zip
 from softbridge.untrusted.claims import LIMIT, checked_values, parse_json, parse_yaml, refusal, short
 from softbridge.untrusted.flax_state import begins_msgpack, flax_state
 from softbridge.untrusted.headers import NPY, Range, npy_header, safetensors_header
 from softbridge.untrusted.pickles import Pickle, Stored, main_member
+from softbridge.untrusted.streamed import Digest, Stamp, Written, stamp_of
 from softbridge.untrusted.zarr_array import DESCRIPTION, zarr_array
 
 #: Bytes of JSON in all files of one checkpoint that are looked at.
@@ -33,6 +37,8 @@ class Files:
 
     Args:
         below: whether the files one folder below are listed, too.
+        written: what is known of these files, which this process has just written, and nobody else knows of. Their
+            tensors are windows on them: see `Mapped`.
 
     Attributes:
         path: as given.
@@ -47,7 +53,7 @@ class Files:
     is_file: bool
     names: tuple[str, ...]
 
-    def __init__(self, path: str | Path, *, below: bool = True) -> None:
+    def __init__(self, path: str | Path, *, below: bool = True, written: Mapping[str, Written] | None = None) -> None:
         self.path = Path(path)
         try:
             root = Path(os.path.realpath(self.path))
@@ -68,7 +74,9 @@ class Files:
         self._trees: dict[str, Any] = {}
         self._kinds: dict[str, Kind] = {}
         self._read: set[str] = set()
-        self._digests: dict[str, tuple[Any, str]] = {}
+        self._own = written is not None
+        known = {} if written is None else written
+        self._digests: dict[str, tuple[Stamp | None, str]] = {n: (one.stamp, one.sha256) for n, one in known.items()}
         self._described: Counter[str] = Counter()  # name -> bytes of JSON
 
     @contextmanager
@@ -81,7 +89,7 @@ class Files:
         """The same without the files of these names, in whatever folder."""
         others = object.__new__(Files)
         others.path, others.is_file, others._trees = self.path, self.is_file, self._trees
-        others._kinds, others._read = self._kinds, self._read
+        others._kinds, others._read, others._own = self._kinds, self._read, self._own
         others._digests, others._described = self._digests, self._described
         others._files = {name: real for name, real in self._files.items() if name.rpartition("/")[2] not in names}
         others.names = tuple(name for name in self.names if name in others._files)
@@ -97,7 +105,7 @@ class Files:
             members = members_of(place, kind, what)
         within = object.__new__(Files)
         within.path, within.is_file, within._trees = self.path / name if not self.is_file else self.path, False, {}
-        within._kinds, within._read = {}, set()
+        within._kinds, within._read, within._own = {}, set(), False
         within._digests, within._described = {}, self._described
         within._files = dict(members)
         within.names = tuple(sorted(members))
@@ -210,12 +218,15 @@ class Files:
         with self._open(name) as (stream, size, what):
             if kind == "safetensors":
                 data, ranges, _ = safetensors_header(stream, size, what)
-                content = _whole(stream, size - data, what)
-                return {
-                    key: checked_values(f"{what}: tensor {short(key)}", r.array(content)) for key, r in ranges.items()
-                }
+                with self._digesting(name, stream, data) as digested:
+                    content = self._bytes(stream, data, size - data, what)
+                    digested(content)
+                    return {
+                        key: checked_values(f"{what}: tensor {short(key)}", r.array(content))
+                        for key, r in ranges.items()
+                    }
             if kind == "pickle":
-                plain = Pickle(stream, size, what, self._reopen(name), plain=True).plain()
+                plain = self._pickle(name, stream, size, what, plain=True).plain()
                 return {key: tensor.array() for key, tensor in plain.items()}
         raise refusal(f"{what}: its content is {_describe(kind)}", "a safetensors file, or one that torch.save wrote")
 
@@ -231,7 +242,7 @@ class Files:
             kind = self.kind(name)
             with self._open(name) as (stream, size, what):
                 if kind == "pickle":
-                    self._trees[name] = Pickle(stream, size, what, self._reopen(name), plain=False).tree()
+                    self._trees[name] = self._pickle(name, stream, size, what, plain=False).tree()
                 elif kind == "safetensors":
                     begin, ranges, _ = safetensors_header(stream, size, what)
                     self._trees[name] = {key: self._part(name, begin, key, r) for key, r in ranges.items()}
@@ -260,12 +271,48 @@ class Files:
 
         def read() -> Array:
             with self._open(name) as (stream, _, what):
-                stream.seek(begin + place.begin)
-                content = _whole(stream, place.end - place.begin, what)
+                content = self._bytes(stream, begin + place.begin, place.end - place.begin, what)
             alone = Range(place.dtype, place.shape, 0, len(content))
             return checked_values(f"{what}: tensor {short(key)}", alone.array(content))
 
         return Stored(place.dtype, place.shape, f"tensor {short(key)}", read)
+
+    def _pickle(self, name: str, stream: BinaryIO, size: int, what: str, *, plain: bool) -> Pickle:
+        def read(begin: int, length: int) -> Array:
+            with self._stream(name) as (again, _, _):
+                return self._bytes(again, begin, length, what)
+
+        return Pickle(stream, size, what, read, plain=plain)
+
+    def _bytes(self, stream: BinaryIO, begin: int, length: int, what: str) -> Array:
+        """So many bytes of a file, from `begin` on: [N], read-only. There is one copy of them, or none of our own."""
+        if self._own and length and isinstance(stream, io.BufferedReader):
+            end = begin + length
+            if os.fstat(stream.fileno()).st_size >= end:
+                return np.frombuffer(Mapped.of(stream.fileno(), end), np.uint8)[begin:]
+        stream.seek(begin)
+        content = stream.read(length)
+        if len(content) != length:
+            raise refusal(
+                f"{what}: the file shrank while it was read", "a file that no other program is writing", "try again"
+            )
+        return np.frombuffer(content, np.uint8)
+
+    @contextmanager
+    def _digesting(self, name: str, stream: BinaryIO, begin: int) -> Iterator[Callable[[Array], None]]:
+        """Have what is read of a file from `begin` on digested while the block looks at it, for `digest` to know."""
+        if self._own or not isinstance(self._files[name], Path):
+            yield lambda content: None
+            return
+        made, before = Digest(), stamp_of(stream.fileno())
+        stream.seek(0)
+        made.update(stream.read(begin))
+        try:
+            yield made.update
+        finally:
+            made.wait()
+        if stamp_of(stream.fileno()) == before:
+            self._digests[name] = before, made.hexdigest()
 
     def _reopen(self, name: str) -> Callable[[], BinaryIO]:
         place = self._files[name]
@@ -276,8 +323,11 @@ class Files:
         with self._open(name) as (stream, size, what):
             self._expect(name, "npy", what)
             dtype, shape, fortran = npy_header(stream, size, what)
-            length = size - stream.tell()
-            content = _whole(stream, length, what)
+            begin = stream.tell()
+            length = size - begin
+            with self._digesting(name, stream, begin) as digested:
+                content = self._bytes(stream, begin, length, what)
+                digested(content)
             array = Range(dtype, shape[::-1] if fortran else shape, 0, length).array(content)
             array = array.T if fortran else array
             return checked_values(what, array.astype(array.dtype.newbyteorder("="), copy=False))
@@ -293,7 +343,7 @@ class Files:
                 dtype, shape, _ = npy_header(stream, size, what)
                 return {"": (dtype.name, shape)}
             if kind == "pickle":
-                plain = Pickle(stream, size, what, self._reopen(name), plain=True).plain()
+                plain = self._pickle(name, stream, size, what, plain=True).plain()
                 return {key: (tensor.dtype.name, tensor.shape) for key, tensor in plain.items()}
         raise refusal(f"{what}: its content is {_describe(kind)}", "a file of tensors")
 
@@ -307,8 +357,7 @@ class Files:
         """sha256 of the file, hexadecimal. A file that is still the same is read for it once."""
         place = self._files.get(name)
         with self._stream(name) as (stream, _, _what):
-            about = os.fstat(stream.fileno()) if isinstance(place, Path) else None
-            stamp = None if about is None else (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
+            stamp = stamp_of(stream.fileno()) if isinstance(place, Path) else None
             if stamp is None or self._digests.get(name, (None, ""))[0] != stamp:
                 state = hashlib.sha256()
                 while block := stream.read(2**20):
@@ -320,15 +369,6 @@ class Files:
         found = self.kind(name)
         if found != kind:
             raise refusal(f"{what}: its content is {_describe(found)}", f"content of the kind {kind}")
-
-
-def _whole(stream: BinaryIO, length: int, what: str) -> bytes:
-    content = stream.read(length)
-    if len(content) != length:
-        raise refusal(
-            f"{what}: the file shrank while it was read", "a file that no other program is writing", "try again"
-        )
-    return content
 
 
 def _describe(kind: Kind) -> str:
