@@ -144,13 +144,13 @@ FAULTS = {
         "llama: adapterhub to peft",
         (
             _ROTATE,
-            "pair.values.astype(dtype, copy=False)",
-            "(pair.values.astype(np.float64) @ maps[layer]).astype(dtype)",
+            "both[1] = pair.values",
+            "both[1] = pair.values.astype(np.float64) @ maps[layer]",
         ),
     ),
     "rotated keys are stored in bfloat16": fault(
         "llama: adapterhub to peft",
-        (_ROTATE, "dtype = np.promote_types(pair.keys.dtype, np.float32)", "dtype = np.dtype('bfloat16')"),
+        (_ROTATE, "np.empty((part.length, columns), dtype)", "np.empty((part.length, columns), 'bfloat16')"),
     ),
     "keys are rotated, and the prompt says one position more": fault(
         "llama: peft to adapterhub", (_MOVE, "stack: want}", "stack: want + 1}")
@@ -171,7 +171,7 @@ FAULTS = {
         "gpt2: adapterhub to peft",
         (
             "softbridge.checkpoint.write:write_files",
-            ", MANIFEST: untrusted.json_bytes(signed(manifest))}",
+            ", MANIFEST: last}",
             "}",
         ),
     ),

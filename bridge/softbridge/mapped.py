@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-
 #: Linux brings in up to this many bytes around the one that is looked at: as many as it keeps of a file together.
 _AROUND = 2**21
 

@@ -154,12 +154,13 @@ def rotate(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftProm
             return part
         dtype = np.result_type(np.float32, *(pair.keys for pair in part.layers.values()))
         shapes = {layer: (pair.keys.shape[0], pair.keys.shape[2]) for layer, pair in part.layers.items()}
-        flat = np.empty((part.length, sum(2 * heads * width for heads, width in shapes.values())), dtype)
+        columns = sum(2 * heads * width for heads, width in shapes.values())
+        flat = np.empty((part.length, columns), dtype)
         at = 0
         for layer, (heads, width) in shapes.items():
             pair = part.layers[layer]
             both = flat[:, at : at + 2 * heads * width].reshape(-1, 2, heads, width).transpose(1, 2, 0, 3)
-            np.matmul(pair.keys.astype(np.float64), maps[layer], out=both[0], casting="same_kind")
+            both[0] = pair.keys.astype(np.float64) @ maps[layer]
             both[1] = pair.values
             at += 2 * heads * width
         moved = KeyValuePrefix.from_rows(part.site, flat, shapes)
