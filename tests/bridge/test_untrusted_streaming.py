@@ -1,0 +1,433 @@
+"""Files are written, and read back, piece by piece: the same bytes, the same refusals, and little memory."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+import softbridge as sb
+from softbridge import arrays
+from softbridge.arrays import Array, blocks, pieces, same_array
+from softbridge.base import BaseModel
+from softbridge.errors import CheckpointError, OutputError, SoftbridgeError
+from softbridge.mapped import Mapped, let_go
+from softbridge.plugin.registry import format_named
+from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
+from softbridge.testing import random_prefix, tiny_config
+from softbridge.untrusted import (
+    Content,
+    Files,
+    Streamed,
+    pickle_file,
+    safetensors_file,
+    sha256_of,
+    write,
+    write_file,
+)
+
+RANDOM = np.random.default_rng(0)
+DTYPES = [np.float32, np.float64, np.float16, ml_dtypes.bfloat16, np.int64, np.uint8, np.bool_]
+
+
+def tensors() -> dict[str, Array]:
+    """Two megabytes: in row order, in another, a window, one number, none."""
+    rows = RANDOM.standard_normal((64, 4096), dtype=np.float32)
+    return {
+        "rows": rows,
+        "turned": rows.T,
+        "window": rows[3:9, 1:-1:3],
+        "number": rows[0, :1].reshape(()),
+        "none": rows[:0],
+    }
+
+
+# --- what is written --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [safetensors_file, pickle_file])
+def test_a_stream_is_the_same_bytes_as_often_as_it_is_asked_for(make: Callable[..., Streamed]) -> None:
+    file = make(tensors())
+    whole = bytes(file)
+    assert len(whole) > 2**21
+    assert bytes(file) == whole
+    assert len(file) == len(whole)
+    assert sha256_of(file) == sha256_of(whole) == hashlib.sha256(whole).hexdigest()
+    assert sha256_of(make({"rows": -tensors()["rows"]})) != sha256_of(make({"rows": tensors()["rows"]}))
+
+
+@given(st.data())
+def test_pieces_and_blocks_are_all_of_an_array(data: st.DataObject) -> None:
+    """Whatever its order and however small the pieces are, and two arrays are the same exactly if their bytes are."""
+    shape = data.draw(st.lists(st.integers(0, 5), max_size=4))
+    dtype = data.draw(st.sampled_from(DTYPES))
+    whole = np.arange(int(np.prod([2 * size for size in shape]))).reshape([2 * size for size in shape]).astype(dtype)
+    array = whole.transpose(data.draw(st.permutations(range(whole.ndim))))
+    array = array[tuple(slice(None, None, data.draw(st.sampled_from([1, 2, -1]))) for _ in shape)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "PIECE", data.draw(st.sampled_from([1, 8, 64, 2**20])))
+        patch.setattr(arrays, "_BLOCK", data.draw(st.sampled_from([1, 8, 64, 2**20])))
+        assert b"".join(pieces(array)) == array.tobytes()
+        assert sorted(x for (b,) in blocks(array) for x in b.ravel().tolist()) == sorted(array.ravel().tolist())
+        other = np.array(array, order=data.draw(st.sampled_from("CF")))
+        assert same_array(array, other)
+        if other.size and dtype != np.bool_:
+            place = tuple(data.draw(st.integers(0, size - 1)) for size in other.shape)
+            other[place] = 1 if other[place] != 1 else 2
+            assert not same_array(array, other)
+
+
+def test_every_bit_counts() -> None:
+    zero, nan = np.zeros(3, np.float32), np.full(3, np.nan, np.float32)
+    assert same_array(nan, nan.copy())
+    assert not same_array(zero, -zero)
+    assert not same_array(zero, zero.astype(np.float64))
+    assert not same_array(zero, zero[:2])
+    assert same_array(np.zeros(2, complex), np.zeros(2, complex))
+    assert not same_array(np.zeros(2, complex), np.ones(2, complex))
+
+
+def test_what_is_known_of_a_file_is_true_of_it(tmp_path: Path) -> None:
+    """Also of one that is made of what is known of those before it."""
+
+    def last(known: Mapping[str, Any]) -> bytes:
+        return json.dumps({name: [one.size, one.sha256] for name, one in known.items()}).encode()
+
+    contents = {"a": b"1", "sub/b": safetensors_file(tensors()), "c": pickle_file(tensors())}
+    known = write(tmp_path / "out", {**contents, "last": last})
+    assert list(known) == [*contents, "last"]
+    for name, one in known.items():
+        there = (tmp_path / "out" / name).read_bytes()
+        assert (one.size, one.sha256) == (len(there), hashlib.sha256(there).hexdigest())
+    said = json.loads((tmp_path / "out" / "last").read_bytes())
+    assert said == {name: [known[name].size, known[name].sha256] for name in contents}
+    alone = write_file(tmp_path / "file", contents["c"])
+    assert alone.sha256 == known["c"].sha256
+
+
+def test_a_stream_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    def broken(sink: Any) -> None:
+        sink.write(bytes(2**21))
+        raise OSError("no space left")
+
+    with pytest.raises(OutputError, match="no space left"):
+        write(tmp_path / "out", {"a": b"1", "b": Streamed(broken)})
+    with pytest.raises(OutputError, match="no space left"):
+        write_file(tmp_path / "file", Streamed(broken))
+    assert os.listdir(tmp_path) == []
+
+
+# --- what is read -----------------------------------------------------------------------------------------------------
+
+
+def test_a_file_of_our_own_is_looked_at_where_it_lies(tmp_path: Path) -> None:
+    given_to_write, seen = tensors(), []
+
+    def check(files: Files) -> None:
+        for name in ("a.safetensors", "a.bin"):
+            found = files.tensors(name)
+            assert found.keys() == given_to_write.keys()
+            assert all(same_array(found[n], given_to_write[n]) for n in found)
+            assert not found["rows"].flags.writeable
+            seen.append(isinstance(_owner(found["rows"]), Mapped))
+
+    made = {"a.safetensors": safetensors_file(given_to_write), "a.bin": pickle_file(given_to_write)}
+    write(tmp_path / "out", made, check=check)
+    assert seen == [True, True]
+    others = Files(tmp_path / "out")
+    assert not isinstance(_owner(others.tensors("a.safetensors")["rows"]), Mapped), "somebody else's could change"
+    assert not isinstance(_owner(others.tensors("a.bin")["rows"]), Mapped)
+
+
+def _owner(array: Any) -> Any:
+    while (below := array.obj if isinstance(array, memoryview) else getattr(array, "base", None)) is not None:
+        array = below
+    return array
+
+
+def test_nothing_is_let_go_but_of_such_a_file(tmp_path: Path) -> None:
+    """Of other memory the system would give back zeros."""
+    for private in (mmap.mmap(-1, 2**16, flags=mmap.MAP_PRIVATE), bytearray(2**16)):
+        array = np.frombuffer(private, np.uint8)
+        array[:] = 7
+        let_go(array)
+        assert (array == 7).all()
+    (tmp_path / "file").write_bytes(bytes([7]) * 2**16)
+    with (tmp_path / "file").open("rb") as stream:
+        array = np.frombuffer(Mapped.of(stream.fileno(), 2**16), np.uint8)
+    let_go(array[::-3])
+    let_go(array[:0])
+    assert (array == 7).all()
+
+
+def test_what_was_written_is_not_digested_again_while_it_is_the_same(tmp_path: Path) -> None:
+    def check(files: Files) -> None:
+        path = files.path / "a"
+        assert files.digest("a") == hashlib.sha256(b"1").hexdigest()
+        kept = os.stat(path)
+        path.write_bytes(b"2")
+        os.utime(path, ns=(kept.st_atime_ns, kept.st_mtime_ns))
+        assert files.digest("a") == hashlib.sha256(b"1").hexdigest(), "nothing says that it is another"
+        path.write_bytes(b"22")
+        assert files.digest("a") == hashlib.sha256(b"22").hexdigest()
+
+    write(tmp_path / "out", {"a": b"1"}, check=check)
+
+
+@pytest.mark.parametrize("npy", [False, True])
+def test_what_was_read_is_not_read_again_for_its_digest(
+    npy: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    if npy:
+        with path.open("wb") as stream:
+            np.save(stream, tensors()["rows"])
+    else:
+        write_file(path, safetensors_file(tensors()))
+    files, amounts = Files(path), []
+    (files.array if npy else files.tensors)("file")
+    real = hashlib.sha256
+
+    class Counted:
+        def __init__(self) -> None:
+            self.state = real()
+
+        def update(self, data: bytes) -> None:
+            amounts.append(len(data))
+            self.state.update(data)
+
+        def hexdigest(self) -> str:
+            return self.state.hexdigest()
+
+    monkeypatch.setattr(hashlib, "sha256", Counted)
+    assert files.digest("file") == real(path.read_bytes()).hexdigest()
+    assert amounts == []
+    path.write_bytes(path.read_bytes() + b"\0")
+    assert files.digest("file") == real(path.read_bytes()).hexdigest()
+    assert sum(amounts) == path.stat().st_size
+
+
+def test_a_file_that_changes_while_it_is_read_is_digested_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "file"
+    write_file(path, safetensors_file({"a": np.ones(4, np.float32)}))
+    files = Files(path)
+    from softbridge.untrusted import files as module
+
+    checked = module.checked_values
+
+    def changing(what: str, array: Array) -> Array:
+        path.write_bytes(bytes(safetensors_file({"a": np.full(4, 2, np.float32)})))
+        os.utime(path, ns=(1, 1))
+        return checked(what, array)
+
+    monkeypatch.setattr(module, "checked_values", changing)
+    files.tensors("file")
+    assert files.digest("file") == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+# --- the flat layout --------------------------------------------------------------------------------------------------
+
+
+def test_windows_on_one_array_are_that_array() -> None:
+    flat = RANDOM.standard_normal((5, 3 * 2 * 4 * 6), dtype=np.float32)
+    prefix = KeyValuePrefix.from_flat("self", flat, (0, 1, 2), 4, 6)
+    assert np.shares_memory(prefix.flat(), flat)
+    assert not prefix.flat().flags.writeable
+    assert same_array(prefix.flat(), flat)
+
+
+@pytest.mark.parametrize("change", ["other layer", "swapped", "layer left out", "other dtype", "copied", "fewer rows"])
+def test_anything_else_is_copied(change: str) -> None:
+    flat = RANDOM.standard_normal((5, 3 * 2 * 4 * 6), dtype=np.float32)
+    layers = dict(KeyValuePrefix.from_flat("self", flat, (0, 1, 2), 4, 6).layers)
+    first = layers[0]
+    if change == "other layer":
+        layers[0] = layers[1]
+    elif change == "swapped":
+        layers[0] = KeyValue(first.values, first.keys)
+    elif change == "layer left out":
+        del layers[1]
+    elif change == "other dtype":
+        layers[0] = KeyValue(first.keys.view(np.int32), first.values.view(np.int32))
+    elif change == "copied":
+        layers[0] = KeyValue(first.keys.copy(), first.values)
+    else:
+        layers = {n: KeyValue(pair.keys[:, :3], pair.values[:, :3]) for n, pair in layers.items()}
+    prefix = KeyValuePrefix("self", layers)
+    made = prefix.flat()
+    assert same_array(made, np.concatenate([_columns(pair) for pair in layers.values()], axis=1))
+    assert not np.shares_memory(made, flat) or change == "fewer rows"
+
+
+def _columns(pair: KeyValue) -> Array:
+    both = np.stack([pair.keys, pair.values])  # [2, K, P, D]
+    return both.transpose(2, 0, 1, 3).reshape(both.shape[2], -1)
+
+
+# --- a writer that is broken ------------------------------------------------------------------------------------------
+
+
+def number(prompt: SoftPrompt) -> SoftPrompt:
+    """One number is the next one that there is."""
+    (prefix,) = prompt.prefixes
+    values = prefix.layers[1].values.copy()
+    values[-1, -1, -1] = np.nextafter(values[-1, -1, -1], np.float32(9))
+    return replace(
+        prompt, parts=(replace(prefix, layers={**prefix.layers, 1: replace(prefix.layers[1], values=values)}),)
+    )
+
+
+def swapped(prompt: SoftPrompt) -> SoftPrompt:
+    """The keys of two layers stand in each other's place."""
+    (prefix,) = prompt.prefixes
+    a, b = prefix.layers[0], prefix.layers[1]
+    layers = {**prefix.layers, 0: replace(a, keys=b.keys), 1: replace(b, keys=a.keys)}
+    return replace(prompt, parts=(replace(prefix, layers=layers),), training=None)
+
+
+def bit(content: Content, prompt: SoftPrompt) -> Content:
+    """A number of the prompt has another bit in the file, which is else as it should be."""
+    whole = bytearray(bytes(content))
+    place = whole.find(prompt.prefixes[0].layers[1].values[0, 0, :4].tobytes())
+    assert place > 0
+    whole[place] ^= 1
+    return Streamed(lambda sink: sink.write(bytes(whole)))
+
+
+FORMATS = {
+    "softbridge": None,
+    "peft": "safetensors",
+    "peft-bin": "bin",
+    "adapterhub": "safetensors",
+    "adapterhub-bin": "bin",
+    "mlx": None,
+    "vllm": None,
+}
+
+
+@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("fault", ["none", "number", "swapped", "bit", "missing", "empty"])
+def test_what_is_written_otherwise_is_refused(
+    name: str, fault: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, form = tiny_config("llama"), format_named(name.removesuffix("-bin"))
+    prompt, right = random_prefix(BaseModel(config).geometry, length=5), type(form).write
+
+    def wrong(self: Any, given: SoftPrompt, *rest: Any) -> dict[str, Content]:
+        change = {"number": number, "swapped": swapped}.get(fault)
+        files = dict(right(self, given if change is None else change(given), *rest))
+        last = list(files)[-1]  # the weights
+        if fault == "bit":
+            files[last] = bit(files[last], given)
+        elif fault == "empty":
+            files[last] = Streamed(lambda sink: None)
+        elif fault == "missing":
+            files["nothing.txt"] = b""
+            del files[last]
+        return files
+
+    monkeypatch.setattr(type(form), "write", wrong)
+    target = tmp_path / "out"
+
+    def save() -> None:
+        sb.save(prompt, target, format=form.name, base=config, encoding=FORMATS[name], accept=["positions", "window"])
+
+    if fault == "none":
+        save()
+        assert target.is_dir()
+        return
+    with pytest.raises(SoftbridgeError) as caught:
+        save()
+    assert isinstance(caught.value, OutputError if fault in ("number", "swapped") else (OutputError, CheckpointError))
+    if fault in ("number", "swapped"):
+        assert "reads back differently" in str(caught.value)
+        assert ("layers.1.values" if fault == "number" else "layers.0.keys, self.layers.1.keys") in str(caught.value)
+    assert os.listdir(tmp_path) == []
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+#: Prints how much more memory than before, in sizes of the source, the process had at most after each conversion.
+MEMORY = """
+    import os, resource, sys
+    from pathlib import Path
+    import numpy as np
+    import torch, transformers
+    import softbridge as sb
+    from softbridge.plugin.registry import format_named
+    from softbridge.testing import tiny_config
+    from softbridge.untrusted import write, safetensors_file, json_bytes
+
+    folder = Path(sys.argv[1])
+    sizes = dict(num_hidden_layers=4, hidden_size=512, num_attention_heads=8, num_key_value_heads=8)
+    config = tiny_config("llama", **sizes, max_position_embeddings=8192)
+    length, columns = 4096, 4 * 2 * 512
+    said = {
+        "peft_type": "PREFIX_TUNING", "task_type": "CAUSAL_LM", "num_virtual_tokens": length, "token_dim": 512,
+        "num_transformer_submodules": 1, "num_attention_heads": 8, "num_layers": 4, "encoder_hidden_size": 512,
+        "prefix_projection": False,
+    }
+
+    def source():
+        numbers = np.random.default_rng(0).standard_normal((length, columns), dtype=np.float32)
+        file = safetensors_file({"prompt_embeddings": numbers})
+        write(folder / "in", {"adapter_config.json": json_bytes(said), "adapter_model.safetensors": file})
+        return len(file)
+
+    def peak():
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    base = sb.BaseModel.resolve(config)
+    base.positions.rotation(length), base.positions.depends_on_length  # which runs a model
+    for name in ("softbridge", "peft", "adapterhub"):  # whatever is imported
+        prompt = sb.testing.random_prefix(base.geometry, 4)
+        sb.save(prompt, folder / "first" / name, format=name, base=config)
+    if os.fork() == 0:
+        source()
+        os._exit(0)
+    os.wait()
+    size, before = length * columns * 4, peak()
+    for name in sys.argv[2:]:
+        if name == "bytes":
+            form = type(format_named("softbridge"))
+            right = form.write
+            form.write = lambda *given: {name: bytes(content) for name, content in right(*given).items()}
+        to = "softbridge" if name == "bytes" else name
+        sb.convert(folder / "in", folder / "out" / name, to, base=base)
+        print(name, (peak() - before) / size, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what a map counts as, and in which unit, is Linux's")
+def test_memory_is_little_more_than_the_file(tmp_path: Path) -> None:
+    """The source's numbers, and rotated ones; a writer that gives bytes has them once more, which shows."""
+
+    def measured(*names: str) -> dict[str, float]:
+        command = [sys.executable, "-c", textwrap.dedent(MEMORY), str(tmp_path / names[0]), *names]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return {name: float(much) for name, much in (row.split() for row in done.stdout.splitlines())}
+
+    found = measured("peft", "softbridge", "adapterhub", "bytes")
+    print(found)
+    assert 0.9 <= found["peft"] <= 1.4
+    assert found["softbridge"] <= 1.4
+    assert found["bytes"] >= 1.9
+    assert found["adapterhub"] <= 2.5
