@@ -116,8 +116,8 @@ class _Keys:
         self.model = model
         self.longest = longest
         generator = torch.Generator().manual_seed(0)
-        # Four times as many samples as unknowns per row: the system is then well conditioned.
-        size = (4 * head_dim, 1, model.get_input_embeddings().embedding_dim)
+        # Twice as many samples as unknowns per row: the system is then well conditioned.
+        size = (2 * head_dim, 1, model.get_input_embeddings().embedding_dim)
         self.tokens = torch.randn(size, generator=generator, dtype=torch.float64)
         self.origin, self.values = self.at(0)
         self.maps = lru_cache(MOVES)(self._maps)

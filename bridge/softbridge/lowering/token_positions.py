@@ -160,7 +160,8 @@ def rotate(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftProm
         for layer, (heads, width) in shapes.items():
             pair = part.layers[layer]
             both = flat[:, at : at + 2 * heads * width].reshape(-1, 2, heads, width).transpose(1, 2, 0, 3)
-            both[0] = pair.keys.astype(np.float64) @ maps[layer]
+            for head, keys in enumerate(pair.keys):
+                both[0, head] = keys.astype(np.float64) @ maps[layer]
             both[1] = pair.values
             at += 2 * heads * width
         moved = KeyValuePrefix.from_rows(part.site, flat, shapes)
