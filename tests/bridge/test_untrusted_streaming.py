@@ -131,6 +131,28 @@ def test_a_stream_that_fails_leaves_nothing(tmp_path: Path) -> None:
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("make", [safetensors_file, pickle_file])
+@pytest.mark.parametrize("error", [OSError("no space left"), KeyboardInterrupt()])
+def test_what_stops_a_sink_is_what_is_raised(make: Callable[..., Streamed], error: BaseException) -> None:
+    """torch.save would raise an error of its own, on whatever byte it is."""
+    file = make({"a": RANDOM.standard_normal((100, 100))})
+
+    class Full:
+        def __init__(self, room: int) -> None:
+            self.room = room
+
+        def write(self, data: Any, /) -> None:
+            self.room -= memoryview(data).nbytes
+            if self.room < 0:
+                raise error
+
+    for room in (0, 100, 700, 50_000, len(file) - 1):
+        with pytest.raises(type(error)) as caught:
+            file.write_to(Full(room))
+        assert caught.value is error
+    file.write_to(Full(len(file)))
+
+
 # --- what is read -----------------------------------------------------------------------------------------------------
 
 

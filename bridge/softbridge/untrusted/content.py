@@ -96,7 +96,31 @@ def pickle_file(content: Mapping[str, Any]) -> Streamed:
         return made[id(value)]
 
     whole = of(content, "")
-    return Streamed(lambda sink: torch.save(whole, cast("IO[bytes]", sink)))
+
+    def put(sink: Sink) -> None:
+        kept = _Kept(sink)
+        torch.save(whole, cast("IO[bytes]", kept))
+        if kept.error is not None:
+            raise kept.error
+
+    return Streamed(put)
+
+
+class _Kept:
+    """A sink whose error is kept: torch.save ends a file that failed, too, and then raises one of its own instead."""
+
+    def __init__(self, sink: Sink) -> None:
+        self.sink, self.error = sink, cast("BaseException | None", None)
+
+    def write(self, data: Any, /) -> None:
+        if self.error is None:
+            try:
+                self.sink.write(data)
+            except BaseException as error:  # an interruption, too
+                self.error = error
+
+    def flush(self) -> None:
+        """Nothing: whoever made the sink does it."""
 
 
 def pickle_bytes(content: Mapping[str, Any]) -> bytes:

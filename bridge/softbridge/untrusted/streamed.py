@@ -23,8 +23,6 @@ class Sink(Protocol):
 
     def write(self, data: Any, /) -> object: ...
 
-    def flush(self) -> object: ...
-
 
 class Streamed:
     """The content of a file that is made while it is written: always the same bytes, as often as it is asked for.
@@ -106,9 +104,6 @@ class _Count:
     def write(self, data: Any, /) -> None:
         self.size += memoryview(data).nbytes
 
-    def flush(self) -> None:
-        pass
-
 
 class _Kept:
     def __init__(self) -> None:
@@ -116,9 +111,6 @@ class _Kept:
 
     def write(self, data: Any, /) -> None:
         self.pieces.append(bytes(data))
-
-    def flush(self) -> None:
-        pass
 
 
 class _Digested:
@@ -136,9 +128,6 @@ class _Digested:
                 self._file.write(piece)
             finally:
                 self.digest.wait()
-
-    def flush(self) -> None:
-        self._file.flush()
 
 
 def sha256_of(content: Content) -> str:
