@@ -383,6 +383,24 @@ def test_what_is_written_otherwise_is_refused(
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_dry_run_knows_the_sizes(name: str, tmp_path: Path) -> None:
+    config = tiny_config("llama")
+    prompt = random_prefix(BaseModel(config).geometry, length=5)
+    sb.save(prompt, tmp_path / "in", format="softbridge", base=config)
+
+    def sizes(dry: bool) -> Mapping[str, int]:
+        form, encoding = name.removesuffix("-bin"), FORMATS[name]
+        asked: Any = {"base": config, "encoding": encoding, "accept": ["positions", "window"], "dry_run": dry}
+        return sb.convert(tmp_path / "in", tmp_path / "out", form, **asked).files
+
+    found = sizes(dry=True)
+    assert not (tmp_path / "out").exists()
+    assert sizes(dry=False) == found
+    assert found == {name: (tmp_path / "out" / name).stat().st_size for name in found}
+    assert set(os.listdir(tmp_path / "out")) == {*found, "softbridge.json"}
+
+
 # --- memory -----------------------------------------------------------------------------------------------------------
 
 

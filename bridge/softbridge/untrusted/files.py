@@ -286,10 +286,10 @@ class Files:
 
     def _bytes(self, stream: BinaryIO, begin: int, length: int, what: str) -> Array:
         """So many bytes of a file, from `begin` on: [N], read-only. There is one copy of them, or none of our own."""
-        if self._own and length and isinstance(stream, io.BufferedReader):
-            end = begin + length
-            if os.fstat(stream.fileno()).st_size >= end:
-                return np.frombuffer(Mapped.of(stream.fileno(), end), np.uint8)[begin:]
+        end = begin + length
+        # Elsewhere a file that is mapped cannot be moved to its place.
+        if self._own and os.name == "posix" and length and os.fstat(stream.fileno()).st_size >= end:
+            return np.frombuffer(Mapped.of(stream.fileno(), end), np.uint8)[begin:]
         stream.seek(begin)
         content = stream.read(length)
         if len(content) != length:
