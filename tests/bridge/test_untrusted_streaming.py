@@ -27,7 +27,7 @@ from softbridge.base import BaseModel
 from softbridge.errors import CheckpointError, OutputError, SoftbridgeError
 from softbridge.mapped import Mapped, let_go
 from softbridge.plugin.registry import format_named
-from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
+from softbridge.prompt import Gate, KeyValue, KeyValuePrefix, SoftPrompt
 from softbridge.testing import random_prefix, tiny_config
 from softbridge.untrusted import (
     Content,
@@ -295,6 +295,37 @@ def test_anything_else_is_copied(change: str) -> None:
     made = prefix.flat()
     assert same_array(made, np.concatenate([_columns(pair) for pair in layers.values()], axis=1))
     assert not np.shares_memory(made, flat) or change == "fewer rows"
+
+
+def test_prefixes_that_lie_alike_are_compared_from_front_to_back() -> None:
+    """And found equal, or not, as those that lie otherwise are."""
+    flat = RANDOM.standard_normal((5, 3 * 2 * 4 * 6), dtype=np.float32)
+
+    def prefix(numbers: Array, gate: float | None = None) -> KeyValuePrefix:
+        made = KeyValuePrefix.from_flat("self", numbers, (0, 1, 2), 4, 6)
+        if gate is None:
+            return made
+        some = Gate(np.full((1, 24), gate, np.float32), np.zeros(1, np.float32))
+        return replace(made, layers={**made.layers, 1: replace(made.layers[1], gate=some)})
+
+    def elsewhere(one: KeyValuePrefix) -> KeyValuePrefix:
+        layers = {n: replace(pair, keys=pair.keys.copy(), values=pair.values.copy()) for n, pair in one.layers.items()}
+        return replace(one, layers=layers)
+
+    other = flat.copy()
+    other[-1, -1] = np.nextafter(other[-1, -1], np.float32(9))
+    for one, two, same in (
+        (prefix(flat), prefix(flat.copy()), True),
+        (prefix(flat), prefix(other), False),
+        (prefix(flat), prefix(flat.view(np.int32)), False),
+        (prefix(flat), KeyValuePrefix.from_flat("self", flat, (0, 1, 2), 6, 4), False),
+        (prefix(flat), KeyValuePrefix.from_flat("self", flat, (0, 1, 3), 4, 6), False),
+        (prefix(flat), KeyValuePrefix.from_flat("cross", flat, (0, 1, 2), 4, 6), False),
+        (prefix(flat), prefix(flat, 1), False),
+        (prefix(flat, 1), prefix(flat, 1), True),
+        (prefix(flat, 1), prefix(flat, 2), False),
+    ):
+        assert (one == two) == (elsewhere(one) == two) == (one == elsewhere(two)) == same
 
 
 def _columns(pair: KeyValue) -> Array:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from softbridge import parts, untrusted
-from softbridge.arrays import same_array
+from softbridge.arrays import same_array, same_arrays
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.card import model_card
 from softbridge.checkpoint.choice import ALL, Choice
@@ -150,6 +150,18 @@ def is_file_of(target: Path, content: Mapping[str, Content]) -> bool:
     return True
 
 
+def _same_numbers(a: SoftPrompt, b: SoftPrompt) -> bool:
+    """Whether two prompts have the same arrays, in the same places: found in one pass where they lie alike."""
+    return a.parts == b.parts and same_arrays(a.head, b.head) and a.training == b.training
+
+
+def _other_numbers(found: SoftPrompt, wanted: SoftPrompt) -> list[str]:
+    """Names of the wanted arrays that were not found so."""
+    there = parts.named_arrays(found)
+    ours = parts.named_arrays(wanted)
+    return [name for name, array in ours.items() if name not in there or not same_array(array, there[name])]
+
+
 def write_files(
     target: Path,
     content: Mapping[str, Content],
@@ -170,8 +182,7 @@ def write_files(
     def check(files: untrusted.Files) -> None:
         loaded = read_files(files, form, lowering.prompt.base.geometry)
         again = loaded.prompt
-        ours, theirs = parts.named_arrays(lowering.prompt), parts.named_arrays(again)
-        wrong = [name for name, array in ours.items() if name not in theirs or not same_array(array, theirs[name])]
+        wrong = [] if _same_numbers(again, lowering.prompt) else _other_numbers(again, lowering.prompt)
         # What the files alone say, without the manifest, is what the toolkit does with them.
         said = again.positions if "positions" in conditions else loaded.alone
         wrong += ["positions"] * (not again.positions == said == lowering.prompt.positions)

@@ -98,7 +98,7 @@ def pickle_file(content: Mapping[str, Any]) -> Streamed:
     whole = of(content, "")
 
     def put(sink: Sink) -> None:
-        kept = _Kept(sink)
+        kept = _Guarded(sink)
         torch.save(whole, cast("IO[bytes]", kept))
         if kept.error is not None:
             raise kept.error
@@ -106,7 +106,7 @@ def pickle_file(content: Mapping[str, Any]) -> Streamed:
     return Streamed(put)
 
 
-class _Kept:
+class _Guarded:
     """A sink whose error is kept: torch.save ends a file that failed, too, and then raises one of its own instead."""
 
     def __init__(self, sink: Sink) -> None:
