@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -117,6 +118,19 @@ def test_what_is_known_of_a_file_is_true_of_it(tmp_path: Path) -> None:
     assert said == {name: [known[name].size, known[name].sha256] for name in contents}
     alone = write_file(tmp_path / "file", contents["c"])
     assert alone.sha256 == known["c"].sha256
+
+
+def test_a_digest_needs_no_second_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def start(thread: threading.Thread) -> None:
+        started.append(thread)
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    content = RANDOM.bytes(2**23 + 1)
+    assert sha256_of(content) == hashlib.sha256(content).hexdigest()
+    assert len(started) == 2
 
 
 def test_a_stream_that_fails_leaves_nothing(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from threading import Thread
 from typing import Any, Protocol, TypeAlias
@@ -80,11 +81,13 @@ class Digest:
         """Take these bytes, too. They must stay as they are until `wait`, or the next call."""
         self.wait()
         view = memoryview(data).cast("B")
-        if len(view) < _ALONE:
-            self._state.update(view)
-        else:
-            self._thread = Thread(target=self._state.update, args=(view,))
-            self._thread.start()
+        if len(view) >= _ALONE:
+            thread = Thread(target=self._state.update, args=(view,))
+            with suppress(RuntimeError):  # no room for one more, or the interpreter is ending
+                thread.start()
+                self._thread = thread
+                return
+        self._state.update(view)
 
     def wait(self) -> None:
         """Go on when all that was handed over has been looked at."""
