@@ -76,7 +76,9 @@ class Files:
         self._read: set[str] = set()
         self._own = written is not None
         known = {} if written is None else written
-        self._digests: dict[str, tuple[Stamp | None, str]] = {n: (one.stamp, one.sha256) for n, one in known.items()}
+        self._digests: dict[str, tuple[Stamp | None, Callable[[], str]]] = {
+            name: (one.stamp, partial(str, one.sha256)) for name, one in known.items()
+        }
         self._described: Counter[str] = Counter()  # name -> bytes of JSON
 
     @contextmanager
@@ -218,13 +220,10 @@ class Files:
         with self._open(name) as (stream, size, what):
             if kind == "safetensors":
                 data, ranges, _ = safetensors_header(stream, size, what)
-                with self._digesting(name, stream, data) as digested:
-                    content = self._bytes(stream, data, size - data, what)
-                    digested(content)
-                    return {
-                        key: checked_values(f"{what}: tensor {short(key)}", r.array(content))
-                        for key, r in ranges.items()
-                    }
+                content = self._rest(name, stream, data, size, what)
+                return {
+                    key: checked_values(f"{what}: tensor {short(key)}", r.array(content)) for key, r in ranges.items()
+                }
             if kind == "pickle":
                 plain = self._pickle(name, stream, size, what, plain=True).plain()
                 return {key: tensor.array() for key, tensor in plain.items()}
@@ -298,21 +297,20 @@ class Files:
             )
         return np.frombuffer(content, np.uint8)
 
-    @contextmanager
-    def _digesting(self, name: str, stream: BinaryIO, begin: int) -> Iterator[Callable[[Array], None]]:
-        """Have what is read of a file from `begin` on digested while the block looks at it, for `digest` to know."""
+    def _rest(self, name: str, stream: BinaryIO, begin: int, size: int, what: str) -> Array:
+        """All bytes of a file from `begin` on. While they are looked at they are digested, for `digest` to know."""
         if self._own or not isinstance(self._files[name], Path):
-            yield lambda content: None
-            return
-        made, before = Digest(), stamp_of(stream.fileno())
+            return self._bytes(stream, begin, size - begin, what)
+        before = stamp_of(stream.fileno())
         stream.seek(0)
-        made.update(stream.read(begin))
-        try:
-            yield made.update
-        finally:
-            made.wait()
+        start = stream.read(begin)
+        content = self._bytes(stream, begin, size - begin, what)
         if stamp_of(stream.fileno()) == before:
-            self._digests[name] = before, made.hexdigest()
+            digest = Digest()
+            digest.update(start)
+            digest.update(content)
+            self._digests[name] = before, digest.hexdigest
+        return content
 
     def _reopen(self, name: str) -> Callable[[], BinaryIO]:
         place = self._files[name]
@@ -324,11 +322,8 @@ class Files:
             self._expect(name, "npy", what)
             dtype, shape, fortran = npy_header(stream, size, what)
             begin = stream.tell()
-            length = size - begin
-            with self._digesting(name, stream, begin) as digested:
-                content = self._bytes(stream, begin, length, what)
-                digested(content)
-            array = Range(dtype, shape[::-1] if fortran else shape, 0, length).array(content)
+            content = self._rest(name, stream, begin, size, what)
+            array = Range(dtype, shape[::-1] if fortran else shape, 0, len(content)).array(content)
             array = array.T if fortran else array
             return checked_values(what, array.astype(array.dtype.newbyteorder("="), copy=False))
 
@@ -358,12 +353,12 @@ class Files:
         place = self._files.get(name)
         with self._stream(name) as (stream, _, _what):
             stamp = stamp_of(stream.fileno()) if isinstance(place, Path) else None
-            if stamp is None or self._digests.get(name, (None, ""))[0] != stamp:
+            if stamp is None or name not in self._digests or self._digests[name][0] != stamp:
                 state = hashlib.sha256()
                 while block := stream.read(2**20):
                     state.update(block)
-                self._digests[name] = stamp, state.hexdigest()
-        return self._digests[name][1]
+                self._digests[name] = stamp, state.hexdigest
+        return self._digests[name][1]()
 
     def _expect(self, name: str, kind: Kind, what: str) -> None:
         found = self.kind(name)
