@@ -67,7 +67,7 @@ def frozen(array: npt.ArrayLike) -> Array:
 
 #: Passes over numbers go by windows of so many bytes where they lie (what is made of one stays in the processor's
 #: cache, and of a mapped file little counts as memory), and by pieces of so many where they are put in order.
-_BLOCK, PIECE = 2**18, 2**22
+_BLOCK, PIECE = 2**18, 2**21
 
 
 def _blocks(array: Array, most: int) -> Iterator[Array]:
