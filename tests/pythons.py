@@ -36,7 +36,7 @@ QUICK = (
         for name in (
             *("card", "cli", "container", "geometry", "lowering_contents", "parts", "planner", "portrait", "prompt"),
             *("publish", "registry", "template", "tools", "untrusted_archives", "untrusted_output"),
-            *("untrusted_reading", "verification"),
+            *("untrusted_reading", "untrusted_streaming", "verification"),
         )
     ),
     *(f"tests/plugins/test_{name}.py" for name in ("encodings", "native_input_prompt", "peft")),

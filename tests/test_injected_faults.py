@@ -114,6 +114,7 @@ _KEPT = "both sides are then read by softbridge alone"
 #: Module:function -> the lines that several faults are put into.
 _ROWS = "softbridge.prompt.part:KeyValuePrefix.from_rows"
 _FLAT = "softbridge.prompt.part:KeyValuePrefix.flat"
+_ORDER = "softbridge.prompt.part:KeyValuePrefix._halves"
 _ROTATE = "softbridge.lowering.token_positions:rotate"
 _MOVE = "softbridge.lowering.token_positions:_move"
 _ATTEND = "softbridge_native.attention:_attend_joined"
@@ -144,13 +145,13 @@ FAULTS = {
         "llama: adapterhub to peft",
         (
             _ROTATE,
-            "pair.values.astype(dtype, copy=False)",
-            "(pair.values.astype(np.float64) @ maps[layer]).astype(dtype)",
+            "both[1] = pair.values",
+            "both[1] = pair.values.astype(np.float64) @ maps[layer]",
         ),
     ),
     "rotated keys are stored in bfloat16": fault(
         "llama: adapterhub to peft",
-        (_ROTATE, "dtype = np.promote_types(pair.keys.dtype, np.float32)", "dtype = np.dtype('bfloat16')"),
+        (_ROTATE, "np.empty((part.length, columns), dtype)", "np.empty((part.length, columns), 'bfloat16')"),
     ),
     "keys are rotated, and the prompt says one position more": fault(
         "llama: peft to adapterhub", (_MOVE, "stack: want}", "stack: want + 1}")
@@ -171,7 +172,7 @@ FAULTS = {
         "gpt2: adapterhub to peft",
         (
             "softbridge.checkpoint.write:write_files",
-            ", MANIFEST: untrusted.json_bytes(signed(manifest))}",
+            ", MANIFEST: last}",
             "}",
         ),
     ),
@@ -203,10 +204,10 @@ FAULTS = {
         "llama: peft to softbridge", (_ROWS, _RESHAPE, ".reshape(-1, heads, 2, width).transpose(2, 1, 0, 3)")
     ),
     "keys and values swapped in writing": fault(
-        "llama: softbridge to peft", (_FLAT, _HALVES, "(pair.values, pair.keys)")
+        "llama: softbridge to peft", (_ORDER, _HALVES, "(pair.values, pair.keys)")
     ),
     "layers reversed in writing": fault(
-        "llama: softbridge to peft", (_FLAT, "in self.layers.values()", "in reversed(list(self.layers.values()))")
+        "llama: softbridge to peft", (_ORDER, "in self.layers.values()", "in reversed(list(self.layers.values()))")
     ),
     "heads before rows in writing": fault(
         "llama: softbridge to peft", (_FLAT, "half.transpose(1, 0, 2)", "half.reshape(place.shape)")
@@ -214,7 +215,7 @@ FAULTS = {
     "keys and values swapped in reading and in writing": fault(
         "llama: softbridge to peft",
         (_ROWS, _PAIR, "KeyValue(pair[1], pair[0])"),
-        (_FLAT, _HALVES, "(pair.values, pair.keys)"),
+        (_ORDER, _HALVES, "(pair.values, pair.keys)"),
     ),
     "heads and channels swapped in reading and in writing": fault(
         "llama: softbridge to peft",
@@ -224,7 +225,7 @@ FAULTS = {
     "layers reversed in reading and in writing": fault(
         "gpt2: peft to softbridge",
         (_ROWS, "in shapes.items():", "in reversed(list(shapes.items())):"),
-        (_FLAT, "in self.layers.values()", "in reversed(list(self.layers.values()))"),
+        (_ORDER, "in self.layers.values()", "in reversed(list(self.layers.values()))"),
     ),
     # Precision.
     "keys go through bfloat16 to float64": fault(

@@ -118,7 +118,7 @@ def came_back(form: str, case: Case, prompt: SoftPrompt, encoding: str) -> str:
     geometry = prompt.base.geometry
     with tempfile.TemporaryDirectory() as folder:
         for name, content in known.write(written, geometry, encoding).items():
-            (Path(folder) / name).write_bytes(content)
+            (Path(folder) / name).write_bytes(bytes(content))
         found = known.read(Files(folder), geometry)
     theirs, ours = bits(found), bits(prompt)
     if prompt.training is None:  # some files say how every prompt in them was trained: its own rows are its parameters

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+
+from softbridge.mapped import let_go
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +33,18 @@ def to_torch(array: npt.NDArray[Any], dtype: torch.dtype | None = None) -> torch
     return tensor if dtype is None else tensor.to(dtype)
 
 
+def torch_window(array: npt.NDArray[Any]) -> torch.Tensor:
+    """A tensor on the array's own memory if it lies there in row order, to be saved and not to be written to."""
+    import torch
+
+    plain = np.ascontiguousarray(array).reshape(array.shape)
+    plain = plain.view(np.uint16) if array.dtype == BFLOAT16 else plain
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The given NumPy array is not writable")  # as nobody will
+        tensor = torch.from_numpy(plain)
+    return tensor.view(torch.bfloat16) if array.dtype == BFLOAT16 else tensor
+
+
 def from_torch(tensor: torch.Tensor) -> npt.NDArray[Any]:
     """An array with the tensor's values, in its own memory."""
     import torch
@@ -50,20 +65,55 @@ def frozen(array: npt.ArrayLike) -> Array:
     return view
 
 
-#: Arrays are compared in pieces of so many bytes: a piece that is no window on one stretch of memory is copied.
-_CHUNK = 2**20
+#: Passes over numbers go by windows of so many bytes where they lie (what is made of one stays in the processor's
+#: cache, and of a mapped file little counts as memory), and by pieces of so many where they are put in order.
+_BLOCK, PIECE = 2**18, 2**21
+
+
+def _blocks(array: Array, most: int) -> Iterator[Array]:
+    """Windows on an array that are at most so large, along its axes in turn."""
+    if array.nbytes <= most or array.ndim == 0:
+        if array.size:
+            yield array
+            let_go(array)
+    elif len(array) == 1:
+        yield from _blocks(array[0], most)
+    else:
+        rows = max(1, len(array) * most // array.nbytes)
+        for at in range(0, len(array), rows):
+            yield from _blocks(array[at : at + rows], most)
+
+
+def pieces(array: Array) -> Iterator[memoryview]:
+    """The bytes of an array in row order, some at a time: a window where they lie in that order, or else a copy."""
+    if array.flags.c_contiguous:
+        array = array.reshape(-1)
+    for block in _blocks(array, PIECE):
+        yield np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+
+
+def blocks(*arrays: Array) -> Iterator[tuple[Array, ...]]:
+    """Windows on arrays of one shape, the same of each, that cover them in the order in which the last lies in memory.
+
+    Whoever wants all numbers, in whatever order, so reads each stretch of memory once.
+    """
+    strides = arrays[-1].strides
+    order = sorted(range(len(strides)), key=lambda axis: -abs(strides[axis]))
+    yield from zip(*(_blocks(array.transpose(order), _BLOCK) for array in arrays), strict=True)
 
 
 def same_array(a: Array, b: Array) -> bool:
     """Equality of dtype, shape and every bit (so NaN equals NaN, and 0.0 differs from -0.0)."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    if a.nbytes <= _CHUNK or a.ndim == 0:
+    return all(_same_bits(*both) for both in blocks(a, b))
+
+
+def _same_bits(a: Array, b: Array) -> bool:
+    if a.itemsize not in (1, 2, 4, 8):
         return a.tobytes() == b.tobytes()
-    if len(a) == 1:
-        return same_array(a[0], b[0])
-    rows = max(1, len(a) * _CHUNK // a.nbytes)
-    return all(same_array(a[at : at + rows], b[at : at + rows]) for at in range(0, len(a), rows))
+    bits = np.dtype(f"u{a.itemsize}")
+    return bool((a.view(bits) == b.view(bits)).all())
 
 
 def same_arrays(a: Mapping[Any, Array], b: Mapping[Any, Array]) -> bool:

@@ -126,8 +126,9 @@ def bake(
         _put_in_front(tokenizer, in_front, tokens[in_front], ids[in_front], placement[in_front])
     made = Baked(Path(target), tokens, ids, placement, tokenizer is not None, in_front)
 
-    def fill(folder: Path) -> None:
+    def fill(files: untrusted.Files) -> None:
         nonlocal made
+        folder = files.path
         model.save_pretrained(folder)
         if tokenizer is not None:
             tokenizer.save_pretrained(folder)

@@ -18,7 +18,7 @@ from softbridge.arrays import same_array
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.card import BEGINS, model_card
 from softbridge.checkpoint.choice import DROPPED, Choice
-from softbridge.checkpoint.manifest import CARD, CERTIFICATE, Loaded, sha256_of
+from softbridge.checkpoint.manifest import CARD, CERTIFICATE, Loaded
 from softbridge.checkpoint.publish import PullRequest, check_publishable, publish
 from softbridge.checkpoint.read import read
 from softbridge.checkpoint.write import advice_for, check_target, is_file_of, prepare, write_files
@@ -30,6 +30,7 @@ from softbridge.plugin.registry import format_named
 from softbridge.progress import stage
 from softbridge.prompt.soft_prompt import Origin, SoftPrompt
 from softbridge.untested import warn_of_untested
+from softbridge.untrusted import Content
 from softbridge.verification import proof, serving
 from softbridge.verification.certificate import Certificate
 from softbridge.verification.naive_copy import copied
@@ -174,16 +175,18 @@ def convert(
             repository=push_to_hub,
         )
     pull_request = None
-    if not dry_run:
+    beside = {} if card is None else {CARD: card}
+    if dry_run:
+        sizes = {name: len(data) for name, data in {**content, **beside}.items()}
+    else:
         with stage(f"writing {target}"):
             written = write_files(
                 Path(target), content, lowering, form, resolved, overwrite, loaded, dtype, choice, card
             )
+        sizes = {name: written[name].size for name in (*content, *beside)}
         if push_to_hub is not None:
             title = f"Add a soft prompt for {form.name}"
-            pull_request = publish(push_to_hub, written, title=title, written=Path(target), create=create_repo)
-    beside = {} if card is None else {CARD: card}
-    sizes = {name: len(data) for name, data in {**content, **beside}.items()}
+            pull_request = publish(push_to_hub, Path(target), tuple(written), title=title, create=create_repo)
     was = replaced is not None
     return Report(loaded, to, Path(target), lowering, advice, certificate, sizes, was, served, unserved, pull_request)
 
@@ -223,7 +226,7 @@ def _said(choice: Choice) -> list[Step]:
 
 
 def _certify(
-    source: Loaded, made: Loaded, content: Mapping[str, bytes], base: BaseModel, naive: SoftPrompt | None
+    source: Loaded, made: Loaded, content: Mapping[str, Content], base: BaseModel, naive: SoftPrompt | None
 ) -> Certificate:
     """Compare a source with what is about to be written.
 
@@ -238,10 +241,10 @@ def _certify(
         DifferentError: source and target are not the same function.
         OutputError: that cannot be judged.
     """
-    origin = Origin(made.format.name, digests={name: sha256_of(data) for name, data in content.items()})
     with tempfile.TemporaryDirectory() as scratch:
         staged = Path(scratch) / "staged"
-        untrusted.write(staged, content)
+        written = untrusted.write(staged, content)
+        origin = Origin(made.format.name, digests={name: one.sha256 for name, one in written.items()})
         sides: Pair = {
             "source": source,
             "target": replace(made, prompt=replace(made.prompt, origin=origin), path=staged),

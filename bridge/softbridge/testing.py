@@ -6,6 +6,7 @@ that attention is far from uniform and a prompt that is dropped or shifted shows
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from softbridge.base.model import BaseModel
 from softbridge.base.tiny import TINY, tiny_config, tiny_model
 from softbridge.lowering.examples import random_adaption, random_input_prompt, random_prefix
+from softbridge.untrusted import Content
 from softbridge.verification.judge import BOUND, FLOAT32_BOUND
 from softbridge.verification.probes import make_probes
 from softbridge.verification.run import find_float32_regions
@@ -21,12 +23,18 @@ __all__ = [
     "TINY",
     "agreement",
     "apart",
+    "as_bytes",
     "random_adaption",
     "random_input_prompt",
     "random_prefix",
     "tiny_config",
     "tiny_model",
 ]
+
+
+def as_bytes(files: Mapping[str, Content]) -> dict[str, bytes]:
+    """What a format's `write` gives, in memory."""
+    return {name: bytes(content) for name, content in files.items()}
 
 
 def agreement(model: Any, **inputs: Any) -> float:

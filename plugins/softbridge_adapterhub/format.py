@@ -159,7 +159,9 @@ class AdapterHubFormat:
             found.append(Obstacle("head", reason, "leave the head out: replace(prompt, head={})"))
         return found
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
+    def write(
+        self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None
+    ) -> Mapping[str, untrusted.Content]:
         """A file that `load_adapter` takes on every model class. See `Format.write`.
 
         AdapterHub reads safetensors only when asked to: ``load_adapter(directory, use_safetensors=True)``. A head it
@@ -189,12 +191,12 @@ class AdapterHubFormat:
             described[facts.HEAD_CONFIG_FILE], weights[facts.HEAD_WEIGHTS_FILE] = heads.write(
                 prompt.head, document, _head_of(prompt)
             )
-        content = {name: untrusted.json_bytes(value) for name, value in described.items()}
+        content: dict[str, untrusted.Content] = {name: untrusted.json_bytes(value) for name, value in described.items()}
         for name, tensors in weights.items():
             if encoding == "safetensors":
-                content[facts.SAFE[name]] = untrusted.safetensors_bytes(tensors, {"format": "pt"})
+                content[facts.SAFE[name]] = untrusted.safetensors_file(tensors, {"format": "pt"})
             else:
-                content[name] = untrusted.pickle_bytes(tensors)
+                content[name] = untrusted.pickle_file(tensors)
         return content
 
     def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:

@@ -50,7 +50,7 @@ def read(files: untrusted.Files, geometry: Geometry | None) -> SoftPrompt:
     return SoftPrompt((part,), start, BaseId(None, geometry), training=training, origin=Origin("cartridges"))
 
 
-def write(prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, bytes]:
+def write(prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, untrusted.Content]:
     """See `Format.write`."""
     frozen = 0 if prompt.training is None else prompt.training.settings["frozen"]
     content = {
@@ -58,7 +58,7 @@ def write(prompt: SoftPrompt, geometry: Geometry | None) -> Mapping[str, bytes]:
         for name, rows in (("fixed", slice(frozen)), ("trainable", slice(frozen, None)))
         for half in HALVES
     }
-    return {FILE: untrusted.pickle_bytes(content)}
+    return {FILE: untrusted.pickle_file(content)}
 
 
 def _half(files: untrusted.Files, tree: Mapping[str, Any], half: str) -> tuple[list[Array], set[int]]:

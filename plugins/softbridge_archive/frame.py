@@ -13,7 +13,7 @@ from softbridge.prompt import SoftPrompt
 
 Recognise = Callable[[untrusted.Files], bool]
 Read = Callable[[untrusted.Files, "Geometry | None"], SoftPrompt]
-Write = Callable[..., Mapping[str, bytes]]
+Write = Callable[..., Mapping[str, untrusted.Content]]
 Tell = Callable[[SoftPrompt, "Geometry | None"], Sequence[Obstacle]]
 Advise = Callable[[SoftPrompt, "Geometry | None", int], Sequence[str]]
 #: What a format can hold that is read only.
@@ -64,7 +64,9 @@ class ArchiveFormat:
     def obstacles(self, prompt: SoftPrompt, geometry: Geometry | None) -> Sequence[Obstacle]:
         return self.obstacles_of(prompt, geometry)
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
+    def write(
+        self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None
+    ) -> Mapping[str, untrusted.Content]:
         assert self.writer is not None  # nothing is lowered to a format that is read only
         which = (encoding or self.encodings[0],) if len(self.encodings) > 1 else ()
         return self.writer(prompt, geometry, *which)

@@ -105,7 +105,9 @@ class MlxFormat:
             found.append(Obstacle("precision", reason, "store them in one: --dtype float32", accidental=True))
         return found
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
+    def write(
+        self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None
+    ) -> Mapping[str, untrusted.Content]:
         assert geometry is not None
         sizes = _windows(prompt, geometry)
         assert sizes is not None  # it was an obstacle

@@ -165,7 +165,7 @@ def _refused(found: str, expected: str) -> CheckpointError:
     return CheckpointError(found, expected, _AGAIN)
 
 
-def write(caches: Sequence[LayerCache], given: Mapping[str, str], layout: Layout) -> bytes:
+def write(caches: Sequence[LayerCache], given: Mapping[str, str], layout: Layout) -> untrusted.Streamed:
     """A file of these caches, and of a caller's metadata, of which there must be some: mlx-lm drops an empty list."""
     own, classes = _PLACES[layout]
     metadata = {f"{own}.{name}": value for name, value in given.items()}
@@ -188,4 +188,4 @@ def write(caches: Sequence[LayerCache], given: Mapping[str, str], layout: Layout
         metadata["2.0"] = ""
         for n, place in enumerate(scalars[1:], 1):
             metadata |= {f"2.{n}.0": place, f"2.{n}.1": "scalar"}
-    return untrusted.safetensors_bytes(tensors, metadata)
+    return untrusted.safetensors_file(tensors, metadata)

@@ -7,9 +7,9 @@ from collections.abc import Mapping, Sequence
 from softbridge.errors import Obstacle
 from softbridge.geometry import Geometry
 from softbridge.plugin.capabilities import EVERYTHING
-from softbridge.prompt import SoftPrompt, pack, unpack
+from softbridge.prompt import SoftPrompt, file_of, unpack
 from softbridge.prompt.container import KEY, WEIGHTS_FILE
-from softbridge.untrusted import Files
+from softbridge.untrusted import Content, Files
 
 FILE = "prompt.safetensors"
 
@@ -36,9 +36,11 @@ class NativeFormat:
         """Nothing stands against it."""
         return ()
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
+    def write(
+        self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None
+    ) -> Mapping[str, Content]:
         """The one file."""
-        return {FILE: pack(prompt)}
+        return {FILE: file_of(prompt)}
 
     def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
         """Nothing: the engine reads the positions in the file."""

@@ -129,13 +129,15 @@ class PeftFormat:
             found.append(Obstacle("head", reason, "leave the head out: replace(prompt, head={})"))
         return found
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
+    def write(
+        self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None
+    ) -> Mapping[str, untrusted.Content]:
         config = config_of(prompt, geometry or prompt.base.geometry)
         tensors = tensors_of(prompt, config)
         weights = (
-            {facts.WEIGHTS_FILES[1]: untrusted.pickle_bytes(tensors)}
+            {facts.WEIGHTS_FILES[1]: untrusted.pickle_file(tensors)}
             if encoding == "bin"
-            else {facts.WEIGHTS_FILES[0]: untrusted.safetensors_bytes(tensors, {"format": "pt"})}
+            else {facts.WEIGHTS_FILES[0]: untrusted.safetensors_file(tensors, {"format": "pt"})}
         )
         kept = training.files(prompt.training, config["peft_type"])
         return {facts.CONFIG_FILE: json.dumps(config, indent=2, sort_keys=True).encode(), **weights, **kept}

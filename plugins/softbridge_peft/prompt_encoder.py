@@ -194,7 +194,7 @@ def problem(prompt: SoftPrompt) -> str | None:
     return None
 
 
-def files(training: Training | None, peft_type: str) -> dict[str, bytes]:
+def files(training: Training | None, peft_type: str) -> dict[str, untrusted.Content]:
     """The file of a training state; no file where a PEFT file of this type says the same."""
     if training is None:
         return {}
@@ -203,7 +203,7 @@ def files(training: Training | None, peft_type: str) -> dict[str, bytes]:
             return {}
         training = replace(training, tensors={})
     metadata = {"format": "pt", "kind": training.kind, "settings": json.dumps(dict(training.settings), sort_keys=True)}
-    return {facts.TRAINING_FILE: untrusted.safetensors_bytes(training.tensors, metadata)}
+    return {facts.TRAINING_FILE: untrusted.safetensors_file(training.tensors, metadata)}
 
 
 def read(files: untrusted.Files, name: str) -> Training:

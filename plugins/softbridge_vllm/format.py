@@ -17,9 +17,9 @@ from softbridge.geometry import Geometry
 from softbridge.lowering.planner import lower
 from softbridge.lowering.steps import Target
 from softbridge.plugin.capabilities import UP_TO_FLOAT32, Capabilities
-from softbridge.prompt import SoftPrompt, pack, unpack
+from softbridge.prompt import SoftPrompt, file_of, unpack
 from softbridge.prompt.container import KEY
-from softbridge.untrusted import Files
+from softbridge.untrusted import Content, Files
 from softbridge_compat import embedding_scales
 from softbridge_native.format import FORMAT as CONTAINER
 
@@ -78,9 +78,11 @@ class VllmFormat:
             return [Obstacle("scale", reason, "convert with a transformers that does not (5), and with the base model")]
         return ()
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
+    def write(
+        self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None
+    ) -> Mapping[str, Content]:
         known = replace(prompt.base, geometry=geometry or prompt.base.geometry)
-        return {FILE: pack(replace(prompt, base=known))}
+        return {FILE: file_of(replace(prompt, base=known))}
 
     def advice(self, prompt: SoftPrompt, geometry: Geometry | None, first: int = 0) -> Sequence[str]:
         if prompt.inputs:

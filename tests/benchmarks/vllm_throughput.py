@@ -25,7 +25,7 @@ import torch
 
 import softbridge as sb
 from softbridge.base import BaseModel
-from softbridge.testing import random_prefix, tiny_model
+from softbridge.testing import as_bytes, random_prefix, tiny_model
 from softbridge_vllm.client import Prompts
 from softbridge_vllm.format import FORMAT
 from softbridge_vllm.server import started
@@ -51,7 +51,7 @@ def main(rounds: int) -> None:
         for number in range(BATCH):
             prompt = random_prefix(BaseModel(model.config).geometry, LENGTH, seed=number)
             (folder / f"{number}").mkdir(parents=True)
-            for name, content in FORMAT.write(prompt, None).items():
+            for name, content in as_bytes(FORMAT.write(prompt, None)).items():
                 (folder / f"{number}" / name).write_bytes(content)
         client, generator = Prompts(folder, marker=0), np.random.default_rng(0)
         texts = generator.integers(3, 96, (BATCH, TEXT)).tolist()

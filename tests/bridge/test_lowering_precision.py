@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
@@ -184,3 +185,19 @@ def test_what_was_rotated_and_rounded_is_certified_before_the_rounding(tmp_path:
     assert report.certificate is not None
     assert report.certificate.same
     assert report.certificate.rounded == ("rotate",)
+
+
+def test_what_rounding_costs_in_memory_is_what_it_makes() -> None:
+    """Half of the prompt's numbers, and no array of float64 of all of them."""
+    generator = np.random.default_rng(0)
+    flat = generator.standard_normal((256, 4 * 2 * 512), dtype=np.float32)
+    prompt = SoftPrompt((KeyValuePrefix.from_flat("self", flat, (0, 1, 2, 3), 8, 64),), Positions({"decoder": 256}))
+    tracemalloc.start()
+    try:
+        narrow = lower(prompt, Target("x", COUNTED, None, "float16")).prompt
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    made = sum(array.nbytes for _, array in narrow.arrays())
+    assert made == flat.nbytes // 2
+    assert peak < made + flat.nbytes // 2

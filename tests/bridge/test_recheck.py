@@ -11,8 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 import softbridge as sb
+from softbridge import untrusted
 from softbridge.base import BaseModel
-from softbridge.checkpoint.manifest import MANIFEST, sha256_of, signed
+from softbridge.checkpoint.manifest import MANIFEST, signed
 from softbridge.cli.console import app
 from softbridge.errors import CheckpointError
 from softbridge.testing import random_prefix, tiny_config
@@ -111,7 +112,7 @@ def edited(certified: Path, **change: object) -> Path:
         recorded[name] = {**recorded[name], **value} if isinstance(value, dict) else value
     path.write_text(json.dumps(recorded))
     manifest = json.loads((certified / "b" / MANIFEST).read_text())
-    manifest["files"]["certificate.json"] = sha256_of(path.read_bytes())
+    manifest["files"]["certificate.json"] = untrusted.sha256_of(path.read_bytes())
     (certified / "b" / MANIFEST).write_text(json.dumps(signed(manifest)))
     return path
 

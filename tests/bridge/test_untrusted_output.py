@@ -100,10 +100,10 @@ def test_write(tmp_path: Path) -> None:
     target = tmp_path / "new" / "deep"
     seen: list[Path] = []
 
-    def check(folder: Path) -> None:
-        assert tree(folder) == {"a": b"1", "sub/b": b"2"}
-        assert folder.parent == target.parent
-        seen.append(folder)
+    def check(files: Files) -> None:
+        assert tree(files.path) == {"a": b"1", "sub/b": b"2"}
+        assert files.path.parent == target.parent
+        seen.append(files.path)
 
     write(target, {"a": b"1", "sub/b": b"2"}, check=check)
     assert tree(tmp_path) == {"new/deep/a": b"1", "new/deep/sub/b": b"2"}
@@ -127,7 +127,7 @@ def test_write_keeps_what_is_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_a_failed_check_leaves_nothing(overwrite: bool, tmp_path: Path) -> None:
-    def check(path: Path) -> None:
+    def check(files: Files) -> None:
         raise CheckpointError("a", "b", "c")
 
     with pytest.raises(CheckpointError):
@@ -168,9 +168,9 @@ def test_write_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_write_file(tmp_path: Path) -> None:
     target = tmp_path / "a.json"
 
-    def check(path: Path) -> None:
-        assert (path.name, path.read_bytes()) == ("a.json", b"1")
-        assert path != target
+    def check(files: Files) -> None:
+        assert (files.path.name, files.path.read_bytes()) == ("a.json", b"1")
+        assert files.path != target
 
     write_file(target, b"1", check=check)
     with pytest.raises(OutputError, match="is there already"):

@@ -23,7 +23,7 @@ from softbridge.geometry import Geometry, Site
 from softbridge.lowering.precision import as_dtype
 from softbridge.plugin.registry import engines
 from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Positions, SoftPrompt
-from softbridge.testing import agreement, apart, random_prefix, tiny_model
+from softbridge.testing import agreement, apart, as_bytes, random_prefix, tiny_model
 from softbridge.untrusted import Files, pickle_bytes
 from softbridge.verification.judge import FLOAT32_BOUND
 from softbridge_adapterhub import facts
@@ -281,7 +281,7 @@ def test_a_file_of_the_toolkit_there_and_back(family: str, method: str, adapters
     assert (prompt.training is None) == (method in ("prefix-tuning-flat", "prompt-tuning"))
     assert all(part.gated == (method == "prefix-tuning-gated") for part in prompt.prefixes)
     assert set(prompt.positions.start.values()) == {0}
-    written_again = put(tmp_path / "ours", FORMAT.write(prompt, geometry))
+    written_again = put(tmp_path / "ours", as_bytes(FORMAT.write(prompt, geometry)))
     assert difference(logits(loaded(adapters, model, tmp_path / "ours")), reference) == 0
     assert FORMAT.read(written_again, geometry) == prompt
 
@@ -289,7 +289,7 @@ def test_a_file_of_the_toolkit_there_and_back(family: str, method: str, adapters
     if prompt.training is not None and family in ("llama", "t5"):  # grouped heads, and heads of another size
         with pytest.raises(RuntimeError, match="invalid for input of size"):
             loaded(adapters, model, tmp_path / "theirs").eject_prefix_tuning("example")
-    ejected = put(tmp_path / "ejected", FORMAT.write(replace(prompt, training=None), geometry))
+    ejected = put(tmp_path / "ejected", as_bytes(FORMAT.write(replace(prompt, training=None), geometry)))
     assert difference(logits(loaded(adapters, model, tmp_path / "ejected")), reference) == 0
     assert FORMAT.read(ejected, geometry).parts == prompt.parts
 
@@ -384,7 +384,7 @@ def test_prompts_that_only_others_run_right(family: str, kind: str, adapters: An
     prompt = FORMAT.read(files, geometry_of(model))
     if kind == "union":
         prompt = replace(prompt, parts=prompt.inputs)
-        put(tmp_path / "x", FORMAT.write(prompt, None))
+        put(tmp_path / "x", as_bytes(FORMAT.write(prompt, None)))
     if family == "distilbert":
         config = copy.deepcopy(model.config)
         config._attn_implementation = "sdpa"
@@ -428,7 +428,7 @@ def test_every_family(family: str, kind: str, adapters: Any, tmp_path: Path) -> 
     prompt = FORMAT.read(theirs, geometry)
 
     # Written again it is the same, bit for bit, in fewer copies.
-    ours = put(tmp_path / "ours", FORMAT.write(prompt, geometry))
+    ours = put(tmp_path / "ours", as_bytes(FORMAT.write(prompt, geometry)))
     first = {key.removeprefix(f"{model.base_model_prefix}."): array for key, array in theirs.tensors(WEIGHTS).items()}
     written = ours.tensors(WEIGHTS)
     assert written.keys() == {key for key in first if ".pool." not in key}
@@ -477,7 +477,7 @@ def test_tokens_are_moved_to_where_the_prompt_counts_them(family: str, adapters:
 
     model = model_of(family)
     prompt = prefix_for(geometry_of(model))
-    put(tmp_path / "x", FORMAT.write(prompt, None))
+    put(tmp_path / "x", as_bytes(FORMAT.write(prompt, None)))
     stack = next(iter(prompt.positions.start))
     counted = replace(prompt, positions=replace(prompt.positions, start={stack: P}))
     unmoved = logits(loaded(adapters, model, tmp_path / "x"))
@@ -630,7 +630,7 @@ def test_loaded_by_the_toolkit_is_attached_by_us(family: str, method: str, adapt
     # The file counts, not the prompt.
     wrong = backwards(prompt)
     for encoding in FORMAT.encodings:
-        put(tmp_path / encoding, FORMAT.write(wrong, geometry, encoding))
+        put(tmp_path / encoding, as_bytes(FORMAT.write(wrong, geometry, encoding)))
         found = logits(ENGINE.load(copy.deepcopy(model), prompt, tmp_path / encoding))
         assert difference(found, logits(ENGINE.attach(copy.deepcopy(model), wrong))) == 0
         assert difference(found, expected) > 0.1
@@ -661,7 +661,7 @@ def test_loading_is_refused_by_name(adapters: Any, tmp_path: Path, monkeypatch: 
     prompt = prefix_for(geometry)
     with pytest.raises(EngineError, match="no weights"):
         ENGINE.load(copy.deepcopy(model), prompt, tmp_path)
-    written = FORMAT.write(prompt, geometry)
+    written = as_bytes(FORMAT.write(prompt, geometry))
     renamed = {
         key.replace("self_prefix", "other_prefix"): array
         for key, array in put(tmp_path / "x", written).tensors(WEIGHTS).items()

@@ -19,7 +19,7 @@ from softbridge.geometry import Geometry, StackGeometry, read_geometry
 from softbridge.plugin.prompt_bank import PromptBank
 from softbridge.plugin.registry import engines
 from softbridge.prompt import Positions, SoftPrompt
-from softbridge.testing import agreement, random_prefix, tiny_config
+from softbridge.testing import agreement, as_bytes, random_prefix, tiny_config
 from softbridge.untrusted import Files
 from softbridge_adapterhub import composition, facts
 from softbridge_adapterhub.composition import Block, blocks
@@ -104,7 +104,7 @@ def setup_in(folder: Path, setup: Any, **prompts: SoftPrompt) -> Files:
     document = {"adapter_setup": setup, "head_setup": None, "version": "adapters.x"}
     put(folder, {facts.SETUP_FILE: untrusted.json_bytes(document)})
     for name, prompt in prompts.items():
-        put(folder / name, FORMAT.write(prompt, None))
+        put(folder / name, as_bytes(FORMAT.write(prompt, None)))
     return Files(folder)
 
 
@@ -121,7 +121,7 @@ def test_a_stack_in_files_is_one_prefix(tmp_path: Path) -> None:
     assert prompt.origin is not None
     assert len(prompt.origin.digests) == 4
     assert "Stack[a, b] is one prefix" in prompt.origin.notes[0]
-    assert FORMAT.read(Files(put(tmp_path / "y", FORMAT.write(prompt, None))), geometry) == prompt
+    assert FORMAT.read(Files(put(tmp_path / "y", as_bytes(FORMAT.write(prompt, None)))), geometry) == prompt
 
 
 def test_several_prompts_are_no_prompt(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from softbridge.errors import BaseModelError, CheckpointError, EngineError, Soft
 from softbridge.geometry import Geometry, Site, Stack, StackGeometry
 from softbridge.methods import MLP_TENSORS, rematerialise
 from softbridge.prompt import BaseId, Gate, InputPrompt, KeyValue, KeyValuePrefix, Positions, SoftPrompt
-from softbridge.testing import random_prefix
+from softbridge.testing import as_bytes, random_prefix
 from softbridge.untrusted import Files
 from softbridge_adapterhub import facts
 from softbridge_adapterhub.adapter import REPARAMETERISED
@@ -249,14 +249,14 @@ def test_what_was_read_is_written_and_read_again(
     assert (prompt.training is None) == flat
     assert all(part.gated == bool(gating) for part in prompt.prefixes)
     assert not FORMAT.obstacles(prompt, None)
-    files = FORMAT.write(prompt, None)
+    files = as_bytes(FORMAT.write(prompt, None))
     again = put(tmp_path / "y", files)
     assert FORMAT.read(again, geometry) == prompt
     assert json.loads(files[facts.CONFIG_FILE]) == document
     found, wanted = again.tensors(facts.WEIGHTS_FILE), own(tensors)
     assert found.keys() == wanted.keys()
     assert all(same_array(found[key], wanted[key]) for key in wanted)
-    assert FORMAT.write(FORMAT.read(again, geometry), geometry) == files
+    assert as_bytes(FORMAT.write(FORMAT.read(again, geometry), geometry)) == files
 
 
 @pytest.mark.parametrize("family", GEOMETRIES)
@@ -294,7 +294,7 @@ def test_prompt_tuning(family: str, combine: str, tmp_path: Path) -> None:
     assert prompt.parts == (InputPrompt(vectors, "encoder", "after", placement),)
     assert prompt.positions.start == {"encoder": 0}
     assert not FORMAT.obstacles(prompt, geometry)
-    written_again = FORMAT.write(prompt, None)
+    written_again = as_bytes(FORMAT.write(prompt, None))
     assert json.loads(written_again[facts.CONFIG_FILE]) == document
     assert FORMAT.read(put(tmp_path / "y", written_again), geometry) == prompt
     assert same_array(Files(tmp_path / "y").tensors(facts.WEIGHTS_FILE)[next(iter(own(tensors)))], vectors)
@@ -310,7 +310,7 @@ def test_a_union_of_two_soft_prompts_is_one(flat: bool, prompt_first: bool, tmp_
     assert prompt.positions.start == {"encoder": 0}
     assert prompt.origin is not None
     assert prompt.origin.partial == ""
-    files = FORMAT.write(prompt, None)
+    files = as_bytes(FORMAT.write(prompt, None))
     assert json.loads(files[facts.CONFIG_FILE]) == document
     again = put(tmp_path / "y", files)
     assert FORMAT.read(again, geometry) == prompt
@@ -327,13 +327,13 @@ def test_what_is_written_is_read(family: str, tmp_path: Path) -> None:
         pair = prompt.prefixes[0].layers[0]
         prompt = replace(prompt, parts=(KeyValuePrefix("encoder", dict.fromkeys(range(3), pair)),))
     assert not FORMAT.obstacles(prompt, geometry)
-    assert FORMAT.read(put(tmp_path / "x", FORMAT.write(prompt, geometry)), geometry) == prompt
+    assert FORMAT.read(put(tmp_path / "x", as_bytes(FORMAT.write(prompt, geometry))), geometry) == prompt
 
 
 def test_a_prefix_on_the_decoder_alone(tmp_path: Path) -> None:
     geometry = GEOMETRIES["t5"]
     prompt = prefix_for(geometry, ("self",))
-    files = FORMAT.write(prompt, geometry)
+    files = as_bytes(FORMAT.write(prompt, geometry))
     config = json.loads(files[facts.CONFIG_FILE])["config"]
     assert (config["encoder_prefix"], config["cross_prefix"], config["leave_out"]) == (False, False, [])
     assert FORMAT.read(put(tmp_path / "x", files), geometry) == prompt
@@ -361,7 +361,7 @@ def test_old_files_have_old_names_of_activations(tmp_path: Path) -> None:
     assert (now.training.settings["non_linearity"], old.training.settings["non_linearity"]) == ("gelu", "gelu_new")
     assert np.abs(now.prefixes[0].flat() - old.prefixes[0].flat()).max() > 1e-4
     # Written again it has a version, and so the new name.
-    assert FORMAT.read(put(tmp_path / "z", FORMAT.write(old, None)), GEOMETRIES["gpt2"]) == old
+    assert FORMAT.read(put(tmp_path / "z", as_bytes(FORMAT.write(old, None))), GEOMETRIES["gpt2"]) == old
 
 
 Change = Callable[[dict[str, Any], dict[str, Array]], Any]
@@ -470,7 +470,7 @@ def test_whatever_a_configuration_says_is_read_or_refused(strange: Any, tmp_path
         else:
             seen["read"] += 1
             assert not FORMAT.obstacles(prompt, None)
-            assert FORMAT.write(prompt, None)
+            assert as_bytes(FORMAT.write(prompt, None))
     assert min(seen.values()) > 5
 
 
@@ -597,7 +597,7 @@ def test_obstacles_of_a_prompt_without_a_base_or_with_another_parameterisation(t
     prompt = prefix_for(GEOMETRIES["gpt2"])
     assert [o.name for o in FORMAT.obstacles(replace(prompt, base=BaseId()), None)] == ["base"]
     with pytest.raises(BaseModelError):
-        FORMAT.write(replace(prompt, base=BaseId()), None)
+        as_bytes(FORMAT.write(replace(prompt, base=BaseId()), None))
     read = FORMAT.read(put(tmp_path / "x", written(*handmade(GEOMETRIES["gpt2"], flat=False))), GEOMETRIES["gpt2"])
     assert read.training is not None
     for wrong in (

@@ -27,7 +27,7 @@ from softbridge.errors import EngineError, LoweringError
 from softbridge.geometry import Stack, stack_of
 from softbridge.plugin.registry import engines
 from softbridge.prompt import BaseId, KeyValue, KeyValuePrefix, Positions, SoftPrompt
-from softbridge.testing import agreement
+from softbridge.testing import agreement, as_bytes
 from softbridge.verification.faults import faulty_prompts
 from softbridge.verification.judge import FLOAT32_BOUND
 from softbridge.verification.run import attached, choose_engine
@@ -238,7 +238,7 @@ class LeftOut:
             start = {stack_of(part.site): 0 for part in parts}
             prompt = replace(whole, parts=parts, positions=Positions(start, "skewed", "pinned", LOST[case]))
             assert not FORMAT.obstacles(prompt, None)
-            for name, content in FORMAT.write(prompt, None).items():
+            for name, content in as_bytes(FORMAT.write(prompt, None)).items():
                 (folder / "whole" / name).write_bytes(content)
             written = json.loads((folder / "whole" / facts.CONFIG_FILE).read_text())["config"]
             assert case == "encoder" or written["leave_out"] == leave_out
@@ -342,7 +342,7 @@ def test_a_lost_bias_comes_back_with_the_prompt_off_and_the_self_check_bears_it(
 
 def test_a_conversion_there_and_back_keeps_a_lost_bias(tmp_path: Path) -> None:
     golden = LeftOut("eager", tmp_path)
-    files = FORMAT.write(golden.prompts["both"], None)
+    files = as_bytes(FORMAT.write(golden.prompts["both"], None))
     (tmp_path / "theirs").mkdir()
     for name, content in files.items():
         (tmp_path / "theirs" / name).write_bytes(content)

@@ -18,7 +18,7 @@ from softbridge.arrays import Array, same_array
 from softbridge.errors import CheckpointError, EngineError
 from softbridge.geometry import Geometry, StackGeometry, read_geometry
 from softbridge.prompt import KeyValuePrefix, Positions, SoftPrompt
-from softbridge.testing import random_prefix
+from softbridge.testing import as_bytes, random_prefix
 from softbridge.untrusted import Files
 from softbridge_adapterhub import facts, heads
 from softbridge_adapterhub.engine import ENGINE
@@ -83,7 +83,7 @@ def document(family: str, flex: str | None = None, kind: str = "classification",
 
 def written(family: str, head: Mapping[str, Array], described: dict[str, Any] | None) -> dict[str, bytes]:
     """A prefix with a head beside it."""
-    content = dict(FORMAT.write(prompt_for(geometry_of(family)), None))
+    content = as_bytes(FORMAT.write(prompt_for(geometry_of(family)), None))
     content[facts.HEAD_WEIGHTS_FILE] = untrusted.pickle_bytes(head)
     if described is not None:
         content[facts.HEAD_CONFIG_FILE] = untrusted.json_bytes(described)
@@ -110,7 +110,7 @@ def test_there_and_back(flex: str | None, tmp_path: Path) -> None:
         assert prompt.head.keys() == set(names.values())
         assert all(same_array(prompt.head[ours], head[theirs]) for theirs, ours in names.items())
         assert not FORMAT.obstacles(prompt, None)
-        files = FORMAT.write(prompt, None, encoding)
+        files = as_bytes(FORMAT.write(prompt, None, encoding))
         again = json.loads(files[facts.HEAD_CONFIG_FILE])
         back = put(tmp_path / f"{family} {kind}", files)
         weights = back.tensors(facts.HEAD_WEIGHTS_FILE if encoding == "bin" else "model_head.safetensors")
@@ -126,7 +126,7 @@ def test_there_and_back(flex: str | None, tmp_path: Path) -> None:
 def test_a_head_from_elsewhere_is_written_for_the_transformers_class(tmp_path: Path) -> None:
     geometry = geometry_of("bert")
     prompt = replace(prompt_for(geometry), head=head_for("bert"))
-    files = FORMAT.write(prompt, None)
+    files = as_bytes(FORMAT.write(prompt, None))
     described = json.loads(files[facts.HEAD_CONFIG_FILE])
     assert (described["model_class"], described["num_labels"]) == ("BertForSequenceClassification", LABELS)
     assert "BertForSequenceClassification" in " ".join(FORMAT.advice(prompt, geometry))
@@ -331,7 +331,7 @@ def test_the_head_of_a_transformers_class(family: str, kind: str, adapters: Any,
     assert prompt.origin is not None
     assert prompt.origin.notes == ()
     assert prompt.head.keys() == set(heads.HEADS[family][kind].tensors().values())
-    put(tmp_path / "ours", FORMAT.write(prompt, None))
+    put(tmp_path / "ours", as_bytes(FORMAT.write(prompt, None)))
     for folder in ("theirs", "ours"):
         again = copy.deepcopy(fresh)
         adapters.init(again)
@@ -385,7 +385,7 @@ def test_a_flex_head_that_computes_the_same(family: str, kind: str, adapters: An
         loaded = ENGINE.load(copy.deepcopy(fresh), prompt, tmp_path / "theirs")
         np.testing.assert_array_equal(logits(loaded, kind), logits(attached, kind))
 
-    put(tmp_path / "ours", FORMAT.write(prompt, None))
+    put(tmp_path / "ours", as_bytes(FORMAT.write(prompt, None)))
     if kind in heads.LANGUAGE_MODELS:
         return  # written for the transformers class
     # And back into a class of the package's own.

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from softbridge.arrays import same_array
 from softbridge.base import BaseModel, build
 from softbridge.geometry import read_geometry
+from softbridge.testing import as_bytes
 from softbridge.untrusted import Files
 from softbridge_adapterhub import facts
 from softbridge_adapterhub.engine import ENGINE
@@ -100,7 +101,7 @@ def test_a_file_is_read_as_the_package_runs_it(family: str, config: dict[str, An
         assert not FORMAT.obstacles(prompt, None)
         loaded = logits(ENGINE.load(copy.deepcopy(model), prompt, Path(folder)))
         (Path(folder) / "again").mkdir()
-        for name, content in FORMAT.write(prompt, None).items():
+        for name, content in as_bytes(FORMAT.write(prompt, None)).items():
             (Path(folder) / "again" / name).write_bytes(content)
         again = Files(Path(folder) / "again").tensors(facts.WEIGHTS_FILE)
     running.adapter_to("mine", dtype=torch.float64)

@@ -19,7 +19,7 @@ from softbridge.arrays import Array
 from softbridge.errors import CheckpointError, LoweringError
 from softbridge.geometry import Geometry, read_geometry
 from softbridge.prompt import Positions, SoftPrompt
-from softbridge.testing import apart, random_prefix, tiny_config, tiny_model
+from softbridge.testing import apart, as_bytes, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files
 from softbridge_adapterhub import facts
 from softbridge_adapterhub.engine import ENGINE
@@ -48,7 +48,7 @@ def put(folder: Path, files: Mapping[str, bytes]) -> Path:
 
 def union(geometry: Geometry, folder: Path, *others: Mapping[str, Any]) -> Path:
     """A prefix in a union with others, whose tensors stand in the same file."""
-    written = dict(FORMAT.write(prefix_for(geometry), None))
+    written = as_bytes(FORMAT.write(prefix_for(geometry), None))
     document = json.loads(written[facts.CONFIG_FILE])
     document["config"] = {"architecture": "union", "configs": [document["config"], *others]}
     tensors = Files(put(folder, written)).tensors(facts.WEIGHTS_FILE)
@@ -97,7 +97,7 @@ def test_of_a_union_the_soft_prompt_is_read_and_the_rest_named(geometry: Geometr
     assert prompt.origin.notes == ("of a union the soft prompt alone is read, and 'bottleneck' and 'lora' left out",)
     assert "a union with 'bottleneck' and 'lora'" in prompt.origin.partial
     # Written again it is a prefix and no union.
-    again = FORMAT.write(prompt, geometry)
+    again = as_bytes(FORMAT.write(prompt, geometry))
     assert json.loads(again[facts.CONFIG_FILE])["config"]["architecture"] == "prefix_tuning"
     whole = FORMAT.read(Files(put(tmp_path / "y", again)), geometry)
     assert whole == prompt
@@ -132,7 +132,7 @@ def single(name: str) -> dict[str, Any]:
 
 def test_a_setup_of_one_adapter(geometry: Geometry, tmp_path: Path) -> None:
     folder = put(tmp_path / "x", setup({"type": "Stack", "children": [single("mine")]}))
-    put(folder / "mine", FORMAT.write(prefix_for(geometry), None))
+    put(folder / "mine", as_bytes(FORMAT.write(prefix_for(geometry), None)))
     files = Files(folder)
     assert FORMAT.sniff(files)
     prompt = FORMAT.read(files, geometry)

@@ -85,7 +85,7 @@ def put(folder: Path, content: bytes) -> Files:
 
 
 def written(folder: Path, prompt: SoftPrompt, geometry: Geometry | None, encoding: str = "safetensors") -> Files:
-    return put(folder, FORMAT.write(prompt, geometry, encoding)[FILE])
+    return put(folder, bytes(FORMAT.write(prompt, geometry, encoding)[FILE]))
 
 
 def same(one: SoftPrompt, other: SoftPrompt) -> bool:
@@ -110,7 +110,7 @@ def test_what_is_written_is_read_bit_for_bit(family: str, dtype: Any, encoding: 
         assert same(again, prompt)
         assert again.positions == prompt.positions
         assert again.base == BaseId("a/base", geometry)
-    assert FORMAT.write(again, base.geometry, encoding)[FILE] == files.path.read_bytes()
+    assert bytes(FORMAT.write(again, base.geometry, encoding)[FILE]) == files.path.read_bytes()
 
 
 @pytest.mark.parametrize("encoding", LAYOUTS)
@@ -160,7 +160,7 @@ def test_what_a_caller_wrote_beside_a_cache_is_given_back() -> None:
     geometry = base_of("gemma3_text").geometry
     assert geometry.decoder is not None
     shape = replace(geometry.decoder, layers=3, head_dim=4, kinds=None)  # which layers have a window, the file says
-    content = FORMAT.write(prompt, replace(geometry, decoder=shape))[FILE]
+    content = bytes(FORMAT.write(prompt, replace(geometry, decoder=shape))[FILE])
     assert tensors.keys() == opened_bytes(content)[0].keys()
     assert opened_bytes(content)[1] == {**metadata, **kept}
 
@@ -242,7 +242,7 @@ def test_which_layers_have_a_window_must_be_known(tmp_path: Path) -> None:
         lowered(prompt, None)
     # A cache that was read knows it by itself.
     read = FORMAT.read(written(tmp_path, prompt, geometry), recorded)
-    assert FORMAT.write(lowered(read, None).prompt, recorded)[FILE] == (tmp_path / FILE).read_bytes()
+    assert bytes(FORMAT.write(lowered(read, None).prompt, recorded)[FILE]) == (tmp_path / FILE).read_bytes()
 
 
 def test_a_cache_for_another_model_is_refused(tmp_path: Path) -> None:

@@ -38,6 +38,7 @@ from softbridge.testing import (
     TINY,
     agreement,
     apart,
+    as_bytes,
     random_adaption,
     random_input_prompt,
     random_prefix,
@@ -893,7 +894,7 @@ def test_t5_bias_is_that_of_a_seeded_cache(bias: str, implementation: str, monke
 def test_the_format_recognises_its_own_files(tmp_path: Path) -> None:
     model = token_model("gpt2")
     prompt = make_prompt(model, "prefix")
-    for name, content in FORMAT.write(prompt, None).items():
+    for name, content in as_bytes(FORMAT.write(prompt, None)).items():
         (tmp_path / name).write_bytes(content)
     (tmp_path / "alone").mkdir()
     renamed = tmp_path / "alone" / "mine.safetensors"

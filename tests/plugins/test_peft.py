@@ -25,7 +25,7 @@ from softbridge.geometry import Stack, read_geometry
 from softbridge.lowering.planner import plan
 from softbridge.lowering.steps import Target
 from softbridge.prompt import Gate, InputPrompt, KeyValue, KeyValuePrefix, Origin, Positions, SoftPrompt
-from softbridge.testing import TINY, random_input_prompt, random_prefix
+from softbridge.testing import TINY, as_bytes, random_input_prompt, random_prefix
 from softbridge.untrusted import Files, safetensors_bytes
 from softbridge_compat import peft_defects
 from softbridge_peft import facts, origin
@@ -171,12 +171,12 @@ def test_toolkit_file_is_read_and_written_as_the_same_function(
     kinds = {"multitask": "multitask", "cartridge": "cartridge"}
     assert (prompt.training and prompt.training.kind) == kinds.get(method)
 
-    content = FORMAT.write(prompt, geometry)
+    content = as_bytes(FORMAT.write(prompt, geometry))
     assert set(content) == {facts.CONFIG_FILE, facts.WEIGHTS_FILES[0]}
     written = put(tmp_path / "written", content)
     again = read(written, model)
     assert again == prompt
-    assert FORMAT.write(again, geometry) == content
+    assert as_bytes(FORMAT.write(again, geometry)) == content
 
     assert same_tensors(written, source)
     assert config_in(written) == config_in(source)
@@ -207,7 +207,7 @@ def test_numbers_that_peft_never_uses_are_kept_where_they_belong_to_the_prompt(
     kept = tensors_in(source)[facts.PROMPT]
 
     def written(prompt: SoftPrompt, geometry: Any = None) -> tuple[int, Any]:
-        content = FORMAT.write(prompt, geometry)
+        content = as_bytes(FORMAT.write(prompt, geometry))
         tensors = safetensors.numpy.load(content[facts.WEIGHTS_FILES[0]])
         return json.loads(content[facts.CONFIG_FILE])["num_transformer_submodules"], tensors[facts.PROMPT]
 
@@ -239,7 +239,7 @@ def test_odd_number_of_decoder_layers_is_a_permutation(trained: Callable[..., Pa
     sizes = {"num_layers": 3, "num_decoder_layers": 3}
     source = trained("t5", "prefix-tuning", **sizes)
     prompt = read(source)
-    written = put(tmp_path / "written", FORMAT.write(prompt, None))
+    written = put(tmp_path / "written", as_bytes(FORMAT.write(prompt, None)))
     assert same_tensors(written, source)
     assert config_in(written) == config_in(source)
     blocks = KeyValuePrefix.from_flat("self", tensors_in(source)[facts.PROMPT], (0, 1, 2), 4, 8).layers
@@ -328,7 +328,7 @@ def test_prompt_from_elsewhere_becomes_the_file_that_peft_would_write(
         layers = prompt.prefixes[0].layers
         prompt = replace(prompt, parts=(KeyValuePrefix("self", {i: layers[i % 2] for i in layers}),))
     assert not FORMAT.obstacles(prompt, geometry)
-    written = put(tmp_path / "written", FORMAT.write(prompt, None))
+    written = put(tmp_path / "written", as_bytes(FORMAT.write(prompt, None)))
     assert read(written, model) == prompt
     if family == "bert":  # no classifier came along, so that PEFT would refuse a task with one
         model = model.base_model
@@ -406,7 +406,7 @@ def test_short_floats_keep_their_precision(dtype: Any, tmp_path: Path) -> None:
     model = tiny_model("llama")
     prompt = random_input_prompt(read_geometry(model.config), LENGTH)
     prompt = replace(prompt, parts=(replace(prompt.inputs[0], vectors=prompt.inputs[0].vectors.astype(dtype)),))
-    written = put(tmp_path / "written", FORMAT.write(prompt, None))
+    written = put(tmp_path / "written", as_bytes(FORMAT.write(prompt, None)))
     assert read(written, model) == prompt
     expected = logits(peft.PeftModel.from_pretrained(tiny_model("llama"), written).eval())
     attached = ENGINE.attach(model, prompt)
@@ -418,7 +418,7 @@ def test_classifier_rides_along(trained: Callable[..., Path], tmp_path: Path) ->
     source = trained("bert", "prompt-tuning")
     prompt = read(source, tiny_model("bert"))
     assert list(prompt.head) == ["classifier.bias", "classifier.weight"]
-    fresh = put(tmp_path / "fresh", FORMAT.write(replace(prompt, origin=None), None))
+    fresh = put(tmp_path / "fresh", as_bytes(FORMAT.write(replace(prompt, origin=None), None)))
     assert config_in(fresh)["task_type"] == "SEQ_CLS"
     assert config_in(fresh)["modules_to_save"] == ["classifier"]
     expected = logits(peft.PeftModel.from_pretrained(tiny_model("bert"), source).eval())
@@ -479,7 +479,7 @@ def test_loaded_by_peft_is_attached_by_us(
         other = replace(prompt, parts=(change(prompt.parts[0]),))
         assert torch.equal(logits(ENGINE.load(tiny_model(family), other, source)), found)
         other = replace(other, training=None)
-        directory = put(tmp_path / change.__name__, FORMAT.write(other, read_geometry(tiny_config(family))))
+        directory = put(tmp_path / change.__name__, as_bytes(FORMAT.write(other, read_geometry(tiny_config(family)))))
         assert far(logits(ENGINE.load(tiny_model(family), prompt, directory)), expected), change.__name__
 
 
@@ -488,7 +488,7 @@ def test_loaded_head_is_that_of_the_file(trained: Callable[..., Path], tmp_path:
     prompt = read(source, tiny_model("bert"))
     expected = logits(ENGINE.load(tiny_model("bert"), replace(prompt, head={}), source))
     other = {name: array + 1 for name, array in prompt.head.items()}
-    directory = put(tmp_path / "other", FORMAT.write(replace(prompt, head=other), None))
+    directory = put(tmp_path / "other", as_bytes(FORMAT.write(replace(prompt, head=other), None)))
     found = logits(ENGINE.load(tiny_model("bert"), prompt, directory))
     assert far(found, expected)
     assert torch.equal(found, logits(softbridge.attach(tiny_model("bert"), replace(prompt, head=other), "peft")))
@@ -498,7 +498,7 @@ def test_loaded_head_is_that_of_the_file(trained: Callable[..., Path], tmp_path:
 def test_loaded_without_a_head_runs_under_the_models_own(make: Callable[..., SoftPrompt], tmp_path: Path) -> None:
     """Without a classifier the file is for feature extraction, as PEFT would refuse it otherwise."""
     prompt = make(read_geometry(tiny_config("bert")), LENGTH)
-    directory = put(tmp_path / "written", FORMAT.write(prompt, None))
+    directory = put(tmp_path / "written", as_bytes(FORMAT.write(prompt, None)))
     assert config_in(directory)["task_type"] == "FEATURE_EXTRACTION"
     starts = (LENGTH,) if make is random_input_prompt else (LENGTH, 0)
     for start in starts:
@@ -663,7 +663,7 @@ def test_what_peft_cannot_hold_is_an_obstacle() -> None:
     assert names(random_prefix(t5, sites=("encoder",)), "t5") == ["stack"]
     assert names(random_input_prompt(t5, stack="decoder"), "t5") == ["stack"]
     with pytest.raises(BaseModelError, match="task"):
-        FORMAT.write(SoftPrompt(vectors.parts, vectors.positions), None)
+        as_bytes(FORMAT.write(SoftPrompt(vectors.parts, vectors.positions), None))
 
 
 def test_what_the_engine_cannot_run_is_an_obstacle() -> None:
@@ -735,7 +735,7 @@ def test_real_file() -> None:
     part = prompt.inputs[0]
     assert (part.vectors.shape, part.stack) == ((8, 1024), "decoder")
     assert prompt.base.name == "bigscience/bloomz-560m"
-    content = FORMAT.write(prompt, None)
+    content = as_bytes(FORMAT.write(prompt, None))
     theirs = config_in(REAL)
     assert json.loads(content[facts.CONFIG_FILE]) == theirs
 

@@ -36,7 +36,7 @@ from softbridge.methods import (
     rematerialise,
 )
 from softbridge.prompt import SoftPrompt, Training
-from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.testing import as_bytes, random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.untrusted import Files, safetensors_bytes
 from softbridge_compat import peft_defects
 from softbridge_peft import adaption, example, facts
@@ -435,7 +435,7 @@ def rewritten(directory: Path, tensors: Mapping[str, Array], **metadata: str) ->
 def test_a_training_file_of_another_prompt_is_refused(tmp_path: Path) -> None:
     model = live("llama", "p-tuning")
     geometry = read_geometry(tiny_config("llama"))
-    folder = put(tmp_path / "ours", FORMAT.write(ENGINE.extract(model), geometry))
+    folder = put(tmp_path / "ours", as_bytes(FORMAT.write(ENGINE.extract(model), geometry)))
     with torch.no_grad():
         model.prompt_encoder["default"].embedding.weight += 1
     model.save_pretrained(folder)  # PEFT writes over its own files, and lets ours lie
@@ -493,7 +493,7 @@ def test_the_task_that_is_meant_is_not_dropped_with_the_matrices(trained: Make, 
 def test_a_broken_training_file_is_refused_by_name(tmp_path: Path) -> None:
     prompt = ENGINE.extract(live("llama", "p-tuning"))
     assert prompt.training is not None
-    content = FORMAT.write(prompt, read_geometry(tiny_config("llama")))
+    content = as_bytes(FORMAT.write(prompt, read_geometry(tiny_config("llama"))))
     good = {"kind": prompt.training.kind, "settings": json.dumps(dict(prompt.training.settings))}
     tensors = dict(prompt.training.tensors)
     assert read(rewritten(put(tmp_path / "good", content), tensors, **good), "llama") == prompt
@@ -700,7 +700,7 @@ def valid() -> list[dict[str, bytes]]:
     geometry = read_geometry(tiny_config("llama"))
     prompts = [ENGINE.extract(live("llama", method)) for method in ("p-tuning", "prefix-tuning-projected", "multitask")]
     prompts[-1] = rematerialise(prompts[-1], 1)
-    return [dict(FORMAT.write(prompt, geometry)) for prompt in prompts]
+    return [as_bytes(FORMAT.write(prompt, geometry)) for prompt in prompts]
 
 
 JSON = (
@@ -844,6 +844,6 @@ def test_training_state_without_a_task_is_of_the_first() -> None:
     assert prompt.training is not None
     silent = replace(prompt, training=Training("multitask", {}, prompt.training.tensors))
     assert rematerialise(silent) == silent
-    content = FORMAT.write(silent, None)
+    content = as_bytes(FORMAT.write(silent, None))
     assert facts.TRAINING_FILE in content
     assert "torch.full((B,), 0)" in FORMAT.advice(silent, None)[0]

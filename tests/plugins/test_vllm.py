@@ -42,7 +42,7 @@ LLAMA = BaseModel(tiny_config("llama"))
 def written(path: Path, prompt: SoftPrompt, geometry: Geometry | None = None) -> Path:
     """In the plugin's own format, as one file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(FORMAT.write(prompt, geometry)[FILE])
+    path.write_bytes(bytes(FORMAT.write(prompt, geometry)[FILE]))
     return path
 
 

@@ -32,8 +32,8 @@ from softbridge.lowering.planner import lower
 from softbridge.lowering.steps import Target
 from softbridge.plugin.serving import Request
 from softbridge.prompt import KeyValue, KeyValuePrefix, SoftPrompt
-from softbridge.testing import random_input_prompt, random_prefix
-from softbridge.untrusted import Files
+from softbridge.testing import as_bytes, random_input_prompt, random_prefix
+from softbridge.untrusted import Files, Streamed
 from softbridge.verification.serving import Serving, judge
 from softbridge_mlx.families import FAMILIES
 from softbridge_mlx.format import FILE, FORMAT, LAYOUTS
@@ -193,7 +193,7 @@ def test_mlx_lm_loads_our_file_as_its_own_bit_for_bit(length: int, dtype: Any, t
     prompt = narrowed(random_prefix(base.geometry, length), dtype)
     layers = prompt.prefixes[0].layers
     ours = tmp_path / "ours.safetensors"
-    ours.write_bytes(FORMAT.write(prompt, base.geometry)[FILE])
+    ours.write_bytes(bytes(FORMAT.write(prompt, base.geometry)[FILE]))
     names = {np.float32: mx.float32, np.float16: mx.float16, BFLOAT16: mx.bfloat16}
     made = [RotatingKVCache(max_size=WINDOW) if n < 5 else KVCache() for n in range(6)]
     for cache, pair in zip(made, layers.values(), strict=True):
@@ -253,7 +253,7 @@ class Opened:
         self.prompts = {}
         for name, length in (("five", 5), ("nine", 9)):
             path = folder / f"{name}.safetensors"
-            path.write_bytes(FORMAT.write(random_prefix(self.base.geometry, length), self.base.geometry)[FILE])
+            path.write_bytes(bytes(FORMAT.write(random_prefix(self.base.geometry, length), self.base.geometry)[FILE]))
             self.prompts[name] = path
 
     def open(self, **more: Path) -> Any:
@@ -290,7 +290,7 @@ def test_a_prompt_that_is_not_known_is_never_served_bare(opened: Opened) -> None
 
 def test_a_prompt_for_another_model_does_not_open(opened: Opened, tmp_path: Path) -> None:
     other = BaseModel.resolve(config_of("llama", num_key_value_heads=4)).geometry
-    (tmp_path / "other.safetensors").write_bytes(FORMAT.write(random_prefix(other), other)[FILE])
+    (tmp_path / "other.safetensors").write_bytes(bytes(FORMAT.write(random_prefix(other), other)[FILE]))
     with (
         pytest.raises(EngineError, match=r"the prompt 'other': .*does not fit"),
         opened.open(other=tmp_path / "other.safetensors"),
@@ -298,7 +298,7 @@ def test_a_prompt_for_another_model_does_not_open(opened: Opened, tmp_path: Path
         pass
     gemma = BaseModel.resolve(config_of("gemma3_text")).geometry
     windowed = replace(gemma, model_type="gemma3_text")
-    (tmp_path / "w.safetensors").write_bytes(FORMAT.write(random_prefix(windowed), windowed)[FILE])
+    (tmp_path / "w.safetensors").write_bytes(bytes(FORMAT.write(random_prefix(windowed), windowed)[FILE]))
     with (
         pytest.raises(EngineError, match=r"the prompt 'w': caches with windows of 8"),
         opened.open(w=tmp_path / "w.safetensors"),
@@ -310,7 +310,7 @@ def test_a_prompt_for_another_model_does_not_open(opened: Opened, tmp_path: Path
 
 
 def test_the_older_layout_is_not_loaded_by_this_release(opened: Opened, tmp_path: Path) -> None:
-    content = FORMAT.write(random_prefix(opened.base.geometry), opened.base.geometry, "safetensors-0.31")
+    content = as_bytes(FORMAT.write(random_prefix(opened.base.geometry), opened.base.geometry, "safetensors-0.31"))
     (tmp_path / "older.safetensors").write_bytes(content[FILE])
     with (
         pytest.raises(EngineError, match="does not load the prompt 'older'"),
@@ -333,7 +333,7 @@ def test_a_text_beyond_a_window_that_mlx_lm_has_not_is_refused(tmp_path: Path) -
     base = base_of("mistral", sliding_window=16)
     base.weights(torch.float32).save_pretrained(tmp_path / "base")
     prompt = lowered(random_prefix(base.geometry, 5), base)
-    (tmp_path / FILE).write_bytes(FORMAT.write(prompt, base.geometry)[FILE])
+    (tmp_path / FILE).write_bytes(bytes(FORMAT.write(prompt, base.geometry)[FILE]))
     with SERVER.open(tmp_path / "base", {"it": tmp_path / FILE}, tmp_path) as ask:
         ask([Request((5,) * 8, "it")], 3)
         with pytest.raises(EngineError, match=r"17 tokens, .* and mlx-lm has no sliding window"):
@@ -343,7 +343,7 @@ def test_a_text_beyond_a_window_that_mlx_lm_has_not_is_refused(tmp_path: Path) -
 def test_a_text_beyond_a_table_of_positions_is_refused(tmp_path: Path) -> None:
     base = base_of("gpt2", n_positions=16)
     base.weights(torch.float32).save_pretrained(tmp_path / "base")
-    (tmp_path / FILE).write_bytes(FORMAT.write(random_prefix(base.geometry, 5), base.geometry)[FILE])
+    (tmp_path / FILE).write_bytes(bytes(FORMAT.write(random_prefix(base.geometry, 5), base.geometry)[FILE]))
     with SERVER.open(tmp_path / "base", {"it": tmp_path / FILE}, tmp_path) as ask:
         ask([Request((5,) * 8, "it")], 3)
         with pytest.raises(EngineError, match=r"17 tokens, .* and a table of 16 positions"):
@@ -352,7 +352,7 @@ def test_a_text_beyond_a_table_of_positions_is_refused(tmp_path: Path) -> None:
 
 def test_rows_keep_their_precision_beside_a_prompt_in_less(opened: Opened, tmp_path: Path) -> None:
     short = narrowed(random_prefix(opened.base.geometry, 5, seed=1), BFLOAT16)
-    (tmp_path / "short.safetensors").write_bytes(FORMAT.write(short, opened.base.geometry)[FILE])
+    (tmp_path / "short.safetensors").write_bytes(bytes(FORMAT.write(short, opened.base.geometry)[FILE]))
     with opened.open(short=tmp_path / "short.safetensors") as ask:
         (alone,) = ask([Request((5, 6, 7), "nine")], 4)
         together = ask([Request((5, 6, 7), "short"), Request((5, 6, 7), "nine")], 4)
@@ -419,7 +419,7 @@ def test_files_that_mlx_lm_answers_otherwise_are_not_written(
     prompt = random_prefix(BaseModel.resolve(directory).geometry)
     sb.save(prompt, tmp_path / "peft", format="peft", base=directory)
 
-    def wrong(caches: Any, given: Any, layout: Any, write: Callable[..., bytes]) -> bytes:
+    def wrong(caches: Any, given: Any, layout: Any, write: Callable[..., Streamed]) -> Streamed:
         return write([replace(one, keys=one.keys[:, ::-1]) for one in caches], given, layout)
 
     from softbridge_mlx import prompt_cache

@@ -23,7 +23,7 @@ from softbridge.lowering.precision import as_dtype
 from softbridge.lowering.steps import Target
 from softbridge.plugin.serving import Answer, Request
 from softbridge.prompt import SoftPrompt
-from softbridge.testing import random_input_prompt, random_prefix, tiny_config, tiny_model
+from softbridge.testing import as_bytes, random_input_prompt, random_prefix, tiny_config, tiny_model
 from softbridge.verification import serving
 from softbridge.verification.serving import FACTOR, judge
 from softbridge_vllm.client import Prompts
@@ -253,7 +253,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def written(folder: Path, prompt: SoftPrompt) -> Path:
-    for name, content in FORMAT.write(prompt, None).items():
+    for name, content in as_bytes(FORMAT.write(prompt, None)).items():
         (folder / "mood").mkdir(parents=True)
         (folder / "mood" / name).write_bytes(content)
     return folder

@@ -130,8 +130,8 @@ class DropIn(Derived):
         model: Any = self
         folder = Path(save_directory)
 
-        def check(written: Path) -> None:
-            if pack(unpack(Files(written), WEIGHTS_FILE)) != weights:
+        def check(files: Files) -> None:
+            if pack(unpack(files, WEIGHTS_FILE)) != weights:
                 raise OutputError(
                     f"{WEIGHTS_FILE} reads back as another prompt",
                     "the prompt that was to be written",

@@ -44,6 +44,9 @@ ROUNDING = 1e-9
 #: Angles at position 10^5 are rounded to 10^-2 in float32; a changed frequency moves the map by about 1.
 REGIME_TOLERANCE = 0.05
 
+#: How many tokens show whether a map is the one that was expected.
+FEW = 8
+
 #: Prompts of a collection are of few lengths, and a large model's maps take megabytes.
 MOVES = 8
 
@@ -94,16 +97,16 @@ class PositionScheme:
         is exact only while prompt and text stay within one regime."""
         if self.kind != "rotary" or self._keys is None:
             return False
-        position, once = 16, self._keys.maps(16)
+        position, maps = 16, self._keys.maps(16)
         while position <= 2 * self._keys.longest:  # doubling meets every regime on the way
             position *= 2
+            maps = {layer: matrix @ matrix for layer, matrix in maps.items()}
             try:
-                twice = self._keys.maps(position)
+                moved = self._keys.misfit(position, maps)
             except (IndexError, RuntimeError):  # a table of positions that ends here, as GPT-J's: no other regime
                 return False
-            if any(np.abs(once[layer] @ once[layer] - twice[layer]).max() > REGIME_TOLERANCE for layer in once):
+            if moved > REGIME_TOLERANCE:
                 return True
-            once = twice
         return False
 
 
@@ -116,19 +119,30 @@ class _Keys:
         self.model = model
         self.longest = longest
         generator = torch.Generator().manual_seed(0)
-        # Four times as many samples as unknowns per row: the system is then well conditioned.
-        size = (4 * head_dim, 1, model.get_input_embeddings().embedding_dim)
+        # Twice as many samples as unknowns per row: the system is then well conditioned.
+        size = (2 * head_dim, 1, model.get_input_embeddings().embedding_dim)
         self.tokens = torch.randn(size, generator=generator, dtype=torch.float64)
         self.origin, self.values = self.at(0)
         self.maps = lru_cache(MOVES)(self._maps)
 
-    def at(self, position: int) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
-        """Keys and values of all layers that have some, each [N, D], with every token at `position`."""
+    def misfit(self, position: int, maps: dict[int, Array]) -> float:
+        """How far keys at `position` are from what the maps make of those at 0, relative to the largest.
+
+        A few tokens show it, which cost less than to measure the maps there.
+        """
         import torch
 
-        positions = torch.full((self.tokens.shape[0], 1), position)
+        keys, _ = self.at(position, FEW)
+        return max(_misfit(self.origin[n][:FEW], torch.from_numpy(maps[n]), keys[n]) for n in maps)
+
+    def at(self, position: int, most: int | None = None) -> tuple[dict[int, torch.Tensor], dict[int, torch.Tensor]]:
+        """Keys and values of all layers that have some, each [N, D], with every token, or so many, at `position`."""
+        import torch
+
+        tokens = self.tokens[:most]
+        positions = torch.full((tokens.shape[0], 1), position)
         with torch.no_grad():
-            cache = caches.of(self.model(inputs_embeds=self.tokens, position_ids=positions, use_cache=True))
+            cache = caches.of(self.model(inputs_embeds=tokens, position_ids=positions, use_cache=True))
         cache = getattr(cache, "self_attention_cache", cache)
         held = caches.pairs(cache)
         return {n: keys[:, 0, 0] for n, (keys, _) in held.items()}, {n: v[:, 0, 0] for n, (_, v) in held.items()}

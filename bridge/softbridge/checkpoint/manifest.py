@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -100,15 +99,10 @@ def names_of(steps: Sequence[Step], exactness: Exactness) -> tuple[str, ...]:
     return tuple(step.name for step in steps if step.exactness == exactness)
 
 
-def sha256_of(data: bytes) -> str:
-    """The digest of bytes, hexadecimal."""
-    return hashlib.sha256(data).hexdigest()
-
-
 def signed(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """The manifest with a digest of itself, by which damage is noticed. (It keeps nobody from making another.)"""
     said = {name: value for name, value in manifest.items() if name != "digest"}
-    return {**said, "digest": sha256_of(untrusted.json_bytes(said))}
+    return {**said, "digest": untrusted.sha256_of(untrusted.json_bytes(said))}
 
 
 def same_attention(a: Geometry, b: Geometry) -> bool:

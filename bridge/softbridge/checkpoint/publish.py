@@ -6,7 +6,7 @@ written, and nothing else of the folder.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,16 +45,14 @@ def check_publishable(repository: str) -> None:
         raise PublishError("no token for the hub", "one that may write", "run 'hf auth login', or set HF_TOKEN")
 
 
-def publish(
-    repository: str, files: Mapping[str, bytes], *, title: str, written: Path, create: bool = False
-) -> PullRequest:
+def publish(repository: str, folder: Path, files: Collection[str], *, title: str, create: bool = False) -> PullRequest:
     """Open a pull request with these files.
 
     Args:
         repository: ``owner/name``.
-        files: name -> content.
+        folder: where they are on this machine.
+        files: their names.
         title: of the request.
-        written: where they are on this machine, for an error to say.
         create: make the repository, private, if it does not exist.
 
     Raises:
@@ -63,15 +61,15 @@ def publish(
     from huggingface_hub import CommitOperationAdd, HfApi
 
     api = HfApi()
-    with _explained(repository, written):
+    with _explained(repository, folder):
         if create:
             api.create_repo(repository, private=True, exist_ok=True)
         there = set(api.list_repo_files(repository))
-        replaces = tuple(sorted(there & files.keys()))
+        replaces = tuple(sorted(there & set(files)))
         description = "Written by softbridge. README.md says what the prompt is, and how it was verified."
         if replaces:
             description += "\n\nIt replaces these files, which are there already: " + ", ".join(replaces)
-        adds = [CommitOperationAdd(name, content) for name, content in files.items()]
+        adds = [CommitOperationAdd(name, folder / name) for name in files]
         done = api.create_commit(repository, adds, commit_message=title, commit_description=description, create_pr=True)
     return PullRequest(done.pr_url, replaces)
 

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from softbridge import parts, untrusted
-from softbridge.arrays import same_array
+from softbridge.arrays import same_array, same_arrays
 from softbridge.base.model import BaseModel
 from softbridge.checkpoint.card import model_card
 from softbridge.checkpoint.choice import ALL, Choice
-from softbridge.checkpoint.manifest import CARD, MANIFEST, MANIFEST_VERSION, Loaded, names_of, sha256_of, signed
+from softbridge.checkpoint.manifest import CARD, MANIFEST, MANIFEST_VERSION, Loaded, names_of, signed
 from softbridge.checkpoint.read import matching, read_files
 from softbridge.errors import OutputError
 from softbridge.lowering.planner import Lowering, lower
@@ -20,6 +20,7 @@ from softbridge.lowering.steps import Target
 from softbridge.plugin.hookspecs import Format
 from softbridge.plugin.registry import format_named, formats
 from softbridge.prompt.soft_prompt import BaseId, SoftPrompt
+from softbridge.untrusted import Content, Written
 
 #: Suffixes that name a file rather than a directory, whatever the format.
 FILE_SUFFIXES = frozenset((".npy", ".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".zip", ".prompt"))
@@ -89,8 +90,8 @@ def check_encoding(form: Format, encoding: str | None) -> None:
 
 def prepare(
     prompt: SoftPrompt, form: Format, target: Target, accept: Collection[str], encoding: str | None
-) -> tuple[Lowering, Mapping[str, bytes]]:
-    """The prompt as the format can hold it, and the bytes of its files.
+) -> tuple[Lowering, Mapping[str, Content]]:
+    """The prompt as the format can hold it, and its files.
 
     Raises:
         OutputError: the format does not have this encoding.
@@ -131,7 +132,7 @@ def check_target(target: Path, overwrite: bool) -> None:
         )
 
 
-def is_file_of(target: Path, content: Mapping[str, bytes]) -> bool:
+def is_file_of(target: Path, content: Mapping[str, Content]) -> bool:
     """Whether the target names the format's one file rather than a directory.
 
     Raises:
@@ -149,9 +150,21 @@ def is_file_of(target: Path, content: Mapping[str, bytes]) -> bool:
     return True
 
 
+def _same_numbers(a: SoftPrompt, b: SoftPrompt) -> bool:
+    """Whether two prompts have the same arrays, in the same places: found in one pass where they lie alike."""
+    return a.parts == b.parts and same_arrays(a.head, b.head) and a.training == b.training
+
+
+def _other_numbers(found: SoftPrompt, wanted: SoftPrompt) -> list[str]:
+    """Names of the wanted arrays that were not found so."""
+    there = parts.named_arrays(found)
+    ours = parts.named_arrays(wanted)
+    return [name for name, array in ours.items() if name not in there or not same_array(array, there[name])]
+
+
 def write_files(
     target: Path,
-    content: Mapping[str, bytes],
+    content: Mapping[str, Content],
     lowering: Lowering,
     form: Format,
     base: BaseModel | None,
@@ -160,18 +173,16 @@ def write_files(
     dtype: str | None = None,
     choice: Choice = ALL,
     card: bytes | None = None,
-) -> Mapping[str, bytes]:
+) -> Mapping[str, Written]:
     """Put the files in place with their manifest and their card, once they were read back and hold what they should.
 
     Returns: what was written.
     """
 
-    def check(written: Path) -> None:
-        geometry = lowering.prompt.base.geometry
-        loaded = read_files(untrusted.Files(written), form, geometry)
+    def check(files: untrusted.Files) -> None:
+        loaded = read_files(files, form, lowering.prompt.base.geometry)
         again = loaded.prompt
-        ours, theirs = parts.named_arrays(lowering.prompt), parts.named_arrays(again)
-        wrong = [name for name, array in ours.items() if name not in theirs or not same_array(array, theirs[name])]
+        wrong = [] if _same_numbers(again, lowering.prompt) else _other_numbers(again, lowering.prompt)
         # What the files alone say, without the manifest, is what the toolkit does with them.
         said = again.positions if "positions" in conditions else loaded.alone
         wrong += ["positions"] * (not again.positions == said == lowering.prompt.positions)
@@ -192,8 +203,8 @@ def write_files(
                 "a directory as the target",
                 f"write to {target.with_suffix('')}",
             )
-        untrusted.write_file(target, next(iter(content.values())), overwrite=overwrite, check=check)
-        return content
+        name, one = next(iter(content.items()))
+        return {name: untrusted.write_file(target, one, overwrite=overwrite, check=check)}
     manifest: dict[str, Any] = {
         "softbridge": MANIFEST_VERSION,
         "format": form.name,
@@ -202,7 +213,6 @@ def write_files(
         "advice": list(advice_for(lowering, form, base)),
         "steps": [asdict(step) for step in lowering.steps],
         "dtype": dtype,
-        "files": {name: sha256_of(data) for name, data in content.items()},
     }
     scale = {part.stack: part.told_scale for part in lowering.prompt.inputs if part.told_scale is not None}
     if scale:
@@ -211,6 +221,10 @@ def write_files(
         manifest["source"] = {"format": source.format.name, "digests": dict(source.digests)}
     if choice != ALL:
         manifest["choice"] = asdict(choice)
-    whole = {**content, **({} if card is None else {CARD: card}), MANIFEST: untrusted.json_bytes(signed(manifest))}
-    untrusted.write(target, whole, overwrite=overwrite, check=check)
-    return whole
+
+    def last(written: Mapping[str, Written]) -> bytes:
+        digests = {name: written[name].sha256 for name in content}
+        return untrusted.json_bytes(signed({**manifest, "files": digests}))
+
+    beside = {} if card is None else {CARD: card}
+    return untrusted.write(target, {**content, **beside, MANIFEST: last}, overwrite=overwrite, check=check)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from softbridge import choices
-from softbridge.arrays import BFLOAT16, Array
+from softbridge.arrays import BFLOAT16, Array, blocks
 from softbridge.errors import Obstacle
 from softbridge.lowering.steps import ELSEWHERE, Exactness, Option, Step, Target
 from softbridge.prompt.part import Adaption, AdaptionPrompt, Gate, InputPrompt, KeyValue, Part
@@ -110,20 +110,31 @@ class _Loss:
 
 
 def _loss(arrays: Sequence[Array], dtype: np.dtype[Any]) -> _Loss:
-    exact = np.concatenate([array.astype(np.float64).ravel() for array in arrays])
-    with np.errstate(over="ignore", under="ignore"):
-        stored = np.concatenate([array.astype(dtype).astype(np.float64).ravel() for array in arrays])
-        size = np.abs(exact)
-        change = np.divide(np.abs(stored - exact), size, out=np.zeros_like(exact), where=size > 0)
-    gone, over = (stored == 0) & (size > 0), ~np.isfinite(stored)
+    error, numbers, filled = 0.0, 0, 0
+    over, gone = _Count(), _Count()
+    for (block,) in (one for array in arrays for one in blocks(array)):
+        with np.errstate(over="ignore", under="ignore"):
+            exact, stored = block.astype(np.float64), block.astype(dtype).astype(np.float64)
+            size = np.abs(exact)
+            change = np.divide(np.abs(stored - exact), size, out=np.zeros_like(exact), where=size > 0)
+        error = max(error, float(change.max(initial=0.0)))
+        numbers, filled = numbers + size.size, filled + int(np.count_nonzero(size))
+        over.add(~np.isfinite(stored), size)
+        gone.add((stored == 0) & (size > 0), size)
 
-    def of(which: Array, what: str) -> str:
-        most = size.max(initial=0.0, where=which)
-        return f"{which.sum()} of {size.size} numbers, up to {most:.1e}, {what} {dtype.name}" if which.any() else ""
+    def said(which: _Count, what: str) -> str:
+        return f"{which.count} of {numbers} numbers, up to {which.most:.1e}, {what} {dtype.name}" if which.count else ""
 
-    return _Loss(
-        float(change.max(initial=0.0)),
-        of(over, "are too large for"),
-        of(gone, "become 0 in"),
-        float(gone.sum() / max(1, np.count_nonzero(size))),
-    )
+    return _Loss(error, said(over, "are too large for"), said(gone, "become 0 in"), gone.count / max(1, filled))
+
+
+@dataclass
+class _Count:
+    """How many numbers something is the matter with, and the largest of them."""
+
+    count: int = 0
+    most: float = 0.0
+
+    def add(self, which: Array, size: Array) -> None:
+        self.count += int(np.count_nonzero(which))
+        self.most = max(self.most, float(size.max(initial=0.0, where=which)))

@@ -145,17 +145,26 @@ def rotate(prompt: SoftPrompt, stack: Stack, maps: dict[int, Array]) -> SoftProm
     """Apply layer -> M [D, D] to every key row of the stack's own prefix, in float64.
 
     The result is stored in the keys' dtype, in float32 if that is narrower: rounding a rotated key to bfloat16 would
-    cost 4e-3, and the bound of a rotation is float32's.
+    cost 4e-3, and the bound of a rotation is float32's. It lies in one array, as files have it: see
+    `KeyValuePrefix.flat`.
     """
 
     def rotated(part: Part) -> Part:
         if not isinstance(part, KeyValuePrefix) or part.site == "cross" or stack_of(part.site) != stack:
             return part
-        layers = {}
-        for layer, pair in part.layers.items():
-            dtype = np.promote_types(pair.keys.dtype, np.float32)
-            keys = (pair.keys.astype(np.float64) @ maps[layer]).astype(dtype)
-            layers[layer] = replace(pair, keys=keys, values=pair.values.astype(dtype, copy=False))
-        return replace(part, layers=layers)
+        dtype = np.result_type(np.float32, *(pair.keys for pair in part.layers.values()))
+        shapes = {layer: (pair.keys.shape[0], pair.keys.shape[2]) for layer, pair in part.layers.items()}
+        columns = sum(2 * heads * width for heads, width in shapes.values())
+        flat = np.empty((part.length, columns), dtype)
+        at = 0
+        for layer, (heads, width) in shapes.items():
+            pair = part.layers[layer]
+            both = flat[:, at : at + 2 * heads * width].reshape(-1, 2, heads, width).transpose(1, 2, 0, 3)
+            for head, keys in enumerate(pair.keys):
+                both[0, head] = keys.astype(np.float64) @ maps[layer]
+            both[1] = pair.values
+            at += 2 * heads * width
+        moved = KeyValuePrefix.from_rows(part.site, flat, shapes)
+        return replace(part, layers={n: replace(pair, gate=part.layers[n].gate) for n, pair in moved.layers.items()})
 
     return replace(prompt, parts=tuple(rotated(part) for part in prompt.parts))

@@ -21,7 +21,7 @@ from softbridge.plugin.capabilities import Capabilities
 from softbridge.plugin.prompt_bank import Entry, PromptBank
 from softbridge.plugin.serving import Server
 from softbridge.prompt.soft_prompt import SoftPrompt
-from softbridge.untrusted import Files
+from softbridge.untrusted import Content, Files
 from softbridge_compat.defects import Defect
 
 PROJECT = "softbridge"
@@ -63,8 +63,12 @@ class Format(Protocol):
         """What stands against writing a prompt that the capabilities allow. Empty if nothing does."""
         ...
 
-    def write(self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None) -> Mapping[str, bytes]:
+    def write(
+        self, prompt: SoftPrompt, geometry: Geometry | None, encoding: str | None = None
+    ) -> Mapping[str, Content]:
         """File name -> content, in one of `encodings` (None: the first).
+
+        What may be large is a `Streamed`, which makes it while it is written, and what is small is bytes.
 
         The prompt has been lowered to the capabilities, and `obstacles` found none.
         """

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from softbridge.arrays import Array, frozen, same_array
-from softbridge.prompt.container import digest_of, pack, unpack
+from softbridge.prompt.container import digest_of, file_of, pack, unpack
 from softbridge.prompt.part import (
     Adaption,
     AdaptionPrompt,
@@ -39,6 +39,7 @@ __all__ = [
     "SoftPrompt",
     "Training",
     "digest_of",
+    "file_of",
     "frozen",
     "pack",
     "same_array",

@@ -50,13 +50,22 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from typing import Any, TypeVar, cast
 
-from softbridge.arrays import Array
+from softbridge.arrays import Array, pieces
 from softbridge.errors import CheckpointError, OutputError
 from softbridge.geometry import Geometry, StackGeometry
 from softbridge.prompt.part import Adaption, AdaptionPrompt, Gate, InputPrompt, KeyValue, KeyValuePrefix, Part
 from softbridge.prompt.soft_prompt import BaseId, Origin, Positions, SoftPrompt, Training
 from softbridge.template import Template
-from softbridge.untrusted import DTYPE_CODES, Files, little_endian, not_finite, parse_json, safetensors_bytes
+from softbridge.untrusted import (
+    DTYPE_CODES,
+    Files,
+    Streamed,
+    little_endian,
+    not_finite,
+    parse_json,
+    safetensors_file,
+    sha256_of,
+)
 
 Made = TypeVar("Made")
 KEY = "softbridge"
@@ -70,6 +79,11 @@ _FIELDS = {"version", "parts", "positions", "base", "head", "training", "origin"
 
 
 def pack(prompt: SoftPrompt) -> bytes:
+    """The bytes of a prompt's file; see `file_of`."""
+    return bytes(file_of(prompt))
+
+
+def file_of(prompt: SoftPrompt) -> Streamed:
     """The file of a prompt: the same bytes for the same prompt, in every process and on every machine.
 
     Raises:
@@ -84,10 +98,10 @@ def pack(prompt: SoftPrompt) -> bytes:
                 "if they were trained, the training has diverged: go back to an earlier checkpoint, and lower the "
                 "learning rate or clip gradients",
             )
-    return _packed(prompt)
+    return _file_of(prompt)
 
 
-def _packed(prompt: SoftPrompt) -> bytes:
+def _file_of(prompt: SoftPrompt) -> Streamed:
     """The same, whatever the numbers are."""
     arrays = {name: little_endian(name, array) for name, array in prompt.arrays()}
     description = _describe(prompt)
@@ -99,7 +113,7 @@ def _packed(prompt: SoftPrompt) -> bytes:
             "texts, finite numbers, truth values, lists and dictionaries",
             "convert the values before saving",
         ) from error
-    return safetensors_bytes(arrays, {KEY: _canonical(description)})
+    return safetensors_file(arrays, {KEY: _canonical(description)})
 
 
 def unpack(files: Files, name: str) -> SoftPrompt:
@@ -177,7 +191,7 @@ def digest_of(prompt: SoftPrompt) -> str:
 
     Neither the head, the base model's name nor where it was read from changes it.
     """
-    return hashlib.sha256(_packed(SoftPrompt(prompt.parts, prompt.positions))).hexdigest()
+    return sha256_of(_file_of(SoftPrompt(prompt.parts, prompt.positions)))
 
 
 def _digest(description: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
@@ -186,7 +200,8 @@ def _digest(description: Mapping[str, Any], arrays: Mapping[str, Array]) -> str:
     tensors = [[name, DTYPE_CODES[arrays[name].dtype], arrays[name].shape] for name in names]
     state = hashlib.sha256(_canonical([plain, tensors]).encode("ascii"))
     for name in names:
-        state.update(arrays[name].tobytes())
+        for piece in pieces(arrays[name]):
+            state.update(piece)
     return state.hexdigest()
 
 

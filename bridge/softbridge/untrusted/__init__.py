@@ -12,7 +12,7 @@ Arrays are NumPy's. torch is imported only where a pickle is written, so that lo
 
 To read it, in this order: `claims` (what is believed of a file, and what is refused), `headers` (safetensors and .npy),
 `pickle_walk` and `pickles`, `flax_state` and `zarr_array` (JAX's), `archives` (files within a file), `files` (the door
-to all of them), `content` (bytes that are written) and `output` (how they are written).
+to all of them), `streamed` and `content` (what is written, piece by piece) and `output` (how it is written).
 """
 
 from __future__ import annotations
@@ -32,7 +32,9 @@ from softbridge.untrusted.content import (
     little_endian,
     npy_bytes,
     pickle_bytes,
+    pickle_file,
     safetensors_bytes,
+    safetensors_file,
     tensor_bytes,
     zip_bytes,
 )
@@ -41,17 +43,21 @@ from softbridge.untrusted.hub import hub_id, located
 from softbridge.untrusted.output import Log, check_name, check_vacant, write, write_file, write_into
 from softbridge.untrusted.pickle_walk import Foreign
 from softbridge.untrusted.pickles import Stored, pickled
+from softbridge.untrusted.streamed import Content, Streamed, Written, sha256_of
 
 __all__ = [
     "DEPTH",
     "DTYPE_CODES",
     "LIMIT",
     "MEMBERS",
+    "Content",
     "Files",
     "Foreign",
     "Kind",
     "Log",
     "Stored",
+    "Streamed",
+    "Written",
     "check_name",
     "check_vacant",
     "hub_id",
@@ -64,8 +70,11 @@ __all__ = [
     "parse_json",
     "parse_yaml",
     "pickle_bytes",
+    "pickle_file",
     "pickled",
     "safetensors_bytes",
+    "safetensors_file",
+    "sha256_of",
     "tensor_bytes",
     "write",
     "write_file",

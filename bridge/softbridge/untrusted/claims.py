@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from softbridge.arrays import BFLOAT16, Array, frozen
+from softbridge.arrays import BFLOAT16, Array, blocks, frozen
 from softbridge.errors import CheckpointError
 
 #: Bytes of JSON, of a safetensors header or of a pickle's program (not of data): what is parsed costs up to a hundred
@@ -211,7 +211,7 @@ def checked_values(what: str, array: Array) -> Array:
 def not_finite(array: Array) -> int:
     """How many of the values are NaN or infinite."""
     is_float = array.dtype == BFLOAT16 or array.dtype.kind == "f"
-    return array.size - int(np.count_nonzero(np.isfinite(array))) if is_float else 0
+    return sum(one.size - int(np.count_nonzero(np.isfinite(one))) for (one,) in blocks(array)) if is_float else 0
 
 
 def is_size(value: object) -> bool:

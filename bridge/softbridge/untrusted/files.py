@@ -6,18 +6,22 @@ import hashlib
 import io
 import os
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
+import numpy as np
+
 from softbridge.arrays import Array
+from softbridge.mapped import Mapped
 from softbridge.untrusted.archives import GZIP, LOCAL, USTAR, members_of, opened_zip
 from softbridge.untrusted.claims import LIMIT, checked_values, parse_json, parse_yaml, refusal, short
 from softbridge.untrusted.flax_state import begins_msgpack, flax_state
 from softbridge.untrusted.headers import NPY, Range, npy_header, safetensors_header
 from softbridge.untrusted.pickles import Pickle, Stored, main_member
+from softbridge.untrusted.streamed import Digest, Stamp, Written, stamp_of
 from softbridge.untrusted.zarr_array import DESCRIPTION, zarr_array
 
 #: Bytes of JSON in all files of one checkpoint that are looked at.
@@ -33,6 +37,8 @@ class Files:
 
     Args:
         below: whether the files one folder below are listed, too.
+        written: what is known of these files, which this process has just written, and nobody else knows of. Their
+            tensors are windows on them: see `Mapped`.
 
     Attributes:
         path: as given.
@@ -47,7 +53,7 @@ class Files:
     is_file: bool
     names: tuple[str, ...]
 
-    def __init__(self, path: str | Path, *, below: bool = True) -> None:
+    def __init__(self, path: str | Path, *, below: bool = True, written: Mapping[str, Written] | None = None) -> None:
         self.path = Path(path)
         try:
             root = Path(os.path.realpath(self.path))
@@ -68,7 +74,11 @@ class Files:
         self._trees: dict[str, Any] = {}
         self._kinds: dict[str, Kind] = {}
         self._read: set[str] = set()
-        self._digests: dict[str, tuple[Any, str]] = {}
+        self._own = written is not None
+        known = {} if written is None else written
+        self._digests: dict[str, tuple[Stamp | None, Callable[[], str]]] = {
+            name: (one.stamp, partial(str, one.sha256)) for name, one in known.items()
+        }
         self._described: Counter[str] = Counter()  # name -> bytes of JSON
 
     @contextmanager
@@ -81,7 +91,7 @@ class Files:
         """The same without the files of these names, in whatever folder."""
         others = object.__new__(Files)
         others.path, others.is_file, others._trees = self.path, self.is_file, self._trees
-        others._kinds, others._read = self._kinds, self._read
+        others._kinds, others._read, others._own = self._kinds, self._read, self._own
         others._digests, others._described = self._digests, self._described
         others._files = {name: real for name, real in self._files.items() if name.rpartition("/")[2] not in names}
         others.names = tuple(name for name in self.names if name in others._files)
@@ -97,7 +107,7 @@ class Files:
             members = members_of(place, kind, what)
         within = object.__new__(Files)
         within.path, within.is_file, within._trees = self.path / name if not self.is_file else self.path, False, {}
-        within._kinds, within._read = {}, set()
+        within._kinds, within._read, within._own = {}, set(), False
         within._digests, within._described = {}, self._described
         within._files = dict(members)
         within.names = tuple(sorted(members))
@@ -210,12 +220,12 @@ class Files:
         with self._open(name) as (stream, size, what):
             if kind == "safetensors":
                 data, ranges, _ = safetensors_header(stream, size, what)
-                content = _whole(stream, size - data, what)
+                content = self._rest(name, stream, data, size, what)
                 return {
                     key: checked_values(f"{what}: tensor {short(key)}", r.array(content)) for key, r in ranges.items()
                 }
             if kind == "pickle":
-                plain = Pickle(stream, size, what, self._reopen(name), plain=True).plain()
+                plain = self._pickle(name, stream, size, what, plain=True).plain()
                 return {key: tensor.array() for key, tensor in plain.items()}
         raise refusal(f"{what}: its content is {_describe(kind)}", "a safetensors file, or one that torch.save wrote")
 
@@ -231,7 +241,7 @@ class Files:
             kind = self.kind(name)
             with self._open(name) as (stream, size, what):
                 if kind == "pickle":
-                    self._trees[name] = Pickle(stream, size, what, self._reopen(name), plain=False).tree()
+                    self._trees[name] = self._pickle(name, stream, size, what, plain=False).tree()
                 elif kind == "safetensors":
                     begin, ranges, _ = safetensors_header(stream, size, what)
                     self._trees[name] = {key: self._part(name, begin, key, r) for key, r in ranges.items()}
@@ -260,12 +270,47 @@ class Files:
 
         def read() -> Array:
             with self._open(name) as (stream, _, what):
-                stream.seek(begin + place.begin)
-                content = _whole(stream, place.end - place.begin, what)
+                content = self._bytes(stream, begin + place.begin, place.end - place.begin, what)
             alone = Range(place.dtype, place.shape, 0, len(content))
             return checked_values(f"{what}: tensor {short(key)}", alone.array(content))
 
         return Stored(place.dtype, place.shape, f"tensor {short(key)}", read)
+
+    def _pickle(self, name: str, stream: BinaryIO, size: int, what: str, *, plain: bool) -> Pickle:
+        def read(begin: int, length: int) -> Array:
+            with self._stream(name) as (again, _, _):
+                return self._bytes(again, begin, length, what)
+
+        return Pickle(stream, size, what, read, plain=plain)
+
+    def _bytes(self, stream: BinaryIO, begin: int, length: int, what: str) -> Array:
+        """So many bytes of a file, from `begin` on: [N], read-only. There is one copy of them, or none of our own."""
+        end = begin + length
+        # Elsewhere a file that is mapped cannot be moved to its place.
+        if self._own and os.name == "posix" and length and os.fstat(stream.fileno()).st_size >= end:
+            return np.frombuffer(Mapped.of(stream.fileno(), end), np.uint8)[begin:]
+        stream.seek(begin)
+        content = stream.read(length)
+        if len(content) != length:
+            raise refusal(
+                f"{what}: the file shrank while it was read", "a file that no other program is writing", "try again"
+            )
+        return np.frombuffer(content, np.uint8)
+
+    def _rest(self, name: str, stream: BinaryIO, begin: int, size: int, what: str) -> Array:
+        """All bytes of a file from `begin` on. While they are looked at they are digested, for `digest` to know."""
+        if self._own or not isinstance(self._files[name], Path):
+            return self._bytes(stream, begin, size - begin, what)
+        before = stamp_of(stream.fileno())
+        stream.seek(0)
+        start = stream.read(begin)
+        content = self._bytes(stream, begin, size - begin, what)
+        if stamp_of(stream.fileno()) == before:
+            digest = Digest()
+            digest.update(start)
+            digest.update(content)
+            self._digests[name] = before, digest.hexdigest
+        return content
 
     def _reopen(self, name: str) -> Callable[[], BinaryIO]:
         place = self._files[name]
@@ -276,9 +321,9 @@ class Files:
         with self._open(name) as (stream, size, what):
             self._expect(name, "npy", what)
             dtype, shape, fortran = npy_header(stream, size, what)
-            length = size - stream.tell()
-            content = _whole(stream, length, what)
-            array = Range(dtype, shape[::-1] if fortran else shape, 0, length).array(content)
+            begin = stream.tell()
+            content = self._rest(name, stream, begin, size, what)
+            array = Range(dtype, shape[::-1] if fortran else shape, 0, len(content)).array(content)
             array = array.T if fortran else array
             return checked_values(what, array.astype(array.dtype.newbyteorder("="), copy=False))
 
@@ -293,7 +338,7 @@ class Files:
                 dtype, shape, _ = npy_header(stream, size, what)
                 return {"": (dtype.name, shape)}
             if kind == "pickle":
-                plain = Pickle(stream, size, what, self._reopen(name), plain=True).plain()
+                plain = self._pickle(name, stream, size, what, plain=True).plain()
                 return {key: (tensor.dtype.name, tensor.shape) for key, tensor in plain.items()}
         raise refusal(f"{what}: its content is {_describe(kind)}", "a file of tensors")
 
@@ -307,28 +352,18 @@ class Files:
         """sha256 of the file, hexadecimal. A file that is still the same is read for it once."""
         place = self._files.get(name)
         with self._stream(name) as (stream, _, _what):
-            about = os.fstat(stream.fileno()) if isinstance(place, Path) else None
-            stamp = None if about is None else (about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns)
-            if stamp is None or self._digests.get(name, (None, ""))[0] != stamp:
+            stamp = stamp_of(stream.fileno()) if isinstance(place, Path) else None
+            if stamp is None or name not in self._digests or self._digests[name][0] != stamp:
                 state = hashlib.sha256()
                 while block := stream.read(2**20):
                     state.update(block)
-                self._digests[name] = stamp, state.hexdigest()
-        return self._digests[name][1]
+                self._digests[name] = stamp, state.hexdigest
+        return self._digests[name][1]()
 
     def _expect(self, name: str, kind: Kind, what: str) -> None:
         found = self.kind(name)
         if found != kind:
             raise refusal(f"{what}: its content is {_describe(found)}", f"content of the kind {kind}")
-
-
-def _whole(stream: BinaryIO, length: int, what: str) -> bytes:
-    content = stream.read(length)
-    if len(content) != length:
-        raise refusal(
-            f"{what}: the file shrank while it was read", "a file that no other program is writing", "try again"
-        )
-    return content
 
 
 def _describe(kind: Kind) -> str:

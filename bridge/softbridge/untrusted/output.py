@@ -14,19 +14,21 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from typing import NoReturn
+from typing import NoReturn, TypeAlias
 
 from softbridge.errors import OutputError
 from softbridge.untrusted.claims import is_safe_name, short
+from softbridge.untrusted.files import Files
+from softbridge.untrusted.streamed import Content, Written, written
+
+#: A file's content; or what makes it once those before it were written, of what is known of them.
+Making: TypeAlias = Content | Callable[[Mapping[str, Written]], Content]
+Check: TypeAlias = Callable[[Files], None]
 
 
 def write(
-    target: Path,
-    files: Mapping[str, bytes],
-    *,
-    overwrite: bool = False,
-    check: Callable[[Path], None] | None = None,
-) -> None:
+    target: Path, files: Mapping[str, Making], *, overwrite: bool = False, check: Check | None = None
+) -> Mapping[str, Written]:
     """Write a folder, whole or not at all.
 
     The files are written beside the target, brought to the disk, and checked there; then the folder takes the target's
@@ -36,8 +38,10 @@ def write(
 
     Args:
         target: the folder; made if it is missing, as are its parents.
-        files: name -> content; a name may have one sub-folder.
-        check: called with the folder before it takes the target's place; what it raises, `write` raises.
+        files: name -> content, written in this order; a name may have one sub-folder.
+        check: called with the files before they take the target's place; what it raises, `write` raises.
+
+    Returns: what is known of each file.
 
     Raises:
         OutputError: the target holds something and `overwrite` is off, or it cannot be written.
@@ -49,35 +53,34 @@ def write(
         check_vacant(target)
     if target.exists() and not target.is_dir():
         raise OutputError(f"'{target}' is a file", "a folder, or nothing yet", "name another target, or move the file")
-    with _staged(target, files, check) as staged:
+    with _staged(target, files, check) as (staged, done):
         if not target.exists() or not any(target.iterdir()):
             _rename_to_empty(staged, target)
         elif not overwrite:
             _occupied(target)
         elif not _exchange(staged, target):
             _replace_in_two_steps(staged, target)
+    return done
 
 
-def write_file(
-    target: Path, content: bytes, *, overwrite: bool = False, check: Callable[[Path], None] | None = None
-) -> None:
+def write_file(target: Path, content: Content, *, overwrite: bool = False, check: Check | None = None) -> Written:
     """Write one file, whole or not at all; see `write`. `check` is called with a file of the same name elsewhere."""
     target = Path(os.path.realpath(target))
     if target.is_dir():
         raise OutputError(f"'{target}' is a folder", "a file, or nothing yet", "name a file in it")
     if target.exists() and not overwrite:
         _occupied(target)
-    inner = None if check is None else (lambda folder: check(folder / target.name))
-    with _staged(target, {target.name: content}, inner) as staged:
+    with _staged(target, {target.name: content}, check, alone=True) as (staged, done):
         if overwrite:
             os.replace(staged / target.name, target)
-            return
+            return done[target.name]
         try:
             os.link(staged / target.name, target)  # unlike a rename, a link never replaces what came in between
         except FileExistsError:
             _occupied(target)
         except OSError:  # no hard links on this file system
             os.replace(staged / target.name, target)
+    return done[target.name]
 
 
 class Log:
@@ -136,7 +139,7 @@ def _locked(descriptor: int) -> bool:
     return True
 
 
-def write_into(folder: Path, files: Mapping[str, bytes], *, check: Callable[[Path], None] | None = None) -> None:
+def write_into(folder: Path, files: Mapping[str, Making], *, check: Check | None = None) -> None:
     """Write files into a folder that may hold others, which stay. Those of the same names are replaced.
 
     All are on the disk, and checked, before the first one takes its place. A process that is killed in between leaves
@@ -145,14 +148,14 @@ def write_into(folder: Path, files: Mapping[str, bytes], *, check: Callable[[Pat
     Args:
         folder: made if it is missing, as are its parents.
         files: plain name -> content, at least one; the last is the one that the others are for.
-        check: called with a folder that holds these files alone; what it raises, `write_into` raises.
+        check: called with these files, in a folder that holds no others; what it raises, `write_into` raises.
 
     Raises:
         OutputError: a file cannot be written.
     """
     folder = Path(os.path.realpath(folder))
     # In the folder, not beside it, which may be another file system or not be writable.
-    with _staged(folder / list(files)[-1], files, check) as staged:
+    with _staged(folder / list(files)[-1], files, check) as (staged, _):
         for name in files:
             os.replace(staged / name, folder / name)
         _sync_folder(folder)
@@ -192,8 +195,14 @@ def _keep_away_from(target: Path) -> None:
 
 
 @contextmanager
-def _staged(target: Path, files: Mapping[str, bytes], check: Callable[[Path], None] | None) -> Iterator[Path]:
-    """A folder beside the target with the files in it, on the disk and checked; what is left of it is removed."""
+def _staged(
+    target: Path, files: Mapping[str, Making], check: Check | None, *, alone: bool = False
+) -> Iterator[tuple[Path, Mapping[str, Written]]]:
+    """A folder beside the target with the files in it, on the disk and checked; what is left of it is removed.
+
+    Args:
+        alone: whether there is one file, and it is checked as such.
+    """
     for name in files:
         parts = PurePosixPath(name).parts
         plain = is_safe_name(name) and "\\" not in name and ":" not in name and name == "/".join(parts) != ""
@@ -205,18 +214,16 @@ def _staged(target: Path, files: Mapping[str, bytes], check: Callable[[Path], No
         target.parent.mkdir(parents=True, exist_ok=True)
         _sweep(target.parent, begin)
         staged.mkdir()  # with the permissions that the user's umask gives, unlike tempfile's
+        done: dict[str, Written] = {}
         for name, content in files.items():
             path = staged / name
             path.parent.mkdir(exist_ok=True)
-            with open(path, "xb") as stream:
-                stream.write(content)
-                stream.flush()
-                os.fsync(stream.fileno())
+            done[name] = written(content(done) if callable(content) else content, path)
         for folder in {(staged / name).parent for name in files} | {staged}:
             _sync_folder(folder)
         if check is not None:
-            check(staged)
-        yield staged
+            check(Files(staged / target.name if alone else staged, written=done))
+        yield staged, done
         _sync_folder(target.parent)
     except OSError as error:
         raise _unwritable(target, error) from error

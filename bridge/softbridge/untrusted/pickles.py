@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from softbridge.arrays import BFLOAT16, Array
+from softbridge.arrays import BFLOAT16, Array, pieces
 from softbridge.errors import CheckpointError
 from softbridge.untrusted.archives import ALLOWANCE, EXPANSION, LOCAL, data_of, opened_zip
 from softbridge.untrusted.claims import (
@@ -30,8 +30,8 @@ from softbridge.untrusted.pickle_walk import Foreign, Global, Program, Storage, 
 
 LEGACY = b"\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19."
 
-#: Opens the file again, for as long as its numbers are read.
-Reopen = Callable[[], BinaryIO]
+#: So many bytes of the file, [N], of those from the first on: begin, length.
+Read = Callable[[int, int], Array]
 
 
 @dataclass(frozen=True)
@@ -74,14 +74,14 @@ class Pickle:
         stream: the file, open.
         size: its length in bytes.
         what: what to call it in an error.
-        reopen: opens it again.
+        read: reads a stretch of it, also when the stream is closed.
 
     Raises:
         CheckpointError: it was not written by torch.save, or is malformed.
     """
 
-    def __init__(self, stream: BinaryIO, size: int, what: str, reopen: Reopen, *, plain: bool) -> None:
-        self.what, self.size, self._reopen = what, size, reopen
+    def __init__(self, stream: BinaryIO, size: int, what: str, read: Read, *, plain: bool) -> None:
+        self.what, self.size, self._read = what, size, read
         self._arrays: dict[View, Array] = {}
         self._numbers: dict[Storage, Array] = {}
         self._given, self._plain = 0, plain
@@ -139,14 +139,15 @@ class Pickle:
         if storage not in self._numbers:
             if storage.home is None:
                 place = self._places[storage.key]
-                with self._reopen() as stream:
-                    stream.seek(place.offset)
-                    content = stream.read(place.size)
+                content = self._read(place.offset, place.size)
             else:
-                content, place = storage.home, _Place(0, len(storage.home), None)
-            if len(content) != place.size or (place.checksum is not None and zlib.crc32(content) != place.checksum):
+                content, place = np.frombuffer(storage.home, np.uint8), _Place(0, len(storage.home), None)
+            found = 0
+            for piece in pieces(content) if place.checksum is not None else ():
+                found = zlib.crc32(piece, found)
+            if found != (place.checksum or 0):
                 raise refusal(f"{self.what}: storage {storage.key} is damaged", "the bytes that were written")
-            numbers = np.frombuffer(content, storage.dtype)
+            numbers = content.view(storage.dtype)
             self._numbers[storage] = _swapped(numbers) if place.big_endian else numbers
         return self._numbers[storage]
 
