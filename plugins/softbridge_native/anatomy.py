@@ -230,7 +230,8 @@ def pools_first_token(model: Any, geometry: Geometry) -> bool:
 def name_attention(model: Any, name: str) -> list[tuple[Any, str]]:
     """Let every configuration in the model name this attention; each of them, with the name that it had."""
     register()
-    configs = {id(module.config): module.config for module in model.modules() if hasattr(module, "config")}
+    held = (getattr(module, "config", None) for module in model.modules())
+    configs = {id(config): config for config in held if config is not None}  # some modules are given none
     before = [(config, config._attn_implementation) for config in configs.values()]
     for config in configs.values():
         config._attn_implementation_internal = name

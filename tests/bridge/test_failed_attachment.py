@@ -52,6 +52,7 @@ def model_of(task: str) -> Any:
         parameter.requires_grad_(number % 2 == 0)
     for number, module in enumerate(model.modules()):
         module.training = number % 3 == 0
+    model.get_input_embeddings().config = None  # as a layer of Seamless M4T has
     next(model.modules()).register_forward_pre_hook(lambda module, args: None)
     return model
 

@@ -11,10 +11,10 @@ def holders(model: Any) -> Iterator[Any]:
     """Whatever of a model may name its attention: modules, and their configurations."""
     for module in model.modules():
         yield module
-        if hasattr(module, "config"):
-            yield module.config
-        if getattr(module, "generation_config", None) is not None:
-            yield module.generation_config
+        for name in ("config", "generation_config"):
+            held = getattr(module, name, None)
+            if hasattr(held, "__dict__"):  # some modules are given None
+                yield held
 
 
 class Snapshot:
