@@ -12,21 +12,23 @@ from __future__ import annotations
 
 import argparse
 import copy
+import json
 import random
+import subprocess
+import sys
 import tempfile
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from conversions import run, write
 from curve import HEADINGS, Curve, lines
 from engines import again, attached, make, stacked
 from side_by_side import Figure, Row, Ways, check, keep, measured, table_heading, table_line
 from torch import Tensor
+from transformers import AutoConfig
 
 import softbridge as sb
 from softbridge.geometry import read_geometry
@@ -146,19 +148,51 @@ def filling(count: int) -> Ways:
     return {"bank": fill}
 
 
+#: A prefix has 256 KiB for each virtual token, as that of Llama 3 8B in float32.
+LARGE = {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
+WORK = {
+    "softbridge": "sb.convert(source, target, to='softbridge', overwrite=True)",
+    "safetensors": "save_file(load_file(source + '/adapter_model.safetensors'), target + '.safetensors')",
+}
+#: The most memory of this process. (`getrusage` says that of the one that started it, if that had more.)
+CHILD = """
+import json, re, sys, time
+from pathlib import Path
+import numpy
+from safetensors.numpy import load_file, save_file
+import softbridge as sb
+sb.convert, sb.formats()
+source, target = sys.argv[1:]
+start = time.process_time()
+WORK
+spent = time.process_time() - start
+print(json.dumps([spent, int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024]))
+"""
+
+
 def converting(megabytes: int, rounds: int) -> Row:
-    """From PEFT's file to ours; memory is that of the process, beyond what it needs for a file of one megabyte."""
-    seconds: dict[str, list[float]] = {"softbridge": [], "safetensors": []}
-    memory: dict[str, list[int]] = {"softbridge": [], "safetensors": []}
+    """PEFT's file to ours. Memory is that of the process, beyond what it needs for a file of a megabyte. Linux only."""
+    config = AutoConfig.for_model("llama", **LARGE)
+    seconds: dict[str, list[float]] = {way: [] for way in WORK}
+    memory: dict[str, list[int]] = {way: [] for way in WORK}
     with tempfile.TemporaryDirectory() as folder:
-        source, small = (write(Path(folder, f"peft-{size}"), size) for size in (megabytes, 1))
+        for size in (1, megabytes):
+            prompt = random_prefix(read_geometry(config), size * 4)
+            sb.save(prompt, f"{folder}/{size}", format="peft", base=config)
+
+        def run(way: str, size: int) -> tuple[float, int]:
+            command = [sys.executable, "-c", CHILD.replace("WORK", WORK[way]), f"{folder}/{size}", f"{folder}/{way}"]
+            spent, most = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            return spent, most
+
         for turn in range(rounds + 1):
-            for way, to in (("softbridge", "softbridge"), ("safetensors", "")):
-                least = run(small, Path(folder, way), to, None)[1]
-                spent, most, _ = run(source, Path(folder, way), to, None)
+            for way in WORK:
+                least = run(way, 1)[1]
+                spent, most = run(way, megabytes)
                 if turn:
                     seconds[way].append(spent)
                     memory[way].append(most - least)
+        assert sb.load(f"{folder}/softbridge").parts == prompt.parts
     return Row(f"{megabytes} MB", seconds, "safetensors", memory)
 
 
@@ -244,7 +278,7 @@ GROWTHS: Mapping[str, Growth] = {
         here(filling),
         LINEAR,
     ),
-    "file": Growth("PEFT's file to ours", "megabytes of the file", doubled(32, 512), converting, LINEAR),
+    "file": Growth("PEFT's file to ours", "megabytes of the file", doubled(8, 128), converting, LINEAR),
 }
 
 
