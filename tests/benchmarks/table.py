@@ -53,16 +53,17 @@ def run(command: Sequence[str]) -> tuple[dict[str, Any], int]:
     """What a script keeps and what it prints, and its exit status. What it prints is passed on as it comes."""
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder, "kept.jsonl")
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, KEPT: str(kept)})
-        assert process.stdout is not None
         printed = []
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            printed.append(line.rstrip("\n"))
-        status = process.wait()
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, text=True, env={**os.environ, KEPT: str(kept)}
+        ) as process:
+            assert process.stdout is not None
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                printed.append(line.rstrip("\n"))
         lines = kept.read_text().splitlines() if kept.exists() else []
     script = " ".join([Path(command[1]).name, *command[2:]])
-    return {"script": script, "kept": [json.loads(line) for line in lines], "printed": printed}, status
+    return {"script": script, "kept": [json.loads(line) for line in lines], "printed": printed}, process.returncode
 
 
 def page(results: Mapping[str, Any]) -> str:
