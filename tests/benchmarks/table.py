@@ -28,7 +28,7 @@ from side_by_side import KEPT, Row, cells, table_heading, table_line
 
 HERE = Path(__file__).parent
 #: Script and arguments.
-OLDER = (("engines.py", "generating", "training"), ("adapterhub_rows.py",))
+OLDER = (("engines.py", "generating", "training", "long"), ("adapterhub_rows.py",))
 NEWER = (("engines.py",), ("conversions.py",), ("growth.py",), ("structure_check.py",), ("self_check.py",))
 #: Those without rounds.
 ONCE = ("structure_check.py", "self_check.py")
@@ -54,9 +54,9 @@ def run(command: Sequence[str]) -> tuple[dict[str, Any], int]:
     with tempfile.TemporaryDirectory() as folder:
         kept = Path(folder, "kept.jsonl")
         printed = []
-        with subprocess.Popen(
-            command, stdout=subprocess.PIPE, text=True, env={**os.environ, KEPT: str(kept)}
-        ) as process:
+        # Torch warns of each block that its profiler did not see begin.
+        environment = {**os.environ, KEPT: str(kept), "TORCH_CPP_LOG_LEVEL": "ERROR"}
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
             assert process.stdout is not None
             for line in process.stdout:
                 print(line, end="", flush=True)
