@@ -1,9 +1,9 @@
-"""The curves of `bench.json` as a picture: time above, memory below, a column for each curve.
+"""The curves of `bench.json` as a picture: two panels for each, time above and memory below.
 
-    python tests/benchmarks/plot.py BENCH.json PICTURE.svg [TITLE ...]
+    python tests/benchmarks/plot.py BENCH.json PICTURE.svg [WORD ...]
 
-It needs matplotlib and nothing else. The picture has no background and no black or white, so that it can be read in the
-dark, too. Words behind it choose the curves whose titles or axes have one of them.
+It needs matplotlib and nothing else. Words choose the curves whose titles or axes have one of them. The picture has no
+background and neither black nor white, so that it can be read in the dark, too.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ from table import head
 
 #: Grey that stands out from black as from white.
 INK = "#7d8590"
-COLOURS = {"peft": "#d9822b", "safetensors": INK, "bare model": INK}
-OWN = "#2f81f7"
+OWN, PEER = "#2f81f7", "#d9822b"
 ACROSS = 4
 STYLE = {
     "svg.fonttype": "none",  # text stays text
@@ -65,9 +64,12 @@ def draw(axes: Axes, curve: Curve, figure: Figure) -> None:
     for way in curve.ways:
         values = [value / size for value in curve.values(way, figure)]
         name = "softbridge" if way == own else way
-        label = f"{name} {curve.slope(way, figure):.2f}"
         axes.plot(
-            curve.at, values, color=OWN if way == own else COLOURS.get(way, INK), label=label, zorder=2 + (way == own)
+            curve.at,
+            values,
+            color=OWN if way == own else PEER if way == "peft" else INK,
+            label=f"{name} {curve.slope(way, figure):.2f}",
+            zorder=3 if way == own else 2,
         )
     awaited = curve.awaited(figure)
     last = curve.values(own, figure)[-1] / size
@@ -116,9 +118,14 @@ def main() -> None:
     given = parser.parse_args()
     results = json.loads(given.results.read_text())
     curves = [Curve.of(one["curve"]) for script in results["scripts"] for one in script["kept"] if "curve" in one]
-    said = [curve for curve in curves if any(word in f"{curve.title}: {curve.axis}" for word in given.words)]
+    curves = [
+        one for one in curves if not given.words or any(word in f"{one.title}: {one.axis}" for word in given.words)
+    ]
+    if not curves:
+        print(f"{given.results} has no such curve: nothing is drawn")
+        return
     matplotlib.rcParams.update(STYLE)
-    picture(said or curves, head(results).replace("- ", "")).savefig(given.picture, transparent=True)
+    picture(curves, head(results).replace("- ", "")).savefig(given.picture, transparent=True)
 
 
 if __name__ == "__main__":
