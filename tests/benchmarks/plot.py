@@ -2,8 +2,12 @@
 
     python tests/benchmarks/plot.py BENCH.json PICTURE.svg [WORD ...]
 
-It needs matplotlib and nothing else. Words choose the curves whose titles or axes have one of them. The picture has no
-background and neither black nor white, so that it can be read in the dark, too.
+    .envs/bench/bin/python tests/benchmarks/plot.py build/bench/bench.json tests/benchmarks/growth.svg \\
+        "step, 2 rows" generated drawn "file to"
+
+It needs matplotlib and nothing else. The second command draws the committed picture. Words choose the curves whose
+titles or axes have one of them. The picture has no background and neither black nor white, so that it can be read in
+the dark, too.
 """
 
 from __future__ import annotations
