@@ -45,7 +45,8 @@ export PYTHONDONTWRITEBYTECODE :=
 # each method, the engine's check of itself, TRL, many processes: on the newer stack. What a comparison concludes: on the
 # older one, where every toolkit is. The contract, the conversions, the trainer and the matrix run on both.
 ONCE5 := tests/test_bad_input.py tests/test_benchmarks.py tests/test_corpus.py tests/test_many_processes.py \
-	tests/test_packaging.py tests/test_recognition.py tests/test_round_trips.py tests/test_trl_preferences.py tests/test_trl_sft.py \
+	tests/test_packaging.py tests/test_recognition.py tests/test_round_trips.py tests/test_trl_preferences.py \
+	tests/test_trl_sft.py \
 	tests/bridge/test_attached_saving.py tests/bridge/test_bounds.py tests/bridge/test_cli.py \
 	tests/bridge/test_collection*.py tests/bridge/test_container.py tests/bridge/test_explain.py \
 	tests/bridge/test_foreign_code.py tests/bridge/test_help.py tests/bridge/test_json.py tests/bridge/test_manners.py \
