@@ -76,8 +76,10 @@ def page(results: Mapping[str, Any]) -> str:
         if found:
             parts.append("\n".join([table_heading(("stack", *headings)), *map(table_line, found)]))
     for script in results["scripts"]:
-        # Of a script that keeps nothing for the tables, all that it prints; of the others, what is in none.
-        rest = [line for line in script["printed"] if line and not (script["kept"] and line.startswith("|"))]
+        # Of a script that keeps nothing for the tables, all that it prints; of the others, what is in none. Each line
+        # once: a peer is often refused in many rows for one reason.
+        lines = dict.fromkeys(script["printed"])
+        rest = [line for line in lines if line and not (script["kept"] and line.startswith("|"))]
         if rest:
             parts.append("\n".join([f"`{script['script']}`", "", "```text", *rest, "```"]))
     return "\n\n".join(parts) + "\n"
