@@ -11,7 +11,8 @@
 # make fuzz    each reader of foreign bytes under libFuzzer, for FUZZ_SECONDS (60); FUZZ_FORMATS names some of them
 # make test-slow   the twenty slowest tests of the newer stack
 # make test-strangers  prompt and prefix on every text architecture of the installed transformers, for each stack
-# make bench   what running, training and checking a prompt costs, side by side; it asserts nothing about time
+# make bench   what running, training, converting and checking a prompt costs, side by side, and how it grows, in one
+#              table and a plot; it asserts nothing about time
 # make format  let ruff rewrite what it can
 # make clean   remove environments and caches
 #
@@ -26,6 +27,7 @@ ENV5 := .envs/transformers5
 SERVING := .envs/serving
 VLLM := .envs/vllm
 FUZZ := .envs/fuzz
+BENCH := .envs/bench
 CODE := bridge plugins compat tests
 PYTEST := -m pytest -n 2 --dist worksteal
 
@@ -42,8 +44,9 @@ export PYTHONDONTWRITEBYTECODE :=
 # What is no question of the release of transformers is proven once. Bytes, files, documents, commands, what PEFT makes of
 # each method, the engine's check of itself, TRL, many processes: on the newer stack. What a comparison concludes: on the
 # older one, where every toolkit is. The contract, the conversions, the trainer and the matrix run on both.
-ONCE5 := tests/test_bad_input.py tests/test_corpus.py tests/test_many_processes.py tests/test_packaging.py \
-	tests/test_recognition.py tests/test_round_trips.py tests/test_trl_preferences.py tests/test_trl_sft.py \
+ONCE5 := tests/test_bad_input.py tests/test_benchmarks.py tests/test_corpus.py tests/test_many_processes.py \
+	tests/test_packaging.py tests/test_recognition.py tests/test_round_trips.py tests/test_trl_preferences.py \
+	tests/test_trl_sft.py \
 	tests/bridge/test_attached_saving.py tests/bridge/test_bounds.py tests/bridge/test_cli.py \
 	tests/bridge/test_collection*.py tests/bridge/test_container.py tests/bridge/test_explain.py \
 	tests/bridge/test_foreign_code.py tests/bridge/test_help.py tests/bridge/test_json.py tests/bridge/test_manners.py \
@@ -154,13 +157,11 @@ test-slow: export OMP_NUM_THREADS := 1
 test-slow: $(ENV5)/ready
 	$(ENV5)/bin/python $(PYTEST) -q --durations=20
 
+# The table, the figures of all turns, and the plot are left in build/bench. BENCH_OPTIONS='--rounds 3 --only growth.py'
 bench: export OMP_NUM_THREADS := 1
-bench: $(ENV4)/ready $(ENV5)/ready
-	$(ENV4)/bin/python tests/benchmarks/engines.py generating training
-	$(ENV5)/bin/python tests/benchmarks/engines.py
-	$(ENV5)/bin/python tests/benchmarks/conversions.py
-	$(ENV5)/bin/python tests/benchmarks/structure_check.py
-	$(ENV5)/bin/python tests/benchmarks/self_check.py
+bench: $(ENV4)/ready $(ENV5)/ready $(BENCH)/ready
+	$(ENV5)/bin/python tests/benchmarks/table.py build/bench --older $(ENV4)/bin/python $(BENCH_OPTIONS)
+	$(BENCH)/bin/python tests/benchmarks/plot.py build/bench/bench.json build/bench/growth.svg
 
 lint: $(ENV5)/ready
 	$(ENV5)/bin/ruff check $(CODE)
@@ -195,6 +196,12 @@ $(SERVING)/ready: compat/transformers5.txt
 $(FUZZ)/ready: EXTRAS := peft,dev
 $(FUZZ)/ready: WEIGHTS := atheris
 $(FUZZ)/ready: compat/transformers5.txt
+# What draws, and nothing else: it reads what was measured elsewhere.
+$(BENCH)/ready: compat/bench.txt
+	rm -rf $(BENCH)
+	$(PYTHON) -m venv $(BENCH)
+	$(BENCH)/bin/python -m pip install --quiet --requirement $<
+	touch $@
 # vLLM: the suite's own tools alone, since trainers ask for another transformers; and without what sees and hears.
 $(VLLM)/ready: compat/vllm.txt pyproject.toml
 	rm -rf $(VLLM)
