@@ -29,7 +29,7 @@ from softbridge_native.call import Own
 from softbridge_native.flex_and_flash import by_name, lengthened, packing
 from softbridge_native.joined_cache import MASKS, Running
 from softbridge_native.prefix import Joined, Source
-from softbridge_native.shared_prefix import SHORTEST, Group, attend, pays
+from softbridge_native.shared_prefix import SHORTEST, TEXT, Group, attend, pays
 
 FLEX, FLASH = "flex_attention", "flash_attention_2"
 
@@ -228,9 +228,10 @@ def _attend_joined(
 
     if joined.sizes != (key.shape[1], value.shape[1], key.shape[3], value.shape[3]):
         raise _misfit(joined, module, key, value)
-    long = implementation == "sdpa" and joined.virtual >= SHORTEST and cached is None
-    groups = _groups(joined, query, settings) if long else ()
-    if groups and pays(groups, query, key):
+    unmasked = attention_mask is None and binding.causal and length == real
+    long = joined.virtual >= SHORTEST or (unmasked and length >= TEXT)
+    groups = _groups(joined, query, settings) if long and implementation == "sdpa" and cached is None else ()
+    if groups and pays(groups, query, key, unmasked):
         mask = attention_mask
         return _in_two_parts(module, binding, joined, groups, query, key, value, mask, settings), None
     if implementation == FLASH:

@@ -37,7 +37,7 @@ from softbridge_native.anatomy import (
     tellable,
     word,
 )
-from softbridge_native.attention import Binding, bind, entering, registered, unbind
+from softbridge_native.attention import Binding, bind, entering, registered, unbind, underlying
 from softbridge_native.attention_wiring import attention_modules, wiring_of
 from softbridge_native.call import Own, Switch, hook, unhook
 from softbridge_native.input_prompt import Circumstances, Shift, StackHooks, Vectors
@@ -124,6 +124,7 @@ class Injection(nn.Module, ABC):
         owner: a name that no other attachment has, nor does it change in a copy.
         cached: the layers whose prefix a cache may keep; see `joined_cache`.
         running: what the layers of the running call know of each other.
+        apart: whether attention can run in two parts; see `shared_prefix`.
         bound: the attention modules that hold a prefix, or have an adaption prompt beside them.
         hooked: the stacks.
         implementations: each configuration in the model, with the attention implementation that it named.
@@ -142,6 +143,7 @@ class Injection(nn.Module, ABC):
         self.owner = uuid4().hex
         self.cached: dict[int, Source] = {}
         self.running: Own[Running] = Own(Running)
+        self.apart = False
         self.bound: list[nn.Module] = []
         self.hooked: list[nn.Module] = []
         self.implementations: list[tuple[Any, str]] = []
@@ -183,7 +185,7 @@ class Injection(nn.Module, ABC):
         """A stack runs with a cache, which may keep the prefix for it where no gradient is wanted."""
         mark = self.mark() if self.cached and not torch.is_grad_enabled() else None
         if mark is not None:
-            keep(cache, self.cached, self.running, mark)
+            keep(cache, self.cached, self.running, mark, self.apart)
 
     def leave(self, model: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """A model that calls its layers past the stack would drop the prompt silently."""
@@ -378,7 +380,8 @@ def injection(model: Any) -> Injection:
 
 def _switch_attention(model: Any, injected: Injection) -> None:
     """Let every configuration in the model name our function over the attention that it named."""
-    injected.implementations = name_attention(model, registered(model.config._attn_implementation))
+    named = model.config._attn_implementation
+    injected.implementations, injected.apart = name_attention(model, registered(named)), underlying(named) == "sdpa"
 
 
 def _hook(model: Any, injected: Injection, geometry: Geometry, pads: Iterable[Stack], prefixed: bool) -> None:

@@ -19,7 +19,7 @@ from transformers.cache_utils import DynamicLayer
 
 from softbridge_native.call import Own
 from softbridge_native.prefix import Joined, Source
-from softbridge_native.shared_prefix import SHORTEST, pays
+from softbridge_native.shared_prefix import SHORTEST, TEXT, pays
 
 #: So many masks are kept of one call: models have one for each kind of layer.
 MASKS = 4
@@ -56,6 +56,7 @@ class JoinedLayer(DynamicLayer):  # type: ignore[misc]
         source: of the prefix.
         number: of the layer.
         running: where attention is told what it is given.
+        apart: whether attention can run in two parts.
         mark: what the prefixes were known by when the source was last asked for one.
         prefix: what the source gave then; None: the layer keeps none, and attention joins it.
         whole: keys and values [B, K, P + N, D], or None: nothing is joined yet.
@@ -65,6 +66,7 @@ class JoinedLayer(DynamicLayer):  # type: ignore[misc]
     source: Source
     number: int
     running: Own[Running]
+    apart: bool
     mark: object
     prefix: Joined | None
     whole: tuple[Tensor, Tensor] | None
@@ -114,7 +116,7 @@ class JoinedLayer(DynamicLayer):  # type: ignore[misc]
         prefix = self.prefix
         if whole is None or prefix is None:
             found: tuple[Tensor, Tensor] = super().update(key_states, value_states, *args, **kwargs)
-            if prefix is None:
+            if prefix is None or (self.apart and key_states.shape[2] >= TEXT):  # attention may do better itself
                 return found
             keys, values = prefix.rows(len(key_states))
             self.whole = whole = torch.cat((keys, found[0]), 2), torch.cat((values, found[1]), 2)
@@ -128,8 +130,8 @@ class JoinedLayer(DynamicLayer):  # type: ignore[misc]
         self._part()
         self.mark, self.prefix = mark, None if mark is None else self.source.join(None, like)
         last = like[:, :, -1:]  # a cache is kept for the steps to come, of one token each
-        if self.prefix is not None and self.prefix.virtual >= SHORTEST and pays(self.prefix.groups, last, last):
-            self.prefix = None
+        if self.apart and self.prefix is not None and self.prefix.virtual >= SHORTEST:
+            self.prefix = None if pays(self.prefix.groups, last, last) else self.prefix
 
     def __reduce__(self) -> tuple[Any, ...]:
         own = (*JoinedLayer.__annotations__,)
@@ -143,7 +145,7 @@ def _plain(state: Mapping[str, Any]) -> Any:
     return layer
 
 
-def keep(cache: Any, sources: Mapping[int, Source], running: Own[Running], mark: object) -> None:
+def keep(cache: Any, sources: Mapping[int, Source], running: Own[Running], mark: object, apart: bool) -> None:
     """Let the layers of a cache keep their prefix in the running call, if they grow by nothing but concatenation.
 
     Args:
@@ -151,6 +153,7 @@ def keep(cache: Any, sources: Mapping[int, Source], running: Own[Running], mark:
         sources: by the number of the layer.
         running: where the model's attention is told what it is given.
         mark: one and the same object as long as the sources give the same prefixes.
+        apart: whether the model's attention can run in two parts.
     """
     cache = getattr(cache, "self_attention_cache", cache)
     if type(cache) is not DynamicCache or getattr(cache, "offloading", False):
@@ -163,6 +166,7 @@ def keep(cache: Any, sources: Mapping[int, Source], running: Own[Running], mark:
         if type(layer) not in (DynamicLayer, JoinedLayer):
             continue
         state = {"plain": [layer.keys, layer.values], "source": source, "number": number, "running": running}
+        state["apart"] = apart
         for name in ("keys", "values"):
             vars(layer).pop(name, None)
         vars(layer).update(state, mark=None, prefix=None, whole=None)

@@ -27,6 +27,8 @@ SHARED, ALONE, TRAINED = 32, 448, 256
 #: And what there is to gain with fewer is this much less for a whole call, in virtual tokens.
 ONCE = 1024
 SHORTEST = min(SHARED, ALONE, TRAINED)
+#: But texts of so many tokens, or more, have a causal mask for what is joined, which the rows' own part does without.
+TEXT = 512
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,16 +46,26 @@ class Group:
     rows: Tensor | None = None
 
 
-def pays(groups: Sequence[Group], query: Tensor, key: Tensor) -> bool:
+def pays(groups: Sequence[Group], query: Tensor, key: Tensor, unmasked: bool = False) -> bool:
     """Whether two parts are worth it for queries [B, heads, Q, D] and the rows' own keys [B, K, N, D].
 
     Where not, or not known how, they are joined.
+
+    Args:
+        groups: of rows.
+        query: of all rows.
+        key: of all rows.
+        unmasked: whether the rows' own part is causal, and needs no mask.
     """
     if query.device.type != "cpu" and query.shape[2] > 1:
         return False
     virtual = sum(group.keys.shape[1] for group in groups)
+    long = unmasked and query.shape[2] >= TEXT
     if torch.is_grad_enabled() and any(t.requires_grad for g in groups for t in (query, key, g.keys, g.values)):
-        return len(groups) == 1 and groups[0].rows is None and query.device.type == "cpu" and virtual >= TRAINED
+        alone = len(groups) == 1 and groups[0].rows is None and query.device.type == "cpu"
+        return alone and (long or virtual >= TRAINED)
+    if long:
+        return True
     least = SHARED * len(groups) if query.shape[0] >= 2 * len(groups) else ALONE * len(groups) + ONCE
     return virtual >= least
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.numpy import load_file, save_file
-from side_by_side import Row, heading, line
+from side_by_side import Row, heading, report
 
 LAYERS, HEADS, WIDTH = 32, 8, 128
 BASE = {
@@ -116,20 +116,22 @@ def compare(folder: Path, title: str, lengths: list[int], rounds: int) -> None:
         asked = base if to == "adapterhub" else None
         processor: dict[str, list[float]] = {"softbridge": [], "safetensors": []}
         wall: dict[str, list[float]] = {"softbridge": [], "safetensors": []}
-        peaks, toolkits = [], []
+        peaks: dict[str, list[int]] = {"softbridge": [], "safetensors": []}
+        toolkits: list[str] = []
         for _ in range(rounds):
             found = run(sources, folder / "copies", "", None)
             processor["safetensors"].append(found[0])
             wall["safetensors"].append(found[1])
+            peaks["safetensors"].append(found[2])
             found = run(sources, targets, to, asked)
             processor["softbridge"].append(found[0])
             wall["softbridge"].append(found[1])
-            peaks.append(found[2])
+            peaks["softbridge"].append(found[2])
             toolkits = found[3]
         assert_same(sources, targets, to, asked)
-        print(line(Row(f"{title}, peft to {to}", processor, limit="safetensors")), flush=True)
-        print(line(Row("the same, by the clock", wall, limit="safetensors")))
-        peak, imported = statistics.median(peaks), ", ".join(toolkits) or "no toolkit"
+        report(Row(f"{title}, peft to {to}", processor, "safetensors", peaks))
+        report(Row(f"{title}, peft to {to}, by the clock", wall, "safetensors"))
+        peak, imported = statistics.median(peaks["softbridge"]), ", ".join(toolkits) or "no toolkit"
         held = f"{peak / 2**20:.0f} MB" + (f", {peak / size:.2f} times the file" if len(lengths) == 1 else "")
         print(f"<!-- in memory at most {held}; {imported} -->", flush=True)
         shutil.rmtree(targets)

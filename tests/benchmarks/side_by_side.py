@@ -40,7 +40,8 @@ class Row:
     Attributes:
         title: what was done.
         seconds: of each turn, by the name of the way; the first is softbridge.
-        limit: the name of the way that no other can be faster than, or None.
+        limit: the name of the way that no other can be faster than, or None. One that does more, as an engine has to,
+            may stand beside it: its name begins with that of the limit.
         memory: bytes at the peak, likewise; empty if they were not measured.
     """
 
@@ -54,9 +55,14 @@ class Row:
         return next(iter(self.seconds))
 
     @property
+    def limits(self) -> list[str]:
+        """The limit, and what stands beside it."""
+        return [way for way in self.seconds if self.limit is not None and way.startswith(self.limit)]
+
+    @property
     def peers(self) -> list[str]:
-        """The ways that are neither ours nor the limit, the fastest first."""
-        return sorted((way for way in self.seconds if way not in (self.own, self.limit)), key=self.median)
+        """The ways that are neither ours nor limits, the fastest first."""
+        return sorted((way for way in self.seconds if way not in (self.own, *self.limits)), key=self.median)
 
     @property
     def peer(self) -> str | None:
@@ -75,14 +81,12 @@ class Row:
         first, _, third = statistics.quantiles(turns, n=4) if len(turns) > 1 else turns * 3
         return first, third
 
-    def against(self, way: str | None) -> str:
-        if way is None:
-            return ""
-        first, third = self.quartiles(way)
-        return f"{self.ratio(way):.2f} ({first:.2f} to {third:.2f})"
+    def against(self, *ways: str) -> str:
+        spread = ((self.ratio(way), *self.quartiles(way)) for way in ways)
+        return ", ".join(f"{ratio:.2f} ({first:.2f} to {third:.2f})" for ratio, first, third in spread)
 
-    def timed(self, *ways: str | None) -> str:
-        return ", ".join(f"{way} {self.median(way) * 1e3:.1f} ms" for way in ways if way is not None)
+    def timed(self, *ways: str) -> str:
+        return ", ".join(f"{way} {self.median(way) * 1e3:.1f} ms" for way in ways)
 
     def remembered(self) -> str:
         """The peak of memory, and its ratios to the peer's and to the limit's."""
@@ -166,9 +170,9 @@ def cells(row: Row) -> tuple[str, ...]:
         row.title,
         f"{row.median(row.own) * 1e3:.1f} ms",
         row.timed(*row.peers),
-        row.against(row.peer),
-        row.timed(row.limit),
-        row.against(row.limit),
+        row.against(*row.peers[:1]),
+        row.timed(*row.limits),
+        row.against(*row.limits),
         row.remembered(),
     )
 

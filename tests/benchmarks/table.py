@@ -28,7 +28,7 @@ from side_by_side import KEPT, Row, cells, table_heading, table_line
 
 HERE = Path(__file__).parent
 #: Script and arguments; a number of rounds that is asked for comes behind them, and so counts.
-OLDER = (("engines.py", "generating", "training"), ("adapterhub_rows.py",))
+OLDER = (("engines.py", "generating", "training", "long"), ("adapterhub_rows.py",))
 NEWER = (("engines.py",), ("conversions.py",), ("growth.py",), ("structure_check.py",), ("self_check.py",))
 #: Those without rounds.
 ONCE = ("structure_check.py", "self_check.py")

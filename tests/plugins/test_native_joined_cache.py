@@ -92,9 +92,12 @@ def test_a_long_prefix_is_not_kept() -> None:
     model = tiny_model("llama")
     model.set_attn_implementation("sdpa")
     running = sb.attach(model, random_prefix(read_geometry(model.config), 40))
-    for rows, kept in ((4, False), (1, True)):
+    eager = tiny_model("llama")
+    eager.set_attn_implementation("eager")  # which knows no two parts
+    eager = sb.attach(eager, random_prefix(read_geometry(model.config), 40))
+    for running_here, rows, kept in ((running, 4, False), (running, 1, True), (eager, 4, True)):
         cache = DynamicCache(config=model.config)
-        step(running, text(6, rows), cache)
+        step(running_here, text(6, rows), cache)
         assert [layer.whole is not None for layer in cache.layers] == [kept] * len(cache.layers)
 
 

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
 import softbridge as sb
 from softbridge.geometry import read_geometry
 from softbridge.plugin.prompt_bank import PromptBank
 from softbridge.prompt import Gate, SoftPrompt
 from softbridge.testing import agreement, random_prefix, tiny_model
-from softbridge_native import attention
+from softbridge_native import attention, joined_cache
 from softbridge_native import shared_prefix as apart
 from softbridge_native.shared_prefix import Group
 
@@ -228,6 +228,45 @@ def test_rows_of_a_bank_that_share_a_prefix_share_its_attention(
     assert float((found[0] - found[1]).abs().max()) < 1e-12 * float(found[1].abs().max())
     with torch.no_grad(), bank.rows("long"):
         assert float((running(input_ids=ids).logits - found[0]).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_a_long_text_needs_no_mask_for_a_short_prefix(
+    family: str, counted: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In training and where a cache begins; not where the rows' own part has a mask of its own."""
+    model, prompt = make(family)
+    short = random_prefix(read_geometry(model.config), 7, seed=3)
+    running, close = sb.attach(copy.deepcopy(model), short), agreement(model)
+    ids = torch.randint(3, 96, (2, 9), generator=torch.Generator().manual_seed(0))
+    mask = torch.ones_like(ids)
+    mask[0, :2] = 0
+
+    def everything() -> dict[str, Tensor]:
+        running.zero_grad()
+        logits = running(input_ids=ids).logits
+        torch.log_softmax(logits, -1)[..., 3].sum().backward()
+        gradients = [p.grad.flatten() for p in running.parameters() if p.grad is not None]
+        cache = DynamicCache(config=model.config)
+        with torch.no_grad():
+            steps = [
+                running(input_ids=part, past_key_values=cache).logits for part in (ids[:, :7], ids[:, 7:8], ids[:, 8:])
+            ]
+            masked = running(input_ids=ids, attention_mask=mask).logits
+        return {"logits": logits, "gradients": torch.cat(gradients), "steps": torch.cat(steps, 1), "masked": masked}
+
+    together = everything()
+    assert not counted
+    for module in (apart, attention, joined_cache):
+        monkeypatch.setattr(module, "TEXT", 6)
+    apartly = everything()
+    assert counted == [7] * (2 * model.config.num_hidden_layers)  # the first calls, none with a mask, and no step
+    for name, expected in together.items():
+        assert relative(apartly[name], expected) <= close, name
+    assert relative(together["steps"], together["logits"]) <= close
+    assert relative(together["masked"][:1], together["logits"][:1]) > 1e-2
+    with torch.no_grad():
+        assert relative(sb.attach(model, prompt)(input_ids=ids).logits, together["logits"]) > 0.1
 
 
 def mistral(window: int) -> Any:
