@@ -28,7 +28,7 @@ SHARED, ALONE, TRAINED = 32, 448, 256
 ONCE = 1024
 SHORTEST = min(SHARED, ALONE, TRAINED)
 #: But texts of so many tokens, or more, have a causal mask for what is joined, which the rows' own part does without.
-TEXT = 512
+TEXT = 768
 
 
 @dataclass(frozen=True, eq=False)
