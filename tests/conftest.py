@@ -12,6 +12,7 @@ import inspect
 import os
 import pickle
 import runpy
+import signal
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import fields, replace
@@ -36,6 +37,10 @@ if os.environ.get("SOFTBRIDGE_PROCESSOR") == "another":
 
 # What commands print is looked at where nobody says how wide it is; pytest's workers say 80.
 os.environ.pop("COLUMNS", None)
+
+# What a shell runs in the background ignores an interruption, and so would each command that a test interrupts.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # What the suite itself shows no engine needs to show again before each call. That check has tests of its own.
 os.environ.setdefault("SOFTBRIDGE_SELF_CHECK", "0")
