@@ -173,6 +173,7 @@ def generating(rounds: int) -> None:
 
 
 def long(rounds: int) -> None:
+    rounds = max(2, rounds // 2)  # a way takes up to 20 seconds
     model = make("llama", **LLAMA)
     geometry = read_geometry(model.config)
     for length in (2048, 8192):
