@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import copy
 import gc
+import multiprocessing
 import os
 import random
 import tempfile
@@ -242,7 +243,11 @@ def bank(rounds: int, count: int = 500, rows: int = 32) -> None:
     inputs = {name: random_input_prompt(geometry, 20, seed=n) for n, name in enumerate(names)}
     _bank(model, inputs, names, f"{rows} rows of 32 with {rows} prompts of 20", rounds)
 
-    _memory(model, same)
+    with multiprocessing.get_context("spawn").Pool(1) as fresh:
+        numbers, times = fresh.apply(_memory, (count,))
+    print(
+        f"<!-- {count} prompts from files: the process grows by {times:.2f} times their {numbers / 2**20:.1f} MiB -->"
+    )
     held, ids = together.softbridge.bank, torch.randint(3, 90, (rows, 32))
 
     @torch.no_grad()
@@ -258,23 +263,24 @@ def bank(rounds: int, count: int = 500, rows: int = 32) -> None:
     measure(title, {"other rows": other, "same rows": first}, rounds, limit="same rows")
 
 
-def _memory(model: Any, prompts: Mapping[str, SoftPrompt]) -> None:
-    """What a bank of files takes, against the bytes of its numbers."""
+def _memory(count: int) -> tuple[int, float]:
+    """Bytes of the numbers of a bank of files, and by how many times that the process grows. In a fresh process."""
+    model = make("llama", **LLAMA)
+    geometry = read_geometry(model.config)
     with tempfile.TemporaryDirectory() as folder:
-        paths = {name: Path(folder) / name for name in prompts}
-        for name, path in paths.items():
-            sb.save(prompts[name], path, format="peft", base=model)
+        paths = {f"p{n}": Path(folder, f"p{n}") for n in range(count + 1)}
+        for n, path in enumerate(paths.values()):
+            sb.save(random_prefix(geometry, 20, seed=n), path, format="peft", base=model)
         held = sb.PromptBank(paths)
-        running = sb.attach(copy.deepcopy(model), held)
+        running = sb.attach(model, held)
         before: tuple[int, int] | None = None
-        for name in prompts:
+        for name in paths:
             with held.rows(name), torch.no_grad():
                 running(input_ids=torch.tensor([[5]]))
             before = before or (resident(), running.softbridge.ready.nbytes)
         assert before is not None
-        grown, numbers = resident() - before[0], running.softbridge.ready.nbytes - before[1]
-    share = f"{numbers / 2**20:.1f} MiB of numbers, and {grown / numbers:.2f} times that more in the process"
-    print(f"<!-- {len(prompts)} prompts from files: {share} -->")
+        numbers = running.softbridge.ready.nbytes - before[1]
+        return numbers, (resident() - before[0]) / numbers
 
 
 def resident() -> int:
