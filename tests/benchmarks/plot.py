@@ -3,7 +3,7 @@
     python tests/benchmarks/plot.py BENCH.json PICTURE.svg [WORD ...]
 
     .envs/bench/bin/python tests/benchmarks/plot.py build/bench/bench.json tests/benchmarks/growth.svg \\
-        "step, 2 rows" generated drawn "file to"
+        "step, 2 rows" "real tokens" drawn "file to"
 
 It needs matplotlib and nothing else. The second command draws the committed picture. Words choose the curves whose
 titles or axes have one of them. The picture has no background and neither black nor white, so that it can be read in
