@@ -21,7 +21,7 @@ from softbridge.base import BaseModel
 from softbridge.errors import EngineError, LoweringError
 from softbridge.plugin.prompt_bank import PromptBank
 from softbridge.plugin.registry import engines
-from softbridge.testing import random_input_prompt, random_prefix, tiny_model
+from softbridge.testing import agreement, apart, random_input_prompt, random_prefix, tiny_model
 
 IDS = torch.tensor([[5, 9, 17, 30], [44, 12, 3, 7]])
 THREADS, CALLS = 6, 12
@@ -198,4 +198,7 @@ def test_copies_of_a_model_with_a_bank(banked: tuple[Any, PromptBank], tmp_path:
             pass
     model.save_pretrained(tmp_path / "whole")  # no prompt is trained: it is the base model that is saved
     again = type(model).from_pretrained(tmp_path / "whole", dtype=torch.float64, attn_implementation="eager")
-    assert torch.equal(logits(again.eval()), of(model, bank, None))
+    # Weights that were loaded lie elsewhere in memory, and another processor sums them in another order.
+    bare = logits(again.eval())
+    assert apart(of(model, bank, None), bare) <= agreement(again)
+    assert apart(expected, bare) > 1e-3
