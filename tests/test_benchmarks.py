@@ -20,7 +20,8 @@ from softbridge.testing import random_prefix
 BENCHMARKS = Path(__file__).resolve().parent / "benchmarks"
 with pytest.MonkeyPatch.context() as patch:
     patch.syspath_prepend(BENCHMARKS)
-    curve, growth, side_by_side, table = map(import_module, ("curve", "growth", "side_by_side", "table"))
+    names = ("curve", "engines", "growth", "side_by_side", "table")
+    curve, engines, growth, side_by_side, table = map(import_module, names)
 
 ROW = side_by_side.Row(
     "a step",
@@ -126,9 +127,9 @@ def test_ways_that_give_the_same_are_timed_and_others_are_refused(monkeypatch: p
     assert len(timed) == 1
 
     other = random_prefix(read_geometry(model.config), 3, seed=1)
-    right = growth.attached
+    right = engines.attached
     monkeypatch.setattr(
-        growth, "attached", lambda model, given, name: right(model, other if name == "peft" else given, name)
+        engines, "attached", lambda model, given, name: right(model, other if name == "peft" else given, name)
     )
     with pytest.raises(AssertionError, match=r"peft: .* of the largest number apart"):
         growth.here(lambda size: growth.training(model, prompt, 1, size))(4, 1)

@@ -232,8 +232,8 @@ def _attend_joined(
     long = joined.virtual >= SHORTEST or (unmasked and length >= TEXT)
     groups = _groups(joined, query, settings) if long and implementation == "sdpa" and cached is None else ()
     if groups and pays(groups, query, key, unmasked):
-        mask = attention_mask
-        return _in_two_parts(module, binding, joined, groups, query, key, value, mask, settings), None
+        found = _in_two_parts(module, binding, joined, groups, query, key, value, attention_mask, settings)
+        return found, None
     if implementation == FLASH:
         attention_mask = packing(joined, attention_mask, settings, rows, real)
     else:
@@ -337,7 +337,8 @@ def _lengthened(joined: Joined, mask: Tensor, length: int, window: int | None, p
 def _groups(joined: Joined, query: Tensor, settings: Mapping[str, Any]) -> tuple[Group, ...]:
     """The groups of which all queries see all tokens, so that nothing but keys and queries decides how much of them.
 
-    None where more decides that. A window leaves the last tokens of a prefix, the same for rows that stand alike.
+    There are none where more decides that. A window leaves the last tokens of a prefix, the same for rows that stand
+    alike.
     """
     more = (settings.get(name) for name in ("position_bias", "softcap", "s_aux", "head_mask"))
     gated = joined.gates is not None and torch.is_grad_enabled()

@@ -13,8 +13,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import engines
-from engines import DEEP, GPT2, LLAMA, make
+from engines import DEEP, GPT2, LLAMA, generating_row, main, make, training_row
 
 from softbridge.geometry import read_geometry
 from softbridge.testing import random_input_prompt, random_prefix
@@ -34,7 +33,7 @@ def training(rounds: int) -> None:
         geometry = read_geometry(model.config)
         for length in LENGTHS:
             title = f"eager: training step, {family}, prefix of {length}, 4 x 128"
-            engines._training(model, random_prefix(geometry, length), title, rounds)
+            training_row(model, random_prefix(geometry, length), title, rounds)
 
 
 def generating(rounds: int) -> None:
@@ -46,9 +45,8 @@ def generating(rounds: int) -> None:
         for kind, prompt in prompts.items():
             for batch in (1, 8):
                 title = f"eager: 24 tokens, {family} of 32 tiny layers, {kind}, {batch} rows"
-                engines._generating(model, prompt, title, batch, 24, rounds)
+                generating_row(model, prompt, title, batch, 24, rounds)
 
 
 if __name__ == "__main__":
-    engines.BENCHES = {"generating": generating, "training": training}
-    engines.main()
+    main({"generating": generating, "training": training})

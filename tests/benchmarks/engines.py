@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 import transformers
-from side_by_side import check, heading, measure
+from side_by_side import Ways, check, heading, measure
 from torch import Tensor
 from transformers import DynamicCache
 
@@ -43,6 +43,7 @@ LLAMA = {
     "max_position_embeddings": 16384,
 }
 GPT2 = {"n_embd": 256, "n_layer": 6, "n_head": 8, "n_positions": 4096}
+BARE = "bare model"
 #: Hardly anything is computed in so many layers: what is left is what each call of each costs.
 DEEP = {"llama": {"num_hidden_layers": 32}, "gpt2": {"n_layer": 32}}
 
@@ -110,12 +111,16 @@ def training(rounds: int) -> None:
         prompts = {f"prefix of {n}": random_prefix(geometry, n) for n in (20, 128, 512, 2048)}
         prompts |= {f"prompt of {n}": random_input_prompt(geometry, n) for n in (20, 100)}
         for kind, prompt in prompts.items():
-            _training(model, prompt, f"training step, {family}, {kind}, 4 x 128", rounds)
+            training_row(model, prompt, f"training step, {family}, {kind}, 4 x 128", rounds)
 
 
-def _training(model: Any, prompt: SoftPrompt, title: str, rounds: int) -> None:
-    length = 128
-    ids = torch.randint(3, 90, (4, length))
+def training_row(model: Any, prompt: SoftPrompt, title: str, rounds: int) -> None:
+    measure(title, training_ways(model, prompt, 4, 128), rounds, limit=BARE, memory=True)
+
+
+def training_ways(model: Any, prompt: SoftPrompt, rows: int, tokens: int) -> Ways:
+    """A training step in each engine that trains as many numbers; of the bare model, forwards and back to its input."""
+    ids = torch.randint(3, 90, (rows, tokens))
     labels = ids.clone()
     labels[:, 0] = -100  # with vectors in the input PEFT asks for it, too
 
@@ -152,14 +157,14 @@ def _training(model: Any, prompt: SoftPrompt, title: str, rounds: int) -> None:
             for number, halves in enumerate(leaves):
                 for half in halves:
                     half.grad = None
-                cache.update(*(half.expand(len(ids), -1, -1, -1) for half in halves), number)
+                cache.update(*(half.expand(rows, -1, -1, -1) for half in halves), number)
             loss: Tensor = model(input_ids=ids, labels=labels, past_key_values=cache).loss
             loss.backward()
             return loss.detach()
 
-        ways["bare model, prefix in its cache"] = cached
+        ways[f"{BARE}, prefix in its cache"] = cached
     check(ways)
-    measure(title, {**ways, "bare model": bare}, rounds, limit="bare model", memory=True)
+    return {**ways, BARE: bare}
 
 
 def generating(rounds: int) -> None:
@@ -170,7 +175,7 @@ def generating(rounds: int) -> None:
             for batch in (1, 8):
                 kind = "prefix" if prompt.prefixes else "prompt"
                 title = f"24 tokens, {family} of 32 tiny layers, {kind} of 20, {batch} rows"
-                _generating(model, prompt, title, batch, 24, rounds)
+                generating_row(model, prompt, title, batch, 24, rounds)
 
 
 def long(rounds: int) -> None:
@@ -181,7 +186,7 @@ def long(rounds: int) -> None:
         for batch in (1, 8, 32):
             title = f"16 tokens, llama, prefix of {length}, {batch} rows"
             # AdapterHub has no cache here: each token would cost a pass over the whole prefix of each row, and 16 GB.
-            _generating(
+            generating_row(
                 model, random_prefix(geometry, length), title, batch, 16, rounds, memory=True, without=["adapterhub"]
             )
     for length, batch, count in ((512, 8, 8), (2048, 8, 8), (2048, 32, 32), (2048, 32, 4), (8192, 8, 8)):
@@ -191,32 +196,37 @@ def long(rounds: int) -> None:
         _bank(model, prompts, names, title, rounds, steps=4, text=8)
 
 
-def _generating(
+def generating_row(
     model: Any,
     prompt: SoftPrompt,
     title: str,
-    batch: int,
+    rows: int,
     tokens: int,
     rounds: int,
     memory: bool = False,
     without: Sequence[str] = (),
 ) -> None:
-    ids = torch.randint(3, 90, (batch, 8))
+    measure(title, generating_ways(model, prompt, rows, tokens, without), rounds, limit=BARE, memory=memory)
+
+
+def generating_ways(model: Any, prompt: SoftPrompt, rows: int, tokens: int, without: Sequence[str] = ()) -> Ways:
+    """Greedy tokens of each engine; of the bare model, with the prefix in its cache or the vectors in its input."""
+    ids = torch.randint(3, 90, (rows, 8))
 
     def generate(running: Any, virtual: int = 0, **given: Any) -> Tensor:
         given.setdefault("input_ids", ids)
-        mask = torch.ones(batch, virtual + 8, dtype=torch.long)
+        mask = torch.ones(rows, virtual + 8, dtype=torch.long)
         settings = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
         made: Tensor = running.generate(attention_mask=mask, **given, **settings)
         return made[:, -tokens:]
 
-    cache = stacked([prompt] * batch) if prompt.prefixes else None
+    cache = stacked([prompt] * rows) if prompt.prefixes else None
 
     def bare() -> Tensor:
         if cache is not None:  # `generate` wants the ids of all that the cache holds
-            behind = torch.cat([ids.new_zeros(batch, prompt.prefixes[0].length), ids], dim=1)
+            behind = torch.cat([ids.new_zeros(rows, prompt.prefixes[0].length), ids], dim=1)
             return generate(model, prompt.prefixes[0].length, input_ids=behind, past_key_values=again(cache))
-        vectors = torch.tensor(prompt.inputs[0].vectors).expand(batch, -1, -1)
+        vectors = torch.tensor(prompt.inputs[0].vectors).expand(rows, -1, -1)
         embedded = torch.cat([vectors, model.get_input_embeddings()(ids)], dim=1)
         return generate(model, vectors.shape[1], input_ids=None, inputs_embeds=embedded)
 
@@ -224,8 +234,9 @@ def _generating(
     ways: dict[str, Callable[[], Any]] = {
         name: (lambda running=running: generate(running)) for name, running in engines.items()
     }
-    check({**ways, "bare model": bare})
-    measure(title, {**ways, "bare model": bare}, rounds, limit="bare model", memory=memory)
+    ways[BARE] = bare
+    check(ways)
+    return ways
 
 
 def bank(rounds: int, count: int = 500, rows: int = 32) -> None:
@@ -264,7 +275,7 @@ def bank(rounds: int, count: int = 500, rows: int = 32) -> None:
 
 
 def _memory(count: int) -> tuple[int, float]:
-    """Bytes of the numbers of a bank of files, and by how many times that the process grows. In a fresh process."""
+    """Bytes of the numbers of a bank of files, and by how many times that a fresh process grows (Linux only)."""
     model = make("llama", **LLAMA)
     geometry = read_geometry(model.config)
     with tempfile.TemporaryDirectory() as folder:
@@ -383,19 +394,24 @@ def _one_by_one(model: Any, prompts: dict[str, SoftPrompt]) -> Callable[[Tensor]
 BENCHES: dict[str, Callable[[int], None]] = {"generating": generating, "training": training, "bank": bank, "long": long}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="*", help=f"of {', '.join(BENCHES)}; all if left out")
-    parser.add_argument("--rounds", type=int, default=7)
-    given = parser.parse_args()
+def setup() -> None:
+    """One thread, the same numbers, and no words of transformers."""
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     torch.manual_seed(0)
     torch.set_num_threads(1)
+
+
+def main(benches: Mapping[str, Callable[[int], None]] = BENCHES) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", nargs="*", help=f"of {', '.join(benches)}; all if left out")
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    setup()
     print(f"transformers {transformers.__version__}, torch {torch.__version__}, one thread, processor time\n")
     print(heading())
-    for name in given.what or BENCHES:
-        BENCHES[name](given.rounds)
+    for name in given.what or benches:
+        benches[name](given.rounds)
 
 
 if __name__ == "__main__":

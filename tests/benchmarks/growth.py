@@ -12,23 +12,20 @@ from __future__ import annotations
 
 import argparse
 import copy
-import json
 import random
-import subprocess
-import sys
 import tempfile
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
+import conversions
+import engines
 import torch
-import transformers
 from curve import HEADINGS, Curve, lines
-from engines import again, attached, make, stacked
+from engines import BARE, again, make, stacked
 from side_by_side import Figure, Row, Ways, check, keep, measured, table_heading, table_line
 from torch import Tensor
-from transformers import AutoConfig
 
 import softbridge as sb
 from softbridge.geometry import read_geometry
@@ -43,7 +40,6 @@ NARROW = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 65536,
 }
-BARE = "bare model"
 
 
 def frozen(**sizes: int) -> Any:
@@ -55,44 +51,14 @@ def prefix(model: Any, length: int) -> SoftPrompt:
 
 
 def training(model: Any, prompt: SoftPrompt, rows: int, tokens: int) -> Ways:
-    """A training step; of the bare model, forwards and back to its input."""
-    ids = torch.randint(3, 90, (rows, tokens))
-
-    def step(running: Any) -> Tensor:
-        running.zero_grad()
-        loss: Tensor = running(input_ids=ids, labels=ids).loss
-        loss.backward()
-        return loss.detach()
-
-    def bare() -> None:
-        embedded = model.get_input_embeddings()(ids).detach().requires_grad_()
-        model(inputs_embeds=embedded, labels=ids).loss.backward()
-
-    engines = {name: attached(model, prompt, name) for name in ("native", "peft")}
-    ways = {name: (lambda running=running: step(running)) for name, running in engines.items()}
-    check(ways)
-    return {**ways, BARE: bare}
+    """A training step; of the bare model, without the prompt."""
+    ways = engines.training_ways(model, prompt, rows, tokens)
+    return {name: way for name, way in ways.items() if name in ("native", "peft", BARE)}
 
 
-def decoding(model: Any, prompt: SoftPrompt, rows: int, tokens: int = 16) -> Ways:
+def decoding(model: Any, prompt: SoftPrompt, rows: int) -> Ways:
     """A few tokens behind a prefix; of the bare model, with the prefix in its cache."""
-    ids = torch.randint(3, 90, (rows, 8))
-    length = prompt.prefixes[0].length
-    cache = stacked([prompt] * rows)
-    behind = torch.cat([ids.new_zeros(rows, length), ids], dim=1)
-
-    def generate(running: Any, given: Tensor, **more: Any) -> Tensor:
-        settings = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-        made: Tensor = running.generate(input_ids=given, attention_mask=torch.ones_like(given), **settings, **more)
-        return made[:, -tokens:]
-
-    running = attached(model, prompt, "native")
-    ways = {
-        "native": lambda: generate(running, ids),
-        BARE: lambda: generate(model, behind, past_key_values=again(cache)),
-    }
-    check(ways)
-    return ways
+    return engines.generating_ways(model, prompt, rows, 16, without=["peft"])
 
 
 def bank(count: int, rows: int = 8, tokens: int = 64) -> Ways:
@@ -148,51 +114,23 @@ def filling(count: int) -> Ways:
     return {"bank": fill}
 
 
-#: A prefix has 256 KiB for each virtual token, as that of Llama 3 8B in float32.
-LARGE = {"num_hidden_layers": 32, "hidden_size": 4096, "num_attention_heads": 32, "num_key_value_heads": 8}
-WORK = {
-    "softbridge": "sb.convert(source, target, to='softbridge', overwrite=True)",
-    "safetensors": "save_file(load_file(source + '/adapter_model.safetensors'), target + '.safetensors')",
-}
-#: The most memory of this process. (`getrusage` says that of the one that started it, if that had more.)
-CHILD = """
-import json, re, sys, time
-from pathlib import Path
-import numpy
-from safetensors.numpy import load_file, save_file
-import softbridge as sb
-sb.convert, sb.formats()
-source, target = sys.argv[1:]
-start = time.process_time()
-WORK
-spent = time.process_time() - start
-print(json.dumps([spent, int(re.search(r"VmHWM:\\s*(\\d+) kB", Path("/proc/self/status").read_text())[1]) * 1024]))
-"""
-
-
 def converting(megabytes: int, rounds: int) -> Row:
     """PEFT's file to ours. Memory is that of the process, beyond what it needs for a file of a megabyte. Linux only."""
-    config = AutoConfig.for_model("llama", **LARGE)
-    seconds: dict[str, list[float]] = {way: [] for way in WORK}
-    memory: dict[str, list[int]] = {way: [] for way in WORK}
-    with tempfile.TemporaryDirectory() as folder:
-        for size in (1, megabytes):
-            prompt = random_prefix(read_geometry(config), size * 4)
-            sb.save(prompt, f"{folder}/{size}", format="peft", base=config)
-
-        def run(way: str, size: int) -> tuple[float, int]:
-            command = [sys.executable, "-c", CHILD.replace("WORK", WORK[way]), f"{folder}/{size}", f"{folder}/{way}"]
-            spent, most = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            return spent, most
-
+    formats = {"softbridge": "softbridge", "safetensors": ""}
+    seconds: dict[str, list[float]] = {way: [] for way in formats}
+    memory: dict[str, list[int]] = {way: [] for way in formats}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for size in {1, megabytes}:
+            conversions.write(folder / f"{size}" / "prefix", 4 * size)
         for turn in range(rounds + 1):
-            for way in WORK:
-                least = run(way, 1)[1]
-                spent, most = run(way, megabytes)
+            for way, to in formats.items():
+                _, _, least, _ = conversions.run(folder / "1", folder / way, to, None)
+                spent, _, most, _ = conversions.run(folder / f"{megabytes}", folder / way, to, None)
                 if turn:
                     seconds[way].append(spent)
                     memory[way].append(most - least)
-        assert sb.load(f"{folder}/softbridge").parts == prompt.parts
+        conversions.assert_same(folder / f"{megabytes}", folder / "softbridge", "softbridge", None)
     return Row(f"{megabytes} MB", seconds, "safetensors", memory)
 
 
@@ -287,10 +225,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(GROWTHS)}; all if left out")
     parser.add_argument("--rounds", type=int, default=3)
     given = parser.parse_args()
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
+    engines.setup()
     print(table_heading(HEADINGS))
     for name in given.names or GROWTHS:
         curve = GROWTHS[name].measured(given.rounds)
